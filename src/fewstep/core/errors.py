@@ -1,0 +1,42 @@
+"""The errors that a user can meet. Each message says what is wrong, where, and how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["ArtifactError", "FewstepError", "GridError", "ModelError", "SolverError", "look_up", "nearest"]
+
+
+class FewstepError(Exception):
+    """Anything that the caller can mend. The command line prints it in one line and exits with 2."""
+
+
+class GridError(FewstepError):
+    """A time grid that no solver could run on: not decreasing, duplicate or non-finite times."""
+
+
+class SolverError(FewstepError):
+    """An unknown solver, an option it does not have, or a number of evaluations it cannot use."""
+
+
+class ModelError(FewstepError):
+    """A network or its inputs: wrong shapes, a non-finite output, a prediction undefined at this time."""
+
+
+class ArtifactError(FewstepError):
+    """A file or folder that is damaged, incomplete, of another version, or cannot be written."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Say which of ``choices`` the reader of an error probably meant: the nearest names, else all of them."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(choices)}"
+
+
+def look_up(name: str, table: dict, kind: str, error: type[FewstepError] = FewstepError):  # noqa: ANN201 - any value
+    """``table[name]``, or an ``error`` that names the nearest keys."""
+    if name not in table:
+        raise error(f"unknown {kind} {name!r}: {nearest(name, table)}")
+    return table[name]

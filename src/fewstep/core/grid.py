@@ -1,0 +1,195 @@
+r"""Time grids: where a sampler evaluates the network.
+
+A grid is ``[M+1]`` strictly decreasing float64 times for ``M`` steps. The spacings are uniform in some function of time;
+those in ``lam`` or the noise level hold for any schedule, the last three are diffusers' and want a discrete one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import GridError, look_up
+from fewstep.core.schedule import DiscreteVP, NoiseSchedule
+
+__all__ = ["GRIDS", "TimeGrid", "make_grid"]
+
+
+@dataclass(frozen=True, eq=False)
+class TimeGrid:
+    """``t [M+1]``, float64, strictly decreasing; validated at birth.
+
+    Raises:
+        GridError: fewer than two times, a non-finite one, or two neighbours that do not decrease (which, and their values).
+    """
+
+    t: Tensor
+
+    def __post_init__(self) -> None:
+        t = torch.as_tensor(self.t, dtype=torch.float64).cpu()
+        object.__setattr__(self, "t", t)
+        if t.ndim != 1 or len(t) < 2:
+            raise GridError(f"a grid needs a 1-d list of at least 2 times, got shape {tuple(t.shape)}; one step is [start, end]")
+        if not bool(torch.isfinite(t).all()):
+            raise GridError(f"time {int((~torch.isfinite(t)).nonzero()[0])} of the grid is not finite: {t.tolist()}")
+        stuck = (torch.diff(t) >= 0).nonzero()
+        if len(stuck):
+            i = int(stuck[0])
+            what = "appears twice" if t[i] == t[i + 1] else f"is followed by the larger {t[i + 1]:g}"
+            raise GridError(f"times must strictly decrease, but {t[i]:g} (at index {i}) {what}; use fewer steps or another spacing")
+
+    @property
+    def steps(self) -> int:
+        """Number of intervals ``M``."""
+        return len(self.t) - 1
+
+    # -- spacings ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def logsnr(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
+        """Uniform in ``lam`` (DPM-Solver, arXiv 2206.00927). Both ends need a finite ``lam``."""
+        ends = _ends(schedule, t_max, t_min)
+        lam = schedule.lam(ends)
+        if not bool(torch.isfinite(lam).all()):
+            raise GridError(f"logsnr spacing needs finite lam at both ends, got {lam.tolist()}: pass t_max and t_min, or use angle")
+        return cls(_pin(schedule.t_of_lam(_linspace(lam[0], lam[1], steps)), ends))
+
+    @classmethod
+    def karras(
+        cls, schedule: NoiseSchedule, steps: int, *, rho: float = 7.0, t_max: float | None = None, t_min: float | None = None
+    ) -> TimeGrid:
+        """Uniform in ``(sigma/alpha)^(1/rho)`` (EDM, arXiv 2206.00364, eq. 5). The start needs ``alpha > 0``."""
+        ends = _ends(schedule, t_max, t_min)
+        level = torch.exp(-schedule.lam(ends))
+        if not bool(torch.isfinite(level).all()):
+            raise GridError("karras spacing needs alpha > 0 at its start: pass t_max, or use angle")
+        root = _linspace(level[0] ** (1 / rho), level[1] ** (1 / rho), steps)
+        return cls(_pin(schedule.t_of_lam(-rho * torch.log(root)), ends))
+
+    @classmethod
+    def uniform(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
+        """Uniform in ``t``."""
+        ends = _ends(schedule, t_max, t_min)
+        return cls(_linspace(ends[0], ends[1], steps))
+
+    @classmethod
+    def quadratic(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
+        """Uniform in ``sqrt(t - t_clean)``."""
+        ends = _ends(schedule, t_max, t_min)
+        root = torch.sqrt(ends - schedule.t_clean)
+        return cls(_pin(_linspace(root[0], root[1], steps) ** 2 + schedule.t_clean, ends))
+
+    @classmethod
+    def angle(
+        cls, schedule: NoiseSchedule, steps: int, *, c: float = 1.0, t_max: float | None = None, t_min: float | None = None
+    ) -> TimeGrid:
+        """Uniform in ``arctan(sigma / (c alpha))``, the time of the cosine schedule; finite at both ends whatever the schedule."""
+        ends = _ends(schedule, t_max, t_min)
+        theta = torch.atan2(schedule.sigma(ends), c * schedule.alpha(ends))
+        inner = _linspace(theta[0], theta[1], steps)
+        return cls(_pin(schedule.t_of_lam(-torch.log(c * torch.tan(inner))), ends))
+
+    @classmethod
+    def linspace(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
+        """Diffusers' ``linspace`` as its DPM-Solver, UniPC and DEIS have it: integers nearest to uniform times."""
+        ends = _ends(_discrete(schedule, "linspace"), t_max, t_min)
+        return cls(_linspace(ends[0], ends[1], steps).round())
+
+    @classmethod
+    def leading(
+        cls, schedule: NoiseSchedule, steps: int, *, offset: int = 1, t_max: float | None = None, t_min: float | None = None
+    ) -> TimeGrid:
+        """Diffusers' ``leading`` as its DDIM has it: multiples of ``T // steps`` plus ``offset`` (its ``steps_offset``)."""
+        ends = _ends(_discrete(schedule, "leading"), t_max, t_min)
+        count = int(ends[0]) + 1
+        times = torch.arange(_whole(steps) - 1, -1, -1, dtype=torch.float64) * (count // steps) + offset
+        return cls(torch.cat([times, ends[1:]]))
+
+    @classmethod
+    def trailing(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
+        """Diffusers' ``trailing``: from the last time down in strides of ``T / steps``."""
+        ends = _ends(_discrete(schedule, "trailing"), t_max, t_min)
+        count = int(ends[0]) + 1
+        times = (count - torch.arange(_whole(steps), dtype=torch.float64) * (count / steps)).round() - 1
+        return cls(torch.cat([times, ends[1:]]))
+
+    @classmethod
+    def from_sigmas(cls, schedule: NoiseSchedule, sigmas: Sequence[float] | Tensor) -> TimeGrid:
+        """From noise levels ``sigma/alpha [M+1]``, k-diffusion's and diffusers' ``sigmas``; a last 0 is the clean image."""
+        level = torch.as_tensor(sigmas, dtype=torch.float64)
+        return cls(torch.where(level > 0, schedule.t_of_lam(-torch.log(level)), schedule.t_clean))
+
+    # -- changes ----------------------------------------------------------------------------------------------------
+
+    def snap(self, times: Tensor) -> TimeGrid:
+        """Each time moved to the nearest of ``times``, once, before solving: for a network that knows only those.
+
+        Raises:
+            GridError: when two times fall on the same entry (the grid is finer than the table there).
+        """
+        table = torch.sort(torch.as_tensor(times, dtype=torch.float64)).values
+        right = torch.searchsorted(table, self.t.detach()).clamp(1, len(table) - 1)
+        snapped = torch.where(self.t - table[right - 1] < table[right] - self.t, table[right - 1], table[right])
+        if bool((torch.diff(snapped) == 0).any()):
+            twice = sorted({f"{v:g}" for v in snapped[1:][torch.diff(snapped) == 0].tolist()})
+            raise GridError(
+                f"{self.steps} steps of this spacing fall more than once on the model's time {', '.join(twice)}; use fewer or another"
+            )
+        return TimeGrid(snapped)
+
+    def to_clean(self, schedule: NoiseSchedule) -> TimeGrid:
+        """The same evaluations, with the end moved to ``sigma = 0`` (diffusers' ``final_sigmas_type="zero"``)."""
+        return TimeGrid(torch.cat([self.t[:-1], torch.tensor([schedule.t_clean], dtype=torch.float64)]))
+
+
+GRIDS: dict[str, Callable[..., TimeGrid]] = {
+    name: getattr(TimeGrid, name) for name in ("angle", "karras", "leading", "linspace", "logsnr", "quadratic", "trailing", "uniform")
+}
+
+
+def make_grid(name: str, schedule: NoiseSchedule, steps: int, **options: float) -> TimeGrid:
+    """A grid by the name of its spacing; on a discrete schedule it is snapped to the model's own times.
+
+    Raises:
+        GridError: an unknown name or option, or times that coincide after snapping.
+    """
+    spacing = look_up(name, GRIDS, "grid", GridError)
+    unknown = set(options) - set(inspect.signature(spacing).parameters)
+    if unknown:
+        raise GridError(f"grid {name!r} has no option {', '.join(sorted(unknown))}")
+    grid = spacing(schedule, steps, **options)
+    return grid.snap(schedule.times) if isinstance(schedule, DiscreteVP) else grid
+
+
+def _whole(steps: int) -> int:
+    if steps != int(steps) or steps < 1:
+        raise GridError(f"a grid needs at least 1 step, got {steps}")
+    return int(steps)
+
+
+def _ends(schedule: NoiseSchedule, t_max: float | None, t_min: float | None) -> Tensor:
+    ends = (schedule.t_max if t_max is None else t_max, schedule.t_min if t_min is None else t_min)
+    if not (math.isfinite(ends[0]) and math.isfinite(ends[1]) and ends[0] > ends[1]):
+        raise GridError(f"a grid runs from t_max down to a smaller t_min, got {ends[0]:g} and {ends[1]:g}")
+    return torch.tensor(ends, dtype=torch.float64)
+
+
+def _linspace(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    weight = torch.linspace(0, 1, _whole(steps) + 1, dtype=torch.float64)
+    return start + weight * (end - start)
+
+
+def _pin(t: Tensor, ends: Tensor) -> Tensor:
+    """Exact ends: a round trip through ``lam`` may move them by an ulp, or to where ``lam`` is infinite."""
+    return torch.cat([ends[:1], t[1:-1], ends[1:]])
+
+
+def _discrete(schedule: NoiseSchedule, name: str) -> DiscreteVP:
+    if not isinstance(schedule, DiscreteVP):
+        raise GridError(f"the {name} spacing is for models with discrete times; use uniform, angle, karras or logsnr")
+    return schedule

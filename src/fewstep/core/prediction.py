@@ -1,0 +1,113 @@
+r"""What a network predicts, and how that turns into ``x0``: one table, the only place where these formulas exist.
+
+Every prediction type is affine in the state and the network's output,
+
+    x0 = a(alpha, sigma) x + b(alpha, sigma) output,
+
+so the inverse is ``output = (x0 - a x) / b``. With ``alpha^2 + sigma^2 = 1`` the ``v`` row is the usual
+``alpha x - sigma v``; with ``alpha + sigma = 1`` the ``flow`` row is ``x - sigma u``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import ModelError, look_up
+
+__all__ = ["EDM", "PREDICTIONS", "Prediction", "convert", "from_x0", "prediction", "to_x0"]
+
+Coefficients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A named parameterisation: the network sees ``x * input_scale`` and its output gives ``x0 = a x + b output``."""
+
+    name: str
+    coefficients: Coefficients  # (alpha, sigma) -> (a, b)
+    input_scale: Callable[[Tensor, Tensor], Tensor] | None = None
+    undefined_at_zero_alpha: bool = False
+
+
+def EDM(sigma_data: float = 0.5) -> Prediction:  # noqa: N802 - a constructor, named as the field names it
+    r"""EDM preconditioning (arXiv 2206.00364, table 1), with ``s = sigma/alpha``:
+
+    ``x0 = sd^2/(s^2+sd^2) x/alpha + s sd/sqrt(s^2+sd^2) F(x / (alpha sqrt(s^2+sd^2)))``.
+    Written with ``alpha`` multiplied through, so that it also holds at ``alpha = 0``.
+    """
+    sd = float(sigma_data)
+
+    def norm(alpha: Tensor, sigma: Tensor) -> Tensor:
+        return torch.sqrt(sigma**2 + (sd * alpha) ** 2)
+
+    def coefficients(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return alpha * sd**2 / norm(alpha, sigma) ** 2, sigma * sd / norm(alpha, sigma)
+
+    return Prediction(f"edm({sd:g})", coefficients, input_scale=lambda alpha, sigma: 1 / norm(alpha, sigma))
+
+
+PREDICTIONS: dict[str, Prediction] = {
+    p.name: p
+    for p in (
+        Prediction("epsilon", lambda a, s: (1 / a, -s / a), undefined_at_zero_alpha=True),
+        Prediction("sample", lambda a, s: (torch.zeros_like(a), torch.ones_like(a))),
+        Prediction("v", lambda a, s: (a / (a**2 + s**2), -s / (a**2 + s**2))),  # v = alpha eps - sigma x0
+        Prediction("score", lambda a, s: (1 / a, s**2 / a), undefined_at_zero_alpha=True),
+        Prediction("flow", lambda a, s: (1 / (a + s), -s / (a + s))),  # u = eps - x0
+    )
+}
+
+
+def prediction(name: str | Prediction) -> Prediction:
+    """Look a prediction type up by name: ``epsilon``, ``sample`` (x0), ``v``, ``score``, ``flow``, ``edm(sigma_data)``.
+
+    Raises:
+        ModelError: for an unknown name, with the nearest ones.
+    """
+    if isinstance(name, Prediction):
+        return name
+    if name.startswith("edm(") and name.endswith(")"):
+        return EDM(float(name[4:-1]))
+    return look_up({"v_prediction": "v", "flow_prediction": "flow"}.get(name, name), PREDICTIONS, "prediction type", ModelError)
+
+
+def _coefficients(p: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    if p.undefined_at_zero_alpha and bool((alpha == 0).any()):
+        raise ModelError(
+            f"a network that predicts {p.name!r} says nothing about x0 where alpha = 0: start the grid later, or use v or flow"
+        )
+    return p.coefficients(alpha, sigma)
+
+
+def _like(coefficient: Tensor, x: Tensor) -> Tensor:
+    """Cast first, then move (some devices have no float64), and align ``[]`` or ``[B]`` with ``[B, *D]``."""
+    coefficient = coefficient.to(x.dtype).to(x.device)
+    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim)) if coefficient.ndim else coefficient
+
+
+def to_x0(kind: str | Prediction, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Clean-image estimate from a network's output.
+
+    Args:
+        kind: what the network predicts.
+        output: the network's output ``[B, *D]``.
+        x: the state it was evaluated at ``[B, *D]``.
+        alpha, sigma: scales at that time, ``[]`` or ``[B]``.
+    """
+    a, b = _coefficients(prediction(kind), alpha, sigma)
+    return torch.addcmul(_like(a, x) * x, _like(b, x), output.to(x.dtype))
+
+
+def from_x0(kind: str | Prediction, x0: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The network output that would give ``x0`` at the state ``x``: the inverse of `to_x0`. Shapes as there."""
+    a, b = _coefficients(prediction(kind), alpha, sigma)
+    return (x0 - _like(a, x) * x) / _like(b, x)
+
+
+def convert(source: str | Prediction, target: str | Prediction, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """One prediction type as another, at the same state. Shapes as in `to_x0`."""
+    return from_x0(target, to_x0(source, output, x, alpha, sigma), x, alpha, sigma)

@@ -1,0 +1,136 @@
+"""The one sampling loop, and noise that belongs to a sample rather than to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import ModelError, SolverError
+from fewstep.core.sampler import Sampler
+from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.tableau import Nodes, Tableau, advance
+
+__all__ = ["Cond", "Denoiser", "Step", "sample", "seeded_noise", "start_noise"]
+
+Cond = Any  # whatever the network is conditioned on: labels [B], a dict of tensors [B, ...], or None
+
+
+class Denoiser(Protocol):
+    """A model with its noise schedule: ``(x [B, *D], t [] or [B], cond) -> x0 [B, *D]``, the posterior mean of the clean image."""
+
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor: ...
+
+
+class Step(NamedTuple):
+    """What `sample` shows an observer after each evaluation."""
+
+    i: int  # evaluation, 0 .. N-1
+    t: Tensor  # [] its time
+    x: Tensor  # [B, *D] the state it was evaluated at
+    x0: Tensor  # [B, *D] the denoiser's answer
+    x_next: Tensor  # [B, *D] where the next evaluation happens; the sample itself after the last
+
+
+def seeded_noise(seeds: Sequence[int] | Tensor, shape: Sequence[int], *, stream: int = 0) -> Tensor:
+    """Standard normal noise ``[len(seeds), *shape]``, float32 on the CPU; row ``k`` depends on ``seeds[k]`` alone.
+
+    So a seed gives the same picture whatever the batch it is in, the device and the number of processes.
+    Stream 0 of seed ``s`` is what ``torch.manual_seed(s)`` would start with; other streams are independent of it.
+    """
+    rows = []
+    for seed in torch.as_tensor(seeds).tolist():
+        generator = torch.Generator().manual_seed(_mix(int(seed), stream))
+        rows.append(torch.randn(tuple(shape), generator=generator))
+    return torch.stack(rows) if rows else torch.empty(0, *shape)
+
+
+def _mix(seed: int, stream: int) -> int:
+    """A seed for (seed, stream): the finaliser of splitmix64, which maps different inputs to unrelated outputs."""
+    if stream == 0:
+        return seed
+    z = (seed + 0x9E3779B97F4A7C15 * stream) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return (z ^ (z >> 31)) % 2**63
+
+
+def start_noise(nodes: Nodes, seeds: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:
+    """The start ``x_T = sigma_T eps`` of the sampling ODE, ``[len(seeds), *shape]``, seeded per sample."""
+    return seeded_noise(seeds, shape) * nodes.sigma[0].float()
+
+
+def sample(
+    denoiser: Denoiser,
+    sampler: Sampler | Tableau,
+    x: Tensor,
+    cond: Cond = None,
+    *,
+    seeds: Sequence[int] | Tensor | None = None,
+    observe: Callable[[Step], None] | None = None,
+) -> Tensor:
+    """Run a sampler from ``x [B, *D]`` at its first time to its last.
+
+    The state is kept in at least float32; the denoiser is called with it once per row of the tableau, at a float64 ``t []``.
+    Gradients flow through everything; wrap the call in ``torch.no_grad()`` when none are wanted.
+
+    Args:
+        denoiser: the model; its schedule must be the sampler's.
+        sampler: a `Sampler`, or a bare `Tableau`.
+        x: start, see `start_noise`.
+        cond: handed to the denoiser unchanged.
+        seeds: one per sample, for samplers that add noise.
+        observe: called after every evaluation.
+
+    Raises:
+        ModelError: the denoiser's schedule is another, its output has another shape, or is not finite (which evaluation).
+        SolverError: a stochastic sampler without seeds.
+    """
+    tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
+    nodes = tableau.nodes
+    _check_schedule(nodes, denoiser.schedule)
+    if tableau.stochastic and (seeds is None or len(seeds) != len(x)):
+        raise SolverError(f"this sampler adds noise: pass seeds=, one for each of the {len(x)} samples")
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    times, state, finite = nodes.t.detach() if not nodes.t.requires_grad else nodes.t, tableau.start(x), []
+    for i, row in enumerate(tableau.rows(x)):
+        x0 = denoiser(state.x, times[i], cond)
+        if x0.shape != x.shape:
+            raise ModelError(f"the denoiser answered shape {tuple(x0.shape)} to a state of shape {tuple(x.shape)}")
+        x0 = x0.to(x.dtype)
+        finite.append(torch.isfinite(x0).all())
+        noise = None
+        if row.noise is not None and seeds is not None:
+            noise = seeded_noise(seeds, x.shape[1:], stream=i + 1).to(x.dtype).to(x.device)
+        before, state = state, advance(row, state, x0, noise)
+        if observe is not None:
+            observe(Step(i, times[i], before.x, x0, state.x))
+    _check_finite(torch.stack(finite), nodes)
+    return state.x
+
+
+def _check_finite(finite: Tensor, nodes: Nodes) -> None:
+    """One look at the end, so that no step waits for the device."""
+    bad = (~finite).nonzero()
+    if len(bad):
+        i = int(bad[0])
+        raise ModelError(
+            f"the network's output is not finite (NaN or infinite) at evaluation {i + 1} of {nodes.evaluations}, t = {nodes.t[i]:g}, "
+            f"sigma = {nodes.sigma[i]:g}: check its weights and dtype, or clip its inputs"
+        )
+
+
+def _check_schedule(nodes: Nodes, schedule: NoiseSchedule) -> None:
+    t = nodes.t.detach()
+    for name, ours, theirs in (("alpha", nodes.alpha, schedule.alpha(t)), ("sigma", nodes.sigma, schedule.sigma(t))):
+        wrong = (~torch.isclose(ours.detach(), theirs, rtol=1e-6, atol=1e-9)).nonzero()
+        if len(wrong):
+            i = int(wrong[0])
+            raise ModelError(
+                f"the sampler was made for another noise schedule: at t = {t[i]:g} it has {name} = {ours[i]:g}, the model {theirs[i]:g}"
+            )

@@ -1,0 +1,279 @@
+r"""Noise schedules: the laws ``alpha(t), sigma(t)`` of the forward process ``x_t = alpha_t x0 + sigma_t eps``.
+
+Every law also gives ``lam(t) = log(alpha/sigma)`` by a formula of its own, accurate where ``alpha`` or ``sigma``
+underflows, and the inverse ``t_of_lam``. All methods map tensors elementwise, keep dtype and device, and are differentiable.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import ModelError, look_up
+
+__all__ = ["DiscreteVP", "NoiseSchedule", "RectifiedFlow", "VarianceExploding", "VPCosine", "VPLinear", "schedule_from_config"]
+
+
+class NoiseSchedule(Protocol):
+    """An immutable noise law. ``t_max`` is where sampling starts, ``t_min`` where it ends unless a grid says otherwise,
+    and ``t_clean`` the time at which ``sigma`` is zero.
+    """
+
+    @property
+    def t_max(self) -> float: ...
+    @property
+    def t_min(self) -> float: ...
+    @property
+    def t_clean(self) -> float: ...
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Signal scale at ``t``. ``[*] -> [*]``."""
+        ...
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise scale at ``t``. ``[*] -> [*]``."""
+        ...
+
+    def lam(self, t: Tensor) -> Tensor:
+        """``log(alpha/sigma)`` at ``t``; ``-inf`` where alpha is 0 and ``+inf`` where sigma is 0. ``[*] -> [*]``."""
+        ...
+
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        """The inverse of `lam`. ``[*] -> [*]``."""
+        ...
+
+    def to_config(self) -> dict[str, Any]:
+        """A JSON-able description that `schedule_from_config` reads back."""
+        ...
+
+
+class _VariancePreserving(ABC):
+    """Laws with ``alpha^2 + sigma^2 = 1`` given by ``log alpha``: sigma and lam follow without cancellation."""
+
+    @abstractmethod
+    def log_alpha(self, t: Tensor) -> Tensor: ...
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(self.log_alpha(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(-torch.expm1(2 * self.log_alpha(t)))
+
+    def lam(self, t: Tensor) -> Tensor:
+        log_alpha = self.log_alpha(t)
+        return log_alpha - 0.5 * torch.log(-torch.expm1(2 * log_alpha))
+
+
+@dataclass(frozen=True)
+class VPLinear(_VariancePreserving):
+    r"""The linear VP law in continuous time, ``beta(t) = beta_min + t (beta_max - beta_min)`` (Song et al., arXiv 2011.13456)."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 1e-3
+    t_max: float = 1.0
+    t_clean: float = 0.0
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
+
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        q = 0.5 * torch.nn.functional.softplus(-2 * lam, threshold=1e9)  # -log alpha; solve a t^2 + b t = q without cancellation
+        a, b = (self.beta_max - self.beta_min) / 4, self.beta_min / 2
+        return 2 * q / (b + torch.sqrt(b * b + 4 * a * q))
+
+    def to_config(self) -> dict[str, Any]:
+        return {"law": "vp-linear", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class VPCosine(_VariancePreserving):
+    r"""The cosine VP law, ``alpha = cos(pi/2 (t+s)/(1+s)) / cos(pi/2 s/(1+s))`` (Nichol and Dhariwal, arXiv 2102.09672)."""
+
+    s: float = 0.008
+    t_min: float = 1e-3
+    t_max: float = 0.9946
+    t_clean: float = 0.0
+
+    def _log_cos(self, t: Tensor | float) -> Tensor:
+        return torch.log(torch.cos(torch.as_tensor(t) * (math.pi / 2 / (1 + self.s)) + math.pi / 2 * self.s / (1 + self.s)))
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return self._log_cos(t) - self._log_cos(torch.zeros((), dtype=t.dtype, device=t.device))
+
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        log_alpha = -0.5 * torch.nn.functional.softplus(-2 * lam, threshold=1e9)
+        cos = torch.exp(log_alpha + self._log_cos(torch.zeros((), dtype=lam.dtype, device=lam.device)))
+        return torch.acos(cos) * (2 * (1 + self.s) / math.pi) - self.s
+
+    def to_config(self) -> dict[str, Any]:
+        return {"law": "vp-cosine", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class VarianceExploding:
+    r"""``alpha = 1, sigma = t``: the law of VE models and of EDM (Karras et al., arXiv 2206.00364), whose time is the noise level."""
+
+    t_min: float = 0.002
+    t_max: float = 80.0
+    t_clean: float = 0.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def lam(self, t: Tensor) -> Tensor:
+        return -torch.log(t)
+
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        return torch.exp(-lam)
+
+    def to_config(self) -> dict[str, Any]:
+        return {"law": "edm", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    r"""``x_t = (1 - u) x0 + u eps`` with ``u = shift t / (1 + (shift - 1) t)`` (Liu et al., arXiv 2209.03003; the shift is that
+    of Esser et al., arXiv 2403.03206). Sampling starts at ``alpha = 0`` and ends at ``sigma = 0``, both exact.
+    The time a network of this family expects is ``u`` (often times 1000), that is ``sigma(t)``.
+    """
+
+    shift: float = 1.0
+    t_min: float = 0.0
+    t_max: float = 1.0
+    t_clean: float = 0.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (1 - t) / (1 + (self.shift - 1) * t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def lam(self, t: Tensor) -> Tensor:
+        return torch.log1p(-t) - torch.log(self.shift * t)
+
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        return torch.sigmoid(-lam - math.log(self.shift))
+
+    def to_config(self) -> dict[str, Any]:
+        return {"law": "flow", **asdict(self)}
+
+
+@dataclass(frozen=True, eq=False)
+class DiscreteVP:
+    r"""A model trained on a table ``alphas_cumprod [T]``; its times are ``0 .. T-1`` and ``t = -1`` is the clean image.
+
+    Between the table's times the angle ``theta = arctan(sigma/alpha)`` is interpolated linearly. It is finite at both ends,
+    so a table with zero terminal SNR needs no special case.
+    """
+
+    theta: Tensor  # [T+1] float64, theta[0] = 0 is the clean image, theta[k+1] belongs to time k
+
+    def __post_init__(self) -> None:
+        step = torch.diff(self.theta)
+        if self.theta.ndim != 1 or len(self.theta) < 3 or not bool(torch.isfinite(self.theta).all()) or bool((step <= 0).any()):
+            raise ModelError("alphas_cumprod must be a 1-d table of at least 2 numbers, strictly decreasing within [0, 1)")
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> DiscreteVP:
+        """From ``prod (1 - beta)``, ``[T]``. A float32 table is taken at its exact float32 values."""
+        table = torch.as_tensor(alphas_cumprod)
+        theta = torch.atan2(torch.sqrt((1 - table).double()), torch.sqrt(table.double()))
+        return cls(torch.cat([torch.zeros(1, dtype=torch.float64), theta.cpu()]))
+
+    @classmethod
+    def from_betas(cls, betas: Tensor) -> DiscreteVP:
+        """From the variances ``beta [T]``, multiplied up in the dtype given."""
+        return cls.from_alphas_cumprod(torch.cumprod(1 - torch.as_tensor(betas), dim=0))
+
+    @classmethod
+    def linear(cls, count: int = 1000, start: float = 1e-4, end: float = 0.02) -> DiscreteVP:
+        """Betas linear in time (DDPM, arXiv 2006.11239)."""
+        return cls.from_betas(torch.linspace(start, end, count, dtype=torch.float64))
+
+    @classmethod
+    def scaled_linear(cls, count: int = 1000, start: float = 0.00085, end: float = 0.012) -> DiscreteVP:
+        """Square roots of betas linear in time (latent diffusion, arXiv 2112.10752)."""
+        return cls.from_betas(torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2)
+
+    @classmethod
+    def squared_cosine(cls, count: int = 1000, max_beta: float = 0.999) -> DiscreteVP:
+        """Alphas_cumprod from a squared cosine, betas capped (improved DDPM, arXiv 2102.09672)."""
+        t = torch.arange(count + 1, dtype=torch.float64) / count
+        bar = torch.cos((t + 0.008) / 1.008 * (math.pi / 2)) ** 2
+        return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta))
+
+    def zero_terminal_snr(self) -> DiscreteVP:
+        """The table shifted and scaled in ``alpha`` so that the last one is exactly 0 (Lin et al., arXiv 2305.08891, algorithm 1)."""
+        alpha = torch.cos(self.theta[1:])
+        alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+        return DiscreteVP.from_alphas_cumprod(alpha**2)
+
+    @property
+    def t_max(self) -> float:
+        return float(len(self.theta) - 2)
+
+    @property
+    def t_min(self) -> float:
+        return 0.0
+
+    @property
+    def t_clean(self) -> float:
+        return -1.0
+
+    @property
+    def times(self) -> Tensor:
+        """Where a grid may lie when the network only knows its own times: ``-1`` (clean) and ``0 .. T-1``. ``[T+1]``."""
+        return torch.arange(len(self.theta), dtype=torch.float64) - 1
+
+    def _theta_at(self, t: Tensor) -> Tensor:
+        theta = self.theta.to(t.device, t.dtype)
+        index = t.detach().floor().long().clamp(-1, len(theta) - 3) + 1
+        weight = t + 1 - index
+        return theta[index] + weight * (theta[index + 1] - theta[index])
+
+    def alpha(self, t: Tensor) -> Tensor:
+        theta = self._theta_at(t)
+        return torch.where(theta == math.pi / 2, torch.zeros_like(theta), torch.cos(theta))  # cos(pi/2) rounds to 6e-17
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(self._theta_at(t))
+
+    def lam(self, t: Tensor) -> Tensor:
+        return torch.log(self.alpha(t)) - torch.log(self.sigma(t))
+
+    def t_of_lam(self, lam: Tensor) -> Tensor:
+        theta, table = torch.atan(torch.exp(-lam)), self.theta.to(lam.device, lam.dtype)
+        index = (torch.searchsorted(table, theta.detach().contiguous(), right=True) - 1).clamp(0, len(table) - 2)
+        return index - 1 + (theta - table[index]) / (table[index + 1] - table[index])
+
+    def to_config(self) -> dict[str, Any]:
+        return {"law": "discrete-vp", "theta": self.theta.tolist()}
+
+
+_LAWS = {"vp-linear": VPLinear, "vp-cosine": VPCosine, "edm": VarianceExploding, "flow": RectifiedFlow}
+
+
+def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The schedule that `NoiseSchedule.to_config` described.
+
+    Raises:
+        ModelError: for an unknown law or fields that it does not have.
+    """
+    fields = dict(config)
+    law = str(fields.pop("law", None))
+    if law == "discrete-vp":
+        return DiscreteVP(torch.tensor(fields["theta"], dtype=torch.float64))
+    try:
+        return look_up(law, _LAWS, "noise schedule", ModelError)(**fields)
+    except TypeError as error:
+        raise ModelError(f"noise schedule {law!r}: {error}") from error

@@ -1,0 +1,240 @@
+r"""A solver is a formula; a formula on a grid is a tableau; one kernel runs every tableau.
+
+Every few-step solver on a fixed grid is affine in what it keeps: the state to evaluate next ``x``, the state it steps from
+(``anchor``), and what it recorded of past evaluations (``history``, newest first). One row per network evaluation says
+
+    h       = r0 x + r1 x0                                          what to remember of this evaluation
+    anchor' = sum_k A[0,k] (anchor, x, h_0, ..., h_{K-1})_k + bias_0
+    x'      = sum_k A[1,k] (anchor, x, h_0, ..., h_{K-1})_k + bias_1 + noise * xi
+
+which is a general linear method (Butcher, 1966). `tabulate` finds the numbers by running the solver's formulas on the
+unit vectors, once, in float64; `advance` is the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import SolverError
+from fewstep.core.grid import TimeGrid
+from fewstep.core.schedule import NoiseSchedule
+
+__all__ = ["Nodes", "Row", "Solver", "State", "Tableau", "advance", "tabulate"]
+
+
+class Nodes(NamedTuple):
+    """Where the network is evaluated, and the end: each ``[N+1]`` float64. ``lam`` may be infinite at either end."""
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    lam: Tensor
+
+    @classmethod
+    def at(cls, schedule: NoiseSchedule, t: Tensor) -> Nodes:
+        """The nodes at the times ``t [N+1]``."""
+        return cls(t, schedule.alpha(t), schedule.sigma(t), schedule.lam(t))
+
+    @property
+    def evaluations(self) -> int:
+        """``N``."""
+        return len(self.t) - 1
+
+
+class Solver(Protocol):
+    """What an author writes: hyper-parameters and formulas, in the paper's notation. No state, no loop, no order logic.
+
+    Subclass it explicitly as a frozen dataclass; a multistep solver needs to define `update` alone.
+    """
+
+    references: ClassVar[tuple[str, ...]] = ()  # arXiv ids
+    stages: ClassVar[int] = 1  # evaluations per grid interval
+
+    @property
+    def order(self) -> int:
+        """The claimed order of convergence; the test suite holds the solver to it."""
+        ...
+
+    @property
+    def memory(self) -> int:
+        """``K``, how many recorded evaluations the formulas read."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``*E``, the shape of one coefficient: ``()`` unless the solver carries per-channel or per-element numbers."""
+        return ()
+
+    def steps_for(self, nfe: int, *, to_clean: bool = False) -> int:
+        """Grid intervals that use exactly ``nfe`` evaluations; ``to_clean`` if the grid ends at ``sigma = 0``, where a
+        solver of several stages takes one evaluation for the last interval (as EDM does).
+
+        Raises:
+            SolverError: if ``nfe`` is below 1, or this solver cannot use exactly that many.
+        """
+        if nfe != int(nfe) or nfe < 1:
+            raise SolverError(f"nfe must be a whole number of at least 1, got {nfe}")
+        extra = 1 if to_clean and self.stages > 1 else 0
+        steps, left = divmod(int(nfe) - extra, self.stages)
+        if left or steps + extra < 1:
+            near = sorted({max(s, 1 - extra) * self.stages + extra for s in (steps, steps + 1)})
+            raise SolverError(
+                f"{type(self).__name__} takes {self.stages} evaluations a step and cannot use exactly {nfe}: use {' or '.join(map(str, near))}"
+            )
+        return steps + extra
+
+    def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
+        """Where to evaluate on this grid; by default once per interval, at its start."""
+        return Nodes.at(schedule, grid.t)
+
+    def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
+        """What to remember of evaluation ``i``; by default ``x0``."""
+        return x0
+
+    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """``(anchor', x')`` after evaluation ``i``, affine in the tensors given; ``history[0]`` is evaluation ``i`` itself."""
+        ...
+
+    def noise(self, nodes: Nodes, i: int) -> Tensor:
+        """Standard deviation of the noise added to ``x'`` after evaluation ``i``; 0 for an ODE solver."""
+        return torch.zeros((), dtype=torch.float64)
+
+
+class State(NamedTuple):
+    """``x [B, *D]`` is where to evaluate next. ``anchor`` is ``None`` where no row of the tableau reads it."""
+
+    x: Tensor
+    anchor: Tensor | None
+    history: tuple[Tensor, ...]  # K tensors [B, *D], newest first
+
+
+class Row(NamedTuple):
+    """One row of a tableau, ready for a device and dtype. ``None`` stands for a coefficient that is zero in every row."""
+
+    record: tuple[Tensor | None, Tensor | None] | None  # None: remember x0 as it is
+    anchor: tuple[Tensor | None, ...] | None  # None: nothing reads the anchor
+    x: tuple[Tensor | None, ...]
+    bias: tuple[Tensor | None, Tensor | None]
+    noise: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Tableau:
+    """A solver on a grid, as numbers. It runs anywhere `advance` runs, without the solver's code."""
+
+    nodes: Nodes
+    record: Tensor  # [N, 2, *E]        weights of x and x0 in what is remembered
+    update: Tensor  # [N, 2, 2+K, *E]   rows anchor', x'; columns anchor, x, history
+    bias: Tensor  # [N, 2, *E]
+    noise: Tensor  # [N]
+
+    @property
+    def memory(self) -> int:
+        """``K``."""
+        return self.update.shape[2] - 2
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any row adds noise."""
+        return bool((self.noise != 0).any())
+
+    @cached_property
+    def _used(self) -> tuple[list[bool], list[list[bool]], list[bool], bool]:
+        """Which coefficients are zero in no row at all: known before the loop, so the kernel has no branches on numbers."""
+
+        def nonzero(table: Tensor, columns: int) -> list[bool]:
+            return (table.detach() != 0).movedim(1, 0).reshape(columns, -1).any(1).tolist()
+
+        width = self.update.shape[2]
+        return (
+            nonzero(self.record, 2),
+            [nonzero(self.update[:, output], width) for output in (0, 1)],
+            nonzero(self.bias, 2),
+            self.stochastic,
+        )
+
+    def rows(self, x: Tensor) -> list[Row]:
+        """All rows in the dtype and on the device of ``x [B, *D]``: one transfer, nothing left to do in the loop."""
+
+        def ready(table: Tensor) -> Tensor:
+            return table.to(x.dtype).to(x.device)
+
+        record, update, bias, noise = map(ready, (self.record, self.update, self.bias, self.noise))
+        used_record, used_update, used_bias, used_noise = self._used
+        plain = used_record == [False, True] and bool((self.record.detach()[:, 1] == 1).all())
+        reads_anchor = used_update[0][0] or used_update[1][0]
+
+        def pick(values: Tensor, used: list[bool]) -> tuple[Tensor | None, ...]:
+            return tuple(value if keep else None for value, keep in zip(values.unbind(0), used, strict=True))
+
+        return [
+            Row(
+                record=None if plain else pick(record[i], used_record),  # type: ignore[arg-type]
+                anchor=pick(update[i, 0], used_update[0]) if reads_anchor else None,
+                x=pick(update[i, 1], used_update[1]),
+                bias=pick(bias[i], used_bias),  # type: ignore[arg-type]
+                noise=noise[i] if used_noise else None,
+            )
+            for i in range(len(record))
+        ]
+
+    def start(self, x: Tensor) -> State:
+        """The state before the first evaluation, at ``x [B, *D]``."""
+        reads_anchor = self._used[1][0][0] or self._used[1][1][0]
+        return State(x, x if reads_anchor else None, (torch.zeros_like(x),) * self.memory)
+
+
+def _combine(coefficients: tuple[Tensor | None, ...], tensors: tuple[Tensor | None, ...], bias: Tensor | None = None) -> Tensor:
+    total = None
+    for coefficient, tensor in zip(coefficients, tensors, strict=True):
+        if coefficient is not None and tensor is not None:
+            total = coefficient * tensor if total is None else total.addcmul_(coefficient, tensor)
+    if total is None:
+        raise SolverError("a tableau with an output that depends on nothing cannot be run")
+    return total if bias is None else total.add_(bias)
+
+
+def advance(row: Row, state: State, x0: Tensor, noise: Tensor | None = None) -> State:
+    """One step of any solver: from the network's answer ``x0 [B, *D]`` at ``state.x`` to where it is evaluated next.
+
+    ``noise`` is standard normal ``[B, *D]``, wanted where ``row.noise`` is not ``None``.
+    """
+    h = x0 if row.record is None else _combine(row.record, (state.x, x0))
+    history = (h, *state.history[:-1]) if state.history else ()
+    basis = (state.anchor, state.x, *history)
+    x = _combine(row.x, basis, row.bias[1])
+    if row.noise is not None and noise is not None:
+        x = torch.addcmul(x, row.noise, noise)
+    anchor = None if row.anchor is None else _combine(row.anchor, basis, row.bias[0])
+    return State(x, anchor, history)
+
+
+def tabulate(solver: Solver, nodes: Nodes) -> Tableau:
+    """The solver's numbers on these nodes: its own formulas, run on the origin and the unit vectors in float64.
+
+    Differentiable in the nodes, so that a grid can be learned through it.
+
+    Raises:
+        SolverError: a coefficient that is not finite (which evaluation, between which times).
+    """
+    width, dims = 2 + solver.memory, (1,) * len(solver.shape)
+    probes = torch.cat([torch.zeros(1, width, dtype=torch.float64), torch.eye(width, dtype=torch.float64)])
+    anchor, x, *history = (column.reshape(-1, *dims) for column in probes.unbind(1))  # each [3+K, *1]
+    record, update, bias, noise = [], [], [], []
+    for i in range(nodes.evaluations):
+        unit_x, unit_x0 = torch.eye(2, dtype=torch.float64).reshape(2, 2, *dims)
+        outputs = torch.stack([o.expand(len(probes), *solver.shape) for o in solver.update(nodes, i, anchor, x, history)])
+        record.append(solver.record(nodes, i, unit_x, unit_x0).expand(2, *solver.shape))
+        update.append(outputs[:, 1:] - outputs[:, :1])
+        bias.append(outputs[:, 0])
+        noise.append(solver.noise(nodes, i))
+        if not all(bool(torch.isfinite(table[-1]).all()) for table in (record, update, bias, noise)):
+            raise SolverError(
+                f"{type(solver).__name__} has no finite coefficients at evaluation {i}, from t = {nodes.t[i]:g} to {nodes.t[i + 1]:g}"
+            )
+    return Tableau(nodes, *map(torch.stack, (record, update, bias, noise)))

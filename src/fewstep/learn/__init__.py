@@ -1,0 +1,1 @@
+"""What is learned: teachers, and (later) statistics, grids, coefficients and operators. Everything long resumes."""

@@ -1,0 +1,141 @@
+"""The one training loop: AdamW, warm-up and cosine, EMA, checkpoints that resume exactly, any number of processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.errors import ArtifactError
+from fewstep.core.sampler import read_json, write_whole
+
+__all__ = ["LoopConfig", "run_loop"]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How to train. ``batch`` counts samples over all processes."""
+
+    steps: int
+    batch: int = 96
+    lr: float = 1e-3
+    warmup: int = 200
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+    checkpoint_every: int = 500
+    mixed_precision: str = "no"  # accelerate's names: no, bf16, fp16
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then half a cosine to 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+
+def run_loop(
+    network: nn.Module,
+    loss: Callable[[nn.Module, int, torch.Generator], Tensor],
+    config: LoopConfig,
+    folder: Path,
+    *,
+    observe: Callable[[int, float], None] | None = None,
+) -> nn.Module:
+    """Train ``network`` and return it with its averaged (EMA) weights.
+
+    Every step draws its data and noise from a generator seeded by ``(seed, step, process)``, so a run that was killed and
+    resumed ends with the same weights as one that was not. The checkpoint lies in ``folder/checkpoint`` and goes when done.
+
+    Args:
+        loss: ``(network, batch size of this process, generator) -> scalar``.
+        observe: called with the step and the mean loss since the last call, about 100 times a run.
+
+    Raises:
+        ArtifactError: the folder holds a checkpoint of a run with another configuration.
+    """
+    from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
+
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    network, optimizer = accelerator.prepare(network, optimizer)
+    bare = accelerator.unwrap_model(network)
+    ema = EMAModel(bare.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75)
+    ema.to(accelerator.device)
+    accelerator.register_for_checkpointing(ema)
+    first = _resume(accelerator, folder, config)
+    local_batch = max(1, config.batch // accelerator.num_processes)
+    every, total, counted = max(1, config.steps // 100), torch.zeros((), device=accelerator.device), 0
+    network.train()
+    step = first
+    try:
+        for step in range(first, config.steps):
+            generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 4099 + accelerator.process_index)
+            torch.manual_seed(generator.initial_seed())  # dropout
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr_at(step)
+            value = loss(network, local_batch, generator)
+            accelerator.backward(value)
+            accelerator.clip_grad_norm_(network.parameters(), config.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(bare.parameters())
+            total, counted = total + value.detach(), counted + 1
+            if (step + 1) % every == 0 or step + 1 == config.steps:
+                mean = float(accelerator.gather(total[None] / counted).mean())
+                if not math.isfinite(mean):
+                    raise ArtifactError(f"the loss is not finite at step {step + 1}: lower lr; the last checkpoint is kept in {folder}")
+                total, counted = torch.zeros_like(total), 0
+                if observe is not None and accelerator.is_main_process:
+                    observe(step + 1, mean)
+            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+                _checkpoint(accelerator, folder, config, step + 1)
+    except KeyboardInterrupt:
+        _checkpoint(accelerator, folder, config, step)
+        raise
+    ema.copy_to(bare.parameters())
+    accelerator.wait_for_everyone()
+    return bare.eval()
+
+
+def forget_checkpoint(folder: Path) -> None:
+    """Remove the checkpoint of a finished run."""
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+
+
+def _checkpoint(accelerator: Any, folder: Path, config: LoopConfig, step: int) -> None:  # noqa: ANN401
+    """Save beside the old checkpoint, then swap, so that one whole checkpoint exists at any time."""
+    new, current, old = folder / "checkpoint.new", folder / "checkpoint", folder / "checkpoint.old"
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(new, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(new))
+    if accelerator.is_main_process:
+        write_whole(new / "loop.json", json.dumps({"step": step, "config": repr(config)}).encode())
+        shutil.rmtree(old, ignore_errors=True)
+        if current.exists():
+            current.rename(old)
+        new.rename(current)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def _resume(accelerator: Any, folder: Path, config: LoopConfig) -> int:  # noqa: ANN401
+    current, old = folder / "checkpoint", folder / "checkpoint.old"
+    found = current if (current / "loop.json").exists() else old if (old / "loop.json").exists() else None
+    if found is None:
+        return 0
+    meta = read_json(found / "loop.json")
+    if meta.get("config") != repr(config):
+        raise ArtifactError(f"{found} belongs to another run ({meta.get('config')}): remove it, or train with those options")
+    accelerator.load_state(str(found))
+    return int(meta["step"])

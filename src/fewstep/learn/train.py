@@ -1,0 +1,166 @@
+"""The reference trainer: a small diffusion model on a set of images, as a folder that the loaders read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.errors import FewstepError
+from fewstep.core.prediction import EDM, from_x0, prediction
+from fewstep.core.sampler import write_whole
+from fewstep.core.schedule import DiscreteVP, NoiseSchedule, VarianceExploding
+from fewstep.learn.loop import LoopConfig, forget_checkpoint, run_loop
+from fewstep.models.data import Images
+from fewstep.models.denoiser import AdaptedDenoiser, edm_time, unet_call
+
+__all__ = ["TrainConfig", "train"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train. ``kind`` is ``edm`` (preconditioned, continuous noise levels, saved with ``fewstep.json``) or ``ddpm``
+    (epsilon prediction, 1000 linear betas, saved as a diffusers pipeline folder).
+    """
+
+    kind: str
+    conditional: bool = False
+    label_dropout: float = 0.1
+    channels: tuple[int, ...] = (48, 64)
+    layers: int = 1
+    dropout: float = 0.1
+    p_mean: float = -0.6  # of log sigma, EDM's training distribution
+    p_std: float = 1.6
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("edm", "ddpm"):
+            raise FewstepError(f"unknown kind of model {self.kind!r}: edm or ddpm")
+
+
+def train(
+    images: Images, config: TrainConfig, loop: LoopConfig, out: Path, *, command: str, observe: Callable[[int, float], None] | None = None
+) -> Path:
+    """Train, save the EMA weights under ``out`` and return it; a killed run continues from its last checkpoint.
+
+    Raises:
+        FewstepError: class-conditional training on images without labels; an output folder that holds a finished model.
+    """
+    if (out / "unet" / "config.json").exists():
+        raise FewstepError(f"{out} already holds a trained model: choose another folder, or remove it")
+    if config.conditional and images.labels is None:
+        raise FewstepError(f"{images.name} has no labels: train without --conditional")
+    network = _network(images, config)
+    denoiser, levels = _problem(network, images, config)
+    result = run_loop(network, _loss(denoiser, images, config, levels), loop, out, observe=observe)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return out
+    _save(result, denoiser, images, config, loop, out, command)
+    forget_checkpoint(out)
+    return out
+
+
+def _network(images: Images, config: TrainConfig) -> nn.Module:
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    _, channels, height, _ = images.x.shape
+    depth = len(config.channels)
+    classes = int(images.labels.max()) + 1 if config.conditional and images.labels is not None else None
+    return UNet2DModel(
+        sample_size=height,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=config.channels,
+        layers_per_block=config.layers,
+        down_block_types=("DownBlock2D",) * (depth - 1) + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
+        norm_num_groups=16,
+        attention_head_dim=32,
+        dropout=config.dropout,
+        num_class_embeds=None if classes is None else classes + 1,  # the last one is the null label
+    )
+
+
+def _problem(network: nn.Module, images: Images, config: TrainConfig) -> tuple[AdaptedDenoiser, Callable[[int, torch.Generator], Tensor]]:
+    """The denoiser to train, and how training draws its times ``[b]``."""
+    schedule: NoiseSchedule
+    if config.kind == "edm":
+        schedule = VarianceExploding()
+        denoiser = AdaptedDenoiser(network, schedule, EDM(round(float(images.x.std()), 2)), edm_time, unet_call)
+        return denoiser, lambda b, g: torch.exp(config.p_mean + config.p_std * torch.randn(b, generator=g))
+    schedule = DiscreteVP.from_betas(torch.linspace(1e-4, 0.02, 1000))
+    denoiser = AdaptedDenoiser(network, schedule, "epsilon", call=unet_call)
+    return denoiser, lambda b, g: torch.randint(1000, (b,), generator=g).float()
+
+
+def _loss(denoiser: AdaptedDenoiser, images: Images, config: TrainConfig, levels: Callable[[int, torch.Generator], Tensor]) -> Any:  # noqa: ANN401
+    """Denoising score matching in the network's own output: for EDM that is its loss weighting, for epsilon the simple loss."""
+    kind = prediction(denoiser.prediction)
+    null = 0 if images.labels is None else int(images.labels.max()) + 1
+
+    def loss(network: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
+        device = next(network.parameters()).device
+        index = torch.randint(len(images.x), (batch,), generator=generator)
+        x0 = images.dequantised(index, generator).to(device)
+        t = levels(batch, generator).to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        cond = None
+        if config.conditional and images.labels is not None:
+            drop = torch.rand(batch, generator=generator) < config.label_dropout
+            cond = torch.where(drop, torch.tensor(null), images.labels[index]).to(device)
+        alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
+        column = (-1,) + (1,) * (x0.ndim - 1)
+        x = alpha.reshape(column) * x0 + sigma.reshape(column) * noise
+        scale = 1.0 if kind.input_scale is None else kind.input_scale(alpha, sigma).reshape(column)
+        output = unet_call(network, x * scale, denoiser.time(t), cond)
+        return (output.float() - from_x0(kind, x0, x, alpha, sigma)).square().mean()
+
+    return loss
+
+
+def _save(network: Any, denoiser: AdaptedDenoiser, images: Images, config: TrainConfig, loop: LoopConfig, out: Path, command: str) -> None:  # noqa: ANN401
+    shape = list(images.x.shape[1:])
+    if config.kind == "ddpm":
+        from diffusers import DDPMPipeline, DDPMScheduler
+
+        DDPMPipeline(network, DDPMScheduler(num_train_timesteps=1000, clip_sample=True)).save_pretrained(out)
+    else:
+        meta = {
+            "format": "fewstep-model",
+            "version": 1,
+            "prediction": prediction(denoiser.prediction).name,
+            "schedule": denoiser.schedule.to_config(),
+            "shape": shape,
+            "null_label": int(images.labels.max()) + 1 if config.conditional and images.labels is not None else None,
+        }
+        network.save_pretrained(out / "unet")
+        write_whole(out / "fewstep.json", (json.dumps(meta, indent=1) + "\n").encode())
+    write_whole(out / "README.md", _card(network, images, config, loop, command, out.name).encode())
+
+
+def _card(network: nn.Module, images: Images, config: TrainConfig, loop: LoopConfig, command: str, name: str) -> str:
+    size = sum(p.numel() for p in network.parameters())
+    rows = "\n".join(f"| {key} | {value} |" for key, value in {**asdict(config), **asdict(loop)}.items())
+    return f"""# {name}
+
+A small diffusion model of `{images.name}` ({len(images.x)} images, shape {tuple(images.x.shape[1:])}, pixels in [-1, 1],
+dequantised while training), {size:,} parameters, EMA weights. Made by
+
+```
+{command}
+```
+
+| option | value |
+|---|---|
+{rows}
+
+```python
+import fewstep
+model = fewstep.load_model("path/to/this/folder")
+```
+"""

@@ -1,0 +1,90 @@
+r"""Denoisers known in closed form: for tests, for docs, and for anyone who wants a sampling problem without a network.
+
+For data ``x0 ~ sum_k w_k N(mu_k, v_k)`` with independent elements the posterior mean at ``x = alpha x0 + sigma eps`` is
+
+    E[x0 | x] = sum_k r_k(x) ( mu_k + alpha v_k / (alpha^2 v_k + sigma^2) (x - alpha mu_k) )
+
+with ``r_k`` the posterior weights of the components.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import ModelError
+from fewstep.core.sampling import Cond
+from fewstep.core.schedule import NoiseSchedule
+
+__all__ = ["DatasetDenoiser", "GaussianDenoiser", "MixtureDenoiser"]
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureDenoiser:
+    """The exact denoiser of a Gaussian mixture.
+
+    Args:
+        means: ``[k, *D]``.
+        stds: ``[k]``, or ``[k, *D]`` per element; 0 is a point mass.
+        weights: ``[k]``, positive; normalised here. Equal by default.
+    """
+
+    schedule: NoiseSchedule
+    means: Tensor
+    stds: Tensor
+    weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.means)
+        if len(self.stds) != count or (self.weights is not None and self.weights.shape != (count,)):
+            raise ModelError(f"{count} means need as many stds and weights, got {tuple(self.stds.shape)} stds")
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """``E[x0 | x] [B, *D]`` at ``x [B, *D]`` and ``t`` (``[]`` or ``[B]``), in the dtype of ``x``; ``cond`` is ignored."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        column = (-1, 1, 1) if t.ndim else ()
+        alpha, sigma = (v.to(x.dtype).to(x.device).reshape(column) for v in (alpha, sigma))
+        means = self.means.to(x).flatten(1)  # [k, d]
+        variance = self.stds.to(x).reshape(len(means), -1) ** 2  # [k, 1] or [k, d]
+        residual = x.flatten(1)[:, None] - alpha * means  # [B, k, d]
+        spread = alpha**2 * variance + sigma**2
+        log_density = -0.5 * (residual**2 / spread + torch.log(spread)).sum(-1)
+        if self.weights is not None:
+            log_density = log_density + torch.log(self.weights.to(x))
+        posterior = torch.softmax(log_density, dim=1)  # [B, k]
+        component = means + alpha * variance / spread * residual
+        return torch.einsum("bk,bkd->bd", posterior, component).reshape(x.shape)
+
+
+class GaussianDenoiser(MixtureDenoiser):
+    """The exact denoiser of ``N(mean, std^2)``; its sampling ODE has a closed solution.
+
+    Args:
+        mean: ``[*D]``.
+        std: ``[]`` or ``[*D]``.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, mean: Tensor, std: Tensor) -> None:
+        super().__init__(schedule, mean[None], torch.as_tensor(std)[None])
+
+    def flow(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """The exact solution of the sampling ODE from ``x [B, *D]`` at time ``s`` to time ``t``: the standardised state is kept."""
+
+        def moments(time: Tensor) -> tuple[Tensor, Tensor]:
+            alpha, sigma = self.schedule.alpha(time), self.schedule.sigma(time)
+            return alpha * self.means[0], torch.sqrt(alpha**2 * self.stds[0] ** 2 + sigma**2)
+
+        (mean_s, std_s), (mean_t, std_t) = moments(s), moments(t)
+        return mean_t + std_t / std_s * (x - mean_s)
+
+
+class DatasetDenoiser(MixtureDenoiser):
+    """The exact denoiser of a data set ``[n, *D]``, every point smoothed to a Gaussian of standard deviation ``std``."""
+
+    def __init__(self, schedule: NoiseSchedule, data: Tensor, std: float) -> None:
+        if not (std >= 0 and math.isfinite(std)):
+            raise ModelError(f"std must be a finite number of at least 0, got {std}")
+        super().__init__(schedule, data, torch.full((len(data),), float(std), dtype=data.dtype))

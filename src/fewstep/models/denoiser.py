@@ -1,0 +1,91 @@
+"""From a network to a `Denoiser`: its noise schedule, what it predicts, and how it wants its time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.errors import ModelError
+from fewstep.core.prediction import Prediction, prediction, to_x0
+from fewstep.core.sampling import Cond
+from fewstep.core.schedule import NoiseSchedule
+
+__all__ = ["AdaptedDenoiser", "edm_time", "unet_call"]
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedDenoiser:
+    """Any network as a denoiser.
+
+    Args:
+        network: the module. It is called as ``call(network, x, time, cond)`` in its own dtype.
+        schedule: the noise law it was trained with.
+        prediction: what it predicts: ``epsilon``, ``sample``, ``v``, ``score``, ``flow``, ``edm(sigma_data)``.
+        time: the network's own time from the schedule's ``t``; by default ``t`` itself.
+        call: how to call it; by default ``network(x, time)``, and ``network(x, time, cond)`` when there is a condition.
+
+    Example:
+        >>> import torch, fewstep
+        >>> net = torch.nn.Module(); net.forward = lambda x, t: 0 * x
+        >>> denoiser = fewstep.AdaptedDenoiser(net, fewstep.DiscreteVP.linear(), "epsilon")
+        >>> denoiser(torch.ones(2, 3), torch.tensor(0.0)).shape
+        torch.Size([2, 3])
+    """
+
+    network: Callable[..., Tensor]
+    schedule: NoiseSchedule
+    prediction: str | Prediction
+    time: Callable[[Tensor], Tensor] = lambda t: t
+    call: Callable[..., Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prediction", prediction(self.prediction))
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """``x0 [B, *D]`` at the state ``x [B, *D]`` and time ``t`` (``[]`` or ``[B]``).
+
+        Raises:
+            ModelError: the network refused its inputs (what it said), or the prediction is undefined at ``t``.
+        """
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        kind: Prediction = self.prediction  # type: ignore[assignment] - resolved at birth
+        dtype = _dtype(self.network, x.dtype)
+        scaled = x if kind.input_scale is None else x * _aligned(kind.input_scale(alpha, sigma), x)
+        time = self.time(t).to(torch.promote_types(dtype, torch.float32)).to(x.device).expand(len(x))
+        call = self.call or _plain_call
+        try:
+            output = call(self.network, scaled.to(dtype), time, cond)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ModelError(f"the network refused a state of shape {tuple(x.shape)}: {str(error).splitlines()[0]}") from error
+        if output.shape != x.shape:
+            raise ModelError(f"the network answered shape {tuple(output.shape)} to a state of shape {tuple(x.shape)}")
+        return to_x0(kind, output, x, alpha, sigma)
+
+
+def edm_time(t: Tensor) -> Tensor:
+    """EDM's ``c_noise = log(sigma) / 4`` (arXiv 2206.00364, table 1)."""
+    return torch.log(t) / 4
+
+
+def unet_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond = None) -> Tensor:
+    """How diffusers' ``UNet2DModel`` is called; ``cond`` are class labels ``[B]``."""
+    labels = {} if cond is None else {"class_labels": cond}
+    return network(x, time, return_dict=False, **labels)[0]
+
+
+def _plain_call(network: Callable[..., Tensor], x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    return network(x, time) if cond is None else network(x, time, cond)
+
+
+def _aligned(scale: Tensor, x: Tensor) -> Tensor:
+    scale = scale.to(x.dtype).to(x.device)
+    return scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim)) if scale.ndim else scale
+
+
+def _dtype(network: object, default: torch.dtype) -> torch.dtype:
+    """The dtype the network computes in: that of its first parameter; the state's own where it has none."""
+    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    return default if parameter is None else parameter.dtype

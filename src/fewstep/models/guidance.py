@@ -1,0 +1,122 @@
+r"""Guidance and thresholding: each takes a denoiser and gives a denoiser, so they compose and no solver knows of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import ModelError
+from fewstep.core.sampling import Cond, Denoiser
+from fewstep.core.schedule import NoiseSchedule
+
+__all__ = ["classifier_free", "classifier_guided", "dynamic_threshold", "static_threshold"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Wrapped:
+    """A denoiser with the schedule of the one it wraps."""
+
+    schedule: NoiseSchedule
+    function: Callable[[Tensor, Tensor, Cond], Tensor] = field(repr=False)
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        return self.function(x, t, cond)
+
+
+def classifier_free(
+    denoiser: Denoiser, scale: float, uncond: Cond, *, interval: tuple[float, float] = (0.0, math.inf), rescale: float = 0.0
+) -> Denoiser:
+    r"""``x0 = uncond + scale (cond - uncond)`` (Ho and Salimans, arXiv 2207.12598), both from one call on a doubled batch.
+
+    Scale 1 is the conditional model at its own cost, scale 0 the unconditional one. One guided evaluation counts as one
+    network evaluation in every ``nfe`` of this library.
+
+    Args:
+        scale: guidance scale.
+        uncond: the null condition: a label, a tensor for one sample, or a dict of those; broadcast to the batch.
+        interval: noise levels ``sigma/alpha`` within which to guide; outside it the scale is 1 (Kynkaanniemi et al., arXiv 2404.07724).
+        rescale: 0..1, how far the standard deviation per sample is moved back to that of ``cond`` (Lin et al., arXiv 2305.08891, eq. 16).
+
+    Raises:
+        ModelError: a rescale outside [0, 1], an empty interval, or a call without a condition.
+    """
+    if not 0 <= rescale <= 1 or not interval[0] < interval[1] or not math.isfinite(scale):
+        raise ModelError(f"guidance wants a finite scale, rescale in [0, 1] and interval (low, high), got {scale}, {rescale}, {interval}")
+
+    def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if cond is None:
+            raise ModelError("guidance needs a condition: pass cond to sample")
+        level = torch.exp(-denoiser.schedule.lam(t.detach())).reshape(-1)
+        active = (level >= interval[0]) & (level <= interval[1])
+        if scale == 1 or not bool(active.any()):
+            return denoiser(x, t, cond)
+        both = _concatenate(_like_batch(uncond, cond), cond)
+        null, wanted = denoiser(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, both).chunk(2)
+        x0 = torch.lerp(null, wanted, scale)
+        if rescale:
+            dims = tuple(range(1, x0.ndim))
+            ratio = wanted.std(dims, keepdim=True) / x0.std(dims, keepdim=True).clamp_min(1e-12)
+            x0 = torch.lerp(x0, x0 * ratio, rescale)
+        inside = active.to(x.device).reshape((-1,) + (1,) * (x.ndim - 1))
+        return torch.where(inside, x0, wanted)
+
+    return _Wrapped(denoiser.schedule, guided)
+
+
+def classifier_guided(denoiser: Denoiser, log_prob: Callable[[Tensor, Tensor, Cond], Tensor], scale: float) -> Denoiser:
+    r"""``x0 + scale sigma^2/alpha grad_x log p(cond | x, t)`` (Dhariwal and Nichol, arXiv 2105.05233): the guided score as an ``x0``.
+
+    Args:
+        log_prob: ``(x [B, *D], t, cond) -> [B]``. At ``alpha = 0`` the state knows nothing of the class and no guidance is added.
+    """
+
+    def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        x0 = denoiser(x, t, cond)
+        alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(log_prob(leaf, t, cond).sum(), leaf)
+        gain = torch.where(alpha > 0, scale * sigma**2 / alpha, torch.zeros_like(alpha))
+        return x0 + gain.to(x.dtype).to(x.device).reshape((-1,) + (1,) * (x.ndim - 1)) * gradient
+
+    return _Wrapped(denoiser.schedule, guided)
+
+
+def static_threshold(denoiser: Denoiser, bound: float = 1.0) -> Denoiser:
+    """``x0`` clipped to ``[-bound, bound]``."""
+    if not bound > 0:
+        raise ModelError(f"the bound of a threshold must be positive, got {bound}")
+    return _Wrapped(denoiser.schedule, lambda x, t, cond: denoiser(x, t, cond).clamp(-bound, bound))
+
+
+def dynamic_threshold(denoiser: Denoiser, quantile: float = 0.995, *, bound: float = 1.0, most: float = math.inf) -> Denoiser:
+    """``x0`` of each sample clipped at its own ``quantile`` of absolute values and scaled back to ``bound`` where that is larger
+    (Imagen, arXiv 2205.11487, section 2.3); the quantile counts at most ``most``.
+    """
+    if not 0 < quantile <= 1 or not 0 < bound <= most:
+        raise ModelError(f"dynamic thresholding wants 0 < quantile <= 1 and 0 < bound <= most, got {quantile}, {bound}, {most}")
+
+    def clipped(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        x0 = denoiser(x, t, cond)
+        limit = torch.quantile(x0.flatten(1).abs().float(), quantile, dim=1).clamp(bound, most).to(x0.dtype)
+        limit = limit.reshape((-1,) + (1,) * (x0.ndim - 1))
+        return x0.clamp(-limit, limit) * (bound / limit)
+
+    return _Wrapped(denoiser.schedule, clipped)
+
+
+def _like_batch(uncond: Any, cond: Any) -> Any:  # noqa: ANN401 - conditions are whatever the network takes
+    if isinstance(cond, dict):
+        return {key: _like_batch(uncond[key], value) for key, value in cond.items()}
+    return torch.as_tensor(uncond, dtype=cond.dtype, device=cond.device).expand_as(cond)
+
+
+def _concatenate(first: Any, second: Any) -> Any:  # noqa: ANN401
+    if isinstance(second, dict):
+        return {key: _concatenate(first[key], value) for key, value in second.items()}
+    return torch.cat([first, second])

@@ -1,0 +1,65 @@
+"""The field's solvers, one file per family. To add one: write the file, add a line below."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import entry_points
+from typing import Any
+
+from fewstep.core.errors import SolverError, look_up
+from fewstep.core.tableau import Solver
+from fewstep.solvers.ddim import DDIM
+from fewstep.solvers.deis import DEIS, IPNDM
+from fewstep.solvers.dpm_solver import DPMSolver2S, DPMSolver3S
+from fewstep.solvers.dpm_solver_pp import DPMSolverPP, SDEDPMSolverPP2M
+from fewstep.solvers.heun import Euler, Heun
+from fewstep.solvers.unipc import UniPC
+
+__all__ = [
+    "DDIM",
+    "DEIS",
+    "IPNDM",
+    "SOLVERS",
+    "DPMSolver2S",
+    "DPMSolver3S",
+    "DPMSolverPP",
+    "Euler",
+    "Heun",
+    "SDEDPMSolverPP2M",
+    "UniPC",
+    "make_solver",
+]
+
+SOLVERS: dict[str, Callable[..., Solver]] = {
+    "euler": Euler,
+    "ddim": DDIM,
+    "heun": Heun,
+    "dpm-solver-2s": DPMSolver2S,
+    "dpm-solver-3s": DPMSolver3S,
+    "dpm-solver-pp-2m": partial(DPMSolverPP, steps=2),
+    "dpm-solver-pp-3m": partial(DPMSolverPP, steps=3),
+    "sde-dpm-solver-pp-2m": SDEDPMSolverPP2M,
+    "unipc-2": partial(UniPC, steps=2),
+    "unipc-3": partial(UniPC, steps=3),
+    "deis-3": partial(DEIS, steps=3),
+    "ipndm": IPNDM,
+}
+
+
+def make_solver(name: str, **options: Any) -> Solver:  # noqa: ANN401 - the solver's own options
+    """A solver by its registry name, or by that of an installed ``fewstep.solvers`` entry point.
+
+    Raises:
+        SolverError: an unknown name (with the nearest ones) or option (with those it has).
+    """
+    if name not in SOLVERS:
+        for entry in entry_points(group="fewstep.solvers", name=name):
+            return entry.load()(**options)
+    factory = look_up(name, SOLVERS, "solver", SolverError)
+    known = inspect.signature(factory).parameters
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise SolverError(f"solver {name!r} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
+    return factory(**options)

@@ -1,0 +1,55 @@
+"""DDIM (Song, Meng, Ermon, arXiv 2010.02502): the first-order step, deterministic or with noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import SolverError
+from fewstep.core.tableau import Nodes, Solver
+
+__all__ = ["DDIM", "first_order"]
+
+
+def first_order(nodes: Nodes, s: int, t: int, x: Tensor, x0: Tensor) -> Tensor:
+    """The exact step from node ``s`` to ``t`` for a constant ``x0``: DDIM, DPM-Solver-1 and -++-1, and Euler's method in sigma/alpha."""
+    h = nodes.lam[t] - nodes.lam[s]
+    return nodes.sigma[t] / nodes.sigma[s] * x - nodes.alpha[t] * torch.expm1(-h) * x0
+
+
+@dataclass(frozen=True)
+class DDIM(Solver):
+    """``x_t = alpha_t x0 + sqrt(sigma_t^2 - v^2) eps + v xi`` with ``v = eta sigma_t sqrt(1 - e^{-2h})`` (eq. 12 and 16 there).
+
+    ``eta = 0`` is deterministic, ``eta = 1`` is DDPM's ancestral sampling.
+    """
+
+    eta: float = 0.0
+    references = ("2010.02502",)
+
+    @property
+    def order(self) -> int:
+        return 1
+
+    @property
+    def memory(self) -> int:
+        return 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise SolverError(f"eta must lie between 0 (deterministic) and 1 (ancestral), got {self.eta}")
+
+    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        s, t = i, i + 1
+        if self.eta == 0:
+            x_t = first_order(nodes, s, t, x, history[0])
+        else:
+            kept = torch.sqrt(nodes.sigma[t] ** 2 - self.noise(nodes, i) ** 2) / nodes.sigma[s]
+            x_t = kept * x + (nodes.alpha[t] - kept * nodes.alpha[s]) * history[0]
+        return x_t, x_t
+
+    def noise(self, nodes: Nodes, i: int) -> Tensor:
+        h = nodes.lam[i + 1] - nodes.lam[i]
+        return self.eta * nodes.sigma[i + 1] * torch.sqrt(-torch.expm1(-2 * h))

@@ -1,0 +1,99 @@
+r"""DEIS and iPNDM (Zhang and Chen, arXiv 2204.13902): Adams-Bashforth methods on the noise form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import SolverError
+from fewstep.core.tableau import Nodes, Solver
+from fewstep.solvers.ddim import first_order
+from fewstep.solvers.phi import interpolation_weights, noise_moment
+from fewstep.solvers.stencil import effective_order, noise_or_data
+
+__all__ = ["DEIS", "IPNDM"]
+
+
+@dataclass(frozen=True)
+class DEIS(Solver):
+    """tAB-DEIS: ``eps`` as the polynomial through the last ``steps`` evaluations, integrated exactly (eq. 14 and 15 there).
+
+    The polynomial is in ``lam``, the choice that diffusers calls ``logrho``.
+
+    Args:
+        steps: how many evaluations the polynomial passes through; the order.
+        lower_order_below: grids of fewer steps end with orders ..., 2, 1 (see `stencil.effective_order`).
+    """
+
+    steps: int = 3
+    lower_order_below: int = 15
+    references = ("2204.13902",)
+
+    def __post_init__(self) -> None:
+        if self.steps not in (1, 2, 3, 4):
+            raise SolverError(f"DEIS has steps 1 to 4, got {self.steps}")
+
+    @property
+    def order(self) -> int:
+        return self.steps
+
+    @property
+    def memory(self) -> int:
+        return self.steps
+
+    def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
+        return noise_or_data(nodes, i, x, x0)
+
+    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        s, t = i, i + 1
+        if float(nodes.alpha[s]) == 0:
+            x_t = first_order(nodes, s, t, x, history[0])
+        else:
+            p = effective_order(nodes, i, self.steps, self.lower_order_below)
+            h = nodes.lam[t] - nodes.lam[s]
+            weights = interpolation_weights([nodes.lam[s - k] - nodes.lam[s] for k in range(p)], [noise_moment(k, h) for k in range(p)])
+            integral = sum(weights[k] * history[k] for k in range(p))
+            x_t = nodes.alpha[t] / nodes.alpha[s] * (x - nodes.sigma[s] * integral)
+        return x_t, x_t
+
+
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+@dataclass(frozen=True)
+class IPNDM(Solver):
+    """iPNDM: DDIM's step with ``eps`` replaced by the Adams-Bashforth mean of the last ``steps`` evaluations.
+
+    The weights are those of equal steps whatever the grid, so on a smooth grid the order is 2 however many are used.
+    """
+
+    steps: int = 4
+    references = ("2204.13902", "2202.09778")
+
+    def __post_init__(self) -> None:
+        if self.steps not in (1, 2, 3, 4):
+            raise SolverError(f"iPNDM has steps 1 to 4, got {self.steps}")
+
+    @property
+    def order(self) -> int:
+        return min(self.steps, 2)
+
+    @property
+    def memory(self) -> int:
+        return self.steps
+
+    def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
+        return noise_or_data(nodes, i, x, x0)
+
+    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        s, t = i, i + 1
+        if float(nodes.alpha[s]) == 0:
+            x_t = first_order(nodes, s, t, x, history[0])
+        else:
+            usable = min(self.steps, i if float(nodes.alpha[0]) == 0 else i + 1)
+            eps = sum(weight * history[k] for k, weight in enumerate(ADAMS_BASHFORTH[usable - 1]))
+            h = nodes.lam[t] - nodes.lam[s]
+            x_t = nodes.alpha[t] / nodes.alpha[s] * (x + nodes.sigma[s] * torch.expm1(-h) * eps)
+        return x_t, x_t

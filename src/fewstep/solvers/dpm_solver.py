@@ -1,0 +1,121 @@
+r"""DPM-Solver, singlestep (Lu et al., arXiv 2206.00927): Runge-Kutta in ``lam`` on the noise form, evaluations inside the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.core.grid import TimeGrid
+from fewstep.core.prediction import to_x0
+from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.tableau import Nodes, Solver
+from fewstep.solvers.ddim import first_order
+from fewstep.solvers.phi import noise_moment
+from fewstep.solvers.stencil import noise_or_data
+
+__all__ = ["DPMSolver2S", "DPMSolver3S"]
+
+
+class _Singlestep(Solver):
+    """Stages at ``lam_s + fraction h``. A step from ``alpha = 0`` (``h`` infinite) is the Runge-Kutta method of the same fractions
+    in ``v = alpha/sigma``, for which ``d(x/sigma)/dv = D``; a step to ``sigma = 0`` is one evaluation of first order.
+    """
+
+    references = ("2206.00927",)
+    fractions: ClassVar[tuple[float, ...]]
+
+    def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
+        ends = Nodes.at(schedule, grid.t)
+        times = []
+        for k in range(grid.steps):
+            s, t = k, k + 1
+            if float(ends.alpha[s]) == 0:
+                lam = [torch.log(f * ends.alpha[t] / ends.sigma[t]) for f in self.fractions]
+            else:
+                lam = [ends.lam[s] + f * (ends.lam[t] - ends.lam[s]) for f in self.fractions]
+            inner = [] if float(ends.sigma[t]) == 0 else [schedule.t_of_lam(value) for value in lam]
+            times += [ends.t[s], *inner]
+        return Nodes.at(schedule, torch.stack([*times, ends.t[-1]]))
+
+    def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
+        return noise_or_data(nodes, i, x, x0)
+
+    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        stage = i % self.stages
+        s, t = i - stage, i + 1
+        if stage == 0:
+            x0 = history[0] if float(nodes.alpha[s]) == 0 else to_x0("epsilon", history[0], x, nodes.alpha[s], nodes.sigma[s])
+            return x, first_order(nodes, s, t, x, x0)
+        if float(nodes.alpha[s]) == 0:
+            x0 = to_x0("epsilon", history[0], x, nodes.alpha[i], nodes.sigma[i])
+            x_t = self.from_zero_alpha(nodes, stage, s, t, anchor, x0, history)
+        else:
+            x_t = self.stage(nodes, stage, s, t, anchor, history)
+        return (x_t if stage == self.stages - 1 else anchor), x_t
+
+    def stage(self, nodes: Nodes, stage: int, s: int, t: int, x_s: Tensor, history: list[Tensor]) -> Tensor:
+        """Where stage ``1, 2, ...`` leads, from the state ``x_s`` at the step's start."""
+        ...
+
+    def from_zero_alpha(self, nodes: Nodes, stage: int, s: int, t: int, x_s: Tensor, x0: Tensor, history: list[Tensor]) -> Tensor:
+        """The same where ``alpha_s = 0``; ``x0`` is the newest estimate."""
+        ...
+
+    def expand(self, nodes: Nodes, s: int, t: int, x_s: Tensor, eps: Tensor, slope: Tensor) -> Tensor:
+        """The noise form for ``eps(lam_s + r) = eps + r slope``."""
+        h = nodes.lam[t] - nodes.lam[s]
+        integral = noise_moment(0, h) * eps + noise_moment(1, h) * slope
+        return nodes.alpha[t] / nodes.alpha[s] * (x_s - nodes.sigma[s] * integral)
+
+
+@dataclass(frozen=True)
+class DPMSolver2S(_Singlestep):
+    """DPM-Solver-2 (algorithm 1 there): one evaluation half-way in ``lam``; its difference weighted by ``e^h - 1`` as published."""
+
+    stages = 2
+
+    @property
+    def order(self) -> int:
+        return 2
+
+    @property
+    def memory(self) -> int:
+        return 2
+
+    fractions = (0.5,)
+
+    def stage(self, nodes: Nodes, stage: int, s: int, t: int, x_s: Tensor, history: list[Tensor]) -> Tensor:
+        middle, start = history[0], history[1]
+        return self.expand(nodes, s, t, x_s, start + (middle - start) / (2 * 0.5), torch.zeros_like(start))
+
+    def from_zero_alpha(self, nodes: Nodes, stage: int, s: int, t: int, x_s: Tensor, x0: Tensor, history: list[Tensor]) -> Tensor:
+        return nodes.sigma[t] / nodes.sigma[s] * x_s + nodes.alpha[t] * x0  # the midpoint rule
+
+
+@dataclass(frozen=True)
+class DPMSolver3S(_Singlestep):
+    """DPM-Solver-3 (algorithm 2 there): evaluations at one and two thirds of the step in ``lam``."""
+
+    stages = 3
+
+    @property
+    def order(self) -> int:
+        return 3
+
+    @property
+    def memory(self) -> int:
+        return 3
+
+    fractions = (1 / 3, 2 / 3)
+
+    def stage(self, nodes: Nodes, stage: int, s: int, t: int, x_s: Tensor, history: list[Tensor]) -> Tensor:
+        newest, start = history[0], history[stage]
+        slope = (newest - start) / (nodes.lam[s + stage] - nodes.lam[s])
+        return self.expand(nodes, s, t, x_s, start, slope)
+
+    def from_zero_alpha(self, nodes: Nodes, stage: int, s: int, t: int, x_s: Tensor, x0: Tensor, history: list[Tensor]) -> Tensor:
+        x0 = x0 if stage == 1 else (history[2] + 3 * x0) / 4  # Heun's third-order rule
+        return nodes.sigma[t] / nodes.sigma[s] * x_s + nodes.alpha[t] * x0

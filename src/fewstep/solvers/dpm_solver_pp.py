@@ -1,0 +1,102 @@
+r"""DPM-Solver++, multistep, and its SDE form (Lu et al., arXiv 2211.01095): polynomials for ``D`` from past evaluations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import SolverError
+from fewstep.core.tableau import Nodes, Solver
+from fewstep.solvers.ddim import first_order
+from fewstep.solvers.phi import phi
+from fewstep.solvers.stencil import effective_order
+
+__all__ = ["DPMSolverPP", "SDEDPMSolverPP2M"]
+
+
+@dataclass(frozen=True)
+class DPMSolverPP(Solver):
+    """DPM-Solver++ of ``steps`` 1, 2 or 3 past evaluations (2M: algorithm 2 there).
+
+    Args:
+        steps: how many evaluations the polynomial passes through.
+        form: ``midpoint`` weighs the slope of 2M by ``(1 - e^{-h})/2``, ``taylor`` exactly.
+        third_order: the published 3M weighs its second divided difference as if it were half a derivative and so converges with
+            order 2; ``corrected`` doubles that term. ``published`` is the default, for parity with every other library.
+        lower_order_below: grids of fewer steps end with orders ..., 2, 1 (see `stencil.effective_order`).
+    """
+
+    steps: int = 2
+    form: Literal["midpoint", "taylor"] = "midpoint"
+    third_order: Literal["published", "corrected"] = "published"
+    lower_order_below: int = 15
+    references = ("2211.01095",)
+
+    def __post_init__(self) -> None:
+        if self.steps not in (1, 2, 3) or self.form not in ("midpoint", "taylor") or self.third_order not in ("published", "corrected"):
+            raise SolverError(f"DPM-Solver++ has steps 1, 2, 3, form midpoint or taylor, third_order published or corrected; got {self}")
+
+    @property
+    def order(self) -> int:
+        return 2 if self.steps == 3 and self.third_order == "published" else self.steps
+
+    @property
+    def memory(self) -> int:
+        return self.steps
+
+    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        p = effective_order(nodes, i, self.steps, self.lower_order_below)
+        s, t = i, i + 1
+        x_t = first_order(nodes, s, t, x, history[0])
+        if p > 1:
+            h = nodes.lam[t] - nodes.lam[s]
+            r0 = (nodes.lam[s] - nodes.lam[s - 1]) / h
+            slope = (history[0] - history[1]) / r0  # times h
+            if p == 2:
+                weight = -torch.expm1(-h) / 2 if self.form == "midpoint" else h * phi(2, -h)
+                x_t = x_t + nodes.alpha[t] * weight * slope
+            else:
+                r1 = (nodes.lam[s - 1] - nodes.lam[s - 2]) / h
+                second = (slope - (history[1] - history[2]) / r1) / (r0 + r1)  # a divided difference: half of h^2 D''
+                factor = 2 if self.third_order == "corrected" else 1
+                x_t = x_t + nodes.alpha[t] * h * (phi(2, -h) * (slope + r0 * second) + factor * phi(3, -h) * second)
+        return x_t, x_t
+
+
+@dataclass(frozen=True)
+class SDEDPMSolverPP2M(Solver):
+    """SDE-DPM-Solver++(2M): the same polynomial for the reverse-time SDE, whose kernel is ``e^{-2(h-r)}`` and which adds noise."""
+
+    form: Literal["midpoint", "taylor"] = "midpoint"
+    lower_order_below: int = 15
+    references = ("2211.01095",)
+
+    @property
+    def order(self) -> int:
+        return 2
+
+    @property
+    def memory(self) -> int:
+        return 2
+
+    def __post_init__(self) -> None:
+        if self.form not in ("midpoint", "taylor"):
+            raise SolverError(f"SDE-DPM-Solver++ has form midpoint or taylor, got {self.form!r}")
+
+    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        s, t = i, i + 1
+        h = nodes.lam[t] - nodes.lam[s]
+        gain = -nodes.alpha[t] * torch.expm1(-2 * h)
+        x_t = nodes.sigma[t] / nodes.sigma[s] * torch.exp(-h) * x + gain * history[0]
+        if effective_order(nodes, i, 2, self.lower_order_below) == 2:
+            slope = (history[0] - history[1]) * h / (nodes.lam[s] - nodes.lam[s - 1])
+            weight = gain / 2 if self.form == "midpoint" else nodes.alpha[t] * 2 * h * phi(2, -2 * h)
+            x_t = x_t + weight * slope
+        return x_t, x_t
+
+    def noise(self, nodes: Nodes, i: int) -> Tensor:
+        h = nodes.lam[i + 1] - nodes.lam[i]
+        return nodes.sigma[i + 1] * torch.sqrt(-torch.expm1(-2 * h))

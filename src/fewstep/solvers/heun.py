@@ -1,0 +1,81 @@
+r"""Euler's and Heun's methods for ``dz/dr = (z - D)/r``, ``z = x/alpha``, ``r = sigma/alpha`` (EDM, arXiv 2206.00364, algorithm 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.core.grid import TimeGrid
+from fewstep.core.prediction import to_x0
+from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.tableau import Nodes, Solver
+from fewstep.solvers.ddim import first_order
+from fewstep.solvers.stencil import noise_or_data
+
+__all__ = ["Euler", "Heun"]
+
+
+@dataclass(frozen=True)
+class Euler(Solver):
+    """``z_t = z_s + (r_t - r_s) dz/dr``. In these variables Euler's method and deterministic DDIM are the same numbers."""
+
+    references = ("2206.00364",)
+
+    @property
+    def order(self) -> int:
+        return 1
+
+    @property
+    def memory(self) -> int:
+        return 1
+
+    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        x_t = first_order(nodes, i, i + 1, x, history[0])
+        return x_t, x_t
+
+
+@dataclass(frozen=True)
+class Heun(Solver):
+    """An Euler step, then the trapezoid: two evaluations a step, the second at the step's end. ``dz/dr`` is ``eps``.
+
+    A last step to ``sigma = 0`` is Euler's (one evaluation). A first step from ``alpha = 0``, where ``r`` is infinite, is
+    the trapezoid in ``1/r`` instead: ``d(x/sigma)/d(1/r) = D``.
+    """
+
+    references = ("2206.00364",)
+    stages = 2
+
+    @property
+    def order(self) -> int:
+        return 2
+
+    @property
+    def memory(self) -> int:
+        return 2
+
+    def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
+        t = torch.cat([grid.t[:1], grid.t[1:].repeat_interleave(2)])  # s, t, t, u, u, ..., end; stages at (s, t), (t, u), ...
+        to_clean = float(schedule.sigma(grid.t[-1])) == 0
+        return Nodes.at(schedule, t[:-1] if to_clean else t)
+
+    def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
+        return noise_or_data(nodes, i, x, x0)
+
+    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        alpha, sigma = nodes.alpha, nodes.sigma
+        t = i + 1
+        if i % 2 == 0:
+            s = i
+            x0 = history[0] if float(alpha[s]) == 0 else to_x0("epsilon", history[0], x, alpha[s], sigma[s])
+            return x, first_order(nodes, s, t, x, x0)
+        s = i - 1
+        end, start = history[0], history[1]
+        if float(alpha[s]) == 0:
+            x0 = to_x0("epsilon", end, x, alpha[t], sigma[t])
+            x_t = sigma[t] / sigma[s] * anchor + alpha[t] * (start + x0) / 2
+        else:
+            r_s, r_t = sigma[s] / alpha[s], sigma[t] / alpha[t]
+            x_t = alpha[t] * (anchor / alpha[s] + (r_t - r_s) * (start + end) / 2)
+        return x_t, x_t
