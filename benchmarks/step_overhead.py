@@ -60,7 +60,9 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine()}
-        args.out.write_text(json.dumps({"command": "python benchmarks/step_overhead.py", "machine": machine, "rows": rows}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"command": "python benchmarks/step_overhead.py", "machine": machine, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

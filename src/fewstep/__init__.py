@@ -1,23 +1,44 @@
-"""Sample any diffusion or flow model in a few steps."""
+"""Sample any diffusion or flow model in a few steps.
+
+::
+
+    model = fewstep.load_model("digits-edm")
+    schedule = model.denoiser.schedule
+    sampler = fewstep.Sampler.build(fewstep.make_solver("unipc-2"), fewstep.make_grid("angle", schedule, 6), schedule)
+    x_T = fewstep.start_noise(sampler.tableau.nodes, seeds=range(16), shape=model.shape)
+    images = fewstep.sample(model.denoiser, sampler, x_T, cond=model.labels(range(16)))
+"""
+
+from importlib.metadata import version
 
 from fewstep.core.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
 from fewstep.core.grid import TimeGrid, make_grid
-from fewstep.core.prediction import EDM, from_x0, to_x0
+from fewstep.core.prediction import EDM, convert, from_x0, to_x0
 from fewstep.core.sampler import Sampler
-from fewstep.core.sampling import Denoiser, sample, seeded_noise, start_noise
+from fewstep.core.sampling import Denoiser, Step, sample, seeded_noise, start_noise
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding, VPCosine, VPLinear
 from fewstep.core.tableau import Nodes, Solver, State, Tableau, advance, tabulate
+from fewstep.models.analytic import DatasetDenoiser, GaussianDenoiser, MixtureDenoiser
 from fewstep.models.denoiser import AdaptedDenoiser
+from fewstep.models.guidance import classifier_free, classifier_guided, dynamic_threshold, static_threshold
+from fewstep.models.loaders import Model
+from fewstep.models.zoo import load_model
 from fewstep.solvers import make_solver
+
+__version__ = version("fewstep")
 
 __all__ = [
     "AdaptedDenoiser",
     "ArtifactError",
+    "DatasetDenoiser",
     "Denoiser",
     "DiscreteVP",
     "EDM",
     "FewstepError",
+    "GaussianDenoiser",
     "GridError",
+    "MixtureDenoiser",
+    "Model",
     "ModelError",
     "Nodes",
     "NoiseSchedule",
@@ -26,18 +47,26 @@ __all__ = [
     "Solver",
     "SolverError",
     "State",
+    "Step",
     "Tableau",
     "TimeGrid",
     "VPCosine",
     "VPLinear",
     "VarianceExploding",
+    "__version__",
     "advance",
+    "classifier_free",
+    "classifier_guided",
+    "convert",
+    "dynamic_threshold",
     "from_x0",
+    "load_model",
     "make_grid",
     "make_solver",
     "sample",
     "seeded_noise",
     "start_noise",
+    "static_threshold",
     "tabulate",
     "to_x0",
 ]

@@ -1,22 +1,116 @@
-"""The command line: each verb parses, calls and prints where the result is."""
+"""The command line: each verb parses, calls, and says where the result is and what to type next."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from fewstep.apps.console import progress
+from fewstep.apps.console import bench_table, console, print_json, progress
+from fewstep.core.errors import FewstepError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+ModelName = Annotated[str, typer.Argument(help="A bundled model (see 'fewstep models') or a folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
 
 
 @app.callback()
 def root() -> None:
     """Sample any diffusion or flow model in a few steps."""
+
+
+@app.command()
+def models(json: AsJson = False) -> None:
+    """List the bundled models, the solvers and the grids."""
+    from fewstep.core.grid import GRIDS
+    from fewstep.models.zoo import BUNDLED
+    from fewstep.solvers import SOLVERS
+
+    known = {"models": {name: about for name, (about, _) in BUNDLED.items()}, "solvers": list(SOLVERS), "grids": list(GRIDS)}
+    if json:
+        print_json(known)
+        return
+    for name, about in known["models"].items():
+        console.print(f"{name:12} {about}")
+    console.print(f"\nsolvers      {', '.join(known['solvers'])}\ngrids        {', '.join(known['grids'])}", soft_wrap=True)
+    console.print("\nnext: fewstep sample digits-edm --nfe 6 --out runs/sample")
+
+
+@app.command()
+def sample(
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    solver: str = "unipc-2",
+    grid: str = "angle",
+    nfe: Annotated[int, typer.Option(help="Network evaluations per sample.")] = 8,
+    num: Annotated[int, typer.Option(help="How many samples.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the first sample; the next has the next seed.")] = 0,
+    guidance: Guidance = 1.0,
+    label: Annotated[int | None, typer.Option(help="Class of all samples; by default the seed modulo the classes.")] = None,
+    batch: int = 256,
+    sampler: Annotated[Path | None, typer.Option(help="A sampler folder to use instead of --solver, --grid and --nfe.")] = None,
+    singles: Annotated[bool, typer.Option("--singles", help="Also write one PNG per sample.")] = False,
+    npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz (float32, and uint8 pictures).")] = False,
+    json: AsJson = False,
+) -> None:
+    """Sample a model; continues where a killed run stopped, and shares the seeds out under torchrun."""
+    from fewstep.apps.verbs import SampleRequest, run_sample
+
+    request = SampleRequest(model, out, solver, grid, nfe, num, seed, guidance, label, batch, sampler, singles, npz)
+    done = run_sample(request)
+    if done is not None:
+        print_json(done) if json else console.print(
+            f"pictures: {done['grid']}\nnext: fewstep bench {model} --out runs/bench", soft_wrap=True
+        )
+
+
+@app.command()
+def bench(
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="Folder for results.json and the pictures.")],
+    solver: Annotated[str, typer.Option(help="Solvers, separated by commas.")] = "ddim,dpm-solver-pp-2m,unipc-2,deis-3",
+    grid: Annotated[str, typer.Option(help="Grids, separated by commas.")] = "logsnr,karras,angle",
+    nfe: Annotated[str, typer.Option(help="Network evaluations, separated by commas.")] = "5,6,8,10",
+    num: Annotated[int, typer.Option(help="How many noises.")] = 1024,
+    seed: int = 0,
+    guidance: Guidance = 1.0,
+    peers: Annotated[str, typer.Option(help="Also the samplers of: diffusers.")] = "",
+    batch: int = 256,
+    json: AsJson = False,
+) -> None:
+    """Compare solvers on the same noises: error to a tight trajectory, Frechet distance, time."""
+    from fewstep.apps.verbs import run_bench
+    from fewstep.evaluate.benchmark import BenchmarkConfig
+
+    names = [tuple(part.strip() for part in text.split(",") if part.strip()) for text in (solver, grid, peers)]
+    config = BenchmarkConfig(names[0], names[1], integers(nfe, "--nfe"), num, seed, guidance, names[2], batch)
+    results = run_bench(model, config, out, command())
+    print_json(results) if json else bench_table(results)
+    if not json:
+        console.print(f"rows: {out / 'results.json'}\npictures: {out / 'pictures.png'}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"), num: int = 512, json: AsJson = False
+) -> None:
+    """The main job: a trained model sampled by the field's solvers at 5 to 10 evaluations, as a table and in pictures."""
+    from fewstep.apps.verbs import run_demo
+
+    results = run_demo(out, num, command())
+    if json:
+        print_json(results)
+        return
+    bench_table(results)
+    console.print(
+        f"rows: {out / 'results.json'}\npictures, rows solvers, columns evaluations, same seeds: {out / 'pictures.png'}", soft_wrap=True
+    )
+    console.print("next: fewstep sample digits-edm --solver unipc-2 --grid angle --nfe 6 --out runs/sample", soft_wrap=True)
 
 
 @app.command()
@@ -35,10 +129,18 @@ def train(
     from fewstep.learn.train import TrainConfig, train
     from fewstep.models.data import load_images
 
+    config, loop = TrainConfig(kind, conditional), LoopConfig(steps=steps, batch=batch, lr=lr, seed=seed)
     with progress(f"training {kind} on {data}", steps) as report:
-        loop = LoopConfig(steps=steps, batch=batch, lr=lr, seed=seed)
-        train(load_images(data), TrainConfig(kind, conditional), loop, out, command=command(), observe=report)
-    typer.echo(f"model: {out}\nnext:  fewstep bench {out} --solver unipc-2,dpm-solver-pp-2m")
+        train(load_images(data), config, loop, out, command=command(), observe=lambda step, loss: report(step, f"loss {loss:.4f}"))
+    console.print(f"model: {out}\nnext: fewstep bench {out} --out {out}/bench", soft_wrap=True)
+
+
+def integers(text: str, option: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise FewstepError(f"{option} wants whole numbers separated by commas, got {text!r}") from None
 
 
 def command() -> str:
@@ -46,10 +148,8 @@ def command() -> str:
     return shlex.join(["fewstep", *sys.argv[1:]])
 
 
-def main() -> None:
+def main() -> Any:  # noqa: ANN401
     """Entry point: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
-    from fewstep.core.errors import FewstepError
-
     try:
         app()
     except FewstepError as error:

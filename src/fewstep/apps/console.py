@@ -1,47 +1,90 @@
-"""What the terminal shows: progress with rate and time left, and tables."""
+"""What the terminal shows: progress with rate and time left, and tables. Results go to stdout, progress to stderr."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
-__all__ = ["progress"]
+__all__ = ["bench_table", "console", "print_json", "progress"]
+
+console = Console(highlight=False)
+
+Report = Callable[..., None]
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar on stderr; ``report(done, loss)`` moves it. Where stderr is no terminal, a line every 30 seconds instead."""
+def progress(title: str, total: int) -> Iterator[Report]:
+    """A bar on stderr; ``report(done, note)`` moves it. Where stderr is no terminal, a line every 30 seconds instead."""
     if not sys.stderr.isatty():
         yield _lines(title, total)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total, note="")
-
-        def report(done: int, loss: float | None = None) -> None:
-            bar.update(task, completed=done, note="" if loss is None else f"loss {loss:.4f}")
-
-        yield report
+        yield lambda done, note="": bar.update(task, completed=done, note=note)
 
 
-def _lines(title: str, total: int) -> Callable[..., None]:
+def _lines(title: str, total: int) -> Report:
     last = time.monotonic()
     begin: tuple[int, float] | None = None  # a resumed run does not start at 0
 
-    def report(done: int, loss: float | None = None) -> None:
+    def report(done: int, note: str = "") -> None:
         nonlocal last, begin
         now = time.monotonic()
         begin = begin or (done, now)
         if now - last < 30 and done < total:
             return
         last = now
-        note = "" if loss is None else f", loss {loss:.4f}"
         left = (now - begin[1]) * (total - done) / max(1, done - begin[0])
-        print(f"{title}: {done}/{total}{note}, {left:.0f} s left", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"{title}: {done}/{total} {note} ({left:.0f} s left)", file=sys.stderr, flush=True)  # noqa: T201
 
     return report
+
+
+def print_json(value: Any) -> None:  # noqa: ANN401
+    """For machines."""
+    print(json.dumps(value, indent=1, default=str))  # noqa: T201
+
+
+def bench_table(results: dict[str, Any]) -> None:
+    """RMSE to the reference trajectory (and Frechet distance) per solver and grid, columns evaluations, best of a column starred."""
+    rows, reference = results["rows"], results["reference"]
+    columns = sorted({row["nfe"] for row in rows})
+    best = {n: min(row["rmse"] for row in rows if row["nfe"] == n) for n in columns}
+    table = Table(
+        title=f"{results['model']}, guidance {rows[0]['guidance']:g}, {rows[0]['num']} noises: RMSE (Frechet distance) at n evaluations"
+    )
+    for heading in ("library", "solver", "grid"):
+        table.add_column(heading)
+    for n in columns:
+        table.add_column(f"n = {n}", justify="right")
+    cells = {(row["library"], row["solver"], row["grid"], row["nfe"]): row for row in rows}
+    for line in dict.fromkeys(key[:3] for key in cells):
+        table.add_row(*line, *(_cell(cells.get((*line, n)), best[n]) for n in columns))
+    console.print(table)
+    fd = (
+        ""
+        if reference["fd"] is None
+        else f"; its Frechet distance {reference['fd']:.2f}, that of two halves of the data {reference['fd_data_halves']:.2f}"
+    )
+    console.print(
+        f"* best. Reference: {reference['solver']} with {reference['nfe']} evaluations, own error {reference['error']:.1e}{fd}",
+        soft_wrap=True,
+    )
+    for why in dict.fromkeys(skipped["why"] for skipped in results["skipped"]):
+        console.print(f"no row: {why}", soft_wrap=True)
+
+
+def _cell(row: dict[str, Any] | None, best: float) -> str:
+    if row is None:
+        return "-"
+    distance = "" if row["fd"] is None else f" ({row['fd']:.2f})"
+    return f"{row['rmse']:.4f}{'*' if row['rmse'] == best else ' '}{distance}"

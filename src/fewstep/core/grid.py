@@ -75,7 +75,7 @@ class TimeGrid:
     def uniform(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
         """Uniform in ``t``."""
         ends = _ends(schedule, t_max, t_min)
-        return cls(_linspace(ends[0], ends[1], steps))
+        return cls(_pin(_linspace(ends[0], ends[1], steps), ends))
 
     @classmethod
     def quadratic(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
@@ -122,7 +122,7 @@ class TimeGrid:
     def from_sigmas(cls, schedule: NoiseSchedule, sigmas: Sequence[float] | Tensor) -> TimeGrid:
         """From noise levels ``sigma/alpha [M+1]``, k-diffusion's and diffusers' ``sigmas``; a last 0 is the clean image."""
         level = torch.as_tensor(sigmas, dtype=torch.float64)
-        return cls(torch.where(level > 0, schedule.t_of_lam(-torch.log(level)), schedule.t_clean))
+        return cls(torch.where(level == 0, schedule.t_clean, schedule.t_of_lam(-torch.log(level))))
 
     # -- changes ----------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ so the inverse is ``output = (x0 - a x) / b``. With ``alpha^2 + sigma^2 = 1`` th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ def EDM(sigma_data: float = 0.5) -> Prediction:  # noqa: N802 - a constructor, n
     Written with ``alpha`` multiplied through, so that it also holds at ``alpha = 0``.
     """
     sd = float(sigma_data)
+    if not 0 < sd < math.inf:
+        raise ModelError(f"sigma_data of EDM preconditioning must be a positive number, got {sd:g}")
 
     def norm(alpha: Tensor, sigma: Tensor) -> Tensor:
         return torch.sqrt(sigma**2 + (sd * alpha) ** 2)
@@ -47,7 +50,7 @@ def EDM(sigma_data: float = 0.5) -> Prediction:  # noqa: N802 - a constructor, n
     def coefficients(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return alpha * sd**2 / norm(alpha, sigma) ** 2, sigma * sd / norm(alpha, sigma)
 
-    return Prediction(f"edm({sd:g})", coefficients, input_scale=lambda alpha, sigma: 1 / norm(alpha, sigma))
+    return Prediction(f"edm({sd})", coefficients, input_scale=lambda alpha, sigma: 1 / norm(alpha, sigma))
 
 
 PREDICTIONS: dict[str, Prediction] = {
@@ -66,12 +69,15 @@ def prediction(name: str | Prediction) -> Prediction:
     """Look a prediction type up by name: ``epsilon``, ``sample`` (x0), ``v``, ``score``, ``flow``, ``edm(sigma_data)``.
 
     Raises:
-        ModelError: for an unknown name, with the nearest ones.
+        ModelError: for an unknown name, with the nearest ones, or a ``sigma_data`` that is not positive.
     """
     if isinstance(name, Prediction):
         return name
     if name.startswith("edm(") and name.endswith(")"):
-        return EDM(float(name[4:-1]))
+        try:
+            return EDM(float(name[4:-1]))
+        except ValueError as error:
+            raise ModelError(f"edm(sigma_data) wants a number, got {name!r}") from error
     return look_up({"v_prediction": "v", "flow_prediction": "flow"}.get(name, name), PREDICTIONS, "prediction type", ModelError)
 
 

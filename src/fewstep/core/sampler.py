@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from fewstep.core.errors import ArtifactError
+from fewstep.core.errors import ArtifactError, GridError, ModelError
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
@@ -56,13 +56,13 @@ class Sampler:
         """Write ``sampler.json``, ``sampler.safetensors`` and a ``README.md`` card; each appears whole or not at all.
 
         Raises:
-            ArtifactError: the folder cannot be written.
+            ArtifactError: the folder cannot be written, or the options or the card are not JSON-able.
         """
         folder = Path(folder)
         tensors = {f"nodes.{name}": value for name, value in self.tableau.nodes._asdict().items()}
         tensors |= {name: getattr(self.tableau, name) for name in ("record", "update", "bias", "noise")}
         tensors["grid"] = self.grid.t
-        data = save_tensors({name: value.detach().contiguous() for name, value in tensors.items()})
+        data = save_tensors({name: value.detach().clone().contiguous() for name, value in tensors.items()})  # clone: sigma may be t
         meta = {
             "format": "fewstep-sampler",
             "version": VERSION,
@@ -73,9 +73,13 @@ class Sampler:
             "sha256": hashlib.sha256(data).hexdigest(),
             "card": dict(self.card),
         }
+        try:
+            text = json.dumps(meta, indent=1) + "\n"
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"the options and the card of a sampler must be plain JSON values: {error}") from error
         write_whole(folder / "sampler.safetensors", data)
         write_whole(folder / "README.md", self._readme().encode())
-        write_whole(folder / "sampler.json", (json.dumps(meta, indent=1) + "\n").encode())
+        write_whole(folder / "sampler.json", text.encode())
         return folder
 
     @classmethod
@@ -104,7 +108,7 @@ class Sampler:
             return cls(tableau, TimeGrid(tensors["grid"]), schedule, meta["solver"], meta["options"], meta["card"])
         except OSError as error:
             raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
-        except (SafetensorError, KeyError, TypeError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, GridError, ModelError) as error:
             raise ArtifactError(f"{folder} is not a whole sampler: {error!r}; fetch or make it again") from error
 
     def _readme(self) -> str:

@@ -186,9 +186,9 @@ class DiscreteVP:
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> DiscreteVP:
         """From ``prod (1 - beta)``, ``[T]``. A float32 table is taken at its exact float32 values."""
-        table = torch.as_tensor(alphas_cumprod)
-        theta = torch.atan2(torch.sqrt((1 - table).double()), torch.sqrt(table.double()))
-        return cls(torch.cat([torch.zeros(1, dtype=torch.float64), theta.cpu()]))
+        table = torch.as_tensor(alphas_cumprod).cpu().double()
+        theta = torch.atan2(torch.sqrt(1 - table), torch.sqrt(table))
+        return cls(torch.nn.functional.pad(theta, (1, 0)))  # the clean image
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> DiscreteVP:

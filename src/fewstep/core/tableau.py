@@ -83,9 +83,8 @@ class Solver(Protocol):
         steps, left = divmod(int(nfe) - extra, self.stages)
         if left or steps + extra < 1:
             near = sorted({max(s, 1 - extra) * self.stages + extra for s in (steps, steps + 1)})
-            raise SolverError(
-                f"{type(self).__name__} takes {self.stages} evaluations a step and cannot use exactly {nfe}: use {' or '.join(map(str, near))}"
-            )
+            use = " or ".join(map(str, near))
+            raise SolverError(f"{type(self).__name__} takes {self.stages} evaluations a step and cannot use exactly {nfe}: use {use}")
         return steps + extra
 
     def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
@@ -184,9 +183,9 @@ class Tableau:
         ]
 
     def start(self, x: Tensor) -> State:
-        """The state before the first evaluation, at ``x [B, *D]``."""
+        """The state before the first evaluation, at ``x [B, *D]``. No tensor twice: a compiled `advance` would be specialised to that."""
         reads_anchor = self._used[1][0][0] or self._used[1][1][0]
-        return State(x, x if reads_anchor else None, (torch.zeros_like(x),) * self.memory)
+        return State(x, x.clone() if reads_anchor else None, tuple(torch.zeros_like(x) for _ in range(self.memory)))
 
 
 def _combine(coefficients: tuple[Tensor | None, ...], tensors: tuple[Tensor | None, ...], bias: Tensor | None = None) -> Tensor:

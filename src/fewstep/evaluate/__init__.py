@@ -1,0 +1,1 @@
+"""How good samples are: distances, benchmarks of samplers against each other, and pictures."""

@@ -90,7 +90,7 @@ def run_loop(
             ema.step(bare.parameters())
             total, counted = total + value.detach(), counted + 1
             if (step + 1) % every == 0 or step + 1 == config.steps:
-                mean = float(accelerator.gather(total[None] / counted).mean())
+                mean = float(accelerator.reduce(total / counted, "mean"))  # type: ignore[arg-type] - a tensor in, a tensor out
                 if not math.isfinite(mean):
                     raise ArtifactError(f"the loss is not finite at step {step + 1}: lower lr; the last checkpoint is kept in {folder}")
                 total, counted = torch.zeros_like(total), 0

@@ -65,7 +65,7 @@ def train(
 
 
 def _network(images: Images, config: TrainConfig) -> nn.Module:
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
     torch.manual_seed(0)
     _, channels, height, _ = images.x.shape
@@ -80,7 +80,7 @@ def _network(images: Images, config: TrainConfig) -> nn.Module:
         down_block_types=("DownBlock2D",) * (depth - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
         norm_num_groups=16,
-        attention_head_dim=32,
+        attention_head_dim=min(32, config.channels[-1]),
         dropout=config.dropout,
         num_class_embeds=None if classes is None else classes + 1,  # the last one is the null label
     )
@@ -126,7 +126,8 @@ def _loss(denoiser: AdaptedDenoiser, images: Images, config: TrainConfig, levels
 def _save(network: Any, denoiser: AdaptedDenoiser, images: Images, config: TrainConfig, loop: LoopConfig, out: Path, command: str) -> None:  # noqa: ANN401
     shape = list(images.x.shape[1:])
     if config.kind == "ddpm":
-        from diffusers import DDPMPipeline, DDPMScheduler
+        from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         DDPMPipeline(network, DDPMScheduler(num_train_timesteps=1000, clip_sample=True)).save_pretrained(out)
     else:

@@ -42,15 +42,15 @@ def load_images(source: str | Path) -> Images:
     if str(source) == "digits":
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
-        x = (torch.from_numpy(digits.images).float()[:, None] + 0.5) * (2 / DIGIT_LEVELS) - 1
-        return Images(x, torch.from_numpy(digits.target).long(), DIGIT_LEVELS, "digits")
+        pixels, target = load_digits(return_X_y=True)
+        x = (torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) + 0.5) * (2 / DIGIT_LEVELS) - 1
+        return Images(x, torch.from_numpy(target).long(), DIGIT_LEVELS, "digits")
     path = Path(source)
     if path.suffix == ".npz" and path.is_file():
         with np.load(path) as arrays:
             if "images" not in arrays or arrays["images"].dtype != np.uint8:
                 raise FewstepError(f"{path} needs an array 'images' of uint8, it has {', '.join(arrays.files)}")
-            images, labels = arrays["images"], arrays["labels"] if "labels" in arrays else None
+            images, labels = arrays["images"], arrays.get("labels")
     elif path.is_dir():
         images, labels = _read_folder(path)
     else:

@@ -48,7 +48,7 @@ class DEIS(Solver):
 
     def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
         s, t = i, i + 1
-        if float(nodes.alpha[s]) == 0:
+        if bool(nodes.alpha[s] == 0):
             x_t = first_order(nodes, s, t, x, history[0])
         else:
             p = effective_order(nodes, i, self.steps, self.lower_order_below)
@@ -89,10 +89,10 @@ class IPNDM(Solver):
 
     def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
         s, t = i, i + 1
-        if float(nodes.alpha[s]) == 0:
+        if bool(nodes.alpha[s] == 0):
             x_t = first_order(nodes, s, t, x, history[0])
         else:
-            usable = min(self.steps, i if float(nodes.alpha[0]) == 0 else i + 1)
+            usable = min(self.steps, i if bool(nodes.alpha[0] == 0) else i + 1)
             eps = sum(weight * history[k] for k, weight in enumerate(ADAMS_BASHFORTH[usable - 1]))
             h = nodes.lam[t] - nodes.lam[s]
             x_t = nodes.alpha[t] / nodes.alpha[s] * (x + nodes.sigma[s] * torch.expm1(-h) * eps)

@@ -32,11 +32,11 @@ class _Singlestep(Solver):
         times = []
         for k in range(grid.steps):
             s, t = k, k + 1
-            if float(ends.alpha[s]) == 0:
+            if bool(ends.alpha[s] == 0):
                 lam = [torch.log(f * ends.alpha[t] / ends.sigma[t]) for f in self.fractions]
             else:
                 lam = [ends.lam[s] + f * (ends.lam[t] - ends.lam[s]) for f in self.fractions]
-            inner = [] if float(ends.sigma[t]) == 0 else [schedule.t_of_lam(value) for value in lam]
+            inner = [] if bool(ends.sigma[t] == 0) else [schedule.t_of_lam(value) for value in lam]
             times += [ends.t[s], *inner]
         return Nodes.at(schedule, torch.stack([*times, ends.t[-1]]))
 
@@ -47,9 +47,9 @@ class _Singlestep(Solver):
         stage = i % self.stages
         s, t = i - stage, i + 1
         if stage == 0:
-            x0 = history[0] if float(nodes.alpha[s]) == 0 else to_x0("epsilon", history[0], x, nodes.alpha[s], nodes.sigma[s])
+            x0 = history[0] if bool(nodes.alpha[s] == 0) else to_x0("epsilon", history[0], x, nodes.alpha[s], nodes.sigma[s])
             return x, first_order(nodes, s, t, x, x0)
-        if float(nodes.alpha[s]) == 0:
+        if bool(nodes.alpha[s] == 0):
             x0 = to_x0("epsilon", history[0], x, nodes.alpha[i], nodes.sigma[i])
             x_t = self.from_zero_alpha(nodes, stage, s, t, anchor, x0, history)
         else:

@@ -57,7 +57,7 @@ class Heun(Solver):
 
     def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
         t = torch.cat([grid.t[:1], grid.t[1:].repeat_interleave(2)])  # s, t, t, u, u, ..., end; stages at (s, t), (t, u), ...
-        to_clean = float(schedule.sigma(grid.t[-1])) == 0
+        to_clean = bool(schedule.sigma(grid.t[-1]) == 0)
         return Nodes.at(schedule, t[:-1] if to_clean else t)
 
     def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
@@ -68,11 +68,11 @@ class Heun(Solver):
         t = i + 1
         if i % 2 == 0:
             s = i
-            x0 = history[0] if float(alpha[s]) == 0 else to_x0("epsilon", history[0], x, alpha[s], sigma[s])
+            x0 = history[0] if bool(alpha[s] == 0) else to_x0("epsilon", history[0], x, alpha[s], sigma[s])
             return x, first_order(nodes, s, t, x, x0)
         s = i - 1
         end, start = history[0], history[1]
-        if float(alpha[s]) == 0:
+        if bool(alpha[s] == 0):
             x0 = to_x0("epsilon", end, x, alpha[t], sigma[t])
             x_t = sigma[t] / sigma[s] * anchor + alpha[t] * (start + x0) / 2
         else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -28,15 +26,15 @@ def effective_order(nodes: Nodes, i: int, order: int, lower_order_below: int = N
     p = min(order, i + 1)
     if steps < lower_order_below:
         p = min(p, steps - i)
-    if not math.isfinite(float(nodes.lam[i])) or not math.isfinite(float(nodes.lam[i + 1])):
+    if not bool(torch.isfinite(nodes.lam[i])) or not bool(torch.isfinite(nodes.lam[i + 1])):
         return 1
-    while p > 1 and not math.isfinite(float(nodes.lam[i + 1 - p])):
+    while p > 1 and not bool(torch.isfinite(nodes.lam[i + 1 - p])):
         p -= 1
     return p
 
 
 def noise_or_data(nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
     """What a solver in ``eps`` remembers: ``eps``, but ``x0`` where ``alpha = 0`` and ``eps = x/sigma`` knows nothing of it."""
-    if float(nodes.alpha[i]) == 0:
+    if bool(nodes.alpha[i] == 0):
         return x0
     return from_x0("epsilon", x0, x, nodes.alpha[i], torch.as_tensor(nodes.sigma[i]))

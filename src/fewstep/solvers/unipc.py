@@ -53,7 +53,7 @@ class UniPC(Solver):
         return self.steps + self.corrector
 
     def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
-        if self.corrector and i > 0 and math.isfinite(float(nodes.lam[i - 1])):
+        if self.corrector and i > 0 and bool(torch.isfinite(nodes.lam[i - 1])):
             p = effective_order(nodes, i - 1, self.steps, self.lower_order_below)
             past = {i - 1 - k: history[1 + k] for k in range(p)}
             x = self.step(nodes, i - 1, i, anchor, past, new=history[0])

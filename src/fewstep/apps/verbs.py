@@ -1,0 +1,111 @@
+"""What the longer verbs do between parsing and printing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file
+
+from fewstep.apps.console import progress
+from fewstep.core.errors import FewstepError
+from fewstep.core.grid import make_grid
+from fewstep.core.sampler import Sampler, write_whole
+from fewstep.core.schedule import NoiseSchedule
+from fewstep.evaluate.benchmark import BenchmarkConfig, benchmark
+from fewstep.evaluate.generation import generate_to, process
+from fewstep.evaluate.pictures import save_comparison, save_grid, save_singles, to_uint8
+from fewstep.models.zoo import load_model
+from fewstep.solvers import make_solver
+
+__all__ = ["SampleRequest", "run_bench", "run_demo", "run_sample"]
+
+DEMO = BenchmarkConfig(
+    solvers=("ddim", "heun", "dpm-solver-pp-2m", "dpm-solver-pp-3m", "unipc-2", "deis-3", "ipndm"),
+    grids=("karras", "angle"),
+    nfe=(5, 6, 8, 10),
+)
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """The options of ``fewstep sample``."""
+
+    model: str
+    out: Path
+    solver: str
+    grid: str
+    nfe: int
+    num: int
+    seed: int
+    guidance: float
+    label: int | None
+    batch: int
+    sampler: Path | None
+    singles: bool
+    npz: bool
+
+    def build(self, schedule: NoiseSchedule) -> Sampler:
+        """The sampler asked for: from a folder, or a solver on a grid."""
+        if self.sampler is not None:
+            return Sampler.load(self.sampler)
+        solver = make_solver(self.solver)
+        return Sampler.build(solver, make_grid(self.grid, schedule, solver.steps_for(self.nfe)), schedule)
+
+
+def run_sample(request: SampleRequest) -> dict[str, Any] | None:
+    """Sample and write the pictures; None in all processes but the first."""
+    if request.num < 1 or request.batch < 1:
+        raise FewstepError(f"num and batch must be at least 1, got {request.num} and {request.batch}")
+    model = load_model(request.model)
+    sampler = request.build(model.denoiser.schedule)
+    seeds = list(range(request.seed, request.seed + request.num))
+    with progress(f"sampling {request.num} x {sampler.nfe} evaluations", request.num) as report:
+        images = generate_to(
+            request.out, model, sampler, seeds, guidance=request.guidance, label=request.label, batch=request.batch, observe=report
+        )
+    if images is None or process()[0] != 0:
+        return None
+    done: dict[str, Any] = {"num": request.num, "nfe": sampler.nfe, "grid": str(save_grid(images, request.out / "grid.png"))}
+    if request.singles:
+        done["singles"] = str(save_singles(images, request.out / "singles", seeds))
+    if request.npz:
+        arrays = {"x": images.numpy(), "images": to_uint8(images), "seeds": np.array(seeds)}
+        labels = model.labels(seeds, request.label)
+        if labels is not None:
+            arrays["labels"] = labels.numpy()
+        write_whole(request.out / "samples.npz", lambda temporary: np.savez(temporary, allow_pickle=False, **arrays))
+        done["npz"] = str(request.out / "samples.npz")
+    rmtree(request.out / "parts")
+    return done
+
+
+def run_bench(model_name: str, config: BenchmarkConfig, out: Path, command: str) -> dict[str, Any]:
+    """Benchmark, then a picture of all samplers of our own on the same seeds."""
+    model = load_model(model_name)
+    count = len(config.nfe) * len(config.grids) * (len(config.solvers) + 8 * len(config.peers))
+    with progress(f"{model.name}, {config.num} noises", count) as report:
+        results = benchmark(model, config, out, command=command, observe=report)
+    reference = load_file(out / "reference.safetensors")["x"]
+    cells = {}
+    for row in results["rows"]:
+        if row["library"] == "fewstep":
+            path = out / "samples" / f"{row['library']}-{row['solver']}-{row['grid']}-{row['nfe']}.safetensors"
+            cells[f"{row['solver']}, {row['grid']}", f"{row['nfe']} evaluations"] = load_file(path)["x"]
+    columns = sorted({column for _, column in cells}, key=lambda column: int(column.split()[0]))
+    ordered = {
+        (row, column): cells[row, column] for column in columns for row in dict.fromkeys(r for r, _ in cells) if (row, column) in cells
+    }
+    exact = {("exact trajectory", columns[0]): reference[:16]}
+    save_comparison({**exact, **ordered}, out / "pictures.png", title=f"{model.name}: the same seeds by every sampler")
+    return results
+
+
+def run_demo(out: Path, num: int, command: str) -> dict[str, Any]:
+    """The benchmark that the README shows, on the bundled class-conditional model."""
+    from dataclasses import replace
+
+    return run_bench("digits-edm", replace(DEMO, num=num), out, command)

@@ -1,0 +1,307 @@
+"""Samplers against each other on one model: the same noises, a tight reference trajectory, one row per sampler."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewstep.core.errors import FewstepError, GridError, SolverError, look_up
+from fewstep.core.grid import GRIDS, TimeGrid, make_grid
+from fewstep.core.sampler import Sampler, read_json, write_whole
+from fewstep.core.sampling import Cond, Denoiser, sample, start_noise
+from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.tableau import Nodes
+from fewstep.evaluate.generation import default_device
+from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
+from fewstep.evaluate.peers import PEERS, peer_steps, run_peer
+from fewstep.models.data import load_images
+from fewstep.models.loaders import Model
+from fewstep.solvers import SOLVERS, UniPC, make_solver
+
+__all__ = ["BenchmarkConfig", "Row", "benchmark", "reference_sampler"]
+
+REFERENCE_NFE = 128
+KEPT = 16  # samples of each row kept for pictures
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Which rows, on how many noises. ``peers`` is empty or ``diffusers``."""
+
+    solvers: tuple[str, ...]
+    grids: tuple[str, ...]
+    nfe: tuple[int, ...]
+    num: int = 1024
+    seed: int = 0
+    guidance: float = 1.0
+    peers: tuple[str, ...] = ()
+    batch: int = 256
+
+    def __post_init__(self) -> None:
+        for name in self.solvers:
+            look_up(name, SOLVERS, "solver", SolverError)
+        for name in self.grids:
+            look_up(name, GRIDS, "grid", GridError)
+        for peer in self.peers:
+            look_up(peer, {"diffusers": None}, "library", FewstepError)
+        for nfe in self.nfe:
+            if nfe < 1:
+                raise SolverError(f"nfe must be a whole number of at least 1, got {nfe}")
+        if self.num < 2 or self.batch < 1:
+            raise FewstepError(f"a benchmark needs num of at least 2 and batch of at least 1, got {self.num} and {self.batch}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sampler on one model. ``rmse`` is the distance to the reference trajectory's end, ``fd`` the Frechet distance to the data."""
+
+    solver: str
+    library: str
+    grid: str
+    nfe: int
+    num: int
+    guidance: float
+    rmse: float
+    fd: float | None
+    fd_features: str | None
+    seconds: float
+    solver_seconds: float  # without the network
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What tells rows of one benchmark apart."""
+        return self.library, self.solver, self.grid, self.nfe
+
+
+class _Timed:
+    """A denoiser that knows how long it took."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser, self.seconds = denoiser, 0.0
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.denoiser.schedule
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        begin = _now(x.device)
+        x0 = self.denoiser(x, t, cond)
+        self.seconds += _now(x.device) - begin
+        return x0
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def reference_sampler(schedule: NoiseSchedule, nfe: int = REFERENCE_NFE) -> Sampler:
+    """The tight trajectory: UniPC-3 on the angle grid, times not snapped."""
+    return Sampler.build(UniPC(steps=3), TimeGrid.angle(schedule, nfe), schedule)
+
+
+def benchmark(
+    model: Model, config: BenchmarkConfig, out: Path, *, command: str, observe: Callable[[int, str], None] | None = None
+) -> dict[str, Any]:
+    """Run all rows and keep them in ``out/results.json``, which is written after each row; rows already there are not run again.
+
+    ``observe`` is called with the number of rows done and the name of the next. Returns what ``results.json`` holds.
+
+    Raises:
+        FewstepError: as the solvers, grids and models it uses; also if no row could be run at all.
+    """
+    problem = _Problem(model, config, out, observe)
+    results = problem.results(command)
+    rows: dict[tuple[str, str, str, int], Row] = {row.key: row for row in (Row(**r) for r in results["rows"])}
+    planned = list(_plan(config))
+    for number, (library, solver, grid, nfe) in enumerate(planned):
+        key = (library, solver, grid, nfe)
+        if observe is not None:
+            observe(number, f"{solver} {grid} {nfe}")
+        if key in rows and problem.picture_path(key).exists():
+            continue
+        try:
+            samples, seconds, solver_seconds = problem.run(*key)
+        except (GridError, SolverError) as error:  # this sampler cannot do that: say so, go on with the others
+            results["skipped"] = [s for s in results["skipped"] if s["key"] != list(key)] + [{"key": list(key), "why": str(error)}]
+            problem.write(results)
+            continue
+        error, fd = rmse(samples, problem.exact), problem.frechet(samples)
+        rows[key] = Row(
+            solver,
+            library,
+            grid,
+            nfe,
+            config.num,
+            config.guidance,
+            error,
+            fd,
+            problem.features_name if fd is not None else None,
+            seconds,
+            solver_seconds,
+        )
+        problem.keep_picture(key, samples)
+        results["rows"] = [asdict(row) for row in rows.values()]
+        problem.write(results)
+    problem.write(results)
+    if not any(key in rows for key in planned):
+        raise SolverError("; ".join(s["why"] for s in results["skipped"]))
+    if observe is not None:
+        observe(len(planned), "")
+    return results
+
+
+def _plan(config: BenchmarkConfig) -> Iterator[tuple[str, str, str, int]]:
+    for nfe in config.nfe:
+        for grid in config.grids:
+            for solver in config.solvers:
+                yield "fewstep", solver, grid, nfe
+            for library in config.peers:
+                for solver in PEERS:
+                    yield library, solver, grid, nfe
+
+
+class _Problem:
+    """The noises, the conditions, the reference and the data of one benchmark."""
+
+    def __init__(self, model: Model, config: BenchmarkConfig, out: Path, observe: Callable[[int, str], None] | None) -> None:
+        self.model, self.config, self.out = model, config, out
+        self.device = default_device()
+        if isinstance(model.denoiser.network, torch.nn.Module):
+            model.denoiser.network.to(self.device)
+        self.denoiser = model.guided(config.guidance)
+        self.seeds = list(range(config.seed, config.seed + config.num))
+        self.labels = model.labels(self.seeds)
+        self.identity = {
+            "fingerprint": model.fingerprint,
+            "seed": config.seed,
+            "num": config.num,
+            "guidance": config.guidance,
+            "reference": {"solver": "unipc-3", "grid": "angle", "nfe": REFERENCE_NFE},
+        }
+        self.data = load_images(model.data).x if model.data else None
+        self.features_name = "digits" if model.data == "digits" else "pixels"
+        self.features = load_features(self.features_name, model.shape) if self.data is not None else None
+        self.exact, self.reference_error = self._reference(observe)
+
+    # -- samples ----------------------------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[tuple[list[int], Tensor | None]]:
+        for start in range(0, len(self.seeds), self.config.batch):
+            part = slice(start, start + self.config.batch)
+            yield self.seeds[part], None if self.labels is None else self.labels[part].to(self.device)
+
+    @torch.no_grad()
+    def run(self, library: str, solver: str, grid_name: str, nfe: int) -> tuple[Tensor, float, float]:
+        """Samples ``[num, *D]`` of one row, its seconds, and its seconds without the network."""
+        schedule = self.denoiser.schedule
+        timed = _Timed(self.denoiser)
+        begin = _now(self.device)
+        if library == "fewstep":
+            method = make_solver(solver)
+            sampler = Sampler.build(method, make_grid(grid_name, schedule, method.steps_for(nfe)), schedule)
+            samples = [self._ours(timed, sampler, seeds, cond) for seeds, cond in self._batches()]
+        else:
+            grid = make_grid(grid_name, schedule, peer_steps(solver, nfe))
+            samples = [self._theirs(timed, solver, grid, seeds, cond) for seeds, cond in self._batches()]
+        seconds = _now(self.device) - begin
+        return torch.cat(samples).cpu(), seconds, seconds - timed.seconds
+
+    def _ours(self, denoiser: Denoiser, sampler: Sampler, seeds: list[int], cond: Cond) -> Tensor:
+        x = start_noise(sampler.tableau.nodes, seeds, self.model.shape).to(self.device)
+        return sample(denoiser, sampler, x, cond, seeds=seeds)
+
+    def _theirs(self, denoiser: Denoiser, name: str, grid: TimeGrid, seeds: list[int], cond: Cond) -> Tensor:
+        x = start_noise(Nodes.at(denoiser.schedule, grid.t), seeds, self.model.shape).to(self.device)
+        return run_peer(name, denoiser, grid, x, cond)
+
+    @torch.no_grad()
+    def _reference(self, observe: Callable[[int, str], None] | None) -> tuple[Tensor, float]:
+        """The reference samples, and how far they are from those of half as many evaluations; kept on disk."""
+        path = self.out / "reference.safetensors"
+        stamp = json.dumps(self.identity, sort_keys=True)
+        if path.exists() and (self.out / "reference.json").exists():
+            meta = read_json(self.out / "reference.json")
+            if meta.get("stamp") == stamp:
+                return load_file(path)["x"], float(meta["error"])
+        if observe is not None:
+            observe(0, "reference trajectory")
+        schedule = self.denoiser.schedule
+        fine, coarse = reference_sampler(schedule), reference_sampler(schedule, REFERENCE_NFE // 2)
+        exact, error = [], 0.0
+        for k, (seeds, cond) in enumerate(self._batches()):
+            exact.append(self._ours(self.denoiser, fine, seeds, cond).cpu())
+            if k == 0:
+                error = rmse(self._ours(self.denoiser, coarse, seeds, cond).cpu(), exact[0])
+        samples = torch.cat(exact).contiguous()
+        write_whole(path, lambda temporary: save_file({"x": samples}, temporary))
+        write_whole(self.out / "reference.json", json.dumps({"stamp": stamp, "error": error}).encode())
+        return samples, error
+
+    def frechet(self, samples: Tensor) -> float | None:
+        """Frechet distance of samples to the model's data, if that is known."""
+        if self.data is None or self.features is None:
+            return None
+        return frechet_distance(self.data, samples, self.features)
+
+    # -- results ----------------------------------------------------------------------------------------------------
+
+    def results(self, command: str) -> dict[str, Any]:
+        """The results so far: those on disk if they are of this very problem, else an empty table."""
+        path = self.out / "results.json"
+        if path.exists():
+            found = read_json(path)
+            if found.get("problem") == self.identity:
+                return {**found, "command": command, "version": version("fewstep"), "machine": _machine()}
+        exact_fd = self.frechet(self.exact)
+        halves = None
+        if self.data is not None and self.features is not None:
+            order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))
+            first, second = self.data[order].chunk(2)
+            halves = frechet_distance(first, second, self.features)
+        return {
+            "version": version("fewstep"),
+            "command": command,
+            "model": self.model.name,
+            "machine": _machine(),
+            "problem": self.identity,
+            "reference": {**self.identity["reference"], "error": self.reference_error, "fd": exact_fd, "fd_data_halves": halves},
+            "rows": [],
+            "skipped": [],
+        }
+
+    def write(self, results: dict[str, Any]) -> None:
+        """Keep the table as it stands."""
+        write_whole(self.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+
+    def picture_path(self, key: tuple[str, str, str, int]) -> Path:
+        """Where the first samples of a row are kept."""
+        return self.out / "samples" / f"{'-'.join(map(str, key))}.safetensors"
+
+    def keep_picture(self, key: tuple[str, str, str, int], samples: Tensor) -> None:
+        """Keep the first samples of a row for pictures."""
+        first = {"x": samples[:KEPT].contiguous()}
+        write_whole(self.picture_path(key), lambda temporary: save_file(first, temporary))
+
+
+def _machine() -> dict[str, Any]:
+    device = default_device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": device.type,
+        "processor": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,102 @@
+"""Many samples by seed: in batches, shared between processes, resumed after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewstep.core.errors import ArtifactError
+from fewstep.core.sampler import Sampler, read_json, write_whole
+from fewstep.core.sampling import Denoiser, sample, start_noise
+from fewstep.models.loaders import Model
+
+__all__ = ["default_device", "generate", "generate_to", "process"]
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def process() -> tuple[int, int]:
+    """This process and how many there are, as ``torchrun`` sets them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@torch.no_grad()
+def generate(
+    denoiser: Denoiser, sampler: Sampler, seeds: Sequence[int], shape: Sequence[int], labels: Tensor | None, device: torch.device
+) -> Tensor:
+    """Samples ``[len(seeds), *shape]`` on the CPU, from the noise of their seeds."""
+    x = start_noise(sampler.tableau.nodes, seeds, shape).to(device)
+    return sample(denoiser, sampler, x, None if labels is None else labels.to(device), seeds=seeds).cpu()
+
+
+def generate_to(
+    folder: Path,
+    model: Model,
+    sampler: Sampler,
+    seeds: Sequence[int],
+    *,
+    guidance: float = 1.0,
+    label: int | None = None,
+    batch: int = 256,
+    observe: Callable[[int], None] | None = None,
+) -> Tensor | None:
+    """Samples of all seeds, kept in ``folder`` batch by batch, so that a killed run continues; None but in the first process.
+
+    Batches are the same whatever the number of processes, so are the pictures.
+
+    Raises:
+        ArtifactError: the folder holds the unfinished samples of another command, or cannot be written.
+    """
+    rank, world = process()
+    parts = folder / "parts"
+    request = {
+        "model": model.fingerprint,
+        "solver": sampler.solver,
+        "options": dict(sampler.options),
+        "times": sampler.tableau.nodes.t.tolist(),
+        "guidance": guidance,
+        "label": label,
+        "seeds": [seeds[0], len(seeds)],
+        "batch": batch,
+    }
+    if (parts / "request.json").exists():
+        if read_json(parts / "request.json") != json.loads(json.dumps(request)):
+            raise ArtifactError(f"{folder} holds unfinished samples of another command: remove {parts}, or choose another folder")
+    elif rank == 0:
+        write_whole(parts / "request.json", json.dumps(request).encode())
+    device, denoiser = default_device(), model.guided(guidance)
+    if isinstance(model.denoiser.network, torch.nn.Module):
+        model.denoiser.network.to(device)
+    starts = range(0, len(seeds), batch)
+    for number, start in enumerate(starts):
+        path = parts / f"{start:08d}.safetensors"
+        if number % world == rank and not path.exists():
+            chunk = seeds[start : start + batch]
+            images = generate(denoiser, sampler, chunk, model.shape, model.labels(chunk, label), device)
+            write_whole(path, lambda temporary, images=images: save_file({"x": images.contiguous()}, temporary))
+        if observe is not None and number % world == rank:
+            observe(min(start + batch, len(seeds)))
+    _wait_for_all(world)
+    if rank != 0:
+        return None
+    try:
+        return torch.cat([load_file(parts / f"{start:08d}.safetensors")["x"] for start in starts])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ArtifactError(f"{parts} is damaged ({error}): remove it and sample again") from error
+
+
+def _wait_for_all(world: int) -> None:
+    if world > 1:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()

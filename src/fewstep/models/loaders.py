@@ -1,0 +1,164 @@
+"""Trained models from folders: ours (``fewstep.json``) and diffusers' (a ``UNet2DModel`` with a scheduler). Never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.errors import ModelError
+from fewstep.core.prediction import EDM
+from fewstep.core.sampler import read_json
+from fewstep.core.sampling import Denoiser
+from fewstep.core.schedule import DiscreteVP, RectifiedFlow, VarianceExploding, schedule_from_config
+from fewstep.models.denoiser import AdaptedDenoiser, edm_time, unet_call
+from fewstep.models.guidance import classifier_free
+
+__all__ = ["Model", "load_folder"]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A trained network as a sampling problem.
+
+    Attributes:
+        name: how it was asked for.
+        denoiser: the network with its noise schedule.
+        shape: of one sample, ``(C, H, W)``.
+        classes: number of class labels, or None if it takes none.
+        null_label: the label that stands for no condition, or None if it has none.
+        data: the data set it was trained on, by the name `load_images` knows, or None.
+    """
+
+    name: str
+    denoiser: AdaptedDenoiser
+    shape: tuple[int, ...]
+    classes: int | None = None
+    null_label: int | None = None
+    data: str | None = None
+
+    def guided(self, scale: float = 1.0) -> Denoiser:
+        """The denoiser with classifier-free guidance; scale 1 is the model as it is.
+
+        Raises:
+            ModelError: the model has no null label to guide away from.
+        """
+        if scale == 1:
+            return self.denoiser
+        if self.null_label is None:
+            raise ModelError(f"{self.name} cannot be guided: it is not class-conditional with a null label; use guidance 1")
+        return classifier_free(self.denoiser, scale, torch.tensor(self.null_label))
+
+    def labels(self, seeds: Sequence[int], label: int | None = None) -> Tensor | None:
+        """One class label per sample, ``[len(seeds)]``: ``label``, or the seed modulo the number of classes; None without classes.
+
+        Raises:
+            ModelError: a label the model does not have.
+        """
+        if self.classes is None:
+            if label is not None:
+                raise ModelError(f"{self.name} takes no labels")
+            return None
+        if label is not None and not 0 <= label < self.classes:
+            raise ModelError(f"{self.name} has labels 0 to {self.classes - 1}, got {label}")
+        return torch.tensor([seed % self.classes if label is None else label for seed in seeds])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the network's weights: the same for the same model, wherever it lies."""
+        digest = hashlib.sha256()
+        network = self.denoiser.network
+        for key, value in sorted(network.state_dict().items() if isinstance(network, nn.Module) else ()):
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else str(value).encode())
+        return digest.hexdigest()[:16]
+
+    def named(self, name: str, data: str | None) -> Model:
+        """The same model under another name, with its data set."""
+        return replace(self, name=name, data=data)
+
+
+def load_folder(source: str | Path) -> Model:
+    """A model from a folder with ``unet/`` and either ``fewstep.json`` (as `fewstep train` writes) or a diffusers ``scheduler/``.
+
+    A name like ``owner/repository`` that is no folder is fetched from the hub by diffusers.
+
+    Raises:
+        ModelError: no model there, unreadable weights, or a scheduler or prediction type that is not known.
+    """
+    path = Path(source)
+    if (path / "fewstep.json").is_file():
+        return _load_ours(path)
+    if not path.exists() and (str(source).count("/") != 1 or str(source).startswith((".", "/"))):
+        raise ModelError(f"no model at {source}: name a bundled model (see 'fewstep models') or a folder with unet/ and scheduler/")
+    return _load_diffusers(str(source))
+
+
+def _load_ours(path: Path) -> Model:
+    meta = read_json(path / "fewstep.json")
+    if meta.get("format") != "fewstep-model" or meta.get("version") != 1:
+        raise ModelError(
+            f"{path / 'fewstep.json'} is {meta.get('format')!r} version {meta.get('version')!r}, not 'fewstep-model' version 1"
+        )
+    try:
+        denoiser = AdaptedDenoiser(_unet(str(path)), schedule_from_config(meta["schedule"]), meta["prediction"], edm_time, unet_call)
+        return Model(path.name, denoiser, tuple(meta["shape"]), meta["null_label"], meta["null_label"])
+    except KeyError as error:
+        raise ModelError(f"{path / 'fewstep.json'} lacks {error}") from error
+
+
+def _load_diffusers(source: str) -> Model:
+    network = _unet(source)
+    config = _scheduler_config(source)
+    shape = (network.config.in_channels, *_pair(network.config.sample_size))
+    return Model(Path(source).name, _by_scheduler(network, config), shape, network.config.num_class_embeds)
+
+
+def _by_scheduler(network: Any, config: dict[str, Any]) -> AdaptedDenoiser:  # noqa: ANN401
+    """The noise law that a diffusers scheduler's configuration describes; betas are built by diffusers itself."""
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    kind, name = config.get("prediction_type", "epsilon"), str(config.get("_class_name", ""))
+    if "FlowMatch" in name:
+        schedule = RectifiedFlow(shift=float(config.get("shift", 1.0)))
+        steps = float(config.get("num_train_timesteps", 1000))
+        return AdaptedDenoiser(network, schedule, "flow", lambda t: steps * schedule.sigma(t), unet_call)
+    if name.startswith("EDM"):
+        schedule = VarianceExploding(float(config["sigma_min"]), float(config["sigma_max"]))
+        if kind != "epsilon":
+            raise ModelError(f"an EDM scheduler with prediction type {kind!r} is not known here, only epsilon (EDM's own F)")
+        return AdaptedDenoiser(network, schedule, EDM(float(config["sigma_data"])), edm_time, unet_call)
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    betas = DDPMScheduler.from_config({key: config[key] for key in keys if config.get(key) is not None})
+    return AdaptedDenoiser(network, DiscreteVP.from_alphas_cumprod(betas.alphas_cumprod), kind, call=unet_call)  # type: ignore[union-attr]
+
+
+def _unet(source: str) -> Any:  # noqa: ANN401
+    try:
+        from diffusers.models.unets.unet_2d import UNet2DModel
+    except ImportError as error:
+        raise ModelError(f"{source} needs diffusers: pip install 'fewstep[diffusers]'") from error
+    try:
+        network = UNet2DModel.from_pretrained(source, subfolder="unet", use_safetensors=True, low_cpu_mem_usage=False)
+    except Exception as error:  # diffusers raises OSError, ValueError, SafetensorError and hub errors for an unreadable folder
+        raise ModelError(f"cannot load {source}/unet as a UNet2DModel: {str(error).splitlines()[0]}") from error
+    return network.eval().requires_grad_(False)
+
+
+def _scheduler_config(source: str) -> dict[str, Any]:
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    try:
+        return dict(DDPMScheduler.load_config(source, subfolder="scheduler"))  # type: ignore[arg-type]
+    except Exception as error:
+        raise ModelError(f"cannot read {source}/scheduler/scheduler_config.json: {str(error).splitlines()[0]}") from error
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,157 @@
+"""The command line as a person uses it: every verb, resumption, several processes, and one clear line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fewstep import Sampler, TimeGrid, VarianceExploding, make_solver
+from fewstep.apps import cli
+from fewstep.evaluate import generation
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """The exit code of ``fewstep WORDS`` in this process."""
+    monkeypatch.setattr(sys, "argv", ["fewstep", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+        sys.exit(0)
+    return int(end.value.code or 0)
+
+
+def test_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "models", "--json") == 0
+    known = json.loads(capsys.readouterr().out)
+    assert {"digits-edm", "digits-ddpm"} == set(known["models"]) and "unipc-2" in known["solvers"] and "angle" in known["grids"]
+
+
+def test_sample_writes_pictures_and_arrays(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = (
+        "sample",
+        "digits-edm",
+        "--nfe",
+        4,
+        "--num",
+        5,
+        "--seed",
+        7,
+        "--guidance",
+        2,
+        "--npz",
+        "--singles",
+        "--out",
+        tmp_path,
+        "--json",
+    )
+    assert run(monkeypatch, *words) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert Path(done["grid"]).exists() and sorted(p.name for p in (tmp_path / "singles").iterdir())[0] == "000007.png"
+    arrays = np.load(done["npz"])
+    assert (
+        arrays["x"].shape == (5, 1, 8, 8) and arrays["seeds"].tolist() == [7, 8, 9, 10, 11] and arrays["labels"].tolist() == [7, 8, 9, 0, 1]
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {"grid.png", "samples.npz", "singles"}
+
+
+def test_a_killed_sample_run_continues(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = ("sample", "digits-edm", "--nfe", 3, "--num", 6, "--batch", 2, "--npz")
+    assert run(monkeypatch, *words, "--out", tmp_path / "whole") == 0
+    real, calls = generation.generate, []
+
+    def mortal(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(generation, "generate", mortal)
+    assert run(monkeypatch, *words, "--out", tmp_path / "cut") == 130
+    assert run(monkeypatch, *words, "--nfe", 4, "--out", tmp_path / "cut") == 2  # another command: not mixed
+    assert run(monkeypatch, *words, "--out", tmp_path / "cut") == 0
+    assert len(calls) == 4  # two batches, the kill, and only the third batch again
+    np.testing.assert_array_equal(np.load(tmp_path / "whole/samples.npz")["x"], np.load(tmp_path / "cut/samples.npz")["x"])
+
+
+def test_two_processes_make_the_pictures_of_one(tmp_path: Path) -> None:
+    words = ["-m", "fewstep", "sample", "digits-edm", "--nfe", "3", "--num", "8", "--batch", "2", "--npz", "--out"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    for count in ("1", "2"):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*torchrun, count, *words, str(tmp_path / count)], check=True, env=environment, capture_output=True, timeout=300)
+    one, two = (np.load(tmp_path / count / "samples.npz") for count in ("1", "2"))
+    np.testing.assert_array_equal(one["x"], two["x"])
+
+
+def test_a_saved_sampler_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    schedule = VarianceExploding()
+    Sampler.build(make_solver("unipc-2"), TimeGrid.angle(schedule, 3), schedule).save(tmp_path / "sampler")
+    common = ("--num", 3, "--npz", "--out")
+    assert run(monkeypatch, "sample", "digits-edm", "--sampler", tmp_path / "sampler", *common, tmp_path / "a") == 0
+    assert run(monkeypatch, "sample", "digits-edm", "--nfe", 3, *common, tmp_path / "b") == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "a/samples.npz")["x"], np.load(tmp_path / "b/samples.npz")["x"])
+
+
+def test_bench_and_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ("bench", "digits-ddpm", "--solver", "ddim,unipc-2", "--grid", "angle,trailing", "--nfe", "5,6", "--num", 8, "--out", tmp_path)
+    assert run(monkeypatch, *words) == 0
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["rows"]) == 8 and f"{results['rows'][0]['rmse']:.4f}" in out and (tmp_path / "pictures.png").exists()
+    assert run(monkeypatch, "demo", "--num", 8, "--out", tmp_path / "demo") == 0
+    out = capsys.readouterr().out
+    assert "dpm-solver-pp-3m" in out and "heun" in out and str(tmp_path / "demo" / "pictures.png") in out.replace("\n", "")
+
+
+def test_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(monkeypatch, "train", "--kind", "ddpm", "--steps", 2, "--batch", 4, "--out", tmp_path / "m") == 0
+    assert run(monkeypatch, "sample", tmp_path / "m", "--nfe", 2, "--num", 2, "--out", tmp_path / "s") == 0
+
+
+SAMPLE = ("sample", "digits-edm", "--num", "2", "--nfe", "2")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((*SAMPLE, "--solver", "unipc2"), "did you mean unipc-2"),
+        ((*SAMPLE, "--grid", "angel"), "did you mean angle"),
+        ((*SAMPLE, "--nfe", "0"), "nfe must be a whole number of at least 1, got 0"),
+        ((*SAMPLE, "--solver", "heun", "--nfe", "5"), "use 4 or 6"),
+        ((*SAMPLE, "--label", "11"), "labels 0 to 9"),
+        ((*SAMPLE, "--num", "0"), "at least 1"),
+        (("sample", "digits-emd"), "did you mean digits-edm"),
+        (("sample", "digits-ddpm", "--guidance", "2"), "cannot be guided"),
+        (("sample", "digits-ddpm", "--grid", "logsnr", "--nfe", "200"), "fall more than once"),
+        (("bench", "digits-edm", "--nfe", "5,x"), "separated by commas"),
+        (("bench", "digits-edm", "--nfe", "0"), "nfe must be"),
+        (("bench", "digits-edm", "--solver", "dim"), "did you mean ddim"),
+        (("bench", "digits-edm", "--peers", "difusers"), "did you mean diffusers"),
+        (("train", "--data", "nowhere"), "no images at"),
+        (("train", "--kind", "gan"), "edm or ddpm"),
+    ],
+)
+def test_mistakes_get_one_line_exit_2_and_leave_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: tuple[str, ...], says: str
+) -> None:
+    assert run(monkeypatch, *words, "--out", tmp_path / "out") == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("fewstep: ") and says in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_samplers_and_unwritable_folders(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    schedule = VarianceExploding()
+    folder = Sampler.build(make_solver("ddim"), TimeGrid.angle(schedule, 3), schedule).save(tmp_path / "sampler")
+    data = folder / "sampler.safetensors"
+    data.write_bytes(data.read_bytes()[:-8])
+    assert run(monkeypatch, *SAMPLE, "--sampler", folder, "--out", tmp_path / "out") == 2
+    assert "damaged" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    assert run(monkeypatch, *SAMPLE, "--out", tmp_path / "file" / "out") == 2
+    assert "choose a folder that you may write to" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""The benchmark: paired noises, a reference that is much better than its rows, resumed rows, honest gaps."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fewstep import SolverError, load_model
+from fewstep.evaluate.benchmark import BenchmarkConfig, benchmark
+
+COLUMNS = {"solver", "library", "grid", "nfe", "num", "guidance", "rmse", "fd", "fd_features", "seconds", "solver_seconds"}
+SMALL = {"num": 16, "batch": 8}
+
+
+def test_rows_are_complete_resumed_and_plausible(tmp_path: Path) -> None:
+    model = load_model("digits-edm")
+    config = BenchmarkConfig(("ddim", "unipc-2"), ("angle",), (5, 10), **SMALL)
+    results = benchmark(model, config, tmp_path, command="fewstep bench")
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert {"version", "command", "model", "machine", "rows"} <= set(results) and all(set(row) == COLUMNS for row in results["rows"])
+    error = {(row["solver"], row["nfe"]): row["rmse"] for row in results["rows"]}
+    assert error["unipc-2", 10] < error["unipc-2", 5] < error["ddim", 5]
+    assert results["reference"]["error"] < 0.1 * min(error.values())
+    assert all(0 <= row["solver_seconds"] < row["seconds"] and row["fd_features"] == "digits" for row in results["rows"])
+    wider = BenchmarkConfig(("ddim", "unipc-2", "deis-3"), ("angle",), (5, 10), **SMALL)
+    again = benchmark(model, wider, tmp_path, command="fewstep bench")
+    assert again["rows"][:4] == results["rows"] and len(again["rows"]) == 6  # the old rows were not run again: same seconds
+
+
+def test_peers_equal_ours_and_impossible_rows_are_said(tmp_path: Path) -> None:
+    config = BenchmarkConfig(("ddim", "heun"), ("angle",), (5,), peers=("diffusers",), **SMALL)
+    results = benchmark(load_model("digits-edm"), config, tmp_path, command="fewstep bench")
+    rmse = {(row["library"], row["solver"]): row["rmse"] for row in results["rows"]}
+    assert rmse["diffusers", "ddim"] == pytest.approx(rmse["fewstep", "ddim"], rel=1e-4)  # float32 tables of theirs
+    assert ("fewstep", "heun") not in rmse and any("2 evaluations a step" in skipped["why"] for skipped in results["skipped"])
+
+
+def test_guidance_changes_the_problem_so_rows_are_not_mixed(tmp_path: Path) -> None:
+    model = load_model("digits-edm")
+    plain = benchmark(model, BenchmarkConfig(("ddim",), ("angle",), (5,), **SMALL), tmp_path, command="")
+    guided = benchmark(model, BenchmarkConfig(("ddim",), ("angle",), (5,), guidance=2.0, **SMALL), tmp_path, command="")
+    assert len(guided["rows"]) == 1 and guided["rows"][0]["rmse"] != plain["rows"][0]["rmse"]
+
+
+def test_a_benchmark_without_any_row_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SolverError, match="use 4 or 6"):
+        benchmark(load_model("digits-edm"), BenchmarkConfig(("heun",), ("angle",), (5,), **SMALL), tmp_path, command="")

@@ -1,0 +1,57 @@
+"""The kernel compiles once, and the network is called exactly where and as often as the nodes say."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from fewstep import RectifiedFlow, Sampler, TimeGrid, VPLinear, advance, make_solver, sample, seeded_noise, tabulate
+from fewstep.models.analytic import MixtureDenoiser
+from fewstep.solvers import SOLVERS
+
+STEPS = 20
+SEEDS = [0, 1]
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [make_solver("dpm-solver-pp-2m"), make_solver("unipc-3"), make_solver("ddim", eta=1.0), make_solver("heun"), make_solver("deis-3")],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_one_graph_runs_every_row(solver):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(advance, fullgraph=True, backend=counter)
+    schedule = VPLinear()
+    tableau = tabulate(solver, solver.nodes(TimeGrid.logsnr(schedule, STEPS), schedule))
+    x = seeded_noise(SEEDS, (3, 4)).double()
+    plain, fast = tableau.start(x), tableau.start(x)
+    for row in tableau.rows(x):
+        x0, noise = torch.tanh(plain.x), torch.cos(x)
+        plain, fast = advance(row, plain, x0, noise), compiled(row, fast, x0, noise)
+        torch.testing.assert_close(fast.x, plain.x, rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 1
+
+
+class Counting:
+    """A denoiser that notes the times it is called at."""
+
+    def __init__(self, schedule):
+        self.schedule, self.times = schedule, []
+        self.denoiser = MixtureDenoiser(schedule, seeded_noise(SEEDS, (3,)).double(), torch.ones(2, dtype=torch.float64))
+
+    def __call__(self, x, t, cond=None):
+        self.times.append(t)
+        return self.denoiser(x, t)
+
+
+@pytest.mark.parametrize(("schedule", "nfe"), [(VPLinear(), 6), (RectifiedFlow(), 7)], ids=["noisy-end", "clean-end"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_number_and_place_of_the_evaluations(name, schedule, nfe):
+    """Six is a number of evaluations for one, two and three stages; seven is where the last step has one."""
+    solver = make_solver(name)
+    grid = TimeGrid.angle(schedule, solver.steps_for(nfe, to_clean=schedule.t_min == schedule.t_clean))
+    sampler, denoiser = Sampler.build(solver, grid, schedule), Counting(schedule)
+    sample(denoiser, sampler, seeded_noise(SEEDS, (3,)), seeds=SEEDS)
+    assert len(denoiser.times) == sampler.nfe == nfe
+    assert torch.equal(torch.stack(denoiser.times), sampler.tableau.nodes.t[:-1])
+    assert torch.equal(sampler.tableau.nodes.t[-1], grid.t[-1])

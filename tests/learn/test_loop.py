@@ -1,0 +1,74 @@
+"""The training loop: it learns, resumes exactly after a kill, and leaves nothing half-written."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep import ArtifactError
+from fewstep.learn.loop import LoopConfig, run_loop
+
+CONFIG = LoopConfig(steps=30, batch=8, lr=0.05, warmup=5, checkpoint_every=10, ema=0.9)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 1))
+
+
+def loss(net: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
+    x = torch.randn(batch, 2, generator=generator)
+    return (net(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+class Killed(Exception):
+    """Stands for a kill signal."""
+
+
+def killed_at(step: int):
+    calls = 0
+
+    def mortal(net: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > step:
+            raise Killed
+        return loss(net, batch, generator)
+
+    return mortal
+
+
+def test_killed_and_resumed_ends_where_uninterrupted_does(tmp_path: Path) -> None:
+    seen: list[tuple[int, float]] = []
+    whole = run_loop(network(), loss, CONFIG, tmp_path / "whole", observe=lambda step, value: seen.append((step, value)))
+    with pytest.raises(Killed):
+        run_loop(network(), killed_at(17), CONFIG, tmp_path / "cut")
+    resumed = run_loop(network(), loss, CONFIG, tmp_path / "cut")
+    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert seen[-1][0] == CONFIG.steps and seen[-1][1] < 0.3 * seen[0][1]
+
+
+def test_an_interrupt_is_checkpointed_at_its_step(tmp_path: Path) -> None:
+    def interrupted(net: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
+        if generator.initial_seed() == 13 * 4099:  # step 13
+            raise KeyboardInterrupt
+        return loss(net, batch, generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(network(), interrupted, CONFIG, tmp_path)
+    assert '"step": 13' in (tmp_path / "checkpoint" / "loop.json").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run_loop(network(), killed_at(12), CONFIG, tmp_path)
+    with pytest.raises(ArtifactError, match="belongs to another run"):
+        run_loop(network(), loss, LoopConfig(steps=31, batch=8), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="not finite at step 1"):
+        run_loop(network(), lambda net, batch, generator: loss(net, batch, generator) * torch.inf, CONFIG, tmp_path)

@@ -1,0 +1,151 @@
+"""Every solver converges with the order that it claims.
+
+Slopes are least-squares fits of the log RMS error at the end against the log number of steps, on grids of unequal steps of VPLinear
+from noise level 3 to 0.1, in float64. An exact start gives the solver true past evaluations, so that the formula itself is measured;
+a cold start is what a user runs, and there the low-order first steps may be all that is left in the limit.
+"""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from problems import ODE, STOCHASTIC, karras_levels, mixture, moments, never_lowered, noise
+from scipy.integrate import solve_ivp
+
+from fewstep import Nodes, State, Tableau, TimeGrid, VarianceExploding, VPLinear, advance, tabulate
+from fewstep.models.analytic import GaussianDenoiser
+from fewstep.solvers import UniPC
+
+ORDER_SLACK = 0.35  # how far from its limit a slope may still be at these numbers of steps
+TABLE_SLACK = 0.05  # cold-start slopes are deterministic; this leaves room for another processor's rounding
+STEPS = (24, 48, 96)
+HIGH, LOW = 3.0, 0.1
+WARM_UP = 2  # the first step is DDIM's, with an error of h^2 that no later step takes away
+WARM_UP_CORRECTED = 3  # ... and the corrector raises it to h^3
+
+SCHEDULE = VPLinear()
+DENOISER = mixture(SCHEDULE)
+START = noise(8, 2) * math.sqrt(1 + HIGH**2)  # z = x / alpha
+
+# Measured; near the limit of the order unless the warm-up or a sign change of the error (unipc-3-bh1) shows.
+COLD_START = {
+    "euler": 0.99,
+    "ddim": 0.99,
+    "heun": 2.01,
+    "dpm-solver-2s": 2.01,
+    "dpm-solver-3s": 2.99,
+    "dpm-solver-pp-2m": 2.02,
+    "dpm-solver-pp-3m": 1.89,
+    "unipc-2": 3.02,
+    "unipc-3": 3.87,
+    "deis-3": 1.96,
+    "ipndm": 1.72,
+    "dpm-solver-pp-1": 0.99,
+    "dpm-solver-pp-2m-taylor": 2.03,
+    "dpm-solver-pp-3m-taylor": 1.84,
+    "dpm-solver-pp-3m-corrected": 2.22,
+    "dpm-solver-pp-3m-corrected-taylor": 2.21,
+    "unipc-1-bh1": 2.04,
+    "unipc-1-bh2": 2.00,
+    "unipc-1-exact": 2.01,
+    "unipc-2-bh1": 3.06,
+    "unipc-2-bh2": 3.02,
+    "unipc-2-exact": 3.03,
+    "unipc-3-bh1": 4.45,
+    "unipc-3-bh2": 3.87,
+    "unipc-3-exact": 4.14,
+    "unip-2-bh1": 2.05,
+    "unip-2-bh2": 2.02,
+    "unip-2-exact": 2.03,
+    "unip-3-bh1": 2.19,
+    "unip-3-bh2": 2.22,
+    "unip-3-exact": 2.21,
+    "deis-1": 0.99,
+    "deis-2": 2.01,
+    "deis-4": 2.14,
+    "ipndm-1": 0.99,
+    "ipndm-2": 2.01,
+    "ipndm-3": 1.94,
+}
+
+
+@functools.cache
+def exact() -> torch.Tensor:
+    """``z = x/alpha`` at the nodes of the finest grid, ``[STEPS[-1] + 1, B, 2]``, from ``dz/dlam = D - z``."""
+    denoiser = mixture(VarianceExploding())
+
+    def slope(lam: float, z: np.ndarray) -> np.ndarray:
+        z = torch.from_numpy(z).reshape(START.shape)
+        return (denoiser(z, torch.tensor(math.exp(-lam), dtype=torch.float64)) - z).flatten().numpy()
+
+    lam = -torch.log(karras_levels(STEPS[-1], HIGH, LOW)).numpy()
+    ends = (lam[0], lam[-1])
+    # short steps: the interpolant between them is of lower order than the method
+    solution = solve_ivp(slope, ends, START.flatten().numpy(), method="DOP853", t_eval=lam, rtol=1e-13, atol=1e-15, max_step=0.05)
+    return torch.from_numpy(solution.y.T.copy()).reshape(-1, *START.shape)
+
+
+@functools.cache
+def prepared(name: str, steps: int) -> tuple[Nodes, Tableau]:
+    solver = never_lowered(ODE[name])
+    nodes = solver.nodes(TimeGrid.from_sigmas(SCHEDULE, karras_levels(steps, HIGH, LOW)), SCHEDULE)
+    return nodes, tabulate(solver, nodes)
+
+
+def exact_state(name: str, nodes: Nodes, tableau: Tableau, i: int, stride: int) -> State:
+    """The state before evaluation ``i`` of a solver that was exact so far."""
+    x = [nodes.alpha[k] * exact()[k * stride] for k in range(i + 1)]
+    past = [ODE[name].record(nodes, k, x[k], DENOISER(x[k], nodes.t[k])) for k in reversed(range(i))]
+    blank = tableau.start(x[-1])
+    return blank._replace(anchor=None if blank.anchor is None else x[i - 1], history=(*past, *blank.history[len(past) :]))
+
+
+def fitted(errors: list[float]) -> float:
+    return -np.polyfit(np.log(STEPS), np.log(errors), 1)[0]
+
+
+def slope(name: str, *, exact_start: bool) -> float:
+    """The measured order."""
+    errors = []
+    for steps in STEPS:
+        nodes, tableau = prepared(name, steps)
+        # a multistep solver has its full order once its history is full; one of several stages has it from the start
+        first = ODE[name].memory - 1 if exact_start and ODE[name].stages == 1 else 0
+        state = exact_state(name, nodes, tableau, first, STEPS[-1] // steps) if first else tableau.start(nodes.alpha[0] * START)
+        for i, row in enumerate(tableau.rows(state.x)[first:], first):
+            state = advance(row, state, DENOISER(state.x, nodes.t[i]))
+        errors.append(float((state.x / nodes.alpha[-1] - exact()[-1]).square().mean().sqrt()))
+    return fitted(errors)
+
+
+@pytest.mark.parametrize("name", ODE)
+def test_exact_start(name, record_property):
+    measured = slope(name, exact_start=True)
+    record_property("slope", measured)
+    assert abs(measured - ODE[name].order) < ORDER_SLACK
+
+
+@pytest.mark.parametrize("name", ODE)
+def test_cold_start(name, record_property):
+    measured = slope(name, exact_start=False)
+    record_property("slope", measured)
+    corrected = isinstance(ODE[name], UniPC) and ODE[name].corrector
+    assert measured > min(ODE[name].order, WARM_UP_CORRECTED if corrected else WARM_UP) - ORDER_SLACK
+    assert abs(measured - COLD_START[name]) < TABLE_SLACK
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_weak_order_of_a_stochastic_solver(name):
+    """The standard deviation of its samples, for Gaussian data."""
+    solver = never_lowered(STOCHASTIC[name])
+    mean, std = torch.tensor([0.7], dtype=torch.float64), torch.tensor([0.6], dtype=torch.float64)
+    denoiser, errors = GaussianDenoiser(SCHEDULE, mean, std), []
+    for steps in STEPS:
+        nodes = solver.nodes(TimeGrid.from_sigmas(SCHEDULE, karras_levels(steps, HIGH, LOW)), SCHEDULE)
+        true_mean, true_std = nodes.alpha * mean, torch.sqrt((nodes.alpha * std) ** 2 + nodes.sigma**2)
+        end_mean, end_std = moments(tabulate(solver, nodes), denoiser, true_mean[:1], true_std[:1])
+        torch.testing.assert_close(end_mean, true_mean[-1:], rtol=1e-12, atol=0)
+        errors.append(float(abs(end_std - true_std[-1])))
+    assert abs(fitted(errors) - solver.order) < ORDER_SLACK
