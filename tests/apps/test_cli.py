@@ -14,7 +14,7 @@ from fewstep.apps import cli
 from fewstep.evaluate import generation
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+def run(monkeypatch, *words: object) -> int:
     """The exit code of ``fewstep WORDS`` in this process."""
     monkeypatch.setattr(sys, "argv", ["fewstep", *map(str, words)])
     with pytest.raises(SystemExit) as end:
@@ -23,13 +23,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     return int(end.value.code or 0)
 
 
-def test_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models(monkeypatch, capsys) -> None:
     assert run(monkeypatch, "models", "--json") == 0
     known = json.loads(capsys.readouterr().out)
     assert {"digits-edm", "digits-ddpm"} == set(known["models"]) and "unipc-2" in known["solvers"] and "angle" in known["grids"]
 
 
-def test_sample_writes_pictures_and_arrays(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_sample_writes_pictures_and_arrays(monkeypatch, capsys, tmp_path: Path) -> None:
     words = (
         "sample",
         "digits-edm",
@@ -57,7 +57,7 @@ def test_sample_writes_pictures_and_arrays(monkeypatch: pytest.MonkeyPatch, caps
     assert {p.name for p in tmp_path.iterdir()} == {"grid.png", "samples.npz", "singles"}
 
 
-def test_a_killed_sample_run_continues(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_killed_sample_run_continues(monkeypatch, tmp_path: Path) -> None:
     words = ("sample", "digits-edm", "--nfe", 3, "--num", 6, "--batch", 2, "--npz")
     assert run(monkeypatch, *words, "--out", tmp_path / "whole") == 0
     real, calls = generation.generate, []
@@ -77,7 +77,7 @@ def test_a_killed_sample_run_continues(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_two_processes_make_the_pictures_of_one(tmp_path: Path) -> None:
-    words = ["-m", "fewstep", "sample", "digits-edm", "--nfe", "3", "--num", "8", "--batch", "2", "--npz", "--out"]
+    words = ["-m", "fewstep", "sample", "digits-edm", "--nfe", "3", "-n", "8", "--batch", "2", "--npz", "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     for count in ("1", "2"):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -86,7 +86,7 @@ def test_two_processes_make_the_pictures_of_one(tmp_path: Path) -> None:
     np.testing.assert_array_equal(one["x"], two["x"])
 
 
-def test_a_saved_sampler_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_saved_sampler_is_used(monkeypatch, tmp_path: Path) -> None:
     schedule = VarianceExploding()
     Sampler.build(make_solver("unipc-2"), TimeGrid.angle(schedule, 3), schedule).save(tmp_path / "sampler")
     common = ("--num", 3, "--npz", "--out")
@@ -95,7 +95,7 @@ def test_a_saved_sampler_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     np.testing.assert_array_equal(np.load(tmp_path / "a/samples.npz")["x"], np.load(tmp_path / "b/samples.npz")["x"])
 
 
-def test_bench_and_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_bench_and_demo(monkeypatch, capsys, tmp_path: Path) -> None:
     words = ("bench", "digits-ddpm", "--solver", "ddim,unipc-2", "--grid", "angle,trailing", "--nfe", "5,6", "--num", 8, "--out", tmp_path)
     assert run(monkeypatch, *words) == 0
     out = capsys.readouterr().out
@@ -106,7 +106,7 @@ def test_bench_and_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert "dpm-solver-pp-3m" in out and "heun" in out and str(tmp_path / "demo" / "pictures.png") in out.replace("\n", "")
 
 
-def test_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_train(monkeypatch, capsys, tmp_path: Path) -> None:
     assert run(monkeypatch, "train", "--kind", "ddpm", "--steps", 2, "--batch", 4, "--out", tmp_path / "m") == 0
     assert run(monkeypatch, "sample", tmp_path / "m", "--nfe", 2, "--num", 2, "--out", tmp_path / "s") == 0
 
@@ -134,18 +134,14 @@ SAMPLE = ("sample", "digits-edm", "--num", "2", "--nfe", "2")
         (("train", "--kind", "gan"), "edm or ddpm"),
     ],
 )
-def test_mistakes_get_one_line_exit_2_and_leave_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: tuple[str, ...], says: str
-) -> None:
+def test_mistakes_get_one_line_exit_2_and_leave_nothing(monkeypatch, capsys, tmp_path: Path, words: tuple[str, ...], says: str) -> None:
     assert run(monkeypatch, *words, "--out", tmp_path / "out") == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("fewstep: ") and says in message
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_samplers_and_unwritable_folders(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_damaged_samplers_and_unwritable_folders(monkeypatch, capsys, tmp_path: Path) -> None:
     schedule = VarianceExploding()
     folder = Sampler.build(make_solver("ddim"), TimeGrid.angle(schedule, 3), schedule).save(tmp_path / "sampler")
     data = folder / "sampler.safetensors"

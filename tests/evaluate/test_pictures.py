@@ -22,13 +22,13 @@ def test_pixels() -> None:
 def test_grid_is_in_reading_order(tmp_path: Path) -> None:
     images = torch.linspace(-1, 1, 4).reshape(4, 1, 1, 1).expand(4, 1, 8, 8)
     picture = np.asarray(Image.open(save_grid(images, tmp_path / "grid.png")))
-    assert picture.shape == (98, 98, 3)
-    assert [int(picture[y, x, 0]) for y in (10, 90) for x in (10, 90)] == [0, 85, 170, 255]
+    assert picture.shape == (82, 82, 3)
+    assert [int(picture[y, x, 0]) for y in (10, 70) for x in (10, 70)] == [0, 85, 170, 255]
 
 
 def test_comparison_keeps_missing_cells_empty(tmp_path: Path) -> None:
     dark = torch.full((10, 1, 8, 8), -1.0)
-    cells = {("a", "5"): dark, ("b", "5"): dark, ("b", "6"): dark}
+    cells = {("a", "5"): (dark, "x"), ("b", "5"): (dark, "y"), ("b", "6"): (dark, "z")}
     picture = np.asarray(Image.open(save_comparison(cells, tmp_path / "c.png", title="t")))
     right = picture[:, picture.shape[1] // 2 + 40 :, 0] < 10
     assert right[: picture.shape[0] // 2].mean() < 0.05 < right[picture.shape[0] // 2 :].mean()

@@ -22,7 +22,7 @@ def loss(net: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
     return (net(x) - x.sum(1, keepdim=True)).square().mean()
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a kill signal."""
 
 
@@ -33,7 +33,7 @@ def killed_at(step: int):
         nonlocal calls
         calls += 1
         if calls > step:
-            raise Killed
+            raise KilledError
         return loss(net, batch, generator)
 
     return mortal
@@ -42,7 +42,7 @@ def killed_at(step: int):
 def test_killed_and_resumed_ends_where_uninterrupted_does(tmp_path: Path) -> None:
     seen: list[tuple[int, float]] = []
     whole = run_loop(network(), loss, CONFIG, tmp_path / "whole", observe=lambda step, value: seen.append((step, value)))
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run_loop(network(), killed_at(17), CONFIG, tmp_path / "cut")
     resumed = run_loop(network(), loss, CONFIG, tmp_path / "cut")
     for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
@@ -63,7 +63,7 @@ def test_an_interrupt_is_checkpointed_at_its_step(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run_loop(network(), killed_at(12), CONFIG, tmp_path)
     with pytest.raises(ArtifactError, match="belongs to another run"):
         run_loop(network(), loss, LoopConfig(steps=31, batch=8), tmp_path)

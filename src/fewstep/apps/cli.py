@@ -37,7 +37,7 @@ def models(json: AsJson = False) -> None:
         return
     for name, about in known["models"].items():
         console.print(f"{name:12} {about}")
-    console.print(f"\nsolvers      {', '.join(known['solvers'])}\ngrids        {', '.join(known['grids'])}", soft_wrap=True)
+    console.print(f"\nsolvers      {', '.join(known['solvers'])}\ngrids        {', '.join(known['grids'])}")
     console.print("\nnext: fewstep sample digits-edm --nfe 6 --out runs/sample")
 
 
@@ -48,7 +48,7 @@ def sample(
     solver: str = "unipc-2",
     grid: str = "angle",
     nfe: Annotated[int, typer.Option(help="Network evaluations per sample.")] = 8,
-    num: Annotated[int, typer.Option(help="How many samples.")] = 64,
+    num: Annotated[int, typer.Option("--num", "-n", help="How many samples (under torchrun say -n: it takes --num for its own).")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the first sample; the next has the next seed.")] = 0,
     guidance: Guidance = 1.0,
     label: Annotated[int | None, typer.Option(help="Class of all samples; by default the seed modulo the classes.")] = None,
@@ -64,9 +64,7 @@ def sample(
     request = SampleRequest(model, out, solver, grid, nfe, num, seed, guidance, label, batch, sampler, singles, npz)
     done = run_sample(request)
     if done is not None:
-        print_json(done) if json else console.print(
-            f"pictures: {done['grid']}\nnext: fewstep bench {model} --out runs/bench", soft_wrap=True
-        )
+        print_json(done) if json else console.print(f"pictures: {done['grid']}\nnext: fewstep bench {model} --out runs/bench")
 
 
 @app.command()
@@ -92,7 +90,7 @@ def bench(
     results = run_bench(model, config, out, command())
     print_json(results) if json else bench_table(results)
     if not json:
-        console.print(f"rows: {out / 'results.json'}\npictures: {out / 'pictures.png'}", soft_wrap=True)
+        console.print(f"rows: {out / 'results.json'}\npictures: {out / 'pictures.png'}")
 
 
 @app.command()
@@ -107,10 +105,8 @@ def demo(
         print_json(results)
         return
     bench_table(results)
-    console.print(
-        f"rows: {out / 'results.json'}\npictures, rows solvers, columns evaluations, same seeds: {out / 'pictures.png'}", soft_wrap=True
-    )
-    console.print("next: fewstep sample digits-edm --solver unipc-2 --grid angle --nfe 6 --out runs/sample", soft_wrap=True)
+    console.print(f"rows: {out / 'results.json'}\npictures, rows solvers, columns evaluations, same seeds: {out / 'pictures.png'}")
+    console.print("next: fewstep sample digits-edm --solver unipc-2 --grid angle --nfe 6 --out runs/sample")
 
 
 @app.command()
@@ -132,7 +128,7 @@ def train(
     config, loop = TrainConfig(kind, conditional), LoopConfig(steps=steps, batch=batch, lr=lr, seed=seed)
     with progress(f"training {kind} on {data}", steps) as report:
         train(load_images(data), config, loop, out, command=command(), observe=lambda step, loss: report(step, f"loss {loss:.4f}"))
-    console.print(f"model: {out}\nnext: fewstep bench {out} --out {out}/bench", soft_wrap=True)
+    console.print(f"model: {out}\nnext: fewstep bench {out} --out {out}/bench")
 
 
 def integers(text: str, option: str) -> tuple[int, ...]:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 __all__ = ["bench_table", "console", "print_json", "progress"]
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 Report = Callable[..., None]
 
@@ -39,7 +40,7 @@ def _lines(title: str, total: int) -> Report:
     def report(done: int, note: str = "") -> None:
         nonlocal last, begin
         now = time.monotonic()
-        begin = begin or (done, now)
+        begin = (done, now) if begin is None or done == 0 else begin  # what comes before the first item tells nothing of the others
         if now - last < 30 and done < total:
             return
         last = now
@@ -55,32 +56,29 @@ def print_json(value: Any) -> None:  # noqa: ANN401
 
 
 def bench_table(results: dict[str, Any]) -> None:
-    """RMSE to the reference trajectory (and Frechet distance) per solver and grid, columns evaluations, best of a column starred."""
+    """RMSE to the reference trajectory and Frechet distance per solver and grid, columns evaluations, best RMSE of a column starred."""
     rows, reference = results["rows"], results["reference"]
     columns = sorted({row["nfe"] for row in rows})
     best = {n: min(row["rmse"] for row in rows if row["nfe"] == n) for n in columns}
-    table = Table(
-        title=f"{results['model']}, guidance {rows[0]['guidance']:g}, {rows[0]['num']} noises: RMSE (Frechet distance) at n evaluations"
-    )
-    for heading in ("library", "solver", "grid"):
-        table.add_column(heading)
+    title = f"{results['model']}, guidance {rows[0]['guidance']:g}, {rows[0]['num']} noises: RMSE (Frechet distance)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left")
+    for heading in ("solver", "grid"):
+        table.add_column(heading, no_wrap=True)
     for n in columns:
-        table.add_column(f"n = {n}", justify="right")
-    cells = {(row["library"], row["solver"], row["grid"], row["nfe"]): row for row in rows}
-    for line in dict.fromkeys(key[:3] for key in cells):
-        table.add_row(*line, *(_cell(cells.get((*line, n)), best[n]) for n in columns))
+        table.add_column(f"{n} evaluations", justify="right", no_wrap=True)
+    cells = {(row["library"], row["grid"], row["solver"], row["nfe"]): row for row in rows}
+    order = [list(dict.fromkeys(key[part] for key in cells)) for part in range(3)]
+    lines = sorted({key[:3] for key in cells}, key=lambda line: [order[part].index(line[part]) for part in range(3)])
+    for library, grid, solver in lines:
+        name = solver if library == "fewstep" else f"{solver} ({library})"
+        table.add_row(name, grid, *(_cell(cells.get((library, grid, solver, n)), best[n]) for n in columns))
     console.print(table)
-    fd = (
-        ""
-        if reference["fd"] is None
-        else f"; its Frechet distance {reference['fd']:.2f}, that of two halves of the data {reference['fd_data_halves']:.2f}"
-    )
-    console.print(
-        f"* best. Reference: {reference['solver']} with {reference['nfe']} evaluations, own error {reference['error']:.1e}{fd}",
-        soft_wrap=True,
-    )
+    fd = ""
+    if reference["fd"] is not None:
+        fd = f"; its Frechet distance {reference['fd']:.2f}, that of two halves of the data {reference['fd_data_halves']:.2f}"
+    console.print(f"* best. Reference: {reference['solver']} with {reference['nfe']} evaluations, own error {reference['error']:.1e}{fd}")
     for why in dict.fromkeys(skipped["why"] for skipped in results["skipped"]):
-        console.print(f"no row: {why}", soft_wrap=True)
+        console.print(f"no row: {why}")
 
 
 def _cell(row: dict[str, Any] | None, best: float) -> str:

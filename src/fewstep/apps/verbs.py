@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -89,23 +89,24 @@ def run_bench(model_name: str, config: BenchmarkConfig, out: Path, command: str)
     count = len(config.nfe) * len(config.grids) * (len(config.solvers) + 8 * len(config.peers))
     with progress(f"{model.name}, {config.num} noises", count) as report:
         results = benchmark(model, config, out, command=command, observe=report)
-    reference = load_file(out / "reference.safetensors")["x"]
-    cells = {}
-    for row in results["rows"]:
-        if row["library"] == "fewstep":
-            path = out / "samples" / f"{row['library']}-{row['solver']}-{row['grid']}-{row['nfe']}.safetensors"
-            cells[f"{row['solver']}, {row['grid']}", f"{row['nfe']} evaluations"] = load_file(path)["x"]
-    columns = sorted({column for _, column in cells}, key=lambda column: int(column.split()[0]))
-    ordered = {
-        (row, column): cells[row, column] for column in columns for row in dict.fromkeys(r for r, _ in cells) if (row, column) in cells
-    }
-    exact = {("exact trajectory", columns[0]): reference[:16]}
-    save_comparison({**exact, **ordered}, out / "pictures.png", title=f"{model.name}: the same seeds by every sampler")
+    _comparison(results, out)
     return results
+
+
+def _comparison(results: dict[str, Any], out: Path) -> None:
+    """The picture of a benchmark: our own samplers, rows grouped by grid, below the ends of the exact trajectories."""
+    rows = [row for row in results["rows"] if row["library"] == "fewstep"]
+    if not rows:
+        return
+    exact, columns = load_file(out / "reference.safetensors")["x"], sorted({row["nfe"] for row in rows})
+    cells = {("exact trajectory", f"{nfe} evaluations"): (exact, "") for nfe in columns}
+    grids = list(dict.fromkeys(row["grid"] for row in rows))
+    for row in sorted(rows, key=lambda row: (grids.index(row["grid"]), row["nfe"])):
+        kept = out / "samples" / f"fewstep-{row['solver']}-{row['grid']}-{row['nfe']}.safetensors"
+        cells[f"{row['solver']}, {row['grid']}", f"{row['nfe']} evaluations"] = (load_file(kept)["x"], f"rmse {row['rmse']:.3f}")
+    save_comparison(cells, out / "pictures.png", title=f"{results['model']}: the same seeds by every sampler")
 
 
 def run_demo(out: Path, num: int, command: str) -> dict[str, Any]:
     """The benchmark that the README shows, on the bundled class-conditional model."""
-    from dataclasses import replace
-
     return run_bench("digits-edm", replace(DEMO, num=num), out, command)

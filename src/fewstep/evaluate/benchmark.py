@@ -107,8 +107,10 @@ def _now(device: torch.device) -> float:
 
 
 def reference_sampler(schedule: NoiseSchedule, nfe: int = REFERENCE_NFE) -> Sampler:
-    """The tight trajectory: UniPC-3 on the angle grid, times not snapped."""
-    return Sampler.build(UniPC(steps=3), TimeGrid.angle(schedule, nfe), schedule)
+    """The tight trajectory: UniPC-3 on the Karras grid (the angle grid from ``alpha = 0``), times not snapped."""
+    from_signal = bool(schedule.alpha(torch.tensor(schedule.t_max, dtype=torch.float64)) > 0)
+    grid = TimeGrid.karras(schedule, nfe) if from_signal else TimeGrid.angle(schedule, nfe)
+    return Sampler.build(UniPC(steps=3), grid, schedule)
 
 
 def benchmark(
@@ -188,7 +190,7 @@ class _Problem:
             "seed": config.seed,
             "num": config.num,
             "guidance": config.guidance,
-            "reference": {"solver": "unipc-3", "grid": "angle", "nfe": REFERENCE_NFE},
+            "reference": {"solver": "unipc-3", "nfe": REFERENCE_NFE},
         }
         self.data = load_images(model.data).x if model.data else None
         self.features_name = "digits" if model.data == "digits" else "pixels"

@@ -58,6 +58,7 @@ def generate_to(
         ArtifactError: the folder holds the unfinished samples of another command, or cannot be written.
     """
     rank, world = process()
+    device, denoiser, labels = default_device(), model.guided(guidance), model.labels(seeds, label)
     parts = folder / "parts"
     request = {
         "model": model.fingerprint,
@@ -74,15 +75,14 @@ def generate_to(
             raise ArtifactError(f"{folder} holds unfinished samples of another command: remove {parts}, or choose another folder")
     elif rank == 0:
         write_whole(parts / "request.json", json.dumps(request).encode())
-    device, denoiser = default_device(), model.guided(guidance)
     if isinstance(model.denoiser.network, torch.nn.Module):
         model.denoiser.network.to(device)
     starts = range(0, len(seeds), batch)
     for number, start in enumerate(starts):
         path = parts / f"{start:08d}.safetensors"
         if number % world == rank and not path.exists():
-            chunk = seeds[start : start + batch]
-            images = generate(denoiser, sampler, chunk, model.shape, model.labels(chunk, label), device)
+            part = slice(start, start + batch)
+            images = generate(denoiser, sampler, seeds[part], model.shape, None if labels is None else labels[part], device)
             write_whole(path, lambda temporary, images=images: save_file({"x": images.contiguous()}, temporary))
         if observe is not None and number % world == rank:
             observe(min(start + batch, len(seeds)))

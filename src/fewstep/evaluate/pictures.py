@@ -37,7 +37,7 @@ def _tile(images: np.ndarray, columns: int, scale: int, gap: int = 2) -> Image.I
 
 
 def _scale(height: int) -> int:
-    return max(1, 48 // height)
+    return max(1, 40 // height)
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int | None = None) -> Path:
@@ -55,27 +55,28 @@ def save_singles(images: Tensor, folder: Path, seeds: Sequence[int]) -> Path:
     return folder
 
 
-def save_comparison(cells: Mapping[tuple[str, str], Tensor], path: Path, *, title: str, across: int = 5) -> Path:
-    """Samplers side by side: rows and columns named by the keys ``(row, column)``, each cell the first seeds ``[B, C, H, W]``.
+def save_comparison(cells: Mapping[tuple[str, str], tuple[Tensor, str]], path: Path, *, title: str, across: int = 6) -> Path:
+    """Samplers side by side: rows and columns named by the keys ``(row, column)``, in order of appearance.
 
-    A cell that is missing stays empty.
+    A cell is the first of its samples ``[B, C, H, W]`` and a caption; one that is missing stays empty.
     """
     rows, columns = list(dict.fromkeys(r for r, _ in cells)), list(dict.fromkeys(c for _, c in cells))
-    tiles = {key: _tile(to_uint8(images[: across * 2]), across, max(1, 32 // images.shape[-2])) for key, images in cells.items()}
+    tiles = {key: _tile(to_uint8(images[:across]), across, _scale(images.shape[-2])) for key, (images, _) in cells.items()}
     width, height = next(iter(tiles.values())).size
-    font, small = ImageFont.load_default(17), ImageFont.load_default(14)
-    margin, pad = 20 + max(int(font.getlength(r)) for r in rows), 16
-    head = 74
-    sheet = Image.new("RGB", (margin + pad + len(columns) * (width + pad), head + len(rows) * (height + pad)), PAPER)
+    font, small = ImageFont.load_default(17), ImageFont.load_default(13)
+    margin, gap, head, caption = 24 + max(int(font.getlength(r)) for r in rows), 14, 74, 18
+    step_x, step_y = width + gap, height + caption + gap // 2
+    sheet = Image.new("RGB", (margin + len(columns) * step_x, head + len(rows) * step_y), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((12, 12), title, INK, font)
     for j, column in enumerate(columns):
-        draw.text((margin + pad + j * (width + pad), 46), column, MUTED, small)
+        draw.text((margin + j * step_x, 46), column, INK, small)
     for i, row in enumerate(rows):
-        top = head + i * (height + pad)
+        top = head + i * step_y
         draw.text((12, top + height / 2), row, INK, font, anchor="lm")
         for j, column in enumerate(columns):
             if (row, column) in tiles:
-                sheet.paste(tiles[row, column], (margin + pad + j * (width + pad), top))
+                sheet.paste(tiles[row, column], (margin + j * step_x, top))
+                draw.text((margin + j * step_x, top + height + 1), cells[row, column][1], MUTED, small)
     write_whole(path, lambda temporary: sheet.save(temporary, format="PNG"))
     return path
