@@ -23,7 +23,7 @@ SHAPES = {(1, 4, 64, 64): 0.5, (16, 3, 256, 256): 1.0}  # shape -> the ratio to 
 STEPS = 10
 
 
-def ours(shape: tuple[int, ...], eps: torch.Tensor, start: torch.Tensor) -> float:
+def ours(eps: torch.Tensor, start: torch.Tensor) -> float:
     schedule = DiscreteVP.linear()
     tableau = Sampler.build(make_solver("dpm-solver-pp-2m"), TimeGrid.linspace(schedule, STEPS), schedule).tableau
     rows, state, nodes = tableau.rows(start), tableau.start(start), tableau.nodes
@@ -34,7 +34,7 @@ def ours(shape: tuple[int, ...], eps: torch.Tensor, start: torch.Tensor) -> floa
     return (time.perf_counter() - begin) / STEPS
 
 
-def theirs(shape: tuple[int, ...], eps: torch.Tensor, start: torch.Tensor) -> float:
+def theirs(eps: torch.Tensor, start: torch.Tensor) -> float:
     scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, final_sigmas_type="sigma_min")
     scheduler.set_timesteps(STEPS)
     x = start
@@ -44,19 +44,22 @@ def theirs(shape: tuple[int, ...], eps: torch.Tensor, start: torch.Tensor) -> fl
     return (time.perf_counter() - begin) / STEPS
 
 
+def measure(shape: tuple[int, ...], rounds: int) -> dict[str, object]:
+    """Medians over rounds in which the two take turns, after two rounds to warm up."""
+    eps, start = torch.randn(shape), torch.randn(shape)
+    pairs = [(ours(eps, start), theirs(eps, start)) for _ in range(rounds + 2)][2:]
+    mine, other, ratio = (statistics.median(values) for values in zip(*((a, b, a / b) for a, b in pairs), strict=True))
+    return {"shape": shape, "ours_us": mine * 1e6, "diffusers_us": other * 1e6, "ratio": ratio, "bound": SHAPES[shape]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = []
-    for shape, bound in SHAPES.items():
-        eps, start = torch.randn(shape), torch.randn(shape)
-        pairs = [(ours(shape, eps, start), theirs(shape, eps, start)) for _ in range(args.rounds + 2)][2:]
-        ratio = statistics.median(a / b for a, b in pairs)
-        mine, other = (statistics.median(p[k] for p in pairs) for k in (0, 1))
-        rows.append({"shape": shape, "ours_us": mine * 1e6, "diffusers_us": other * 1e6, "ratio": ratio, "bound": bound})
-        print(f"{list(shape)}: ours {mine * 1e6:.0f} us, diffusers {other * 1e6:.0f} us, ratio {ratio:.2f} (bound {bound})")
+    rows = [measure(shape, args.rounds) for shape in SHAPES]
+    for row in rows:
+        print("{shape}: ours {ours_us:.0f} us, diffusers {diffusers_us:.0f} us, ratio {ratio:.2f} (bound {bound})".format(**row))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine()}

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from fewstep import Sampler, TimeGrid, VarianceExploding, make_solver
-from fewstep.apps import cli
+from fewstep import Sampler, TimeGrid, VarianceExploding, load_model, make_solver
+from fewstep.apps import cli, verbs
 from fewstep.evaluate import generation
 
 
@@ -106,6 +107,23 @@ def test_bench_and_demo(monkeypatch, capsys, tmp_path: Path) -> None:
     assert "dpm-solver-pp-3m" in out and "heun" in out and str(tmp_path / "demo" / "pictures.png") in out.replace("\n", "")
 
 
+def test_explicit_times_and_levels(monkeypatch, tmp_path: Path) -> None:
+    for option in ("--times", "--sigmas"):  # the same thing where alpha = 1
+        assert run(monkeypatch, "sample", "digits-edm", option, "80,5,0.5,0.002", "--num", 2, "--npz", "--out", tmp_path / option) == 0
+    one, two = (np.load(tmp_path / option / "samples.npz")["x"] for option in ("--times", "--sigmas"))
+    np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)  # float32
+
+
+def test_a_network_that_answers_nan_is_named_and_nothing_is_written(monkeypatch, capsys, tmp_path: Path) -> None:
+    model = load_model("digits-edm")
+    with torch.no_grad():
+        next(model.denoiser.network.parameters()).fill_(torch.nan)
+    monkeypatch.setattr(verbs, "load_model", lambda name: model)
+    assert run(monkeypatch, *SAMPLE, "--out", tmp_path / "out") == 2
+    assert "not finite (NaN or infinite) at evaluation 1 of 2, t = 80" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_train(monkeypatch, capsys, tmp_path: Path) -> None:
     assert run(monkeypatch, "train", "--kind", "ddpm", "--steps", 2, "--batch", 4, "--out", tmp_path / "m") == 0
     assert run(monkeypatch, "sample", tmp_path / "m", "--nfe", 2, "--num", 2, "--out", tmp_path / "s") == 0
@@ -123,6 +141,10 @@ SAMPLE = ("sample", "digits-edm", "--num", "2", "--nfe", "2")
         ((*SAMPLE, "--solver", "heun", "--nfe", "5"), "use 4 or 6"),
         ((*SAMPLE, "--label", "11"), "labels 0 to 9"),
         ((*SAMPLE, "--num", "0"), "at least 1"),
+        ((*SAMPLE, "--times", "80,1,1,0.002"), "1 (at index 1) appears twice"),
+        ((*SAMPLE, "--times", "80,1,2,0.002"), "followed by the larger 2"),
+        ((*SAMPLE, "--times", "80,1", "--sigmas", "80,1"), "give one of"),
+        ((*SAMPLE, "--sigmas", "80,x"), "numbers separated by commas"),
         (("sample", "digits-emd"), "did you mean digits-edm"),
         (("sample", "digits-ddpm", "--guidance", "2"), "cannot be guided"),
         (("sample", "digits-ddpm", "--grid", "logsnr", "--nfe", "200"), "fall more than once"),

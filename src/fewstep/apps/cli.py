@@ -54,6 +54,8 @@ def sample(
     label: Annotated[int | None, typer.Option(help="Class of all samples; by default the seed modulo the classes.")] = None,
     batch: int = 256,
     sampler: Annotated[Path | None, typer.Option(help="A sampler folder to use instead of --solver, --grid and --nfe.")] = None,
+    times: Annotated[str | None, typer.Option(help="Explicit times, decreasing, instead of --grid and --nfe: 80,10,1,0.002.")] = None,
+    sigmas: Annotated[str | None, typer.Option(help="The same as noise levels sigma/alpha; a last 0 is the clean image.")] = None,
     singles: Annotated[bool, typer.Option("--singles", help="Also write one PNG per sample.")] = False,
     npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz (float32, and uint8 pictures).")] = False,
     json: AsJson = False,
@@ -61,7 +63,7 @@ def sample(
     """Sample a model; continues where a killed run stopped, and shares the seeds out under torchrun."""
     from fewstep.apps.verbs import SampleRequest, run_sample
 
-    request = SampleRequest(model, out, solver, grid, nfe, num, seed, guidance, label, batch, sampler, singles, npz)
+    request = SampleRequest(model, out, solver, grid, nfe, num, seed, guidance, label, batch, sampler, times, sigmas, singles, npz)
     done = run_sample(request)
     if done is not None:
         print_json(done) if json else console.print(f"pictures: {done['grid']}\nnext: fewstep bench {model} --out runs/bench")

@@ -8,15 +8,16 @@ from shutil import rmtree
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
 
 from fewstep.apps.console import progress
 from fewstep.core.errors import FewstepError
-from fewstep.core.grid import make_grid
+from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.sampler import Sampler, write_whole
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.evaluate.benchmark import BenchmarkConfig, benchmark
-from fewstep.evaluate.generation import generate_to, process
+from fewstep.evaluate.generation import generate_to
 from fewstep.evaluate.pictures import save_comparison, save_grid, save_singles, to_uint8
 from fewstep.models.zoo import load_model
 from fewstep.solvers import make_solver
@@ -45,15 +46,32 @@ class SampleRequest:
     label: int | None
     batch: int
     sampler: Path | None
+    times: str | None
+    sigmas: str | None
     singles: bool
     npz: bool
 
     def build(self, schedule: NoiseSchedule) -> Sampler:
-        """The sampler asked for: from a folder, or a solver on a grid."""
+        """The sampler asked for: from a folder, or a solver on explicit times, on explicit noise levels, or on a named grid."""
+        if sum(option is not None for option in (self.sampler, self.times, self.sigmas)) > 1:
+            raise FewstepError("give one of --sampler, --times and --sigmas")
         if self.sampler is not None:
             return Sampler.load(self.sampler)
         solver = make_solver(self.solver)
-        return Sampler.build(solver, make_grid(self.grid, schedule, solver.steps_for(self.nfe)), schedule)
+        if self.times is not None:
+            grid = TimeGrid(torch.tensor(_numbers(self.times, "--times"), dtype=torch.float64))
+        elif self.sigmas is not None:
+            grid = TimeGrid.from_sigmas(schedule, _numbers(self.sigmas, "--sigmas"))
+        else:
+            grid = make_grid(self.grid, schedule, solver.steps_for(self.nfe))
+        return Sampler.build(solver, grid, schedule)
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise FewstepError(f"{option} wants numbers separated by commas, got {text!r}") from None
 
 
 def run_sample(request: SampleRequest) -> dict[str, Any] | None:
@@ -64,11 +82,12 @@ def run_sample(request: SampleRequest) -> dict[str, Any] | None:
     sampler = request.build(model.denoiser.schedule)
     seeds = list(range(request.seed, request.seed + request.num))
     with progress(f"sampling {request.num} x {sampler.nfe} evaluations", request.num) as report:
-        images = generate_to(
+        made = generate_to(
             request.out, model, sampler, seeds, guidance=request.guidance, label=request.label, batch=request.batch, observe=report
         )
-    if images is None or process()[0] != 0:
+    if made is None:
         return None
+    images, parts = made
     done: dict[str, Any] = {"num": request.num, "nfe": sampler.nfe, "grid": str(save_grid(images, request.out / "grid.png"))}
     if request.singles:
         done["singles"] = str(save_singles(images, request.out / "singles", seeds))
@@ -79,7 +98,7 @@ def run_sample(request: SampleRequest) -> dict[str, Any] | None:
             arrays["labels"] = labels.numpy()
         write_whole(request.out / "samples.npz", lambda temporary: np.savez(temporary, allow_pickle=False, **arrays))
         done["npz"] = str(request.out / "samples.npz")
-    rmtree(request.out / "parts")
+    rmtree(parts)
     return done
 
 

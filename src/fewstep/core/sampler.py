@@ -21,7 +21,7 @@ from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
 
-__all__ = ["Sampler", "read_json", "write_whole"]
+__all__ = ["Sampler", "check_writable", "read_json", "write_whole"]
 
 VERSION = 1
 
@@ -156,6 +156,20 @@ def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Fail before long work, not after it, if nothing can be written to a folder that may not exist yet.
+
+    Raises:
+        ArtifactError: the nearest existing parent is a file, or may not be written to.
+    """
+    parent = folder
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        what = "may not be written to" if parent.is_dir() else "is a file"
+        raise ArtifactError(f"cannot write {folder}: {parent} {what}; choose a folder that you may write to")
 
 
 def read_json(path: Path) -> dict[str, Any]:

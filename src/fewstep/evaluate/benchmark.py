@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.core.errors import FewstepError, GridError, SolverError, look_up
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid
-from fewstep.core.sampler import Sampler, read_json, write_whole
+from fewstep.core.sampler import Sampler, check_writable, read_json, write_whole
 from fewstep.core.sampling import Cond, Denoiser, sample, start_noise
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes
@@ -31,6 +31,7 @@ from fewstep.solvers import SOLVERS, UniPC, make_solver
 __all__ = ["BenchmarkConfig", "Row", "benchmark", "reference_sampler"]
 
 REFERENCE_NFE = 128
+Key = tuple[str, str, str, int]  # library, solver, grid, nfe
 KEPT = 16  # samples of each row kept for pictures
 
 
@@ -78,7 +79,7 @@ class Row:
     solver_seconds: float  # without the network
 
     @property
-    def key(self) -> tuple[str, str, str, int]:
+    def key(self) -> Key:
         """What tells rows of one benchmark apart."""
         return self.library, self.solver, self.grid, self.nfe
 
@@ -123,48 +124,40 @@ def benchmark(
     Raises:
         FewstepError: as the solvers, grids and models it uses; also if no row could be run at all.
     """
+    check_writable(out)
+    planned = list(_plan(config))
+    impossible = {key: why for key in planned if (why := _impossible(key, model.denoiser.schedule))}
+    if len(impossible) == len(planned):
+        raise SolverError("; ".join(dict.fromkeys(impossible.values())))
     problem = _Problem(model, config, out, observe)
     results = problem.results(command)
-    rows: dict[tuple[str, str, str, int], Row] = {row.key: row for row in (Row(**r) for r in results["rows"])}
-    planned = list(_plan(config))
-    for number, (library, solver, grid, nfe) in enumerate(planned):
-        key = (library, solver, grid, nfe)
+    results["skipped"] = [{"key": list(key), "why": why} for key, why in impossible.items()]  # said, and the others go on
+    rows: dict[Key, Row] = {row.key: row for row in (Row(**r) for r in results["rows"])}
+    for number, key in enumerate(planned):
         if observe is not None:
-            observe(number, f"{solver} {grid} {nfe}")
-        if key in rows and problem.picture_path(key).exists():
+            observe(number, " ".join(map(str, key[1:])))
+        if key in impossible or (key in rows and problem.picture_path(key).exists()):
             continue
-        try:
-            samples, seconds, solver_seconds = problem.run(*key)
-        except (GridError, SolverError) as error:  # this sampler cannot do that: say so, go on with the others
-            results["skipped"] = [s for s in results["skipped"] if s["key"] != list(key)] + [{"key": list(key), "why": str(error)}]
-            problem.write(results)
-            continue
-        error, fd = rmse(samples, problem.exact), problem.frechet(samples)
-        rows[key] = Row(
-            solver,
-            library,
-            grid,
-            nfe,
-            config.num,
-            config.guidance,
-            error,
-            fd,
-            problem.features_name if fd is not None else None,
-            seconds,
-            solver_seconds,
-        )
-        problem.keep_picture(key, samples)
+        rows[key] = problem.row(key)
         results["rows"] = [asdict(row) for row in rows.values()]
         problem.write(results)
     problem.write(results)
-    if not any(key in rows for key in planned):
-        raise SolverError("; ".join(s["why"] for s in results["skipped"]))
     if observe is not None:
         observe(len(planned), "")
     return results
 
 
-def _plan(config: BenchmarkConfig) -> Iterator[tuple[str, str, str, int]]:
+def _impossible(key: Key, schedule: NoiseSchedule) -> str:
+    """Why a sampler cannot do what is asked of it, or nothing."""
+    library, solver, grid, nfe = key
+    try:
+        make_grid(grid, schedule, make_solver(solver).steps_for(nfe) if library == "fewstep" else peer_steps(solver, nfe))
+    except (GridError, SolverError) as error:
+        return str(error)
+    return ""
+
+
+def _plan(config: BenchmarkConfig) -> Iterator[Key]:
     for nfe in config.nfe:
         for grid in config.grids:
             for solver in config.solvers:
@@ -203,6 +196,16 @@ class _Problem:
         for start in range(0, len(self.seeds), self.config.batch):
             part = slice(start, start + self.config.batch)
             yield self.seeds[part], None if self.labels is None else self.labels[part].to(self.device)
+
+    def row(self, key: Key) -> Row:
+        """Run one sampler, measure it, and keep its first samples."""
+        samples, seconds, solver_seconds = self.run(*key)
+        library, solver, grid, nfe = key
+        num, guidance, fd = self.config.num, self.config.guidance, self.frechet(samples)
+        features = None if fd is None else self.features_name
+        first = {"x": samples[:KEPT].contiguous()}
+        write_whole(self.picture_path(key), lambda temporary: save_file(first, temporary))
+        return Row(solver, library, grid, nfe, num, guidance, rmse(samples, self.exact), fd, features, seconds, solver_seconds)
 
     @torch.no_grad()
     def run(self, library: str, solver: str, grid_name: str, nfe: int) -> tuple[Tensor, float, float]:
@@ -287,14 +290,9 @@ class _Problem:
         """Keep the table as it stands."""
         write_whole(self.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
 
-    def picture_path(self, key: tuple[str, str, str, int]) -> Path:
+    def picture_path(self, key: Key) -> Path:
         """Where the first samples of a row are kept."""
         return self.out / "samples" / f"{'-'.join(map(str, key))}.safetensors"
-
-    def keep_picture(self, key: tuple[str, str, str, int], samples: Tensor) -> None:
-        """Keep the first samples of a row for pictures."""
-        first = {"x": samples[:KEPT].contiguous()}
-        write_whole(self.picture_path(key), lambda temporary: save_file(first, temporary))
 
 
 def _machine() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.core.errors import ArtifactError
-from fewstep.core.sampler import Sampler, read_json, write_whole
+from fewstep.core.sampler import Sampler, check_writable, write_whole
 from fewstep.core.sampling import Denoiser, sample, start_noise
 from fewstep.models.loaders import Model
 
@@ -49,32 +49,26 @@ def generate_to(
     label: int | None = None,
     batch: int = 256,
     observe: Callable[[int], None] | None = None,
-) -> Tensor | None:
-    """Samples of all seeds, kept in ``folder`` batch by batch, so that a killed run continues; None but in the first process.
+) -> tuple[Tensor, Path] | None:
+    """Samples of all seeds, kept in ``folder`` batch by batch, so that a killed run continues.
+
+    Gives the samples ``[len(seeds), *shape]`` and the folder of their batches, for the caller to remove once they are kept
+    elsewhere; None in all processes but the first.
 
     Batches are the same whatever the number of processes, so are the pictures.
 
     Raises:
         ArtifactError: the folder holds the unfinished samples of another command, or cannot be written.
     """
+    check_writable(folder)
     rank, world = process()
     device, denoiser, labels = default_device(), model.guided(guidance), model.labels(seeds, label)
-    parts = folder / "parts"
-    request = {
-        "model": model.fingerprint,
-        "solver": sampler.solver,
-        "options": dict(sampler.options),
-        "times": sampler.tableau.nodes.t.tolist(),
-        "guidance": guidance,
-        "label": label,
-        "seeds": [seeds[0], len(seeds)],
-        "batch": batch,
-    }
-    if (parts / "request.json").exists():
-        if read_json(parts / "request.json") != json.loads(json.dumps(request)):
-            raise ArtifactError(f"{folder} holds unfinished samples of another command: remove {parts}, or choose another folder")
-    elif rank == 0:
-        write_whole(parts / "request.json", json.dumps(request).encode())
+    times, options = sampler.tableau.nodes.t.tolist(), dict(sampler.options)
+    request = (model.fingerprint, sampler.solver, options, times, guidance, label, seeds[0], len(seeds), batch)
+    parts = folder / f"parts-{hashlib.sha256(repr(request).encode()).hexdigest()[:16]}"
+    others = [path for path in folder.glob("parts-*") if path != parts]
+    if others:
+        raise ArtifactError(f"{folder} holds unfinished samples of another command: remove {others[0]}, or choose another folder")
     if isinstance(model.denoiser.network, torch.nn.Module):
         model.denoiser.network.to(device)
     starts = range(0, len(seeds), batch)
@@ -90,9 +84,10 @@ def generate_to(
     if rank != 0:
         return None
     try:
-        return torch.cat([load_file(parts / f"{start:08d}.safetensors")["x"] for start in starts])
+        samples = torch.cat([load_file(parts / f"{start:08d}.safetensors")["x"] for start in starts])
     except (OSError, SafetensorError, KeyError) as error:
         raise ArtifactError(f"{parts} is damaged ({error}): remove it and sample again") from error
+    return samples, parts
 
 
 def _wait_for_all(world: int) -> None:

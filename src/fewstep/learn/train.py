@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.core.errors import FewstepError
 from fewstep.core.prediction import EDM, from_x0, prediction
-from fewstep.core.sampler import write_whole
+from fewstep.core.sampler import check_writable, write_whole
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, VarianceExploding
 from fewstep.learn.loop import LoopConfig, forget_checkpoint, run_loop
 from fewstep.models.data import Images
@@ -54,6 +54,7 @@ def train(
         raise FewstepError(f"{out} already holds a trained model: choose another folder, or remove it")
     if config.conditional and images.labels is None:
         raise FewstepError(f"{images.name} has no labels: train without --conditional")
+    check_writable(out)
     network = _network(images, config)
     denoiser, levels = _problem(network, images, config)
     result = run_loop(network, _loss(denoiser, images, config, levels), loop, out, observe=observe)

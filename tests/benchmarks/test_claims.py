@@ -1,0 +1,62 @@
+"""The claims of the README that take minutes: speed against diffusers, quality of the bundled models, the built wheel."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import step_overhead
+from fewstep import Sampler, TimeGrid, VarianceExploding, advance, load_model, make_grid, make_solver
+from fewstep.evaluate.generation import generate
+from fewstep.evaluate.metrics import frechet_distance, load_features
+from fewstep.models.data import load_images
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers hands tensors to numpy in ways that numpy 2 deprecates
+@pytest.mark.parametrize("shape", step_overhead.SHAPES)
+def test_a_step_without_the_network_costs_less_than_diffusers(shape: tuple[int, ...]) -> None:
+    row = step_overhead.measure(shape, rounds=15)
+    assert row["ratio"] <= step_overhead.SHAPES[shape]
+
+
+def test_bundled_models_are_good() -> None:
+    data, features, cpu = load_images("digits").x, load_features("digits", (1, 8, 8)), torch.device("cpu")
+    first, second = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))].chunk(2)
+    halves = frechet_distance(first, second, features)
+    for name in ("digits-edm", "digits-ddpm"):
+        model, solver, seeds = load_model(name), make_solver("heun"), range(512)
+        schedule = model.denoiser.schedule
+        steps = solver.steps_for(200 if name == "digits-edm" else 50)
+        grid = make_grid("karras", schedule, steps) if name == "digits-edm" else TimeGrid.karras(schedule, steps)
+        labels = model.labels(seeds)
+        samples = generate(model.denoiser, Sampler.build(solver, grid, schedule), seeds, model.shape, labels, cpu)
+        assert frechet_distance(data, samples, features) <= 1.5 * halves
+        assert labels is None or (features.labels(samples) == labels).float().mean() >= 0.97
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, inside inductor
+def test_the_kernel_compiled_by_inductor_is_the_kernel() -> None:
+    schedule = VarianceExploding()
+    tableau = Sampler.build(make_solver("unipc-3"), TimeGrid.angle(schedule, 6), schedule).tableau
+    x = torch.randn(2, 3, 4, 4)
+    compiled, rows = torch.compile(advance, fullgraph=True), tableau.rows(x)
+    eager, fast = tableau.start(x), tableau.start(x)
+    for row in rows:
+        eager, fast = advance(row, eager, eager.x.tanh()), compiled(row, fast, fast.x.tanh())
+    torch.testing.assert_close(fast.x, eager.x, rtol=1e-5, atol=1e-5)  # float32, fused in another order
+
+
+def test_the_wheel_holds_the_models_and_stays_small(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("fewstep-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert wheel.stat().st_size < 10e6
+    for file in ("digits-edm/fewstep.json", "digits-ddpm/model_index.json", "digits-features/features.safetensors"):
+        assert f"fewstep/models/weights/{file}" in names
