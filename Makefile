@@ -33,12 +33,20 @@ check: $(STAMP)
 	$(BIN)/pyright
 
 docs: $(STAMP)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+ALL := euler,ddim,heun,dpm-solver-2s,dpm-solver-3s,dpm-solver-pp-2m,dpm-solver-pp-3m,sde-dpm-solver-pp-2m,unipc-2,unipc-3,deis-3,ipndm
+GUIDED := ddim,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm
 
 benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/step_overhead.py --out benchmarks/results/step_overhead.json
 	$(BIN)/python benchmarks/teacher_quality.py --out benchmarks/results/teacher_quality.json
-	$(BIN)/python benchmarks/solvers.py --out benchmarks/results
+	$(BIN)/fewstep bench digits-edm --solver $(ALL) --grid logsnr,karras,angle --nfe 5,6,8,10 --num 1024 --peers diffusers \
+		--out benchmarks/results/digits-edm
+	$(BIN)/fewstep bench digits-ddpm --solver $(ALL) --grid logsnr,angle,trailing --nfe 5,6,8,10 --num 1024 --peers diffusers \
+		--out benchmarks/results/digits-ddpm
+	$(BIN)/fewstep bench digits-edm --solver $(GUIDED) --grid karras,angle --nfe 5,6,8,10 --num 1024 --guidance 2 \
+		--out benchmarks/results/digits-edm-guidance-2
 
 clean:
 	rm -rf $(VENV) site runs dist build .pytest_cache .ruff_cache .hypothesis

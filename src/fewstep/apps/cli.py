@@ -123,6 +123,7 @@ def train(
     seed: int = 0,
 ) -> None:
     """Train a small diffusion model; a killed run continues where it was."""
+    from fewstep.evaluate.generation import process
     from fewstep.learn.loop import LoopConfig
     from fewstep.learn.train import TrainConfig, train
     from fewstep.models.data import load_images
@@ -130,7 +131,8 @@ def train(
     config, loop = TrainConfig(kind, conditional), LoopConfig(steps=steps, batch=batch, lr=lr, seed=seed)
     with progress(f"training {kind} on {data}", steps) as report:
         train(load_images(data), config, loop, out, command=command(), observe=lambda step, loss: report(step, f"loss {loss:.4f}"))
-    console.print(f"model: {out}\nnext: fewstep bench {out} --out {out}/bench")
+    if process()[0] == 0:
+        console.print(f"model: {out}\nnext: fewstep bench {out} --out {out}/bench")
 
 
 def integers(text: str, option: str) -> tuple[int, ...]:

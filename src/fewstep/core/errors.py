@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 __all__ = ["ArtifactError", "FewstepError", "GridError", "ModelError", "SolverError", "look_up", "nearest"]
+
+
+T = TypeVar("T")
 
 
 class FewstepError(Exception):
@@ -35,7 +39,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(choices)}"
 
 
-def look_up(name: str, table: dict, kind: str, error: type[FewstepError] = FewstepError):  # noqa: ANN201 - any value
+def look_up(name: str, table: Mapping[str, T], kind: str, error: type[FewstepError] = FewstepError) -> T:
     """``table[name]``, or an ``error`` that names the nearest keys."""
     if name not in table:
         raise error(f"unknown {kind} {name!r}: {nearest(name, table)}")

@@ -1,0 +1,44 @@
+"""Every Python block of the README and the guides runs as it is written."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fewstep
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/index.md", "docs/own-network.md", "docs/manual-stepping.md", "docs/extending.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    schedule = fewstep.DiscreteVP.scaled_linear()
+    denoiser = fewstep.AdaptedDenoiser(lambda x, time: 0.1 * x, schedule, "epsilon")
+    sampler = fewstep.Sampler.build(fewstep.make_solver("unipc-2"), fewstep.make_grid("angle", schedule, 3), schedule)
+
+    class Unet(torch.nn.Module):
+        def forward(self, x: torch.Tensor, time: torch.Tensor, encoder_hidden_states: torch.Tensor) -> object:
+            return type("Output", (), {"sample": 0.1 * x})
+
+    names = {
+        "torch": torch,
+        "fewstep": fewstep,
+        "my_network": lambda x, time: 0.1 * x,
+        "my_unet": lambda x, time: 0.1 * x,
+        "unet": Unet(),
+        "schedule": schedule,
+        "denoiser": denoiser,
+        "sampler": sampler,
+        "x_T": torch.randn(4, 4, 8, 8),
+        "empty_prompt_embedding": torch.zeros(7, 5),
+        "prompt_embeddings": torch.randn(4, 7, 5),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    if page == "docs/extending.md":
+        assert fewstep.tabulate(names["TwoStep"](), sampler.tableau.nodes).memory == 2  # type: ignore[operator]
