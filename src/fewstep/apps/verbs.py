@@ -16,7 +16,7 @@ from fewstep.core.errors import FewstepError
 from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.sampler import Sampler, write_whole
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.evaluate.benchmark import BenchmarkConfig, benchmark
+from fewstep.evaluate.benchmark import BenchmarkConfig, benchmark, picture_file
 from fewstep.evaluate.generation import generate_to
 from fewstep.evaluate.pictures import save_comparison, save_grid, save_singles, to_uint8
 from fewstep.models.zoo import load_model
@@ -121,7 +121,7 @@ def _comparison(results: dict[str, Any], out: Path) -> None:
     cells = {("exact trajectory", f"{nfe} evaluations"): (exact, "") for nfe in columns}
     grids = list(dict.fromkeys(row["grid"] for row in rows))
     for row in sorted(rows, key=lambda row: (grids.index(row["grid"]), row["nfe"])):
-        kept = out / "samples" / f"fewstep-{row['solver']}-{row['grid']}-{row['nfe']}.safetensors"
+        kept = picture_file(out, ("fewstep", row["solver"], row["grid"], row["nfe"]))
         cells[f"{row['solver']}, {row['grid']}", f"{row['nfe']} evaluations"] = (load_file(kept)["x"], f"rmse {row['rmse']:.3f}")
     save_comparison(cells, out / "pictures.png", title=f"{results['model']}: the same seeds by every sampler")
 

@@ -6,7 +6,6 @@ those in ``lam`` or the noise level hold for any schedule, the last three are di
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fewstep.core.errors import GridError, look_up
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule
+from fewstep.core.spec import check_options, parse_spec
 
 __all__ = ["GRIDS", "TimeGrid", "make_grid"]
 
@@ -153,16 +153,19 @@ GRIDS: dict[str, Callable[..., TimeGrid]] = {
 
 
 def make_grid(name: str, schedule: NoiseSchedule, steps: int, **options: float) -> TimeGrid:
-    """A grid by the name of its spacing; on a discrete schedule it is snapped to the model's own times.
+    """A grid by the name of its spacing, with options (``karras:rho=5``); on a discrete schedule it is snapped to the model's own times.
 
     Raises:
         GridError: an unknown name or option, or times that coincide after snapping.
     """
-    spacing = look_up(name, GRIDS, "grid", GridError)
-    unknown = set(options) - set(inspect.signature(spacing).parameters)
-    if unknown:
-        raise GridError(f"grid {name!r} has no option {', '.join(sorted(unknown))}")
-    grid = spacing(schedule, steps, **options)
+    bare, written = parse_spec(name, GridError)
+    options = {**written, **options}
+    spacing = look_up(bare, GRIDS, "grid", GridError)
+    check_options(options, spacing, f"grid {bare!r}", GridError, hidden=("schedule", "steps"))
+    try:
+        grid = spacing(schedule, steps, **options)
+    except TypeError as error:
+        raise GridError(f"grid {bare!r} cannot take {options}: {error}") from error
     return grid.snap(schedule.times) if isinstance(schedule, DiscreteVP) else grid
 
 

@@ -115,10 +115,10 @@ class State(NamedTuple):
 class Row(NamedTuple):
     """One row of a tableau, ready for a device and dtype. ``None`` stands for a coefficient that is zero in every row."""
 
-    record: tuple[Tensor | None, Tensor | None] | None  # None: remember x0 as it is
+    record: tuple[Tensor | None, ...] | None  # None: remember x0 as it is
     anchor: tuple[Tensor | None, ...] | None  # None: nothing reads the anchor
     x: tuple[Tensor | None, ...]
-    bias: tuple[Tensor | None, Tensor | None]
+    bias: tuple[Tensor | None, ...]  # of the anchor, of x
     noise: Tensor | None
 
 
@@ -173,10 +173,10 @@ class Tableau:
 
         return [
             Row(
-                record=None if plain else pick(record[i], used_record),  # type: ignore[arg-type]
+                record=None if plain else pick(record[i], used_record),
                 anchor=pick(update[i, 0], used_update[0]) if reads_anchor else None,
                 x=pick(update[i, 1], used_update[1]),
-                bias=pick(bias[i], used_bias),  # type: ignore[arg-type]
+                bias=pick(bias[i], used_bias),
                 noise=noise[i] if used_noise else None,
             )
             for i in range(len(record))

@@ -20,15 +20,16 @@ from fewstep.core.grid import GRIDS, TimeGrid, make_grid
 from fewstep.core.sampler import Sampler, check_writable, read_json, write_whole
 from fewstep.core.sampling import Cond, Denoiser, sample, start_noise
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.spec import parse_spec
 from fewstep.core.tableau import Nodes
 from fewstep.evaluate.generation import default_device
 from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
 from fewstep.evaluate.peers import PEERS, peer_steps, run_peer
 from fewstep.models.data import load_images
 from fewstep.models.loaders import Model
-from fewstep.solvers import SOLVERS, UniPC, make_solver
+from fewstep.solvers import UniPC, make_solver
 
-__all__ = ["BenchmarkConfig", "Row", "benchmark", "reference_sampler"]
+__all__ = ["BenchmarkConfig", "Row", "benchmark", "picture_file", "reference_sampler"]
 
 REFERENCE_NFE = 128
 Key = tuple[str, str, str, int]  # library, solver, grid, nfe
@@ -50,9 +51,9 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         for name in self.solvers:
-            look_up(name, SOLVERS, "solver", SolverError)
+            make_solver(name)
         for name in self.grids:
-            look_up(name, GRIDS, "grid", GridError)
+            look_up(parse_spec(name, GridError)[0], GRIDS, "grid", GridError)
         for peer in self.peers:
             look_up(peer, {"diffusers": None}, "library", FewstepError)
         for nfe in self.nfe:
@@ -136,7 +137,7 @@ def benchmark(
     for number, key in enumerate(planned):
         if observe is not None:
             observe(number, " ".join(map(str, key[1:])))
-        if key in impossible or (key in rows and problem.picture_path(key).exists()):
+        if key in impossible or (key in rows and picture_file(out, key).exists()):
             continue
         rows[key] = problem.row(key)
         results["rows"] = [asdict(row) for row in rows.values()]
@@ -145,6 +146,11 @@ def benchmark(
     if observe is not None:
         observe(len(planned), "")
     return results
+
+
+def picture_file(out: Path, key: Key) -> Path:
+    """Where the first samples of a row are kept."""
+    return out / "samples" / f"{'-'.join(map(str, key)).replace(':', '_')}.safetensors"
 
 
 def _impossible(key: Key, schedule: NoiseSchedule) -> str:
@@ -204,7 +210,7 @@ class _Problem:
         num, guidance, fd = self.config.num, self.config.guidance, self.frechet(samples)
         features = None if fd is None else self.features_name
         first = {"x": samples[:KEPT].contiguous()}
-        write_whole(self.picture_path(key), lambda temporary: save_file(first, temporary))
+        write_whole(picture_file(self.out, key), lambda temporary: save_file(first, temporary))
         return Row(solver, library, grid, nfe, num, guidance, rmse(samples, self.exact), fd, features, seconds, solver_seconds)
 
     @torch.no_grad()
@@ -289,10 +295,6 @@ class _Problem:
     def write(self, results: dict[str, Any]) -> None:
         """Keep the table as it stands."""
         write_whole(self.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-
-    def picture_path(self, key: Key) -> Path:
-        """Where the first samples of a row are kept."""
-        return self.out / "samples" / f"{'-'.join(map(str, key))}.safetensors"
 
 
 def _machine() -> dict[str, Any]:

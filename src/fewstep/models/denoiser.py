@@ -51,7 +51,7 @@ class AdaptedDenoiser:
             ModelError: the network refused its inputs (what it said), or the prediction is undefined at ``t``.
         """
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        kind: Prediction = self.prediction  # type: ignore[assignment] - resolved at birth
+        kind = prediction(self.prediction)  # resolved at birth
         dtype = _dtype(self.network, x.dtype)
         scaled = x if kind.input_scale is None else x * _aligned(kind.input_scale(alpha, sigma), x)
         time = self.time(t).to(torch.promote_types(dtype, torch.float32)).to(x.device).expand(len(x))

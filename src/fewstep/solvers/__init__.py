@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
-from fewstep.core.errors import SolverError, look_up
+from fewstep.core.errors import SolverError, nearest
+from fewstep.core.spec import check_options, parse_spec
 from fewstep.core.tableau import Solver
 from fewstep.solvers.ddim import DDIM
 from fewstep.solvers.deis import DEIS, IPNDM
@@ -51,15 +51,18 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
 def make_solver(name: str, **options: Any) -> Solver:  # noqa: ANN401 - the solver's own options
     """A solver by its registry name, or by that of an installed ``fewstep.solvers`` entry point.
 
+    Options may be given as arguments or in the name: ``make_solver("ddim:eta=0.5")``.
+
     Raises:
         SolverError: an unknown name (with the nearest ones) or option (with those it has).
     """
-    if name not in SOLVERS:
-        for entry in entry_points(group="fewstep.solvers", name=name):
-            return entry.load()(**options)
-    factory = look_up(name, SOLVERS, "solver", SolverError)
-    known = inspect.signature(factory).parameters
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise SolverError(f"solver {name!r} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
-    return factory(**options)
+    bare, written = parse_spec(name, SolverError)
+    options = {**written, **options}
+    factory = SOLVERS.get(bare) or next((entry.load() for entry in entry_points(group="fewstep.solvers", name=bare)), None)
+    if factory is None:
+        raise SolverError(f"unknown solver {bare!r}: {nearest(bare, SOLVERS)}")
+    check_options(options, factory, f"solver {bare!r}", SolverError)
+    try:
+        return factory(**options)
+    except TypeError as error:
+        raise SolverError(f"solver {bare!r} cannot take {options}: {error}") from error

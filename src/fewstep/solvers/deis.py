@@ -2,9 +2,9 @@ r"""DEIS and iPNDM (Zhang and Chen, arXiv 2204.13902): Adams-Bashforth methods o
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fewstep.core.errors import SolverError
@@ -17,7 +17,42 @@ __all__ = ["DEIS", "IPNDM"]
 
 
 @dataclass(frozen=True)
-class DEIS(Solver):
+class _Multistep(Solver):
+    """``x_t = alpha_t/alpha_s (x_s - sigma_s integral)`` with an estimate of ``int_0^h e^{-r} eps dr`` from past evaluations.
+
+    From ``alpha = 0`` the step is of first order.
+    """
+
+    steps: int
+    references = ("2204.13902",)
+
+    def __post_init__(self) -> None:
+        if self.steps not in (1, 2, 3, 4):
+            raise SolverError(f"{type(self).__name__} has steps 1 to 4, got {self.steps}")
+
+    @property
+    def memory(self) -> int:
+        return self.steps
+
+    def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
+        return noise_or_data(nodes, i, x, x0)
+
+    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        s, t = i, i + 1
+        if bool(nodes.alpha[s] == 0):
+            x_t = first_order(nodes, s, t, x, history[0])
+        else:
+            x_t = nodes.alpha[t] / nodes.alpha[s] * (x - nodes.sigma[s] * self.integral(nodes, i, history))
+        return x_t, x_t
+
+    @abstractmethod
+    def integral(self, nodes: Nodes, i: int, eps: list[Tensor]) -> Tensor:
+        """``int_0^h e^{-r} eps(lam_s + r) dr`` over the step after evaluation ``i``; ``eps`` newest first."""
+        ...
+
+
+@dataclass(frozen=True)
+class DEIS(_Multistep):
     """tAB-DEIS: ``eps`` as the polynomial through the last ``steps`` evaluations, integrated exactly (eq. 14 and 15 there).
 
     The polynomial is in ``lam``, the choice that diffusers calls ``logrho``.
@@ -29,41 +64,23 @@ class DEIS(Solver):
 
     steps: int = 3
     lower_order_below: int = 15
-    references = ("2204.13902",)
-
-    def __post_init__(self) -> None:
-        if self.steps not in (1, 2, 3, 4):
-            raise SolverError(f"DEIS has steps 1 to 4, got {self.steps}")
 
     @property
     def order(self) -> int:
         return self.steps
 
-    @property
-    def memory(self) -> int:
-        return self.steps
-
-    def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
-        return noise_or_data(nodes, i, x, x0)
-
-    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
-        s, t = i, i + 1
-        if bool(nodes.alpha[s] == 0):
-            x_t = first_order(nodes, s, t, x, history[0])
-        else:
-            p = effective_order(nodes, i, self.steps, self.lower_order_below)
-            h = nodes.lam[t] - nodes.lam[s]
-            weights = interpolation_weights([nodes.lam[s - k] - nodes.lam[s] for k in range(p)], [noise_moment(k, h) for k in range(p)])
-            integral = sum(weights[k] * history[k] for k in range(p))
-            x_t = nodes.alpha[t] / nodes.alpha[s] * (x - nodes.sigma[s] * integral)
-        return x_t, x_t
+    def integral(self, nodes: Nodes, i: int, eps: list[Tensor]) -> Tensor:
+        p = effective_order(nodes, i, self.steps, self.lower_order_below)
+        h = nodes.lam[i + 1] - nodes.lam[i]
+        weights = interpolation_weights([nodes.lam[i - k] - nodes.lam[i] for k in range(p)], [noise_moment(k, h) for k in range(p)])
+        return sum((weights[k] * eps[k] for k in range(1, p)), weights[0] * eps[0])
 
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 @dataclass(frozen=True)
-class IPNDM(Solver):
+class IPNDM(_Multistep):
     """iPNDM: DDIM's step with ``eps`` replaced by the Adams-Bashforth mean of the last ``steps`` evaluations.
 
     The weights are those of equal steps whatever the grid, so on a smooth grid the order is 2 however many are used.
@@ -72,28 +89,12 @@ class IPNDM(Solver):
     steps: int = 4
     references = ("2204.13902", "2202.09778")
 
-    def __post_init__(self) -> None:
-        if self.steps not in (1, 2, 3, 4):
-            raise SolverError(f"iPNDM has steps 1 to 4, got {self.steps}")
-
     @property
     def order(self) -> int:
         return min(self.steps, 2)
 
-    @property
-    def memory(self) -> int:
-        return self.steps
-
-    def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
-        return noise_or_data(nodes, i, x, x0)
-
-    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
-        s, t = i, i + 1
-        if bool(nodes.alpha[s] == 0):
-            x_t = first_order(nodes, s, t, x, history[0])
-        else:
-            usable = min(self.steps, i if bool(nodes.alpha[0] == 0) else i + 1)
-            eps = sum(weight * history[k] for k, weight in enumerate(ADAMS_BASHFORTH[usable - 1]))
-            h = nodes.lam[t] - nodes.lam[s]
-            x_t = nodes.alpha[t] / nodes.alpha[s] * (x + nodes.sigma[s] * torch.expm1(-h) * eps)
-        return x_t, x_t
+    def integral(self, nodes: Nodes, i: int, eps: list[Tensor]) -> Tensor:
+        usable = min(self.steps, i if bool(nodes.alpha[0] == 0) else i + 1)
+        weights = ADAMS_BASHFORTH[usable - 1]
+        mean = sum((weights[k] * eps[k] for k in range(1, usable)), weights[0] * eps[0])
+        return noise_moment(0, nodes.lam[i + 1] - nodes.lam[i]) * mean

@@ -1,0 +1,37 @@
+"""The tables of the README and the docs, as Markdown, from a results.json of fewstep bench.
+
+python benchmarks/tables.py benchmarks/results/digits-edm/results.json [--solver unipc-2,ipndm] [--grid angle] [--library fewstep]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--solver", type=lambda text: text.split(","))
+    parser.add_argument("--grid", type=lambda text: text.split(","))
+    parser.add_argument("--library", default="fewstep")
+    args = parser.parse_args()
+    rows = [row for row in json.loads(args.results.read_text())["rows"] if row["library"] == args.library]
+    rows = [row for row in rows if (not args.solver or row["solver"] in args.solver) and (not args.grid or row["grid"] in args.grid)]
+    columns = sorted({row["nfe"] for row in rows})
+    best = {n: min(row["rmse"] for row in rows if row["nfe"] == n) for n in columns}
+    cells = {(row["grid"], row["solver"], row["nfe"]): row for row in rows}
+    print("| solver | grid | " + " | ".join(f"{n}" for n in columns) + " |")
+    print("|---|---|" + "---|" * len(columns))
+    for grid, solver in sorted(dict.fromkeys(key[:2] for key in cells), key=lambda line: line[0]):
+        line = []
+        for n in columns:
+            row = cells.get((grid, solver, n))
+            text = "" if row is None else f"{row['rmse']:.4f} ({row['fd']:.2f})"
+            line.append(f"**{text}**" if row is not None and row["rmse"] == best[n] else text)
+        print(f"| `{solver}` | `{grid}` | " + " | ".join(line) + " |")
+
+
+if __name__ == "__main__":
+    main()
