@@ -16,8 +16,9 @@ from fewstep.core.errors import FewstepError
 from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.sampler import Sampler, write_whole
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.evaluate.benchmark import BenchmarkConfig, benchmark, picture_file
+from fewstep.evaluate.benchmark import REFERENCE_NFE, BenchmarkConfig, benchmark, picture_file
 from fewstep.evaluate.generation import generate_to
+from fewstep.evaluate.peers import PEERS
 from fewstep.evaluate.pictures import save_comparison, save_grid, save_singles, to_uint8
 from fewstep.models.zoo import load_model
 from fewstep.solvers import make_solver
@@ -105,8 +106,9 @@ def run_sample(request: SampleRequest) -> dict[str, Any] | None:
 def run_bench(model_name: str, config: BenchmarkConfig, out: Path, command: str) -> dict[str, Any]:
     """Benchmark, then a picture of all samplers of our own on the same seeds."""
     model = load_model(model_name)
-    count = len(config.nfe) * len(config.grids) * (len(config.solvers) + 8 * len(config.peers))
-    with progress(f"{model.name}, {config.num} noises", count) as report:
+    count = len(config.nfe) * len(config.grids) * (len(config.solvers) + len(PEERS) * len(config.peers))
+    cost = config.num * (REFERENCE_NFE + sum(config.nfe) * count / len(config.nfe)) / 1e6
+    with progress(f"{model.name}: {count} rows, {config.num} noises, at most {cost:.1f} M network evaluations", count) as report:
         results = benchmark(model, config, out, command=command, observe=report)
     _comparison(results, out)
     return results
