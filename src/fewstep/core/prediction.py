@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep.core.errors import ModelError, look_up
 
-__all__ = ["EDM", "PREDICTIONS", "Prediction", "convert", "from_x0", "prediction", "to_x0"]
+__all__ = ["EDM", "PREDICTIONS", "Prediction", "aligned", "convert", "from_x0", "prediction", "to_x0"]
 
 Coefficients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -89,8 +89,11 @@ def _coefficients(p: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, 
     return p.coefficients(alpha, sigma)
 
 
-def _like(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Cast first, then move (some devices have no float64), and align ``[]`` or ``[B]`` with ``[B, *D]``."""
+def aligned(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A coefficient ``[]`` or ``[B]`` ready to multiply ``x [B, *D]``.
+
+    Cast to its dtype first, then moved to its device: some devices have no float64.
+    """
     coefficient = coefficient.to(x.dtype).to(x.device)
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim)) if coefficient.ndim else coefficient
 
@@ -105,13 +108,13 @@ def to_x0(kind: str | Prediction, output: Tensor, x: Tensor, alpha: Tensor, sigm
         alpha, sigma: scales at that time, ``[]`` or ``[B]``.
     """
     a, b = _coefficients(prediction(kind), alpha, sigma)
-    return torch.addcmul(_like(a, x) * x, _like(b, x), output.to(x.dtype))
+    return torch.addcmul(aligned(a, x) * x, aligned(b, x), output.to(x.dtype))
 
 
 def from_x0(kind: str | Prediction, x0: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """The network output that would give ``x0`` at the state ``x``: the inverse of `to_x0`. Shapes as there."""
     a, b = _coefficients(prediction(kind), alpha, sigma)
-    return (x0 - _like(a, x) * x) / _like(b, x)
+    return (x0 - aligned(a, x) * x) / aligned(b, x)
 
 
 def convert(source: str | Prediction, target: str | Prediction, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

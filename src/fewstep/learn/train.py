@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.errors import FewstepError
-from fewstep.core.prediction import EDM, from_x0, prediction
+from fewstep.core.prediction import EDM, aligned, from_x0, prediction
 from fewstep.core.sampler import check_writable, write_whole
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, VarianceExploding
 from fewstep.learn.loop import LoopConfig, forget_checkpoint, run_loop
@@ -115,9 +115,8 @@ def _loss(denoiser: AdaptedDenoiser, images: Images, config: TrainConfig, levels
             drop = torch.rand(batch, generator=generator) < config.label_dropout
             cond = torch.where(drop, torch.tensor(null), images.labels[index]).to(device)
         alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
-        column = (-1,) + (1,) * (x0.ndim - 1)
-        x = alpha.reshape(column) * x0 + sigma.reshape(column) * noise
-        scale = 1.0 if kind.input_scale is None else kind.input_scale(alpha, sigma).reshape(column)
+        x = aligned(alpha, x0) * x0 + aligned(sigma, x0) * noise
+        scale = 1.0 if kind.input_scale is None else aligned(kind.input_scale(alpha, sigma), x0)
         output = unet_call(network, x * scale, denoiser.time(t), cond)
         return (output.float() - from_x0(kind, x0, x, alpha, sigma)).square().mean()
 

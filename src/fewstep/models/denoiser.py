@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.errors import ModelError
-from fewstep.core.prediction import Prediction, prediction, to_x0
+from fewstep.core.prediction import Prediction, aligned, prediction, to_x0
 from fewstep.core.sampling import Cond
 from fewstep.core.schedule import NoiseSchedule
 
@@ -53,7 +53,7 @@ class AdaptedDenoiser:
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         kind = prediction(self.prediction)  # resolved at birth
         dtype = _dtype(self.network, x.dtype)
-        scaled = x if kind.input_scale is None else x * _aligned(kind.input_scale(alpha, sigma), x)
+        scaled = x if kind.input_scale is None else x * aligned(kind.input_scale(alpha, sigma), x)
         time = self.time(t).to(torch.promote_types(dtype, torch.float32)).to(x.device).expand(len(x))
         call = self.call or _plain_call
         try:
@@ -78,11 +78,6 @@ def unet_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond = None) ->
 
 def _plain_call(network: Callable[..., Tensor], x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     return network(x, time) if cond is None else network(x, time, cond)
-
-
-def _aligned(scale: Tensor, x: Tensor) -> Tensor:
-    scale = scale.to(x.dtype).to(x.device)
-    return scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim)) if scale.ndim else scale
 
 
 def _dtype(network: object, default: torch.dtype) -> torch.dtype:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.errors import ModelError
+from fewstep.core.prediction import aligned
 from fewstep.core.sampling import Cond, Denoiser
 from fewstep.core.schedule import NoiseSchedule
 
@@ -82,7 +83,7 @@ def classifier_guided(denoiser: Denoiser, log_prob: Callable[[Tensor, Tensor, Co
             leaf = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(log_prob(leaf, t, cond).sum(), leaf)
         gain = torch.where(alpha > 0, scale * sigma**2 / alpha, torch.zeros_like(alpha))
-        return x0 + gain.to(x.dtype).to(x.device).reshape((-1,) + (1,) * (x.ndim - 1)) * gradient
+        return x0 + aligned(gain, x) * gradient
 
     return _Wrapped(denoiser.schedule, guided)
 
