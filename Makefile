@@ -20,10 +20,10 @@ demo: $(STAMP)
 	$(BIN)/fewstep demo --out runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest --quiet -n 2
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest --quiet -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .

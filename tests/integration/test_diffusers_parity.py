@@ -352,3 +352,35 @@ def test_any_other_option_is_seen(name: str, other: dict[str, Any], ddpm_unet: n
     network, noise = ddpm_unet.float(), seeded_noise([0], (1, 8, 8))
     scheduler, expected = theirs(CASES[name], network, noise, 8)
     assert relative(ours(CASES[name], network, noise, 8, scheduler, other), expected) > 1e-4
+
+
+@quiet
+@pytest.mark.parametrize("steps", STEPS)
+def test_the_sde_solver_with_the_same_noises(steps: int, ddpm_unet: nn.Module) -> None:
+    network, noise, seeds = ddpm_unet.double(), seeded_noise([3], (1, 8, 8)).double(), [3]
+    scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    scheduler.set_timesteps(steps)
+    x = noise
+    for i, t in enumerate(scheduler.timesteps):
+        draw = seeded_noise(seeds, (1, 8, 8), stream=i + 1).double()
+        x = scheduler.step(unet_call(network, x, t), t, x, variance_noise=draw).prev_sample
+    schedule = DiscreteVP.from_alphas_cumprod(scheduler.alphas_cumprod)
+    sampler = Sampler.build(make_solver("sde-dpm-solver-pp-2m"), TimeGrid.linspace(schedule, steps).to_clean(schedule), schedule)
+    result = sample(AdaptedDenoiser(network, schedule, "epsilon", call=unet_call), sampler, noise, seeds=seeds)
+    assert relative(result, x) < TOLERANCE[torch.float32]
+
+
+@quiet
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_ddim_with_eta_and_the_same_noises(eta: float, ddpm_unet: nn.Module) -> None:
+    network, noise, seeds, steps = ddpm_unet.double(), seeded_noise([3], (1, 8, 8)).double(), [3], 10
+    scheduler = diffusers.DDIMScheduler(**DDIM)
+    scheduler.set_timesteps(steps)
+    x = noise
+    for i, t in enumerate(scheduler.timesteps):
+        draw = seeded_noise(seeds, (1, 8, 8), stream=i + 1).double()
+        x = scheduler.step(unet_call(network, x, t), t, x, eta=eta, variance_noise=draw).prev_sample
+    schedule = DiscreteVP.from_alphas_cumprod(scheduler.alphas_cumprod)
+    sampler = Sampler.build(make_solver("ddim", eta=eta), own_times(schedule, steps, scheduler), schedule)
+    result = sample(AdaptedDenoiser(network, schedule, "epsilon", call=unet_call), sampler, noise, seeds=seeds)
+    assert relative(result, x) < TOLERANCE[torch.float32]
