@@ -97,9 +97,9 @@ def sample(
     if tableau.stochastic and (seeds is None or len(seeds) != len(x)):
         raise SolverError(f"this sampler adds noise: pass seeds=, one for each of the {len(x)} samples")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    times, state, finite = nodes.t.detach() if not nodes.t.requires_grad else nodes.t, tableau.start(x), []
+    state, finite = tableau.start(x), []
     for i, row in enumerate(tableau.rows(x)):
-        x0 = denoiser(state.x, times[i], cond)
+        x0 = denoiser(state.x, nodes.t[i], cond)
         if x0.shape != x.shape:
             raise ModelError(f"the denoiser answered shape {tuple(x0.shape)} to a state of shape {tuple(x.shape)}")
         x0 = x0.to(x.dtype)
@@ -109,7 +109,7 @@ def sample(
             noise = seeded_noise(seeds, x.shape[1:], stream=i + 1).to(x.dtype).to(x.device)
         before, state = state, advance(row, state, x0, noise)
         if observe is not None:
-            observe(Step(i, times[i], before.x, x0, state.x))
+            observe(Step(i, nodes.t[i], before.x, x0, state.x))
     _check_finite(torch.stack(finite), nodes)
     return state.x
 
