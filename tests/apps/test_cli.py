@@ -58,7 +58,7 @@ def test_sample_writes_pictures_and_arrays(monkeypatch, capsys, tmp_path: Path) 
     assert {p.name for p in tmp_path.iterdir()} == {"grid.png", "samples.npz", "singles"}
 
 
-def test_a_killed_sample_run_continues(monkeypatch, tmp_path: Path) -> None:
+def test_a_killed_sample_run_continues(monkeypatch, capsys, tmp_path: Path) -> None:
     words = ("sample", "digits-edm", "--nfe", 3, "--num", 6, "--batch", 2, "--npz")
     assert run(monkeypatch, *words, "--out", tmp_path / "whole") == 0
     real, calls = generation.generate, []
@@ -71,6 +71,7 @@ def test_a_killed_sample_run_continues(monkeypatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(generation, "generate", mortal)
     assert run(monkeypatch, *words, "--out", tmp_path / "cut") == 130
+    assert "run the same command to continue" in capsys.readouterr().err
     assert run(monkeypatch, *words, "--nfe", 4, "--out", tmp_path / "cut") == 2  # another command: not mixed
     assert run(monkeypatch, *words, "--out", tmp_path / "cut") == 0
     assert len(calls) == 4  # two batches, the kill, and only the third batch again
@@ -137,6 +138,12 @@ SAMPLE = ("sample", "digits-edm", "--num", "2", "--nfe", "2")
     [
         ((*SAMPLE, "--solver", "unipc2"), "did you mean unipc-2"),
         ((*SAMPLE, "--grid", "angel"), "did you mean angle"),
+        ((*SAMPLE, "--grid", "karras:rho=0"), "cannot take"),
+        ((*SAMPLE, "--grid", "angle:c=-1"), "needs c > 0"),
+        ((*SAMPLE, "--solver", "unipc-2:lower_order_below=foo"), "is of type int"),
+        ((*SAMPLE, "--seed", "99999999999999999999"), "between 0 and 2^63"),
+        (("bench", "digits-edm", "--solver", ""), "at least one solver"),
+        (("train", "--steps", "0"), "training needs steps"),
         ((*SAMPLE, "--nfe", "0"), "nfe must be a whole number of at least 1, got 0"),
         ((*SAMPLE, "--solver", "heun", "--nfe", "5"), "use 4 or 6"),
         ((*SAMPLE, "--label", "11"), "labels 0 to 9"),

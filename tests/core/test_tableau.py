@@ -5,7 +5,21 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from fewstep import GridError, Nodes, Solver, SolverError, State, Tableau, TimeGrid, VPLinear, advance, make_solver, sample, tabulate
+from fewstep import (
+    GridError,
+    Nodes,
+    RectifiedFlow,
+    Solver,
+    SolverError,
+    State,
+    Tableau,
+    TimeGrid,
+    VPLinear,
+    advance,
+    make_solver,
+    sample,
+    tabulate,
+)
 from fewstep.models.analytic import MixtureDenoiser
 
 ROUND_OFF = 1e-12
@@ -162,12 +176,21 @@ def test_unused_coefficients_are_none_in_every_row(name, x, anchor, records, noi
     assert len(state.history) == solver.memory
 
 
-def test_noise_is_optional_in_a_step():
-    """Without noise a stochastic row gives its mean."""
+def test_a_stochastic_step_adds_its_noise_and_wants_it():
     tableau, x = tabulate(make_solver("ddim", eta=1.0), nodes()), random(2, *DATA)
     row, xi = tableau.rows(x)[0], random(2, *DATA, seed=2)
-    mean, noisy = (advance(row, tableau.start(x), torch.tanh(x), noise).x for noise in (None, xi))
+    mean, noisy = (advance(row, tableau.start(x), torch.tanh(x), noise).x for noise in (torch.zeros_like(xi), xi))
     torch.testing.assert_close(noisy - mean, tableau.noise[0] * xi, rtol=ROUND_OFF, atol=ROUND_OFF)
+    with pytest.raises(SolverError, match="adds noise"):
+        advance(row, tableau.start(x), torch.tanh(x))
+
+
+def test_gradients_are_finite_where_an_end_has_infinite_lam():
+    """The end itself is fixed, inner times learn."""
+    schedule = RectifiedFlow()
+    t = torch.tensor([1.0, 0.6, 0.3, 0.0], dtype=torch.float64, requires_grad=True)
+    tabulate(make_solver("unipc-2"), Nodes.at(schedule, t)).update.square().sum().backward()
+    assert bool(torch.isfinite(t.grad).all()) and float(t.grad[1]) != 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep import SolverError, load_model
+from fewstep import ArtifactError, SolverError, load_model
 from fewstep.evaluate.benchmark import BenchmarkConfig, benchmark
 
 COLUMNS = {"solver", "library", "grid", "nfe", "num", "guidance", "rmse", "fd", "fd_features", "seconds", "solver_seconds"}
@@ -25,6 +25,15 @@ def test_rows_are_complete_resumed_and_plausible(tmp_path: Path) -> None:
     wider = BenchmarkConfig(("ddim", "unipc-2", "deis-3"), ("angle",), (5, 10), **SMALL)
     again = benchmark(model, wider, tmp_path, command="fewstep bench")
     assert again["rows"][:4] == results["rows"] and len(again["rows"]) == 6  # the old rows were not run again: same seconds
+
+
+def test_a_damaged_reference_is_named(tmp_path: Path) -> None:
+    model, config = load_model("digits-edm"), BenchmarkConfig(("ddim",), ("angle",), (5,), **SMALL)
+    benchmark(model, config, tmp_path, command="")
+    reference = tmp_path / "reference.safetensors"
+    reference.write_bytes(reference.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match="is damaged"):
+        benchmark(model, config, tmp_path, command="")
 
 
 def test_peers_equal_ours_and_impossible_rows_are_said(tmp_path: Path) -> None:

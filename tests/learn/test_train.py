@@ -1,11 +1,12 @@
 """The reference trainer: what it saves is what the loaders load, and it learns."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fewstep import FewstepError, load_model
+from fewstep import ArtifactError, FewstepError, load_model
 from fewstep.learn.loop import LoopConfig
 from fewstep.learn.train import TrainConfig, train
 from fewstep.models.data import Images, load_images
@@ -28,6 +29,26 @@ def test_a_trained_folder_loads_as_a_model(tmp_path: Path, kind: str, conditiona
     assert bool(torch.isfinite(model.denoiser(torch.randn(2, 1, 8, 8), t, model.labels([0, 1]))).all())
     with pytest.raises(FewstepError, match="already holds a trained model"):
         train(load_images("digits"), config, LOOP, out, command="")
+
+
+def test_an_interrupted_run_is_not_continued_as_another_model(tmp_path: Path) -> None:
+    digits, config = load_images("digits"), TrainConfig("edm", channels=(16, 16))
+
+    def interrupt(step: int, value: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(digits, config, LOOP, tmp_path, command="", observe=interrupt)
+    for other in (replace(config, kind="ddpm"), replace(config, conditional=True)):
+        with pytest.raises(ArtifactError, match="belongs to another run"):
+            train(digits, other, LOOP, tmp_path, command="")
+    train(digits, config, LOOP, tmp_path, command="")
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 5, "batch": 0}, {"steps": 5, "lr": float("nan")}])
+def test_a_loop_that_could_not_train_is_refused(options: dict) -> None:
+    with pytest.raises(FewstepError, match="training needs"):
+        LoopConfig(**options)
 
 
 def test_wrong_requests_are_refused(tmp_path: Path) -> None:

@@ -53,5 +53,7 @@ def test_a_network_that_refuses_or_answers_another_shape_is_named() -> None:
     t = torch.tensor(10.0, dtype=torch.float64)
     with pytest.raises(ModelError, match="refused a state of shape"):
         AdaptedDenoiser(nn.Linear(5, 5), DiscreteVP.linear(), "v", call=lambda net, x, time, cond: net(x))(torch.randn(2, 3), t)
+    with pytest.raises(ModelError, match="pass call="):
+        AdaptedDenoiser(lambda x, time: (x,), DiscreteVP.linear(), "v")(torch.randn(2, 3), t)
     with pytest.raises(ModelError, match=r"answered shape \(2, 2\)"):
         AdaptedDenoiser(lambda x, time: x[:, :2], DiscreteVP.linear(), "v")(torch.randn(2, 3), t)

@@ -76,8 +76,8 @@ def test_conditions_may_be_dictionaries() -> None:
             assert cond is not None
             return ByLabel()(x, t, cond["label"])
 
-    guided = classifier_free(Dictionary(), 2.0, {"label": torch.tensor(0)})
-    torch.testing.assert_close(guided(X, T, {"label": LABELS}), 2.0 * LABELS.double().reshape(3, 1, 1, 1) + 0.1 * X)
+    guided = classifier_free(Dictionary(), 2.0, {"label": torch.tensor(0), "option": 3})
+    torch.testing.assert_close(guided(X, T, {"label": LABELS, "option": 3}), 2.0 * LABELS.double().reshape(3, 1, 1, 1) + 0.1 * X)
 
 
 def test_exact_classifier_gradient_turns_the_mixture_into_its_component() -> None:
@@ -112,6 +112,9 @@ def test_thresholds() -> None:
         lambda: classifier_free(ByLabel(), 2.0, torch.tensor(0), rescale=2.0),
         lambda: classifier_free(ByLabel(), 2.0, torch.tensor(0), interval=(1.0, 1.0)),
         lambda: classifier_free(ByLabel(), 2.0, torch.tensor(0))(X, T, None),
+        lambda: classifier_free(ByLabel(), 2.0, None)(X, T, LABELS),
+        lambda: classifier_free(ByLabel(), 2.0, torch.zeros(2))(X, T, LABELS),
+        lambda: classifier_free(ByLabel(), 2.0, {"other": 0})(X, T, {"label": LABELS}),
         lambda: static_threshold(ByLabel(), 0.0),
         lambda: dynamic_threshold(ByLabel(), 1.5),
     ],

@@ -66,6 +66,27 @@ def test_diffusers_folders_of_every_family(tmp_path: Path, scheduler: object, la
     assert bool(torch.isfinite(x0).all())
 
 
+def test_a_fingerprint_is_of_the_whole_problem(tmp_path: Path) -> None:
+    schedulers = (DDIMScheduler(), DDIMScheduler(), DDIMScheduler(prediction_type="sample"), DDIMScheduler(beta_end=0.03))
+    prints = [load_model(_save(tmp_path / str(k), scheduler)).fingerprint for k, scheduler in enumerate(schedulers)]
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
+def test_schedulers_that_are_not_understood_are_refused(tmp_path: Path) -> None:
+    folder = _save(tmp_path, DDIMScheduler())
+    config = folder / "scheduler" / "scheduler_config.json"
+    for text in (
+        '{"_class_name": "ScoreSdeVeScheduler", "sigma_max": 1348.0}',
+        '{"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": true}',
+        '{"_class_name": "EDMEulerScheduler"}',
+        '{"_class_name": "DDIMScheduler", "beta_schedule": "foo"}',
+        "{}",
+    ):
+        config.write_text(text)
+        with pytest.raises(ModelError):
+            load_model(folder)
+
+
 def test_labels_and_guidance(tmp_path: Path) -> None:
     edm, ddpm = load_model("digits-edm"), load_model("digits-ddpm")
     assert edm.classes == 10 and edm.null_label == 10 and ddpm.classes is None

@@ -155,6 +155,8 @@ def main() -> Any:  # noqa: ANN401
     except FewstepError as error:
         typer.echo(f"fewstep: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:  # typer turns an interrupt into an exit with 130
+        if isinstance(end, SystemExit) and end.code != 130:
+            raise
         typer.echo("fewstep: interrupted; run the same command to continue", err=True)
         sys.exit(130)

@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from fewstep.apps.console import progress
 from fewstep.core.errors import FewstepError
 from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.sampler import Sampler, write_whole
-from fewstep.core.schedule import NoiseSchedule
-from fewstep.evaluate.benchmark import REFERENCE_NFE, BenchmarkConfig, benchmark, picture_file
-from fewstep.evaluate.generation import generate_to
+from fewstep.core.schedule import DiscreteVP, NoiseSchedule
+from fewstep.evaluate.benchmark import REFERENCE_NFE, BenchmarkConfig, benchmark, picture_file, read_samples
+from fewstep.evaluate.generation import check_seeds, generate_to
 from fewstep.evaluate.peers import PEERS
 from fewstep.evaluate.pictures import save_comparison, save_grid, save_singles, to_uint8
 from fewstep.models.zoo import load_model
@@ -65,6 +64,8 @@ class SampleRequest:
             grid = TimeGrid.from_sigmas(schedule, _numbers(self.sigmas, "--sigmas"))
         else:
             grid = make_grid(self.grid, schedule, solver.steps_for(self.nfe))
+        if isinstance(schedule, DiscreteVP):
+            grid = grid.snap(schedule.times)
         return Sampler.build(solver, grid, schedule)
 
 
@@ -79,6 +80,7 @@ def run_sample(request: SampleRequest) -> dict[str, Any] | None:
     """Sample and write the pictures; None in all processes but the first."""
     if request.num < 1 or request.batch < 1:
         raise FewstepError(f"num and batch must be at least 1, got {request.num} and {request.batch}")
+    check_seeds(request.seed, request.num)
     model = load_model(request.model)
     sampler = request.build(model.denoiser.schedule)
     seeds = list(range(request.seed, request.seed + request.num))
@@ -119,12 +121,12 @@ def _comparison(results: dict[str, Any], out: Path) -> None:
     rows = [row for row in results["rows"] if row["library"] == "fewstep"]
     if not rows:
         return
-    exact, columns = load_file(out / "reference.safetensors")["x"], sorted({row["nfe"] for row in rows})
+    exact, columns = read_samples(out / "reference.safetensors"), sorted({row["nfe"] for row in rows})
     cells = {("exact trajectory", f"{nfe} evaluations"): (exact, "") for nfe in columns}
     grids = list(dict.fromkeys(row["grid"] for row in rows))
     for row in sorted(rows, key=lambda row: (grids.index(row["grid"]), row["nfe"])):
         kept = picture_file(out, ("fewstep", row["solver"], row["grid"], row["nfe"]))
-        cells[f"{row['solver']}, {row['grid']}", f"{row['nfe']} evaluations"] = (load_file(kept)["x"], f"rmse {row['rmse']:.3f}")
+        cells[f"{row['solver']}, {row['grid']}", f"{row['nfe']} evaluations"] = (read_samples(kept), f"rmse {row['rmse']:.3f}")
     save_comparison(cells, out / "pictures.png", title=f"{results['model']}: the same seeds by every sampler")
 
 

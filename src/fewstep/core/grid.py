@@ -89,6 +89,8 @@ class TimeGrid:
         cls, schedule: NoiseSchedule, steps: int, *, c: float = 1.0, t_max: float | None = None, t_min: float | None = None
     ) -> TimeGrid:
         """Uniform in ``arctan(sigma / (c alpha))``, the time of the cosine schedule; finite at both ends whatever the schedule."""
+        if not c > 0:
+            raise GridError(f"the angle spacing needs c > 0, got {c:g}")
         ends = _ends(schedule, t_max, t_min)
         theta = torch.atan2(schedule.sigma(ends), c * schedule.alpha(ends))
         inner = _linspace(theta[0], theta[1], steps)
@@ -105,6 +107,8 @@ class TimeGrid:
         cls, schedule: NoiseSchedule, steps: int, *, offset: int = 1, t_max: float | None = None, t_min: float | None = None
     ) -> TimeGrid:
         """Diffusers' ``leading`` as its DDIM has it: multiples of ``T // steps`` plus ``offset`` (its ``steps_offset``)."""
+        if offset != int(offset):
+            raise GridError(f"the offset of the leading spacing is a whole number of times, got {offset}")
         ends = _ends(_discrete(schedule, "leading"), t_max, t_min)
         count = int(ends[0]) + 1
         times = torch.arange(_whole(steps) - 1, -1, -1, dtype=torch.float64) * (count // steps) + offset
@@ -164,7 +168,7 @@ def make_grid(name: str, schedule: NoiseSchedule, steps: int, **options: float) 
     check_options(options, spacing, f"grid {bare!r}", GridError, hidden=("schedule", "steps"))
     try:
         grid = spacing(schedule, steps, **options)
-    except TypeError as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise GridError(f"grid {bare!r} cannot take {options}: {error}") from error
     return grid.snap(schedule.times) if isinstance(schedule, DiscreteVP) else grid
 

@@ -105,7 +105,7 @@ class Sampler:
             nodes = Nodes(*(tensors[f"nodes.{name}"] for name in Nodes._fields))
             tableau = Tableau(nodes, *(tensors[name] for name in ("record", "update", "bias", "noise")))
             schedule = schedule_from_config(meta["schedule"])
-            return cls(tableau, TimeGrid(tensors["grid"]), schedule, meta["solver"], meta["options"], meta["card"])
+            return cls(tableau, TimeGrid(tensors["grid"]), schedule, meta["solver"], dict(meta["options"]), dict(meta["card"]))
         except OSError as error:
             raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
         except (SafetensorError, KeyError, TypeError, ValueError, GridError, ModelError) as error:

@@ -152,6 +152,10 @@ class RectifiedFlow:
     t_max: float = 1.0
     t_clean: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not self.shift > 0:
+            raise ModelError(f"the shift of a rectified flow must be positive, got {self.shift}")
+
     def alpha(self, t: Tensor) -> Tensor:
         return (1 - t) / (1 + (self.shift - 1) * t)
 

@@ -27,6 +27,10 @@ from fewstep.core.schedule import NoiseSchedule
 __all__ = ["Nodes", "Row", "Solver", "State", "Tableau", "advance", "tabulate"]
 
 
+def _scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return t, schedule.alpha(t), schedule.sigma(t), schedule.lam(t)
+
+
 class Nodes(NamedTuple):
     """Where the network is evaluated, and the end: each ``[N+1]`` float64. ``lam`` may be infinite at either end."""
 
@@ -37,8 +41,12 @@ class Nodes(NamedTuple):
 
     @classmethod
     def at(cls, schedule: NoiseSchedule, t: Tensor) -> Nodes:
-        """The nodes at the times ``t [N+1]``."""
-        return cls(t, schedule.alpha(t), schedule.sigma(t), schedule.lam(t))
+        """The nodes at the times ``t [N+1]``. An end whose ``lam`` is infinite is fixed: no gradient reaches it."""
+        if t.requires_grad:
+            finite = torch.isfinite(schedule.lam(t.detach()))
+            parts = [_scales(schedule, value if keep else value.detach()) for value, keep in zip(t, finite, strict=True)]
+            return cls(*map(torch.stack, zip(*parts, strict=True)))
+        return cls(*_scales(schedule, t))
 
     @property
     def evaluations(self) -> int:
@@ -207,7 +215,9 @@ def advance(row: Row, state: State, x0: Tensor, noise: Tensor | None = None) -> 
     history = (h, *state.history[:-1]) if state.history else ()
     basis = (state.anchor, state.x, *history)
     x = _combine(row.x, basis, row.bias[1])
-    if row.noise is not None and noise is not None:
+    if row.noise is not None:
+        if noise is None:
+            raise SolverError("this tableau adds noise: pass advance standard normal noise, for example seeded_noise")
         x = torch.addcmul(x, row.noise, noise)
     anchor = None if row.anchor is None else _combine(row.anchor, basis, row.bias[0])
     return State(x, anchor, history)

@@ -12,24 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.core.errors import FewstepError, GridError, SolverError, look_up
+from fewstep.core.errors import ArtifactError, FewstepError, GridError, SolverError, look_up
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid
 from fewstep.core.sampler import Sampler, check_writable, read_json, write_whole
 from fewstep.core.sampling import Cond, Denoiser, sample, start_noise
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.spec import parse_spec
 from fewstep.core.tableau import Nodes
-from fewstep.evaluate.generation import default_device
+from fewstep.evaluate.generation import check_seeds, default_device
 from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
 from fewstep.evaluate.peers import PEERS, peer_steps, run_peer
 from fewstep.models.data import load_images
 from fewstep.models.loaders import Model
 from fewstep.solvers import UniPC, make_solver
 
-__all__ = ["BenchmarkConfig", "Row", "benchmark", "picture_file", "reference_sampler"]
+__all__ = ["BenchmarkConfig", "Row", "benchmark", "picture_file", "read_samples", "reference_sampler"]
 
 REFERENCE_NFE = 128
 Key = tuple[str, str, str, int]  # library, solver, grid, nfe
@@ -59,6 +60,9 @@ class BenchmarkConfig:
         for nfe in self.nfe:
             if nfe < 1:
                 raise SolverError(f"nfe must be a whole number of at least 1, got {nfe}")
+        if not (self.solvers or self.peers) or not self.grids or not self.nfe:
+            raise FewstepError("a benchmark needs at least one solver (or peers), one grid and one nfe")
+        check_seeds(self.seed, self.num)
         if self.num < 2 or self.batch < 1:
             raise FewstepError(f"a benchmark needs num of at least 2 and batch of at least 1, got {self.num} and {self.batch}")
 
@@ -153,6 +157,18 @@ def picture_file(out: Path, key: Key) -> Path:
     return out / "samples" / f"{'-'.join(map(str, key)).replace(':', '_')}.safetensors"
 
 
+def read_samples(path: Path) -> Tensor:
+    """Samples that a benchmark kept, ``[n, *D]``.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    try:
+        return load_file(path)["x"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): remove it and run the benchmark again") from error
+
+
 def _impossible(key: Key, schedule: NoiseSchedule) -> str:
     """Why a sampler cannot do what is asked of it, or nothing."""
     library, solver, grid, nfe = key
@@ -189,6 +205,7 @@ class _Problem:
             "seed": config.seed,
             "num": config.num,
             "guidance": config.guidance,
+            "batch": config.batch,
             "reference": {"solver": "unipc-3", "nfe": REFERENCE_NFE},
         }
         self.data = load_images(model.data).x if model.data else None
@@ -245,7 +262,7 @@ class _Problem:
         if path.exists() and (self.out / "reference.json").exists():
             meta = read_json(self.out / "reference.json")
             if meta.get("stamp") == stamp:
-                return load_file(path)["x"], float(meta["error"])
+                return read_samples(path), float(meta["error"])
         if observe is not None:
             observe(0, "reference trajectory")
         schedule = self.denoiser.schedule
@@ -273,8 +290,9 @@ class _Problem:
         path = self.out / "results.json"
         if path.exists():
             found = read_json(path)
-            if found.get("problem") == self.identity:
-                return {**found, "command": command, "version": version("fewstep"), "machine": _machine()}
+            if (found.get("problem"), found.get("version"), found.get("machine")) == (self.identity, version("fewstep"), _machine()):
+                commands = list(dict.fromkeys([*str(found["command"]).split(" && "), command]))  # all that made its rows
+                return {**found, "command": " && ".join(commands)}
         exact_fd = self.frechet(self.exact)
         halves = None
         if self.data is not None and self.features is not None:

@@ -12,17 +12,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.core.errors import ArtifactError
+from fewstep.core.errors import ArtifactError, FewstepError
 from fewstep.core.sampler import Sampler, check_writable, write_whole
 from fewstep.core.sampling import Denoiser, sample, start_noise
 from fewstep.models.loaders import Model
 
-__all__ = ["default_device", "generate", "generate_to", "process"]
+__all__ = ["check_seeds", "default_device", "generate", "generate_to", "process"]
 
 
 def default_device() -> torch.device:
     """The accelerator if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def check_seeds(first: int, count: int) -> None:
+    """See that ``first, first + 1, ...`` are seeds.
+
+    Raises:
+        FewstepError: one is negative or does not fit in 63 bits.
+    """
+    if first < 0 or first + count > 2**63:
+        raise FewstepError(f"seeds must lie between 0 and 2^63, got {first} and the {count - 1} after it")
 
 
 def process() -> tuple[int, int]:
@@ -63,8 +73,9 @@ def generate_to(
     check_writable(folder)
     rank, world = process()
     device, denoiser, labels = default_device(), model.guided(guidance), model.labels(seeds, label)
-    times, options = sampler.tableau.nodes.t.tolist(), dict(sampler.options)
-    request = (model.fingerprint, sampler.solver, options, times, guidance, label, seeds[0], len(seeds), batch)
+    tableau = sampler.tableau
+    numbers = [table.tolist() for table in (*tableau.nodes, tableau.record, tableau.update, tableau.bias, tableau.noise)]
+    request = (model.fingerprint, numbers, guidance, label, list(seeds), batch)
     parts = folder / f"parts-{hashlib.sha256(repr(request).encode()).hexdigest()[:16]}"
     others = [path for path in folder.glob("parts-*") if path != parts]
     if others:

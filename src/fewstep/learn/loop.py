@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.errors import ArtifactError
+from fewstep.core.errors import ArtifactError, FewstepError
 from fewstep.core.sampler import read_json, write_whole
 
 __all__ = ["LoopConfig", "run_loop"]
@@ -34,6 +34,10 @@ class LoopConfig:
     checkpoint_every: int = 500
     mixed_precision: str = "no"  # accelerate's names: no, bf16, fp16
 
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or not (self.lr > 0 and math.isfinite(self.lr)):
+            raise FewstepError(f"training needs steps and batch of at least 1 and a positive lr, got {self.steps}, {self.batch}, {self.lr}")
+
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then half a cosine to 0."""
         if step < self.warmup:
@@ -47,6 +51,7 @@ def run_loop(
     config: LoopConfig,
     folder: Path,
     *,
+    identity: str = "",
     observe: Callable[[int, float], None] | None = None,
 ) -> nn.Module:
     """Train ``network`` and return it with its averaged (EMA) weights.
@@ -56,6 +61,7 @@ def run_loop(
 
     Args:
         loss: ``(network, batch size of this process, generator) -> scalar``.
+        identity: what is trained on what, beside the configuration; a checkpoint of anything else is refused.
         observe: called with the step and the mean loss since the last call, about 100 times a run.
 
     Raises:
@@ -71,7 +77,8 @@ def run_loop(
     ema = EMAModel(bare.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
-    first = _resume(accelerator, folder, config)
+    identity = f"{identity} {config!r}".strip()
+    first = _resume(accelerator, folder, identity)
     local_batch = max(1, config.batch // accelerator.num_processes)
     every, total, counted = max(1, config.steps // 100), torch.zeros((), device=accelerator.device), 0
     network.train()
@@ -97,9 +104,9 @@ def run_loop(
                 if observe is not None and accelerator.is_main_process:
                     observe(step + 1, mean)
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-                _checkpoint(accelerator, folder, config, step + 1)
+                _checkpoint(accelerator, folder, identity, step + 1)
     except KeyboardInterrupt:
-        _checkpoint(accelerator, folder, config, step)
+        _checkpoint(accelerator, folder, identity, step)
         raise
     ema.copy_to(bare.parameters())
     accelerator.wait_for_everyone()
@@ -111,7 +118,7 @@ def forget_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 
-def _checkpoint(accelerator: Any, folder: Path, config: LoopConfig, step: int) -> None:  # noqa: ANN401
+def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int) -> None:  # noqa: ANN401
     """Save beside the old checkpoint, then swap, so that one whole checkpoint exists at any time."""
     new, current, old = folder / "checkpoint.new", folder / "checkpoint", folder / "checkpoint.old"
     accelerator.wait_for_everyone()
@@ -120,7 +127,7 @@ def _checkpoint(accelerator: Any, folder: Path, config: LoopConfig, step: int) -
     accelerator.wait_for_everyone()
     accelerator.save_state(str(new))
     if accelerator.is_main_process:
-        write_whole(new / "loop.json", json.dumps({"step": step, "config": repr(config)}).encode())
+        write_whole(new / "loop.json", json.dumps({"step": step, "identity": identity}).encode())
         shutil.rmtree(old, ignore_errors=True)
         if current.exists():
             current.rename(old)
@@ -129,13 +136,13 @@ def _checkpoint(accelerator: Any, folder: Path, config: LoopConfig, step: int) -
     accelerator.wait_for_everyone()
 
 
-def _resume(accelerator: Any, folder: Path, config: LoopConfig) -> int:  # noqa: ANN401
+def _resume(accelerator: Any, folder: Path, identity: str) -> int:  # noqa: ANN401
     current, old = folder / "checkpoint", folder / "checkpoint.old"
     found = current if (current / "loop.json").exists() else old if (old / "loop.json").exists() else None
     if found is None:
         return 0
     meta = read_json(found / "loop.json")
-    if meta.get("config") != repr(config):
-        raise ArtifactError(f"{found} belongs to another run ({meta.get('config')}): remove it, or train with those options")
+    if meta.get("identity") != identity:
+        raise ArtifactError(f"{found} belongs to another run ({meta.get('identity')}): remove it, or train with those options")
     accelerator.load_state(str(found))
     return int(meta["step"])

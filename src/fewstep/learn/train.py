@@ -54,10 +54,15 @@ def train(
         raise FewstepError(f"{out} already holds a trained model: choose another folder, or remove it")
     if config.conditional and images.labels is None:
         raise FewstepError(f"{images.name} has no labels: train without --conditional")
+    if float(images.x.std()) < 0.01:
+        raise FewstepError(
+            f"the images of {images.name} are all but constant (standard deviation {float(images.x.std()):.2g}): nothing to learn"
+        )
     check_writable(out)
+    identity = f"{config!r} on {images.name} {tuple(images.x.shape)}, mean {float(images.x.double().mean()):.12f}"
     network = _network(images, config)
     denoiser, levels = _problem(network, images, config)
-    result = run_loop(network, _loss(denoiser, images, config, levels), loop, out, observe=observe)
+    result = run_loop(network, _loss(denoiser, images, config, levels), loop, out, identity=identity, observe=observe)
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return out
     _save(result, denoiser, images, config, loop, out, command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def load_images(source: str | Path) -> Images:
         return Images(x, torch.from_numpy(target).long(), DIGIT_LEVELS, "digits")
     path = Path(source)
     if path.suffix == ".npz" and path.is_file():
-        with np.load(path) as arrays:
+        with _opened(path) as arrays:
             if "images" not in arrays or arrays["images"].dtype != np.uint8:
                 raise FewstepError(f"{path} needs an array 'images' of uint8, it has {', '.join(arrays.files)}")
             images, labels = arrays["images"], arrays.get("labels")
@@ -55,10 +56,21 @@ def load_images(source: str | Path) -> Images:
         images, labels = _read_folder(path)
     else:
         raise FewstepError(f"no images at {source!s}: name 'digits', an .npz file, or a folder of pictures")
+    if images.ndim not in (3, 4) or len(images) == 0:
+        raise FewstepError(f"images in {path} should be [n, H, W] or [n, H, W, C], they have shape {images.shape}")
+    if labels is not None and (len(labels) != len(images) or min(labels) < 0):
+        raise FewstepError(f"labels in {path} should be one number from 0 for each of the {len(images)} images")
     if images.ndim == 3:
         images = images[..., None]
     x = (torch.from_numpy(images).permute(0, 3, 1, 2).float() + 0.5) * (2 / 256) - 1
     return Images(x, None if labels is None else torch.as_tensor(labels).long(), 256, path.stem)
+
+
+def _opened(path: Path) -> Any:  # noqa: ANN401 - numpy's lazy archive
+    try:
+        return np.load(path)
+    except (OSError, ValueError) as error:
+        raise FewstepError(f"{path} is not an npz archive: {error}") from error
 
 
 def _read_folder(path: Path) -> tuple[np.ndarray, list[int] | None]:
@@ -69,8 +81,11 @@ def _read_folder(path: Path) -> tuple[np.ndarray, list[int] | None]:
         raise FewstepError(f"no pictures (png, jpg, webp, bmp) below {path}")
     arrays = []
     for file in files:
-        with Image.open(file) as picture:
-            arrays.append(np.asarray(picture.convert("L" if picture.mode in {"1", "L", "I;16"} else "RGB")))
+        try:
+            with Image.open(file) as picture:
+                arrays.append(np.asarray(picture.convert("L" if picture.mode in {"1", "L", "I;16"} else "RGB")))
+        except OSError as error:
+            raise FewstepError(f"{file} is not a readable picture: {error}") from error
         if arrays[-1].shape != arrays[0].shape:
             raise FewstepError(f"{file} has shape {arrays[-1].shape}, {files[0]} has {arrays[0].shape}: make all pictures one size")
     classes = sorted({file.parent for file in files})

@@ -59,7 +59,11 @@ class AdaptedDenoiser:
         try:
             output = call(self.network, scaled.to(dtype), time, cond)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise ModelError(f"the network refused a state of shape {tuple(x.shape)}: {str(error).splitlines()[0]}") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"the network refused a state of shape {tuple(x.shape)}: {reason}") from error
+        if not isinstance(output, Tensor):
+            what = type(output).__name__
+            raise ModelError(f"the network answered a {what}, not a tensor: pass call=lambda net, x, t, cond: net(x, t).sample, or alike")
         if output.shape != x.shape:
             raise ModelError(f"the network answered shape {tuple(output.shape)} to a state of shape {tuple(x.shape)}")
         return to_x0(kind, output, x, alpha, sigma)

@@ -61,7 +61,7 @@ def classifier_free(
         x0 = torch.lerp(null, wanted, scale)
         if rescale:
             dims = tuple(range(1, x0.ndim))
-            ratio = wanted.std(dims, keepdim=True) / x0.std(dims, keepdim=True).clamp_min(1e-12)
+            ratio = wanted.std(dims, correction=0, keepdim=True) / x0.std(dims, correction=0, keepdim=True).clamp_min(1e-12)
             x0 = torch.lerp(x0, x0 * ratio, rescale)
         inside = active.to(x.device).reshape((-1,) + (1,) * (x.ndim - 1))
         return torch.where(inside, x0, wanted)
@@ -112,12 +112,20 @@ def dynamic_threshold(denoiser: Denoiser, quantile: float = 0.995, *, bound: flo
 
 
 def _like_batch(uncond: Any, cond: Any) -> Any:  # noqa: ANN401 - conditions are whatever the network takes
+    """The null condition for every sample of ``cond``."""
     if isinstance(cond, dict):
+        if not isinstance(uncond, dict) or set(uncond) != set(cond):
+            raise ModelError(f"the null condition needs the keys of the condition, {sorted(cond)}")
         return {key: _like_batch(uncond[key], value) for key, value in cond.items()}
-    return torch.as_tensor(uncond, dtype=cond.dtype, device=cond.device).expand_as(cond)
+    if not isinstance(cond, Tensor):
+        return cond  # an option rather than a condition: the same for both
+    try:
+        return torch.as_tensor(uncond, dtype=cond.dtype, device=cond.device).expand_as(cond)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"the null condition {uncond!r} does not fit a condition of shape {tuple(cond.shape)}") from error
 
 
 def _concatenate(first: Any, second: Any) -> Any:  # noqa: ANN401
     if isinstance(second, dict):
         return {key: _concatenate(first[key], value) for key, value in second.items()}
-    return torch.cat([first, second])
+    return torch.cat([first, second]) if isinstance(second, Tensor) else second

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.errors import ModelError
-from fewstep.core.prediction import EDM
+from fewstep.core.prediction import EDM, prediction
 from fewstep.core.sampler import read_json
 from fewstep.core.sampling import Denoiser
 from fewstep.core.schedule import DiscreteVP, RectifiedFlow, VarianceExploding, schedule_from_config
@@ -71,9 +71,12 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the network's weights: the same for the same model, wherever it lies."""
-        digest = hashlib.sha256()
-        network = self.denoiser.network
+        """A hash of the weights, the noise law, the prediction type and the network's time: the same for the same model anywhere."""
+        denoiser, digest = self.denoiser, hashlib.sha256()
+        network, schedule = denoiser.network, denoiser.schedule
+        probes = torch.linspace(schedule.t_min + 1e-3, schedule.t_max, 5, dtype=torch.float64)
+        definition = (schedule.to_config(), prediction(denoiser.prediction).name, denoiser.time(probes).tolist())
+        digest.update(repr(definition).encode())
         for key, value in sorted(network.state_dict().items() if isinstance(network, nn.Module) else ()):
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else str(value).encode())
@@ -107,6 +110,8 @@ def _load_ours(path: Path) -> Model:
             f"{path / 'fewstep.json'} is {meta.get('format')!r} version {meta.get('version')!r}, not 'fewstep-model' version 1"
         )
     try:
+        if not str(meta["prediction"]).startswith("edm("):
+            raise ModelError(f"{path / 'fewstep.json'} has prediction {meta['prediction']!r}; version 1 holds edm(sigma_data) models only")
         denoiser = AdaptedDenoiser(_unet(str(path)), schedule_from_config(meta["schedule"]), meta["prediction"], edm_time, unet_call)
         return Model(path.name, denoiser, tuple(meta["shape"]), meta["null_label"], meta["null_label"])
     except KeyError as error:
@@ -116,8 +121,14 @@ def _load_ours(path: Path) -> Model:
 def _load_diffusers(source: str) -> Model:
     network = _unet(source)
     config = _scheduler_config(source)
+    try:
+        denoiser = _by_scheduler(network, config)
+    except (KeyError, TypeError, ValueError, NotImplementedError) as error:
+        raise ModelError(f"{source}/scheduler/scheduler_config.json does not describe a noise schedule: {error!r}") from error
+    if network.config.sample_size is None:
+        raise ModelError(f"{source}/unet/config.json has no sample_size: write the height and width of the images there")
     shape = (network.config.in_channels, *_pair(network.config.sample_size))
-    return Model(Path(source).name, _by_scheduler(network, config), shape, network.config.num_class_embeds)
+    return Model(Path(source).name, denoiser, shape, network.config.num_class_embeds)
 
 
 def _by_scheduler(network: Any, config: dict[str, Any]) -> AdaptedDenoiser:  # noqa: ANN401
@@ -126,6 +137,8 @@ def _by_scheduler(network: Any, config: dict[str, Any]) -> AdaptedDenoiser:  # n
 
     kind, name = config.get("prediction_type", "epsilon"), str(config.get("_class_name", ""))
     if "FlowMatch" in name:
+        if config.get("use_dynamic_shifting"):
+            raise ModelError(f"{name} shifts its schedule by the image size (use_dynamic_shifting), which a folder does not say: set shift")
         schedule = RectifiedFlow(shift=float(config.get("shift", 1.0)))
         steps = float(config.get("num_train_timesteps", 1000))
         return AdaptedDenoiser(network, schedule, "flow", lambda t: steps * schedule.sigma(t), unet_call)
@@ -134,6 +147,10 @@ def _by_scheduler(network: Any, config: dict[str, Any]) -> AdaptedDenoiser:  # n
         if kind != "epsilon":
             raise ModelError(f"an EDM scheduler with prediction type {kind!r} is not known here, only epsilon (EDM's own F)")
         return AdaptedDenoiser(network, schedule, EDM(float(config["sigma_data"])), edm_time, unet_call)
+    if "beta_schedule" not in config or name in ("CMStochasticIterativeScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler"):
+        raise ModelError(
+            f"the noise schedule of a {name or 'scheduler without a class name'} is not known here: a table of betas, FlowMatch or EDM is"
+        )
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
     betas = DDPMScheduler.from_config({key: config[key] for key in keys if config.get(key) is not None})
     return AdaptedDenoiser(network, DiscreteVP.from_alphas_cumprod(betas.alphas_cumprod), kind, call=unet_call)  # type: ignore[union-attr]

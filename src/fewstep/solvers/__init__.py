@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
@@ -63,6 +64,12 @@ def make_solver(name: str, **options: Any) -> Solver:  # noqa: ANN401 - the solv
         raise SolverError(f"unknown solver {bare!r}: {nearest(bare, SOLVERS)}")
     check_options(options, factory, f"solver {bare!r}", SolverError)
     try:
-        return factory(**options)
+        solver: Solver = factory(**options)
     except TypeError as error:
         raise SolverError(f"solver {bare!r} cannot take {options}: {error}") from error
+    described: Any = solver  # a solver of another package need not be a dataclass
+    for field in fields(described) if is_dataclass(described) else ():
+        kind, value = type(field.default), getattr(solver, field.name)
+        if kind in (bool, int, str) and type(value) is not kind:
+            raise SolverError(f"option {field.name} of solver {bare!r} is of type {kind.__name__}, got {value!r}")
+    return solver
