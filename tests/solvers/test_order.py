@@ -103,7 +103,7 @@ def exact_state(name: str, nodes: Nodes, tableau: Tableau, i: int, stride: int) 
 
 
 def fitted(errors: list[float]) -> float:
-    return -np.polyfit(np.log(STEPS), np.log(errors), 1)[0]
+    return -float(np.polyfit(np.log(STEPS), np.log(errors), 1)[0])
 
 
 def slope(name: str, *, exact_start: bool) -> float:
