@@ -1,6 +1,6 @@
 """The step kernel against plain arithmetic, and a solver's formulas against their numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from fewstep import (
     tabulate,
 )
 from fewstep.models.analytic import MixtureDenoiser
+from fewstep.solvers import DDIM
 
 ROUND_OFF = 1e-12
 SCHEDULE = VPLinear()
@@ -275,3 +276,32 @@ def test_a_grid_that_training_has_tangled_is_refused():
     inner = torch.tensor([0.2, 0.7], dtype=torch.float64, requires_grad=True)
     with pytest.raises(GridError, match="followed by the larger 0.7"):
         TimeGrid(torch.cat([torch.ones(1), inner]))
+
+
+def test_a_table_that_is_learned_keeps_its_zeros():
+    """A coefficient that is zero in every row is skipped, unless it is a parameter."""
+    table, x = tabulate(make_solver("ddim"), nodes()), random(2, *DATA)
+    learned = replace(table, update=table.update.clone().requires_grad_())
+    state = learned.start(x)
+    for row in learned.rows(x):
+        state = advance(row, state, torch.tanh(state.x))
+    torch.testing.assert_close(state.x, run(table, x), rtol=ROUND_OFF, atol=ROUND_OFF)
+    state.x.sum().backward()
+    assert bool((learned.update.grad[-1, 1] != 0).all())  # every column of the last row, also those DDIM has no use for
+
+
+def test_a_constant_in_record_is_refused():
+    @dataclass(frozen=True)
+    class Shifted(DDIM):
+        def record(self, nodes, i, x, x0):
+            return x0 + 1
+
+    with pytest.raises(SolverError, match="remembers a constant"):
+        tabulate(Shifted(), nodes())
+
+
+def run(table, x):
+    state = table.start(x)
+    for row in table.rows(x):
+        state = advance(row, state, torch.tanh(state.x))
+    return state.x

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -154,16 +154,14 @@ class Tableau:
     def _used(self) -> tuple[list[bool], list[list[bool]], list[bool], bool]:
         """Which coefficients are zero in no row at all: known before the loop, so the kernel has no branches on numbers."""
 
-        def nonzero(table: Tensor, columns: int) -> list[bool]:
-            return (table.detach() != 0).movedim(1, 0).reshape(columns, -1).any(1).tolist()
+        def used(table: Tensor, dims: int) -> Any:  # noqa: ANN401 - nested lists of bools, as deep as dims
+            """Over rows and elements; everything while the table is being learned, when a zero may become something."""
+            shape = table.shape[1 : 1 + dims]
+            if table.requires_grad and table.is_leaf:
+                return torch.ones(shape, dtype=torch.bool).tolist()
+            return (table.detach() != 0).reshape(len(table), *shape, -1).any(-1).any(0).tolist()
 
-        width = self.update.shape[2]
-        return (
-            nonzero(self.record, 2),
-            [nonzero(self.update[:, output], width) for output in (0, 1)],
-            nonzero(self.bias, 2),
-            self.stochastic,
-        )
+        return used(self.record, 1), used(self.update, 2), used(self.bias, 1), self.stochastic
 
     def rows(self, x: Tensor) -> list[Row]:
         """All rows in the dtype and on the device of ``x [B, *D]``: one transfer, nothing left to do in the loop."""
@@ -223,22 +221,26 @@ def advance(row: Row, state: State, x0: Tensor, noise: Tensor | None = None) -> 
     return State(x, anchor, history)
 
 
+UNITS = torch.tensor([[0, 0], [1, 0], [0, 1]], dtype=torch.float64)  # the origin, x and x0
+
+
 def tabulate(solver: Solver, nodes: Nodes) -> Tableau:
     """The solver's numbers on these nodes: its own formulas, run on the origin and the unit vectors in float64.
 
     Differentiable in the nodes, so that a grid can be learned through it.
 
     Raises:
-        SolverError: a coefficient that is not finite (which evaluation, between which times).
+        SolverError: a coefficient that is not finite (which evaluation, between which times), or a constant in `Solver.record`.
     """
     width, dims = 2 + solver.memory, (1,) * len(solver.shape)
     probes = torch.cat([torch.zeros(1, width, dtype=torch.float64), torch.eye(width, dtype=torch.float64)])
     anchor, x, *history = (column.reshape(-1, *dims) for column in probes.unbind(1))  # each [3+K, *1]
     record, update, bias, noise = [], [], [], []
     for i in range(nodes.evaluations):
-        unit_x, unit_x0 = torch.eye(2, dtype=torch.float64).reshape(2, 2, *dims)
+        unit_x, unit_x0 = (column.reshape(3, *dims) for column in UNITS.unbind(1))
         outputs = torch.stack([o.expand(len(probes), *solver.shape) for o in solver.update(nodes, i, anchor, x, history)])
-        record.append(solver.record(nodes, i, unit_x, unit_x0).expand(2, *solver.shape))
+        remembered = solver.record(nodes, i, unit_x, unit_x0).expand(3, *solver.shape)
+        record.append(remembered[1:])
         update.append(outputs[:, 1:] - outputs[:, :1])
         bias.append(outputs[:, 0])
         noise.append(solver.noise(nodes, i))
@@ -246,4 +248,6 @@ def tabulate(solver: Solver, nodes: Nodes) -> Tableau:
             raise SolverError(
                 f"{type(solver).__name__} has no finite coefficients at evaluation {i}, from t = {nodes.t[i]:g} to {nodes.t[i + 1]:g}"
             )
+        if bool((remembered[0] != 0).any()):
+            raise SolverError(f"{type(solver).__name__}.record must be linear in x and x0, but remembers a constant at evaluation {i}")
     return Tableau(nodes, *map(torch.stack, (record, update, bias, noise)))
