@@ -41,4 +41,4 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
     for block in blocks:
         exec(compile(block, page, "exec"), names)
     if page == "docs/extending.md":
-        assert fewstep.tabulate(names["TwoStep"](), sampler.tableau.nodes).memory == 2  # type: ignore[operator]
+        assert fewstep.tabulate(names["TwoStep"](), sampler.tableau.nodes).memory == 2

@@ -121,4 +121,4 @@ def test_thresholds() -> None:
 )
 def test_nonsense_is_refused(make: object) -> None:
     with pytest.raises(ModelError):
-        make()  # type: ignore[operator]
+        make()

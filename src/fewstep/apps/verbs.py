@@ -63,10 +63,8 @@ class SampleRequest:
         elif self.sigmas is not None:
             grid = TimeGrid.from_sigmas(schedule, _numbers(self.sigmas, "--sigmas"))
         else:
-            grid = make_grid(self.grid, schedule, solver.steps_for(self.nfe))
-        if isinstance(schedule, DiscreteVP):
-            grid = grid.snap(schedule.times)
-        return Sampler.build(solver, grid, schedule)
+            return Sampler.build(solver, make_grid(self.grid, schedule, solver.steps_for(self.nfe)), schedule)
+        return Sampler.build(solver, grid.snap(schedule.times) if isinstance(schedule, DiscreteVP) else grid, schedule)
 
 
 def _numbers(text: str, option: str) -> list[float]:

@@ -195,8 +195,7 @@ class _Problem:
     def __init__(self, model: Model, config: BenchmarkConfig, out: Path, observe: Callable[[int, str], None] | None) -> None:
         self.model, self.config, self.out = model, config, out
         self.device = default_device()
-        if isinstance(model.denoiser.network, torch.nn.Module):
-            model.denoiser.network.to(self.device)
+        model.to(self.device)
         self.denoiser = model.guided(config.guidance)
         self.seeds = list(range(config.seed, config.seed + config.num))
         self.labels = model.labels(self.seeds)

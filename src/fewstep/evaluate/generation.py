@@ -80,8 +80,7 @@ def generate_to(
     others = [path for path in folder.glob("parts-*") if path != parts]
     if others:
         raise ArtifactError(f"{folder} holds unfinished samples of another command: remove {others[0]}, or choose another folder")
-    if isinstance(model.denoiser.network, torch.nn.Module):
-        model.denoiser.network.to(device)
+    model.to(device)
     starts = range(0, len(seeds), batch)
     for number, start in enumerate(starts):
         path = parts / f"{start:08d}.safetensors"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fewstep.core.errors import ArtifactError, FewstepError
 from fewstep.core.sampler import read_json, write_whole
 
-__all__ = ["LoopConfig", "run_loop"]
+__all__ = ["LoopConfig", "forget_checkpoint", "run_loop"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def run_loop(
             ema.step(bare.parameters())
             total, counted = total + value.detach(), counted + 1
             if (step + 1) % every == 0 or step + 1 == config.steps:
-                mean = float(accelerator.reduce(total / counted, "mean"))  # type: ignore[arg-type] - a tensor in, a tensor out
+                reduced: Any = accelerator.reduce(total / counted, "mean")
+                mean = float(reduced)
                 if not math.isfinite(mean):
                     raise ArtifactError(f"the loss is not finite at step {step + 1}: lower lr; the last checkpoint is kept in {folder}")
                 total, counted = torch.zeros_like(total), 0

@@ -82,6 +82,12 @@ class Model:
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else str(value).encode())
         return digest.hexdigest()[:16]
 
+    def to(self, device: torch.device) -> Model:
+        """The same model, its network moved."""
+        if isinstance(self.denoiser.network, nn.Module):
+            self.denoiser.network.to(device)
+        return self
+
     def named(self, name: str, data: str | None) -> Model:
         """The same model under another name, with its data set."""
         return replace(self, name=name, data=data)
@@ -152,8 +158,8 @@ def _by_scheduler(network: Any, config: dict[str, Any]) -> AdaptedDenoiser:  # n
             f"the noise schedule of a {name or 'scheduler without a class name'} is not known here: a table of betas, FlowMatch or EDM is"
         )
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    betas = DDPMScheduler.from_config({key: config[key] for key in keys if config.get(key) is not None})
-    return AdaptedDenoiser(network, DiscreteVP.from_alphas_cumprod(betas.alphas_cumprod), kind, call=unet_call)  # type: ignore[union-attr]
+    betas: Any = DDPMScheduler.from_config({key: config[key] for key in keys if config.get(key) is not None})
+    return AdaptedDenoiser(network, DiscreteVP.from_alphas_cumprod(betas.alphas_cumprod), kind, call=unet_call)
 
 
 def _unet(source: str) -> Any:  # noqa: ANN401
@@ -172,7 +178,8 @@ def _scheduler_config(source: str) -> dict[str, Any]:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     try:
-        return dict(DDPMScheduler.load_config(source, subfolder="scheduler"))  # type: ignore[arg-type]
+        config: Any = DDPMScheduler.load_config(source, subfolder="scheduler")
+        return dict(config)
     except Exception as error:
         raise ModelError(f"cannot read {source}/scheduler/scheduler_config.json: {str(error).splitlines()[0]}") from error
 
