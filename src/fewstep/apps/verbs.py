@@ -93,11 +93,11 @@ def run_sample(request: SampleRequest) -> dict[str, Any] | None:
     if request.singles:
         done["singles"] = str(save_singles(images, request.out / "singles", seeds))
     if request.npz:
-        arrays = {"x": images.numpy(), "images": to_uint8(images), "seeds": np.array(seeds)}
+        arrays: dict[str, Any] = {"x": images.numpy(), "images": to_uint8(images), "seeds": np.array(seeds)}
         labels = model.labels(seeds, request.label)
         if labels is not None:
             arrays["labels"] = labels.numpy()
-        write_whole(request.out / "samples.npz", lambda temporary: np.savez(temporary, allow_pickle=False, **arrays))
+        write_whole(request.out / "samples.npz", lambda temporary: np.savez(temporary, **arrays))
         done["npz"] = str(request.out / "samples.npz")
     rmtree(parts)
     return done
