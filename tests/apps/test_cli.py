@@ -52,6 +52,7 @@ def test_sample_writes_pictures_and_arrays(monkeypatch, capsys, tmp_path: Path) 
     done = json.loads(capsys.readouterr().out)
     assert Path(done["grid"]).exists() and sorted(p.name for p in (tmp_path / "singles").iterdir())[0] == "000007.png"
     arrays = np.load(done["npz"])
+    assert set(arrays.files) == {"x", "images", "seeds", "labels"}
     assert (
         arrays["x"].shape == (5, 1, 8, 8) and arrays["seeds"].tolist() == [7, 8, 9, 10, 11] and arrays["labels"].tolist() == [7, 8, 9, 0, 1]
     )
