@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy, pad
 
-from fewstep.core.sampler import write_whole
+from fewstep.core.artifact import write_whole
 from fewstep.models.data import load_images
 from fewstep.models.features import WEIGHTS, DigitsFeatures
 

@@ -24,7 +24,7 @@ from fewstep import (
     sample,
     seeded_noise,
 )
-from fewstep.core.sampler import read_json, write_whole
+from fewstep.core.artifact import read_json, write_whole
 from fewstep.models.analytic import MixtureDenoiser
 from fewstep.solvers import SOLVERS, DPMSolverPP
 

@@ -6,12 +6,23 @@ from itertools import product
 import torch
 
 from fewstep import Tableau, advance, make_solver, seeded_noise
-from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.schedule import NoiseSchedule, VPLinear
+from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver
 from fewstep.models.analytic import GaussianDenoiser, MixtureDenoiser
-from fewstep.solvers import DDIM, DEIS, IPNDM, SOLVERS, DPMSolverPP, SDEDPMSolverPP2M, UniPC
+from fewstep.solvers import DDIM, DEIS, IPNDM, SOLVERS, DPMSolverPP, DPMSolverV3, SDEDPMSolverPP2M, UniPC, takes_statistics
 from fewstep.solvers.stencil import NEVER
 
+
+def statistics(l: float = 1.0, s: float = 0.0, b: float = 0.0, *, wave: float = 0.0) -> ModelStatistics:
+    """Statistics for two elements that cover every grid here: constants, or smooth waves around them that differ by element."""
+    lam = torch.linspace(-8, 8, 801, dtype=torch.float64)
+    waves = torch.stack([torch.stack([torch.sin(f * lam + e) for e in (0.3, 2.0)], 1) for f in (0.9, 0.7, 1.1)])
+    base = torch.tensor([l, s, b], dtype=torch.float64)[:, None, None]
+    return ModelStatistics(lam, *(base + wave * waves), (2,), VPLinear())
+
+
+ANY = statistics(0.6, -0.3, 0.1, wave=0.4)  # of no model: the order of accuracy is the same for any
 STOCHASTIC: dict[str, Solver] = {
     "sde-dpm-solver-pp-2m": make_solver("sde-dpm-solver-pp-2m"),
     "sde-dpm-solver-pp-2m-taylor": SDEDPMSolverPP2M(form="taylor"),
@@ -19,7 +30,8 @@ STOCHASTIC: dict[str, Solver] = {
     "ddim-eta-1": DDIM(eta=1.0),
 }
 ODE: dict[str, Solver] = {
-    **{name: make_solver(name) for name in SOLVERS if name not in STOCHASTIC},
+    **{name: make_solver(name) for name in SOLVERS if name not in STOCHASTIC and not takes_statistics(name)},
+    "dpm-solver-v3": DPMSolverV3(statistics()),
     "dpm-solver-pp-1": DPMSolverPP(steps=1),
     "dpm-solver-pp-2m-taylor": DPMSolverPP(steps=2, form="taylor"),
     "dpm-solver-pp-3m-taylor": DPMSolverPP(steps=3, form="taylor"),
@@ -30,6 +42,11 @@ ODE: dict[str, Solver] = {
     **{f"deis-{p}": DEIS(steps=p) for p in (1, 2, 4)},
     **{f"ipndm-{p}": IPNDM(steps=p) for p in (1, 2, 3)},
 }
+ANY_STATISTICS: dict[str, Solver] = {
+    f"v3-{p}-{predictor}-{corrector}": DPMSolverV3(ANY, p, predictor, corrector)
+    for p, predictor, corrector in product((1, 2, 3), ("true", "pseudo"), ("none", "same", "pseudo", "true"))
+}
+ODE.update(ANY_STATISTICS)
 ALL = {**ODE, **STOCHASTIC}
 WHOLE_REGISTRY = {name: ALL[name] for name in SOLVERS}
 

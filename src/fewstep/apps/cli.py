@@ -11,11 +11,15 @@ import typer
 
 from fewstep.apps.console import bench_table, console, print_json, progress
 from fewstep.core.errors import FewstepError
+from fewstep.learn.calibrate import CalibrationConfig
 
+DEFAULT = CalibrationConfig()
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 ModelName = Annotated[str, typer.Argument(help="A bundled model (see 'fewstep models') or a folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+StatisticsFolder = Annotated[Path | None, typer.Option("--statistics", help="For dpm-solver-v3: a folder of fewstep calibrate.")]
+AnyStatistics = Annotated[bool, typer.Option("--any-statistics", help="Use the statistics though they are of another model or guidance.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
 
 
@@ -58,12 +62,15 @@ def sample(
     sigmas: Annotated[str | None, typer.Option(help="The same as noise levels sigma/alpha; a last 0 is the clean image.")] = None,
     singles: Annotated[bool, typer.Option("--singles", help="Also write one PNG per sample.")] = False,
     npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz (float32, and uint8 pictures).")] = False,
+    statistics: StatisticsFolder = None,
+    any_statistics: AnyStatistics = False,
     json: AsJson = False,
 ) -> None:
     """Sample a model; continues where a killed run stopped, and shares the seeds out under torchrun."""
     from fewstep.apps.verbs import SampleRequest, run_sample
 
-    request = SampleRequest(model, out, solver, grid, nfe, num, seed, guidance, label, batch, sampler, times, sigmas, singles, npz)
+    which = (solver, grid, nfe, num, seed, guidance, label, batch, sampler, times, sigmas)
+    request = SampleRequest(model, out, *which, singles, npz, statistics, any_statistics)
     done = run_sample(request)
     if done is not None:
         print_json(done) if json else console.print(f"pictures: {done['grid']}\nnext: fewstep bench {model} --out runs/bench")
@@ -73,7 +80,7 @@ def sample(
 def bench(
     model: ModelName,
     out: Annotated[Path, typer.Option(help="Folder for results.json and the pictures.")],
-    solver: Annotated[str, typer.Option(help="Solvers, separated by commas.")] = "ddim,dpm-solver-pp-2m,unipc-2,deis-3",
+    solver: Annotated[str, typer.Option(help="Solvers, separated by commas.")] = "ddim,dpm-solver-pp-2m,unipc-2,deis-3,dpm-solver-v3",
     grid: Annotated[str, typer.Option(help="Grids, separated by commas.")] = "logsnr,karras,angle",
     nfe: Annotated[str, typer.Option(help="Network evaluations, separated by commas.")] = "5,6,8,10",
     num: Annotated[int, typer.Option(help="How many noises.")] = 1024,
@@ -81,6 +88,8 @@ def bench(
     guidance: Guidance = 1.0,
     peers: Annotated[str, typer.Option(help="Also the samplers of: diffusers.")] = "",
     batch: int = 256,
+    statistics: StatisticsFolder = None,
+    any_statistics: AnyStatistics = False,
     json: AsJson = False,
 ) -> None:
     """Compare solvers on the same noises: error to a tight trajectory, Frechet distance, time."""
@@ -88,11 +97,40 @@ def bench(
     from fewstep.evaluate.benchmark import BenchmarkConfig
 
     names = [tuple(part.strip() for part in text.split(",") if part.strip()) for text in (solver, grid, peers)]
-    config = BenchmarkConfig(names[0], names[1], integers(nfe, "--nfe"), num, seed, guidance, names[2], batch)
+    which = (names[0], names[1], integers(nfe, "--nfe"), num, seed, guidance, names[2], batch)
+    config = BenchmarkConfig(*which, statistics=statistics, any_statistics=any_statistics)
     results = run_bench(model, config, out, command())
     print_json(results) if json else bench_table(results)
     if not json:
         console.print(f"rows: {out / 'results.json'}\npictures: {out / 'pictures.png'}")
+
+
+@app.command()
+def calibrate(
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="Folder for the statistics.")],
+    levels: Annotated[int, typer.Option(help="Cells of the grid of noise levels.")] = DEFAULT.levels,
+    num: Annotated[int, typer.Option("--num", "-n", help="How many data (under torchrun say -n).")] = DEFAULT.num,
+    pool: Annotated[
+        str, typer.Option(help="Elements that share l and s / b: element, channel, scalar, scalar/element, ...")
+    ] = DEFAULT.pool,
+    data: Annotated[str | None, typer.Option(help="digits, an .npz or a folder of images; else the model's own trajectories.")] = None,
+    guidance: Guidance = 1.0,
+    unguided: Annotated[bool, typer.Option("--unguided", help="Measure the network without guidance, on guided trajectories.")] = False,
+    batch: int = DEFAULT.batch,
+    seed: int = DEFAULT.seed,
+    jvp: Annotated[str, typer.Option(help="How to differentiate: auto, forward, reverse, difference.")] = DEFAULT.jvp,
+    json: AsJson = False,
+) -> None:
+    """Estimate the statistics that dpm-solver-v3 needs; continues where a killed run stopped, and shares the work under torchrun."""
+    from fewstep.apps.verbs import run_calibrate
+
+    config = CalibrationConfig(levels, num, pool, batch, seed, jvp=jvp)
+    done = run_calibrate(model, config, out, data, guidance, unguided, command())
+    if done is not None:
+        scale = "" if guidance == 1 else f" --guidance {guidance:g}"
+        text = f"statistics: {out}\nplot: {done['plot']}\nnext: fewstep bench {model}{scale} --statistics {out} --out runs/bench"
+        print_json(done) if json else console.print(text)
 
 
 @app.command()
@@ -123,7 +161,7 @@ def train(
     seed: int = 0,
 ) -> None:
     """Train a small diffusion model; a killed run continues where it was."""
-    from fewstep.evaluate.generation import process
+    from fewstep.core.process import process
     from fewstep.learn.loop import LoopConfig
     from fewstep.learn.train import TrainConfig, train
     from fewstep.models.data import load_images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import rmtree
@@ -11,21 +12,25 @@ import numpy as np
 import torch
 
 from fewstep.apps.console import progress
+from fewstep.core.artifact import write_whole
 from fewstep.core.errors import FewstepError
 from fewstep.core.grid import TimeGrid, make_grid
-from fewstep.core.sampler import Sampler, write_whole
-from fewstep.core.schedule import DiscreteVP, NoiseSchedule
+from fewstep.core.process import default_device, process
+from fewstep.core.sampler import Sampler
+from fewstep.core.schedule import DiscreteVP
 from fewstep.evaluate.benchmark import REFERENCE_NFE, BenchmarkConfig, benchmark, picture_file, read_samples
-from fewstep.evaluate.generation import check_seeds, generate_to
+from fewstep.evaluate.generation import check_seeds, generate_to, solver_for
 from fewstep.evaluate.peers import PEERS
-from fewstep.evaluate.pictures import save_comparison, save_grid, save_singles, to_uint8
+from fewstep.evaluate.pictures import save_comparison, save_grid, save_singles, save_statistics, to_uint8
+from fewstep.learn.calibrate import CalibrationConfig, calibrate
+from fewstep.models.data import load_images
+from fewstep.models.loaders import Model
 from fewstep.models.zoo import load_model
-from fewstep.solvers import make_solver
 
-__all__ = ["SampleRequest", "run_bench", "run_demo", "run_sample"]
+__all__ = ["SampleRequest", "run_bench", "run_calibrate", "run_demo", "run_sample"]
 
 DEMO = BenchmarkConfig(
-    solvers=("ddim", "heun", "dpm-solver-pp-2m", "dpm-solver-pp-3m", "unipc-2", "deis-3", "ipndm"),
+    solvers=("ddim", "heun", "dpm-solver-pp-2m", "dpm-solver-pp-3m", "unipc-2", "deis-3", "ipndm", "dpm-solver-v3"),
     grids=("karras", "angle"),
     nfe=(5, 6, 8, 10),
 )
@@ -50,14 +55,17 @@ class SampleRequest:
     sigmas: str | None
     singles: bool
     npz: bool
+    statistics: Path | None
+    any_statistics: bool
 
-    def build(self, schedule: NoiseSchedule) -> Sampler:
+    def build(self, model: Model) -> Sampler:
         """The sampler asked for: from a folder, or a solver on explicit times, on explicit noise levels, or on a named grid."""
         if sum(option is not None for option in (self.sampler, self.times, self.sigmas)) > 1:
             raise FewstepError("give one of --sampler, --times and --sigmas")
         if self.sampler is not None:
             return Sampler.load(self.sampler)
-        solver = make_solver(self.solver)
+        schedule = model.denoiser.schedule
+        solver = solver_for(self.solver, model, guidance=self.guidance, statistics=self.statistics, any_statistics=self.any_statistics)
         if self.times is not None:
             grid = TimeGrid(torch.tensor(_numbers(self.times, "--times"), dtype=torch.float64))
         elif self.sigmas is not None:
@@ -80,7 +88,7 @@ def run_sample(request: SampleRequest) -> dict[str, Any] | None:
         raise FewstepError(f"num and batch must be at least 1, got {request.num} and {request.batch}")
     check_seeds(request.seed, request.num)
     model = load_model(request.model)
-    sampler = request.build(model.denoiser.schedule)
+    sampler = request.build(model)
     seeds = list(range(request.seed, request.seed + request.num))
     with progress(f"sampling {request.num} x {sampler.nfe} evaluations", request.num) as report:
         made = generate_to(
@@ -126,6 +134,32 @@ def _comparison(results: dict[str, Any], out: Path) -> None:
         kept = picture_file(out, ("fewstep", row["solver"], row["grid"], row["nfe"]))
         cells[f"{row['solver']}, {row['grid']}", f"{row['nfe']} evaluations"] = (read_samples(kept), f"rmse {row['rmse']:.3f}")
     save_comparison(cells, out / "pictures.png", title=f"{results['model']}: the same seeds by every sampler")
+
+
+def run_calibrate(
+    model_name: str, config: CalibrationConfig, out: Path, data: str | None, guidance: float, unguided: bool, command: str
+) -> dict[str, Any] | None:
+    """Calibrate, save the statistics and their plot; None in all processes but the first."""
+    model, images = load_model(model_name), load_images(data) if data else None
+    total = len(config.batches[process()[0] :: process()[1]]) * config.batch * (config.levels + 1)
+    title = f"calibrating {model.name}: {config.num} data x {config.levels + 1} levels"
+    begin = time.perf_counter()
+    with progress(title, total) as report:
+        statistics = calibrate(
+            model,
+            config,
+            out,
+            images=images,
+            guidance=guidance,
+            unguided=unguided,
+            device=default_device(),
+            command=command,
+            observe=report,
+        )
+    if statistics is None:
+        return None
+    plot = save_statistics(statistics, out / "statistics.png")
+    return {"statistics": str(out), "plot": str(plot), "seconds": time.perf_counter() - begin, **statistics.card}
 
 
 def run_demo(out: Path, num: int, command: str) -> dict[str, Any]:

@@ -16,19 +16,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep.core.artifact import check_writable, read_json, write_whole
 from fewstep.core.errors import ArtifactError, FewstepError, GridError, SolverError, look_up
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid
-from fewstep.core.sampler import Sampler, check_writable, read_json, write_whole
+from fewstep.core.process import default_device
+from fewstep.core.sampler import Sampler
 from fewstep.core.sampling import Cond, Denoiser, sample, start_noise
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.spec import parse_spec
-from fewstep.core.tableau import Nodes
-from fewstep.evaluate.generation import check_seeds, default_device
+from fewstep.core.tableau import Nodes, Solver
+from fewstep.evaluate.generation import check_seeds, solver_for
 from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
 from fewstep.evaluate.peers import PEERS, peer_steps, run_peer
 from fewstep.models.data import load_images
 from fewstep.models.loaders import Model
-from fewstep.solvers import UniPC, make_solver
+from fewstep.solvers import UniPC, make_solver, takes_statistics
 
 __all__ = ["BenchmarkConfig", "Row", "benchmark", "picture_file", "read_samples", "reference_sampler"]
 
@@ -39,7 +41,7 @@ KEPT = 16  # samples of each row kept for pictures
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Which rows, on how many noises. ``peers`` is empty or ``diffusers``."""
+    """Which rows, on how many noises. ``peers`` is empty or ``diffusers``; for ``statistics`` see `solver_for`."""
 
     solvers: tuple[str, ...]
     grids: tuple[str, ...]
@@ -49,10 +51,13 @@ class BenchmarkConfig:
     guidance: float = 1.0
     peers: tuple[str, ...] = ()
     batch: int = 256
+    statistics: Path | None = None
+    any_statistics: bool = False
 
     def __post_init__(self) -> None:
         for name in self.solvers:
-            make_solver(name)
+            if not takes_statistics(name):
+                make_solver(name)
         for name in self.grids:
             look_up(parse_spec(name, GridError)[0], GRIDS, "grid", GridError)
         for peer in self.peers:
@@ -82,6 +87,7 @@ class Row:
     fd_features: str | None
     seconds: float
     solver_seconds: float  # without the network
+    statistics: str | None = None  # the fingerprint of those that the solver used
 
     @property
     def key(self) -> Key:
@@ -131,17 +137,18 @@ def benchmark(
     """
     check_writable(out)
     planned = list(_plan(config))
-    impossible = {key: why for key in planned if (why := _impossible(key, model.denoiser.schedule))}
+    solvers = _solvers(model, config)
+    impossible = {key: why for key in planned if (why := _impossible(key, model.denoiser.schedule, solvers))}
     if len(impossible) == len(planned):
         raise SolverError("; ".join(dict.fromkeys(impossible.values())))
-    problem = _Problem(model, config, out, observe)
+    problem = _Problem(model, config, solvers, out, observe)
     results = problem.results(command)
     results["skipped"] = [{"key": list(key), "why": why} for key, why in impossible.items()]  # said, and the others go on
     rows: dict[Key, Row] = {row.key: row for row in (Row(**r) for r in results["rows"])}
     for number, key in enumerate(planned):
         if observe is not None:
             observe(number, " ".join(map(str, key[1:])))
-        if key in impossible or (key in rows and picture_file(out, key).exists()):
+        if key in impossible or (key in rows and rows[key].statistics == problem.statistics(key) and picture_file(out, key).exists()):
             continue
         rows[key] = problem.row(key)
         results["rows"] = [asdict(row) for row in rows.values()]
@@ -169,11 +176,30 @@ def read_samples(path: Path) -> Tensor:
         raise ArtifactError(f"{path} is damaged ({error}): remove it and run the benchmark again") from error
 
 
-def _impossible(key: Key, schedule: NoiseSchedule) -> str:
+def _solvers(model: Model, config: BenchmarkConfig) -> dict[str, Solver | SolverError]:
+    """Our solvers by name, or why there is none."""
+    made: dict[str, Solver | SolverError] = {}
+    for name in config.solvers:
+        try:
+            made[name] = solver_for(
+                name, model, guidance=config.guidance, statistics=config.statistics, any_statistics=config.any_statistics
+            )
+        except SolverError as error:
+            made[name] = error
+    return made
+
+
+def _impossible(key: Key, schedule: NoiseSchedule, solvers: dict[str, Solver | SolverError]) -> str:
     """Why a sampler cannot do what is asked of it, or nothing."""
     library, solver, grid, nfe = key
     try:
-        make_grid(grid, schedule, make_solver(solver).steps_for(nfe) if library == "fewstep" else peer_steps(solver, nfe))
+        if library == "fewstep":
+            method = solvers[solver]
+            if isinstance(method, SolverError):
+                return str(method)
+            method.nodes(make_grid(grid, schedule, method.steps_for(nfe)), schedule)
+        else:
+            make_grid(grid, schedule, peer_steps(solver, nfe))
     except (GridError, SolverError) as error:
         return str(error)
     return ""
@@ -192,8 +218,16 @@ def _plan(config: BenchmarkConfig) -> Iterator[Key]:
 class _Problem:
     """The noises, the conditions, the reference and the data of one benchmark."""
 
-    def __init__(self, model: Model, config: BenchmarkConfig, out: Path, observe: Callable[[int, str], None] | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        config: BenchmarkConfig,
+        solvers: dict[str, Solver | SolverError],
+        out: Path,
+        observe: Callable[[int, str], None] | None,
+    ) -> None:
         self.model, self.config, self.out = model, config, out
+        self.solvers = {name: solver for name, solver in solvers.items() if not isinstance(solver, SolverError)}
         self.device = default_device()
         model.to(self.device)
         self.denoiser = model.guided(config.guidance)
@@ -227,7 +261,13 @@ class _Problem:
         features = None if fd is None else self.features_name
         first = {"x": samples[:KEPT].contiguous()}
         write_whole(picture_file(self.out, key), lambda temporary: save_file(first, temporary))
-        return Row(solver, library, grid, nfe, num, guidance, rmse(samples, self.exact), fd, features, seconds, solver_seconds)
+        error = rmse(samples, self.exact)
+        return Row(solver, library, grid, nfe, num, guidance, error, fd, features, seconds, solver_seconds, self.statistics(key))
+
+    def statistics(self, key: Key) -> str | None:
+        """The fingerprint of the statistics that a row's solver uses, if any."""
+        used = getattr(self.solvers.get(key[1]), "statistics", None) if key[0] == "fewstep" else None
+        return None if used is None else used.fingerprint
 
     @torch.no_grad()
     def run(self, library: str, solver: str, grid_name: str, nfe: int) -> tuple[Tensor, float, float]:
@@ -236,7 +276,7 @@ class _Problem:
         timed = _Timed(self.denoiser)
         begin = _now(self.device)
         if library == "fewstep":
-            method = make_solver(solver)
+            method = self.solvers[solver]
             sampler = Sampler.build(method, make_grid(grid_name, schedule, method.steps_for(nfe)), schedule)
             samples = [self._ours(timed, sampler, seeds, cond) for seeds, cond in self._batches()]
         else:

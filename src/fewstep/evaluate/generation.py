@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,17 +11,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.core.errors import ArtifactError, FewstepError
-from fewstep.core.sampler import Sampler, check_writable, write_whole
+from fewstep.core.artifact import check_writable, write_whole
+from fewstep.core.errors import ArtifactError, FewstepError, SolverError
+from fewstep.core.process import default_device, process, wait_for_all
+from fewstep.core.sampler import Sampler
 from fewstep.core.sampling import Denoiser, sample, start_noise
+from fewstep.core.spec import parse_spec
+from fewstep.core.statistics import ModelStatistics
+from fewstep.core.tableau import Solver
 from fewstep.models.loaders import Model
+from fewstep.solvers import make_solver, takes_statistics
 
-__all__ = ["check_seeds", "default_device", "generate", "generate_to", "process"]
-
-
-def default_device() -> torch.device:
-    """The accelerator if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+__all__ = ["check_seeds", "generate", "generate_to", "solver_for"]
 
 
 def check_seeds(first: int, count: int) -> None:
@@ -35,9 +35,29 @@ def check_seeds(first: int, count: int) -> None:
         raise FewstepError(f"seeds must lie between 0 and 2^63, got {first} and the {count - 1} after it")
 
 
-def process() -> tuple[int, int]:
-    """This process and how many there are, as ``torchrun`` sets them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def solver_for(name: str, model: Model, *, guidance: float = 1.0, statistics: Path | None = None, any_statistics: bool = False) -> Solver:
+    """A solver for this model: one that takes statistics gets those named with it, those of the folder, or the model's own.
+
+    Args:
+        any_statistics: take them though they were made for something else.
+
+    Raises:
+        SolverError: as `make_solver`; there are no statistics of this model with this guidance.
+        ArtifactError: the statistics are damaged or were made for another model, guidance, schedule or shape.
+    """
+    if not takes_statistics(name):
+        return make_solver(name)
+    named = parse_spec(name, SolverError)[1].get("statistics", statistics)
+    found = model.statistics(guidance) if named is None else ModelStatistics.load(named)
+    if found is None:
+        guided = "" if guidance == 1 else f" --guidance {guidance:g}"
+        raise SolverError(
+            f"{name} needs statistics of {model.name} at guidance {guidance:g}: make them with "
+            f"'fewstep calibrate {model.name}{guided} --out DIR' and pass --statistics DIR"
+        )
+    if not any_statistics:
+        found.check(model=model.fingerprint, guidance=guidance, schedule=model.denoiser.schedule, shape=model.shape)
+    return make_solver(name, statistics=found)
 
 
 @torch.no_grad()
@@ -90,7 +110,7 @@ def generate_to(
             write_whole(path, lambda temporary, images=images: save_file({"x": images.contiguous()}, temporary))
         if observe is not None and number % world == rank:
             observe(min(start + batch, len(seeds)))
-    _wait_for_all(world)
+    wait_for_all()
     if rank != 0:
         return None
     try:
@@ -98,10 +118,3 @@ def generate_to(
     except (OSError, SafetensorError, KeyError) as error:
         raise ArtifactError(f"{parts} is damaged ({error}): remove it and sample again") from error
     return samples, parts
-
-
-def _wait_for_all(world: int) -> None:
-    if world > 1:
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")
-        torch.distributed.barrier()

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.artifact import read_json, write_whole
 from fewstep.core.errors import ArtifactError, FewstepError
-from fewstep.core.sampler import read_json, write_whole
 
 __all__ = ["LoopConfig", "forget_checkpoint", "run_loop"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.artifact import check_writable, write_whole
 from fewstep.core.errors import FewstepError
 from fewstep.core.prediction import EDM, aligned, from_x0, prediction
-from fewstep.core.sampler import check_writable, write_whole
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, VarianceExploding
 from fewstep.learn.loop import LoopConfig, forget_checkpoint, run_loop
 from fewstep.models.data import Images

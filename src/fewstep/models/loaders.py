@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.artifact import read_json
 from fewstep.core.errors import ModelError
 from fewstep.core.prediction import EDM, prediction
-from fewstep.core.sampler import read_json
 from fewstep.core.sampling import Denoiser
 from fewstep.core.schedule import DiscreteVP, RectifiedFlow, VarianceExploding, schedule_from_config
+from fewstep.core.statistics import ModelStatistics
 from fewstep.models.denoiser import AdaptedDenoiser, edm_time, unet_call
 from fewstep.models.guidance import classifier_free
 
@@ -34,6 +35,7 @@ class Model:
         classes: number of class labels, or None if it takes none.
         null_label: the label that stands for no condition, or None if it has none.
         data: the data set it was trained on, by the name `load_images` knows, or None.
+        folder: where it was loaded from.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Model:
     classes: int | None = None
     null_label: int | None = None
     data: str | None = None
+    folder: Path | None = None
 
     def guided(self, scale: float = 1.0) -> Denoiser:
         """The denoiser with classifier-free guidance; scale 1 is the model as it is.
@@ -82,6 +85,16 @@ class Model:
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else str(value).encode())
         return digest.hexdigest()[:16]
 
+    def statistics(self, guidance: float = 1.0) -> ModelStatistics | None:
+        """The statistics that lie in the model's folder, below ``statistics*/``, for this guidance scale; None if there are none.
+
+        Raises:
+            ArtifactError: they are damaged.
+        """
+        found = sorted(self.folder.glob("statistics*/statistics.json")) if self.folder is not None else []
+        loaded = (ModelStatistics.load(path.parent) for path in found)
+        return next((statistics for statistics in loaded if statistics.guidance == guidance), None)
+
     def to(self, device: torch.device) -> Model:
         """The same model, its network moved."""
         if isinstance(self.denoiser.network, nn.Module):
@@ -119,7 +132,7 @@ def _load_ours(path: Path) -> Model:
         if not str(meta["prediction"]).startswith("edm("):
             raise ModelError(f"{path / 'fewstep.json'} has prediction {meta['prediction']!r}; version 1 holds edm(sigma_data) models only")
         denoiser = AdaptedDenoiser(_unet(str(path)), schedule_from_config(meta["schedule"]), meta["prediction"], edm_time, unet_call)
-        return Model(path.name, denoiser, tuple(meta["shape"]), meta["null_label"], meta["null_label"])
+        return Model(path.name, denoiser, tuple(meta["shape"]), meta["null_label"], meta["null_label"], folder=path)
     except KeyError as error:
         raise ModelError(f"{path / 'fewstep.json'} lacks {error}") from error
 
@@ -134,7 +147,8 @@ def _load_diffusers(source: str) -> Model:
     if network.config.sample_size is None:
         raise ModelError(f"{source}/unet/config.json has no sample_size: write the height and width of the images there")
     shape = (network.config.in_channels, *_pair(network.config.sample_size))
-    return Model(Path(source).name, denoiser, shape, network.config.num_class_embeds)
+    folder = Path(source) if Path(source).is_dir() else None
+    return Model(Path(source).name, denoiser, shape, network.config.num_class_embeds, folder=folder)
 
 
 def _by_scheduler(network: Any, config: dict[str, Any]) -> AdaptedDenoiser:  # noqa: ANN401

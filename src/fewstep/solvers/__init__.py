@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib.metadata import entry_points
+from inspect import signature
 from typing import Any
 
 from fewstep.core.errors import SolverError, nearest
@@ -15,6 +16,7 @@ from fewstep.solvers.ddim import DDIM
 from fewstep.solvers.deis import DEIS, IPNDM
 from fewstep.solvers.dpm_solver import DPMSolver2S, DPMSolver3S
 from fewstep.solvers.dpm_solver_pp import DPMSolverPP, SDEDPMSolverPP2M
+from fewstep.solvers.dpm_solver_v3 import DPMSolverV3
 from fewstep.solvers.heun import Euler, Heun
 from fewstep.solvers.unipc import UniPC
 
@@ -26,11 +28,13 @@ __all__ = [
     "DPMSolver2S",
     "DPMSolver3S",
     "DPMSolverPP",
+    "DPMSolverV3",
     "Euler",
     "Heun",
     "SDEDPMSolverPP2M",
     "UniPC",
     "make_solver",
+    "takes_statistics",
 ]
 
 SOLVERS: dict[str, Callable[..., Solver]] = {
@@ -46,6 +50,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "unipc-3": partial(UniPC, steps=3),
     "deis-3": partial(DEIS, steps=3),
     "ipndm": IPNDM,
+    "dpm-solver-v3": DPMSolverV3,
 }
 
 
@@ -58,11 +63,10 @@ def make_solver(name: str, **options: Any) -> Solver:  # noqa: ANN401 - the solv
         SolverError: an unknown name (with the nearest ones) or option (with those it has).
     """
     bare, written = parse_spec(name, SolverError)
-    options = {**written, **options}
-    factory = SOLVERS.get(bare) or next((entry.load() for entry in entry_points(group="fewstep.solvers", name=bare)), None)
-    if factory is None:
-        raise SolverError(f"unknown solver {bare!r}: {nearest(bare, SOLVERS)}")
+    options, factory = {**written, **options}, _factory(bare)  # an argument wins over what the name says
     check_options(options, factory, f"solver {bare!r}", SolverError)
+    if "statistics" not in options and takes_statistics(name):
+        raise SolverError(f"{bare} needs statistics of its model: make them with 'fewstep calibrate', and pass statistics=")
     try:
         solver: Solver = factory(**options)
     except TypeError as error:
@@ -73,3 +77,15 @@ def make_solver(name: str, **options: Any) -> Solver:  # noqa: ANN401 - the solv
         if kind in (bool, int, str) and type(value) is not kind:
             raise SolverError(f"option {field.name} of solver {bare!r} is of type {kind.__name__}, got {value!r}")
     return solver
+
+
+def takes_statistics(name: str) -> bool:
+    """Whether a solver, named as for `make_solver`, is driven by `ModelStatistics`."""
+    return "statistics" in signature(_factory(parse_spec(name, SolverError)[0])).parameters
+
+
+def _factory(bare: str) -> Callable[..., Solver]:
+    factory = SOLVERS.get(bare) or next((entry.load() for entry in entry_points(group="fewstep.solvers", name=bare)), None)
+    if factory is None:
+        raise SolverError(f"unknown solver {bare!r}: {nearest(bare, SOLVERS)}")
+    return factory

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["data_moment", "interpolation_weights", "noise_moment", "phi"]
+__all__ = ["data_moment", "divided_difference_weights", "interpolation_weights", "noise_moment", "phi"]
 
 _SERIES_BELOW = 1.0  # there the recursion below would lose digits, and 20 terms of the series have none left to lose
 
@@ -44,10 +44,20 @@ def noise_moment(k: int, h: Tensor) -> Tensor:
 
 
 def interpolation_weights(offsets: list[Tensor], moments: list[Tensor]) -> Tensor:
-    r"""Weights ``[p]`` that integrate the polynomial through values at ``offsets`` (of ``lam``, from the step's start).
+    r"""Weights ``[p, *E]`` that integrate the polynomial through values at ``offsets`` (of ``lam``, from the step's start).
 
-    They solve ``sum_j w_j offset_j^k / k! = moment_k`` for ``k = 0 .. p-1``.
+    They solve ``sum_j w_j offset_j^k / k! = moment_k [*E]`` for ``k = 0 .. p-1``.
     """
-    at = torch.stack(offsets)
+    at, wanted = torch.stack(offsets), torch.stack(moments)
     rows = [at**k / math.factorial(k) for k in range(len(moments))]
-    return torch.linalg.solve(torch.stack(rows), torch.stack(moments))
+    return torch.linalg.solve(torch.stack(rows), wanted.flatten(1) if wanted.ndim > 1 else wanted).reshape(wanted.shape)
+
+
+def divided_difference_weights(offsets: list[Tensor], moments: list[Tensor]) -> Tensor:
+    r"""Weights ``[p, *E]`` as above, but with ``k!`` times the divided difference over the first ``k + 1`` points as k-th derivative."""
+    weights = [torch.zeros_like(moments[0]) for _ in offsets]
+    for k, moment in enumerate(moments):
+        for j in range(k + 1):
+            others = [offsets[j] - offsets[m] for m in range(k + 1) if m != j]
+            weights[j] = weights[j] + math.factorial(k) * moment / math.prod(others, start=torch.ones_like(offsets[j]))
+    return torch.stack(weights)

@@ -1,0 +1,285 @@
+r"""Empirical model statistics (EMS) of DPM-Solver-v3 (Zheng et al., arXiv 2310.13268): numbers ``l, s, b`` along ``lam``.
+
+With ``X = x/alpha`` the sampling ODE is ``dX/dlam = D - X``. The solver moves a linear part ``l`` of the model to the exact side,
+
+    F = (1 - l) X - D          (the paper's (sigma eps - l x) / alpha)
+
+and expects what remains to change as ``dF/dlam = s F + b``. `fewstep.learn.calibrate` estimates the three; this file holds them,
+integrates them, and sees that they are not used with another model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.core.artifact import load_artifact, save_artifact
+from fewstep.core.errors import ArtifactError, GridError
+from fewstep.core.grid import TimeGrid
+from fewstep.core.schedule import NoiseSchedule, schedule_from_config
+
+__all__ = ["Integrals", "ModelStatistics", "Rule"]
+
+Rule = Literal["exact", "trapezoid"]
+Quadrature = tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # points lam [n], cumulative and whole integral
+
+SLACK = 1e-6  # of a cell: how far outside the grid, or from one of its points, rounding may move a lam
+
+
+class Integrals(NamedTuple):
+    """From ``lam_s`` to ``lam_t``, each ``[*E]``; ``E(lam) = exp int_{lam_s}^{lam} (l + s)``."""
+
+    l: Tensor  # int l
+    s: Tensor  # int s
+    beta: Tensor  # int e^{-int s} b
+    drift: Tensor  # int E beta
+    moments: tuple[Tensor, ...]  # int E (lam - lam_s)^k / k!
+
+
+@dataclass(frozen=True, eq=False)
+class ModelStatistics:
+    """``l, s, b`` on a grid uniform in ``lam``, between whose points they are linear, and whose they are.
+
+    Attributes:
+        lam: ``[S+1]`` float64, increasing: from the start of sampling to its end.
+        l, s, b: ``[S+1, *E]`` float64; each ``*E`` broadcasts to ``shape`` and may be smaller (one number for all, or per channel).
+        shape: of one sample, ``*D``.
+        schedule: of the model.
+        model: its fingerprint; empty where that is not known.
+        guidance: the scale that the statistics are for.
+        card: how they were made.
+
+    Raises:
+        ArtifactError: shapes that do not fit, a grid that is not uniform and increasing, a number that is not finite (which).
+    """
+
+    lam: Tensor
+    l: Tensor
+    s: Tensor
+    b: Tensor
+    shape: tuple[int, ...]
+    schedule: NoiseSchedule
+    model: str = ""
+    guidance: float = 1.0
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("lam", "l", "s", "b"):
+            object.__setattr__(self, name, torch.as_tensor(getattr(self, name)).detach().cpu().double())
+        object.__setattr__(self, "shape", tuple(self.shape))
+        steps = torch.diff(self.lam)
+        if self.lam.ndim != 1 or len(steps) < 1 or not bool(torch.isfinite(self.lam).all()) or not bool((steps > 0).all()):
+            raise ArtifactError(f"the lam of statistics must be at least 2 increasing finite numbers, got shape {tuple(self.lam.shape)}")
+        if not torch.allclose(steps, self.step.expand_as(steps), rtol=1e-6, atol=0):
+            raise ArtifactError("the lam of statistics must be uniform: estimate them on a uniform grid")
+        for name in ("l", "s", "b"):
+            value = getattr(self, name)
+            fits = value.ndim == 1 + len(self.shape) and len(value) == len(self.lam)
+            if not fits or any(e not in (1, d) for e, d in zip(value.shape[1:], self.shape, strict=True)):
+                raise ArtifactError(
+                    f"{name} of statistics has shape {tuple(value.shape)}: for {len(self.lam)} levels and samples of shape {self.shape} it "
+                    f"should be [{len(self.lam)}, {', '.join(f'1 or {d}' for d in self.shape)}]"
+                )
+            bad = (~torch.isfinite(value)).nonzero()
+            if len(bad):
+                raise ArtifactError(f"{name} of statistics is not finite at level {int(bad[0][0])}, lam = {self.lam[bad[0][0]]:g}")
+
+    # -- numbers ----------------------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> Tensor:
+        """Width of a cell in ``lam``, ``[]``."""
+        return (self.lam[-1] - self.lam[0]) / (len(self.lam) - 1)
+
+    @property
+    def element(self) -> tuple[int, ...]:
+        """``*E``, the shape that ``l``, ``s`` and ``b`` have together."""
+        return tuple(torch.broadcast_shapes(*(value.shape[1:] for value in (self.l, self.s, self.b))))
+
+    def at(self, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``l, s, b`` at ``lam [n]``, linear between the grid's points: each ``[n, *E]``."""
+        where = (lam - self.lam[0]) / self.step
+        index = where.detach().floor().long().clamp(0, len(self.lam) - 2)
+        weight = (where - index).reshape(-1, *(1,) * len(self.shape))
+        l, s, b = (torch.lerp(value[index], value[index + 1], weight) for value in (self.l, self.s, self.b))
+        return l, s, b
+
+    def covers(self, lam: Tensor) -> bool:
+        """Whether all finite ``lam [*]`` lie on the grid."""
+        lam, slack = lam.detach()[torch.isfinite(lam.detach())], SLACK * self.step
+        return bool(((lam >= self.lam[0] - slack) & (lam <= self.lam[-1] + slack)).all())
+
+    def integrals(self, s: Tensor, t: Tensor, count: int, rule: Rule) -> Integrals:
+        """All integrals of one step from ``lam = s []`` to ``t []`` (forwards or back), with ``count`` moments.
+
+        ``exact`` integrates the piecewise linear statistics to rounding, between any two ``lam``; ``trapezoid`` is what the authors'
+        code does, between points of the grid only.
+
+        Raises:
+            GridError: ``trapezoid``, and an end that is not a point of the grid.
+        """
+        lam, cumulative, whole = self._gauss(s, t) if rule == "exact" else self._trapezoid(s, t)
+        l, s_, b = self.at(lam.flatten())
+        l, s_, b = (value.reshape(*lam.shape, *value.shape[1:]) for value in (l, s_, b))
+        r = (lam - s).reshape(*lam.shape, *(1,) * len(self.shape))
+        int_s = cumulative(s_)
+        E, drive = torch.exp(cumulative(l) + int_s), torch.exp(-int_s) * b  # noqa: N806
+        moments = tuple(whole(E * r**k) / math.factorial(k) for k in range(count))
+        return Integrals(whole(l), whole(s_), whole(drive), whole(E * cumulative(drive)), moments)
+
+    def _gauss(self, s: Tensor, t: Tensor) -> Quadrature:
+        """Gauss-Legendre points ``[c, q]`` in each cell, or part of one, between ``s`` and ``t``."""
+        low, high = sorted((float(s), float(t)))
+        inside = self.lam[(self.lam > low + SLACK * self.step) & (self.lam < high - SLACK * self.step)]
+        edges = torch.cat([s[None], inside if s <= t else inside.flip(0), t[None]])
+        width = torch.diff(edges)
+        lam = edges[:-1, None] + width[:, None] * _NODES
+
+        def by_cell(f: Tensor) -> Tensor:
+            return torch.einsum("c,q,cq...->c...", width, _WEIGHTS, f)
+
+        def cumulative(f: Tensor) -> Tensor:
+            before = torch.cumsum(by_cell(f), 0) - by_cell(f)
+            return before[:, None] + torch.einsum("c,pq,cq...->cp...", width, _PARTIAL, f)
+
+        return lam, cumulative, lambda f: by_cell(f).sum(0)
+
+    def _trapezoid(self, s: Tensor, t: Tensor) -> Quadrature:
+        """The grid's points ``[n]`` from ``s`` to ``t``."""
+        first, last = (int(i) for i in self.indices(torch.stack([s, t]), exactly=True))
+        forwards = 1 if first <= last else -1
+        lam = self.lam[list(range(first, last + forwards, forwards))]
+
+        def cumulative(f: Tensor) -> Tensor:
+            areas = (f[1:] + f[:-1]) / 2 * (forwards * self.step)
+            return torch.cat([torch.zeros_like(f[:1]), torch.cumsum(areas, 0)])
+
+        return lam, cumulative, lambda f: cumulative(f)[-1]
+
+    # -- time grids -------------------------------------------------------------------------------------------------
+
+    def indices(self, lam: Tensor, *, exactly: bool = False) -> Tensor:
+        """The nearest points of the grid to ``lam [n]``, ties to the even one: ``[n]``.
+
+        Raises:
+            GridError: ``exactly``, and a ``lam`` that is not a point of the grid.
+        """
+        where = (lam.detach() - self.lam[0]) / self.step
+        index = where.round().clamp(0, len(self.lam) - 1)
+        if exactly and bool(((where - index).abs() > SLACK).any()):
+            raise GridError(f"trapezoid integrals need times on the statistics' own grid; snap the grid first, lam = {lam.tolist()}")
+        return index.long()
+
+    def grid(self, schedule: NoiseSchedule, indices: list[int] | Tensor) -> TimeGrid:
+        """The time grid through these points of the statistics' grid, ``[M+1]`` increasing indices."""
+        return TimeGrid(schedule.t_of_lam(self.lam[torch.as_tensor(indices)]))
+
+    def snap(self, grid: TimeGrid, schedule: NoiseSchedule) -> TimeGrid:
+        """Each time of a grid moved to the nearest point of the statistics' grid, as the authors do.
+
+        Raises:
+            GridError: two times that fall on one point (use more levels or fewer steps).
+        """
+        return self.grid(schedule, self.indices(schedule.lam(grid.t)))
+
+    # -- whose ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the numbers and of the model, guidance and schedule that they belong to."""
+        digest = hashlib.sha256(repr((self.model, self.guidance, self.shape, self.schedule.to_config())).encode())
+        for value in (self.lam, self.l, self.s, self.b):
+            digest.update(value.float().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def check(self, *, model: str, guidance: float, schedule: NoiseSchedule, shape: tuple[int, ...]) -> None:
+        """See that the statistics were made for this model (by fingerprint), guidance scale, schedule and shape.
+
+        Raises:
+            ArtifactError: they were not; the message names both sides.
+        """
+        ours = {"model": self.model, "guidance": self.guidance, "sample shape": self.shape, "schedule": self.schedule.to_config()}
+        theirs = {"model": model, "guidance": guidance, "sample shape": tuple(shape), "schedule": schedule.to_config()}
+        for what, mine in ours.items():
+            if mine != theirs[what] and not (what == "model" and "" in (mine, model)):
+                one, two = (json.dumps(side)[:200] for side in (mine, theirs[what]))
+                raise ArtifactError(
+                    f"these statistics were made for {what} {one}, but are used with {what} {two}: calibrate this model, or say that any "
+                    f"statistics will do"
+                )
+
+    # -- disk -------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``statistics.json``, ``statistics.safetensors`` (float32) and a ``README.md`` card.
+
+        Raises:
+            ArtifactError: the folder cannot be written.
+        """
+        meta = {
+            "model": self.model,
+            "guidance": self.guidance,
+            "shape": list(self.shape),
+            "lam": [float(self.lam[0]), float(self.lam[-1])],
+            "schedule": self.schedule.to_config(),
+            "card": dict(self.card),
+        }
+        tensors = {name: getattr(self, name).float() for name in ("l", "s", "b")}
+        return save_artifact(Path(folder), "statistics", meta, tensors, self._readme())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ModelStatistics:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: a file is missing, damaged, or of another version.
+        """
+
+        def build(meta: dict[str, Any], tensors: dict[str, Tensor]) -> ModelStatistics:
+            first, last = meta["lam"]
+            lam = torch.linspace(first, last, len(tensors["l"]), dtype=torch.float64)
+            schedule = schedule_from_config(meta["schedule"])
+            l, s, b = (tensors[name] for name in ("l", "s", "b"))
+            return cls(lam, l, s, b, meta["shape"], schedule, meta["model"], meta["guidance"], dict(meta["card"]))
+
+        return load_artifact(Path(folder), "statistics", build)
+
+    def _readme(self) -> str:
+        facts = "\n".join(f"- {key}: {value}" for key, value in self.card.items())
+        return f"""# Empirical model statistics for DPM-Solver-v3
+
+- model fingerprint {self.model or "not known"}, guidance {self.guidance:g}, samples of shape {self.shape}
+- {len(self.lam)} levels, lam from {self.lam[0]:.4g} to {self.lam[-1]:.4g}; l {tuple(self.l.shape[1:])}, s {tuple(self.s.shape[1:])}, \
+b {tuple(self.b.shape[1:])}
+{facts}
+
+`statistics.png`, if it is here, shows l, s and b along lam.
+
+```python
+import fewstep
+statistics = fewstep.ModelStatistics.load("path/to/this/folder")
+solver = fewstep.make_solver("dpm-solver-v3", statistics=statistics)
+```
+"""
+
+
+def _gauss_legendre(points: int) -> tuple[Tensor, Tensor, Tensor]:
+    """On [0, 1]: nodes ``[q]``, weights ``[q]``, and the integrals from 0 to each node of the polynomial through all, ``[q, q]``."""
+    roots, weights = np.polynomial.legendre.leggauss(points)
+    nodes = (roots + 1) / 2
+    powers = np.arange(points)
+    partial = (nodes[:, None] ** (powers + 1) / (powers + 1)) @ np.linalg.inv(nodes[:, None] ** powers)
+    return torch.from_numpy(nodes), torch.from_numpy(weights / 2), torch.from_numpy(partial)
+
+
+_NODES, _WEIGHTS, _PARTIAL = _gauss_legendre(6)  # to rounding for cells of a few tenths

@@ -1,0 +1,438 @@
+r"""Estimate the empirical model statistics of DPM-Solver-v3 (Zheng et al., arXiv 2310.13268, section 3.4) for any denoiser.
+
+In ``X = x/alpha`` along a trajectory, with ``D' = dD/dlam`` and Rademacher ``v``, the statistics at each ``lam`` are
+
+    l = 1 - E[v (dD/dX) v],        F = (1 - l) X - D,        s, b = the regression of F' on F
+
+and ``F`` and ``F'`` are linear in ``X, D, D'`` with coefficients that depend on ``l`` alone. So one pass that accumulates four
+means and five second moments is enough, no datum is kept, and any pooling over elements is fitted afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewstep.core.artifact import check_writable, write_whole
+from fewstep.core.errors import ArtifactError, FewstepError, ModelError
+from fewstep.core.prediction import aligned
+from fewstep.core.process import process, wait_for_all
+from fewstep.core.sampling import Cond, Denoiser, seeded_noise
+from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.statistics import ModelStatistics
+from fewstep.core.tableau import Nodes, advance, tabulate
+from fewstep.learn.jvp import JVP_METHODS, choose_jvp
+from fewstep.models.data import Images
+from fewstep.models.loaders import Model
+from fewstep.solvers import UniPC
+
+__all__ = ["POOLS", "CalibrationConfig", "Moments", "States", "calibrate", "collect", "diffused"]
+
+States = Callable[[Sequence[int]], tuple[Tensor | None, Cond]]  # seeds -> clean images [B, *D] or None, conditions
+
+POOLS = {  # over which data axes (from the last) l and s are shared, and over which b is; None is all
+    "element": ((), ()),
+    "channel": ((-2, -1), (-2, -1)),
+    "scalar": (None, None),
+    "channel/element": ((-2, -1), ()),
+    "scalar/element": (None, ()),
+    "scalar/channel": (None, (-2, -1)),
+}
+NOISE, PROBE = 1_000_001, 1_000_002  # streams of the seeds: independent of what samplers draw from the same ones
+MEANS = ("X", "D", "dD", "vJv")
+SECOND = ((0, 0), (1, 1), (0, 1), (0, 2), (1, 2))  # pairs of them: XX, DD, XD, XD', DD'
+LEAST_VARIANCE = 1e-12  # of F, relative to its mean over elements
+LARGEST_SLOPE = 4.0  # of s; beyond it lies only noise
+FINITE = (-math.log(200.0), -math.log(5e-4))  # lam: where statistics begin and end if the process itself goes further
+LARGEST_VALUE = 30.0  # of an image or latent
+SAVE_EVERY = 20.0  # seconds
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How to calibrate: the statistics are estimated at ``levels + 1`` values of lam from ``num`` data.
+
+    Args:
+        pool: a key of `POOLS`: over which elements ``l`` and ``s`` / ``b`` are shared; one word is for all three.
+        batch: data at a time.
+        seed: of the first datum; the next has the next seed.
+        t_max, t_min: the range of times; by default that of the model.
+        jvp: a key of `JVP_METHODS`, or ``auto``: the first that works.
+
+    Raises:
+        FewstepError: fewer than 2 levels or data, an unknown pooling.
+    """
+
+    levels: int = 30
+    num: int = 256
+    pool: str = "element"
+    batch: int = 64
+    seed: int = 0
+    t_max: float | None = None
+    t_min: float | None = None
+    jvp: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.levels < 2 or self.num < 2 or self.batch < 1 or self.seed < 0:
+            raise FewstepError(f"calibration needs at least 2 levels, 2 data, a batch of 1 and a seed of at least 0, got {self}")
+        if self.pool not in POOLS:
+            raise FewstepError(f"unknown pooling {self.pool!r}: known are {', '.join(POOLS)} (l and s / b)")
+
+    def lam(self, schedule: NoiseSchedule) -> Tensor:
+        """The grid of the statistics, ``[levels+1]``, uniform, both ends of sampling included."""
+        ends = [schedule.t_max if self.t_max is None else self.t_max, schedule.t_min if self.t_min is None else self.t_min]
+        lam = schedule.lam(torch.tensor(ends, dtype=torch.float64)).clamp(*FINITE)
+        if not lam[0] < lam[1]:
+            raise FewstepError(f"statistics run from t_max down to a smaller t_min, got {ends}")
+        return torch.linspace(float(lam[0]), float(lam[1]), self.levels + 1, dtype=torch.float64)
+
+    @property
+    def identity(self) -> str:
+        """What moments depend on; more data may be added later, if the last batch is whole."""
+        return f"batch {self.batch} seed {self.seed} jvp {self.jvp} num {self.num if self.num % self.batch else 'any'}"
+
+    @property
+    def batches(self) -> list[range]:
+        """The seeds of each batch."""
+        seeds = range(self.seed, self.seed + self.num)
+        return [seeds[start : start + self.batch] for start in range(0, self.num, self.batch)]
+
+
+class Moments:
+    """Means and centred second moments of ``X, D, D'`` and ``v J v`` at every level: float64, additive over batches and processes."""
+
+    def __init__(self, levels: int, shape: Sequence[int]) -> None:
+        self.count = 0
+        self.mean = torch.zeros(levels, len(MEANS), *shape, dtype=torch.float64)
+        self.second = torch.zeros(levels, len(SECOND), *shape, dtype=torch.float64)  # sums of products of deviations
+
+    @classmethod
+    def of(cls, batch: Iterable[Tensor], levels: int, shape: Sequence[int]) -> Moments:
+        """Of one batch: at each level ``[4, B, *D]`` in the order of `MEANS`."""
+        made = cls(levels, shape)
+        for k, values in enumerate(batch):
+            values = values.cpu().double()
+            made.count, made.mean[k] = values.shape[1], values.mean(1)
+            off = values - made.mean[k][:, None]
+            made.second[k] = torch.stack([(off[one] * off[two]).sum(0) for one, two in SECOND])
+        return made
+
+    def merge(self, other: Moments) -> None:
+        """Take in the moments of other data (Chan, Golub and LeVeque, 1979)."""
+        total = self.count + other.count
+        gap = other.mean - self.mean
+        between = torch.stack([gap[:, one] * gap[:, two] for one, two in SECOND], 1)
+        self.second += other.second + between * (self.count * other.count / total)
+        self.mean += gap * (other.count / total)
+        self.count = total
+
+    def fit(self, lam: Tensor, pool: str) -> tuple[Tensor, Tensor, Tensor]:
+        """``l, s, b [S+1, *E]`` (spec: paper, eq. 10 and 11), each shared over the elements that ``pool`` says, fitted together."""
+        shared, shared_b = (self._axes(axes) for axes in POOLS[pool])
+        X, D, dD, vJv = self.mean.unbind(1)
+        XX, DD, XD, XdD, DdD = (self.second / self.count).unbind(1)
+        l = _mean(1 - vJv, shared)
+        (dl,) = torch.gradient(l, spacing=(lam,), dim=0)
+        c = 1 - l
+        d = c + dl
+        f, df = c * X - D, -dD + c * D - d * X  # E[F], E[F']
+        var = c**2 * XX - 2 * c * XD + DD
+        cov = c * (-XdD + c * XD - d * XX) - (-DdD + c * DD - d * XD)
+        f_b, df_b = _mean(f, shared_b), _mean(df, shared_b)
+        var, cov = var + (f - f_b) ** 2, cov + (f - f_b) * (df - df_b)  # elements with one b spread around its own mean
+        floor = LEAST_VARIANCE * var.mean(tuple(range(1, var.ndim)), keepdim=True)
+        s = (_mean(cov, shared) / _mean(var, shared).clamp_min(floor)).clamp(-LARGEST_SLOPE, LARGEST_SLOPE)
+        b = _mean(df_b - s * f_b, shared_b)
+        return l, s, b
+
+    def _axes(self, axes: tuple[int, ...] | None) -> tuple[int, ...]:
+        data = self.mean.ndim - 2
+        return tuple(range(-data, 0)) if axes is None else axes if data >= len(axes) else ()
+
+
+def _mean(value: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return value.mean(axes, keepdim=True) if axes else value
+
+
+def diffused(images: Images, shape: Sequence[int], *, conditional: bool = False) -> States:
+    """States from diffused images: the clean ones, drawn by seed, with their labels as condition if the model takes any.
+
+    Raises:
+        FewstepError: images of another shape, without labels for a conditional model, or not in [-1, 1] around 0.
+    """
+    found, low, high = tuple(images.x.shape[1:]), float(images.x.min()), float(images.x.max())
+    if found != tuple(shape):
+        raise FewstepError(f"{images.name} has images of shape {found}, the model wants {tuple(shape)}: resize or convert them first")
+    if not math.isfinite(low + high) or low >= 0 or max(-low, high) > LARGEST_VALUE:
+        raise FewstepError(f"images should have values around 0, as in [-1, 1]; those of {images.name} lie in [{low:g}, {high:g}]")
+    if conditional and images.labels is None:
+        raise FewstepError(f"the model is class-conditional and {images.name} has no labels: use the model's own trajectories (no data)")
+
+    def states(seeds: Sequence[int]) -> tuple[Tensor, Cond]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        index = [torch.randint(len(images.x), (1,), generator=generator) for generator in generators]
+        x0 = torch.cat([images.dequantised(i, generator) for i, generator in zip(index, generators, strict=True)])
+        return x0, images.labels[torch.cat(index)] if conditional and images.labels is not None else None
+
+    return states
+
+
+def calibrate(
+    model: Model,
+    config: CalibrationConfig,
+    folder: Path | None = None,
+    *,
+    images: Images | None = None,
+    conditions: Callable[[Sequence[int]], Cond] | None = None,
+    guidance: float = 1.0,
+    unguided: bool = False,
+    device: torch.device | None = None,
+    command: str = "",
+    observe: Callable[[int, str], None] | None = None,
+) -> ModelStatistics | None:
+    """The statistics of a model, saved in ``folder`` if one is given; None in all processes but the first.
+
+    Args:
+        images: clean images to diffuse into states; without them the states are those of the model's own sampling trajectories.
+        conditions: ``seeds -> cond`` for those trajectories; by default the model's labels by seed.
+        guidance: the scale that the model will be sampled with. The statistics are those of the guided denoiser,
+        unguided: ... or of the network without guidance, at the states of guided trajectories, as the authors did.
+        device: where to compute; the model is moved there.
+        command: for the card.
+        observe: see `collect`.
+
+    Raises:
+        FewstepError: as `diffused` and `collect`; also the model's own errors.
+    """
+    device = device or torch.device("cpu")
+    model.to(device)
+    guided, lam = model.guided(guidance), config.lam(model.denoiser.schedule)
+    source = "own trajectories" if images is None else f"{images.name}, {len(images.x)} images, diffused"
+    condition = conditions or model.labels
+    states: States = lambda seeds: (None, condition(seeds))  # noqa: E731
+    if images is not None:
+        states = diffused(images, model.shape, conditional=model.classes is not None)
+    identity = f"{model.fingerprint} {guidance} {unguided} {source} {0 if images is None else float(images.x.double().mean())}"
+    measured, along = (model.denoiser, guided) if unguided else (guided, None)
+    made = collect(measured, model.shape, config, states, along=along, folder=folder, identity=identity, device=device, observe=observe)
+    if made is None:
+        return None
+    moments, method = made
+    card = {
+        "of": model.name,
+        "states": source,
+        "data": moments.count,
+        "pool": config.pool,
+        "seed": config.seed,
+        "derivatives": method,
+        "denoiser": "unguided" if unguided else "as sampled",
+        "command": command,
+    }
+    numbers = moments.fit(lam, config.pool)
+    statistics = ModelStatistics(lam, *numbers, model.shape, model.denoiser.schedule, model.fingerprint, guidance, card)
+    if folder is not None:
+        statistics.save(folder)
+    return statistics
+
+
+def collect(
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    config: CalibrationConfig,
+    states: States,
+    *,
+    along: Denoiser | None = None,
+    folder: Path | None = None,
+    identity: str = "",
+    device: torch.device | None = None,
+    observe: Callable[[int, str], None] | None = None,
+) -> tuple[Moments, str] | None:
+    """One pass over ``config.num`` data: the moments that `Moments.fit` makes statistics of, and how the network was differentiated.
+
+    Each batch visits all levels with the same images, noise and probes. Memory does not grow with the data. With a
+    ``folder`` the moments are kept there: a killed run continues and ends with the same numbers, a finished one can be given more data
+    or fitted with another pooling at no cost, and the processes of ``torchrun`` share the batches (all but the first get None).
+
+    Args:
+        denoiser: whose statistics; with its guidance, if it is to be sampled with any.
+        shape: of one sample, ``*D``.
+        states: ``seeds -> (x0 [B, *D], cond)`` gives clean images to diffuse; where ``x0`` is None the states are those of the
+            sampling trajectories from seeded noise, solved with the very evaluations made here.
+        along: the denoiser whose trajectories those are, if not ``denoiser``.
+        identity: what is calibrated, to tell moments in the folder from those of anything else.
+        observe: called with the number of network states visited and a note.
+
+    Raises:
+        ModelError: the network cannot be differentiated, or gives numbers that are not finite (where).
+        ArtifactError: the folder holds moments of another calibration, or cannot be written.
+    """
+    problem = _Problem(denoiser, along, tuple(shape), config.lam(denoiser.schedule), states, device or torch.device("cpu"))
+    rank, world = process()
+    mine = config.batches[rank::world]
+    store = None if folder is None else _Store(folder, f"{identity} {problem.lam.tolist()} {config.identity}")
+    total, done = Moments(len(problem.lam), shape), 0
+    if store is not None:
+        total, done = store.resume(total, len(mine))
+    method = problem.method(config)
+    visited = total.count * len(problem.lam)
+    saved = time.monotonic()
+    try:
+        for number, seeds in enumerate(mine[done:], done + 1):
+            total.merge(Moments.of(problem.batch(seeds, method, visited, observe), len(problem.lam), shape))
+            done, visited = number, total.count * len(problem.lam)
+            if store is not None and time.monotonic() - saved > SAVE_EVERY:
+                store.save(total, done)
+                saved = time.monotonic()
+    finally:
+        if store is not None and done:
+            store.save(total, done)
+    if observe is not None:
+        observe(visited, "")
+    wait_for_all()
+    if rank:
+        return None
+    for other in range(1, world):
+        if store is None:
+            raise FewstepError("several processes can only calibrate together with a folder to meet in")
+        total.merge(store.read(other)[0])
+    return total, method
+
+
+class _Problem:
+    """Where the network is looked at."""
+
+    def __init__(
+        self, denoiser: Denoiser, along: Denoiser | None, shape: tuple[int, ...], lam: Tensor, states: States, device: torch.device
+    ) -> None:
+        self.denoiser, self.along, self.shape, self.lam, self.states, self.device = denoiser, along, shape, lam, states, device
+        self.nodes = Nodes.at(denoiser.schedule, denoiser.schedule.t_of_lam(lam))
+        self.tableau = tabulate(UniPC(3), self.nodes)
+
+    def function(self, cond: Cond) -> Callable[[Tensor, Tensor], Tensor]:
+        """``(X, lam) -> D``."""
+        schedule = self.denoiser.schedule
+
+        def clean(X: Tensor, lam: Tensor) -> Tensor:  # noqa: N803
+            t = schedule.t_of_lam(lam)
+            return self.denoiser(X * aligned(schedule.alpha(t), X), t, cond)
+
+        return clean
+
+    def method(self, config: CalibrationConfig) -> str:
+        """How this network can be differentiated, tried in the middle of the range."""
+        k, (seeds, *_) = len(self.lam) // 2, config.batches
+        x0, cond, z, v = self.draw(seeds[:4])
+        level = float(torch.exp(-self.lam[k]))
+        point = ((torch.zeros_like(z) if x0 is None else x0) + level * z, self.lam[k])
+        return choose_jvp(self.function(cond), point, (v, torch.zeros_like(self.lam[k])), level, config.jvp)
+
+    def draw(self, seeds: Sequence[int]) -> tuple[Tensor | None, Cond, Tensor, Tensor]:
+        """Clean images or None, conditions, noise and probes, the same at all levels."""
+        x0, cond = self.states(seeds)
+        z = seeded_noise(seeds, self.shape, stream=NOISE).to(self.device)
+        v = torch.where(seeded_noise(seeds, self.shape, stream=PROBE) > 0, 1.0, -1.0).to(self.device)
+        cond = cond.to(self.device) if isinstance(cond, Tensor) else cond
+        return None if x0 is None else x0.to(self.device), cond, z, v
+
+    def batch(self, seeds: Sequence[int], method: str, visited: int, observe: Callable[[int, str], None] | None) -> Iterator[Tensor]:
+        """``X, D, D', v J v`` at one level after the other, each ``[4, B, *D]``."""
+        x0, cond, z, v = self.draw(seeds)
+        for k, values in enumerate(self.trajectories(cond, z, v, method) if x0 is None else self.diffusions(x0, cond, z, v, method)):
+            if not bool(torch.isfinite(values).all()):
+                raise ModelError(
+                    f"the network or its derivative is not finite at noise level {torch.exp(-self.lam[k]):.4g}, t = {self.nodes.t[k]:g}, "
+                    f"among the seeds {seeds[0]} to {seeds[-1]}: check its weights and dtype, or calibrate a smaller range of times"
+                )
+            if observe is not None:
+                observe(visited + (k + 1) * len(seeds), f"noise level {torch.exp(-self.lam[k]):.3g}")
+            yield values
+
+    def diffusions(self, x0: Tensor, cond: Cond, z: Tensor, v: Tensor, method: str) -> Iterator[Tensor]:
+        """At diffused images: ``D'`` is the derivative along the trajectory through each state."""
+        derivative, function = JVP_METHODS[method], self.function(cond)
+        one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for lam in self.lam:
+            level = float(torch.exp(-lam))
+            X = x0 + level * z
+            D, Jv = derivative(function, (X, lam), (v, zero), level)
+            _, dD = derivative(function, (X, lam), (D - X, one), level)
+            yield torch.stack([X, D, dD, v * Jv])
+
+    def trajectories(self, cond: Cond, z: Tensor, v: Tensor, method: str) -> Iterator[Tensor]:
+        """At the states of sampling trajectories: ``D'`` is the difference of ``D`` at the levels around.
+
+        Its sum over levels is what ``D`` really changes by, however rough the network is in time; point derivatives are
+        aliased on any grid coarser than that.
+        """
+        derivative, function, zero = JVP_METHODS[method], self.function(cond), torch.zeros((), dtype=torch.float64)
+        x = z * aligned(self.nodes.sigma[0], z)
+        state, rows = self.tableau.start(x), self.tableau.rows(x)
+        seen: list[Tensor] = []  # X, D, v J v of the last levels
+        for k, lam in enumerate(self.lam):
+            X = state.x / aligned(self.nodes.alpha[k], z)
+            D, Jv = derivative(function, (X, lam), (v, zero), float(torch.exp(-lam)))
+            seen = [*seen[-2:], torch.stack([X, D, v * Jv])]
+            if k:
+                yield self._with_slope(seen[-2], seen[-3 if k > 1 else -2], seen[-1])
+            if k < len(rows):
+                with torch.no_grad():
+                    state = advance(rows[k], state, D if self.along is None else self.along(state.x, self.nodes.t[k], cond))
+        yield self._with_slope(seen[-1], seen[-2], seen[-1])
+
+    def _with_slope(self, here: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """``X, D, D', v J v`` from ``X, D, v J v`` here and at the levels around (at the ends: here and the one next to it)."""
+        cells = 1 if here is before or here is after else 2
+        return torch.stack([here[0], here[1], (after[1] - before[1]) / (cells * float(self.lam[1] - self.lam[0])), here[2]])
+
+
+class _Store:
+    """The moments of each process on disk: whole at any time, and only ever continued by the calibration that began them."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        check_writable(folder)
+        self.folder, self.identity = folder, hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"moments-{rank}-of-{process()[1]}.safetensors"
+
+    def save(self, moments: Moments, batches: int) -> None:
+        about = {"identity": self.identity, "count": str(moments.count), "batches": str(batches)}
+        tensors = {"mean": moments.mean, "second": moments.second}
+        write_whole(self._path(process()[0]), lambda temporary: save_file(tensors, temporary, about))
+
+    def read(self, rank: int) -> tuple[Moments, int]:
+        path = self._path(rank)
+        try:
+            with safe_open(path, "pt") as file:
+                about, mean, second = file.metadata(), file.get_tensor("mean"), file.get_tensor("second")
+            moments = Moments(len(mean), mean.shape[2:])
+            moments.mean, moments.second, moments.count = mean, second, int(about["count"])
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path} is damaged ({error}): remove it and calibrate again") from error
+        if about["identity"] != self.identity:
+            raise ArtifactError(
+                f"{path} belongs to another calibration (model, data, guidance, levels, batch or seed): remove it, or use another folder"
+            )
+        return moments, int(about["batches"])
+
+    def resume(self, empty: Moments, most: int) -> tuple[Moments, int]:
+        """What this process had done, if anything."""
+        path = self._path(process()[0])
+        others = [other for other in self.folder.glob("moments-*") if other.name.split("-of-")[1] != path.name.split("-of-")[1]]
+        if others:
+            raise ArtifactError(f"{others[0]} was made by another number of processes: use as many again, or remove it")
+        if not path.exists():
+            return empty, 0
+        moments, done = self.read(process()[0])
+        if done > most:
+            raise ArtifactError(f"{path} holds {moments.count} data already: ask for at least as many, or use another folder")
+        return moments, done
