@@ -35,8 +35,8 @@ check: $(STAMP)
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-ALL := euler,ddim,heun,dpm-solver-2s,dpm-solver-3s,dpm-solver-pp-2m,dpm-solver-pp-3m,sde-dpm-solver-pp-2m,unipc-2,unipc-3,deis-3,ipndm
-GUIDED := ddim,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm
+ALL := euler,ddim,heun,dpm-solver-2s,dpm-solver-3s,dpm-solver-pp-2m,dpm-solver-pp-3m,sde-dpm-solver-pp-2m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3
+MULTISTEP := ddim,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3
 VARIANTS := dpm-solver-pp-3m,dpm-solver-pp-3m:third_order=corrected,unipc-2,unipc-2:weights=exact,ipndm,ipndm:steps=2,ipndm:steps=3
 
 benchmarks: $(STAMP)
@@ -44,9 +44,13 @@ benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/teacher_quality.py --out benchmarks/results/teacher_quality.json
 	$(BIN)/fewstep bench digits-edm --solver $(ALL) --grid logsnr,karras,angle --nfe 5,6,8,10 --num 1024 --peers diffusers \
 		--out benchmarks/results/digits-edm
+	$(BIN)/fewstep bench digits-edm --solver $(MULTISTEP) --grid uniform,quadratic --nfe 5,6,8,10 --num 1024 \
+		--out benchmarks/results/digits-edm
 	$(BIN)/fewstep bench digits-ddpm --solver $(ALL) --grid logsnr,angle,trailing --nfe 5,6,8,10 --num 1024 --peers diffusers \
 		--out benchmarks/results/digits-ddpm
-	$(BIN)/fewstep bench digits-edm --solver $(GUIDED) --grid karras,angle --nfe 5,6,8,10 --num 512 --guidance 2 \
+	$(BIN)/fewstep bench digits-ddpm --solver $(MULTISTEP) --grid karras,uniform,quadratic,leading,linspace --nfe 5,6,8,10 --num 1024 \
+		--out benchmarks/results/digits-ddpm
+	$(BIN)/fewstep bench digits-edm --solver $(MULTISTEP) --grid logsnr,karras,angle --nfe 5,6,8,10 --num 1024 --guidance 2 \
 		--out benchmarks/results/digits-edm-guidance-2
 	$(BIN)/fewstep bench digits-edm --solver $(VARIANTS) --grid karras,angle --nfe 5,6,8,10 --num 1024 \
 		--out benchmarks/results/digits-edm-variants

@@ -18,8 +18,9 @@ import torch
 
 from fewstep import Sampler, load_model, make_grid, make_solver
 from fewstep.core.grid import TimeGrid
+from fewstep.core.process import default_device
 from fewstep.core.schedule import DiscreteVP
-from fewstep.evaluate.generation import default_device, generate
+from fewstep.evaluate.generation import generate
 from fewstep.evaluate.metrics import frechet_distance, load_features
 from fewstep.models.data import load_images
 from fewstep.models.zoo import BUNDLED

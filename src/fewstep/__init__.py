@@ -17,7 +17,9 @@ from fewstep.core.prediction import EDM, convert, from_x0, to_x0
 from fewstep.core.sampler import Sampler
 from fewstep.core.sampling import Denoiser, Step, sample, seeded_noise, start_noise
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding, VPCosine, VPLinear
+from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, Solver, State, Tableau, advance, tabulate
+from fewstep.learn.calibrate import CalibrationConfig, calibrate
 from fewstep.models.analytic import DatasetDenoiser, GaussianDenoiser, MixtureDenoiser
 from fewstep.models.denoiser import AdaptedDenoiser
 from fewstep.models.guidance import classifier_free, classifier_guided, dynamic_threshold, static_threshold
@@ -30,6 +32,7 @@ __version__ = version("fewstep")
 __all__ = [
     "AdaptedDenoiser",
     "ArtifactError",
+    "CalibrationConfig",
     "DatasetDenoiser",
     "Denoiser",
     "DiscreteVP",
@@ -40,6 +43,7 @@ __all__ = [
     "MixtureDenoiser",
     "Model",
     "ModelError",
+    "ModelStatistics",
     "Nodes",
     "NoiseSchedule",
     "RectifiedFlow",
@@ -55,6 +59,7 @@ __all__ = [
     "VarianceExploding",
     "__version__",
     "advance",
+    "calibrate",
     "classifier_free",
     "classifier_guided",
     "convert",

@@ -263,7 +263,7 @@ class ModelStatistics:
 b {tuple(self.b.shape[1:])}
 {facts}
 
-`statistics.png`, if it is here, shows l, s and b along lam.
+![l, s and b along the noise level, as fewstep calibrate plots them](statistics.png)
 
 ```python
 import fewstep

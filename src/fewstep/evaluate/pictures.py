@@ -101,5 +101,5 @@ def save_statistics(statistics: ModelStatistics, path: Path) -> Path:
         axes.set_xlabel("noise level sigma/alpha")
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     return path

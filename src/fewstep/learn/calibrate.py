@@ -1,11 +1,7 @@
 r"""Estimate the empirical model statistics of DPM-Solver-v3 (Zheng et al., arXiv 2310.13268, section 3.4) for any denoiser.
 
-In ``X = x/alpha`` along a trajectory, with ``D' = dD/dlam`` and Rademacher ``v``, the statistics at each ``lam`` are
-
-    l = 1 - E[v (dD/dX) v],        F = (1 - l) X - D,        s, b = the regression of F' on F
-
-and ``F`` and ``F'`` are linear in ``X, D, D'`` with coefficients that depend on ``l`` alone. So one pass that accumulates four
-means and five second moments is enough, no datum is kept, and any pooling over elements is fitted afterwards.
+One pass over states of the model, at all levels with the same noise and probes, feeds `fewstep.learn.moments`. The states are those
+of the model's own sampling trajectories, solved with the very evaluations made here, or diffused images.
 """
 
 from __future__ import annotations
@@ -13,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,27 +27,16 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, advance, tabulate
 from fewstep.learn.jvp import JVP_METHODS, choose_jvp
+from fewstep.learn.moments import POOLS, Moments
 from fewstep.models.data import Images
 from fewstep.models.loaders import Model
 from fewstep.solvers import UniPC
 
-__all__ = ["POOLS", "CalibrationConfig", "Moments", "States", "calibrate", "collect", "diffused"]
+__all__ = ["CalibrationConfig", "States", "calibrate", "collect", "diffused"]
 
 States = Callable[[Sequence[int]], tuple[Tensor | None, Cond]]  # seeds -> clean images [B, *D] or None, conditions
 
-POOLS = {  # over which data axes (from the last) l and s are shared, and over which b is; None is all
-    "element": ((), ()),
-    "channel": ((-2, -1), (-2, -1)),
-    "scalar": (None, None),
-    "channel/element": ((-2, -1), ()),
-    "scalar/element": (None, ()),
-    "scalar/channel": (None, (-2, -1)),
-}
 NOISE, PROBE = 1_000_001, 1_000_002  # streams of the seeds: independent of what samplers draw from the same ones
-MEANS = ("X", "D", "dD", "vJv")
-SECOND = ((0, 0), (1, 1), (0, 1), (0, 2), (1, 2))  # pairs of them: XX, DD, XD, XD', DD'
-LEAST_VARIANCE = 1e-12  # of F, relative to its mean over elements
-LARGEST_SLOPE = 4.0  # of s; beyond it lies only noise
 FINITE = (-math.log(200.0), -math.log(5e-4))  # lam: where statistics begin and end if the process itself goes further
 LARGEST_VALUE = 30.0  # of an image or latent
 SAVE_EVERY = 20.0  # seconds
@@ -107,62 +92,6 @@ class CalibrationConfig:
         return [seeds[start : start + self.batch] for start in range(0, self.num, self.batch)]
 
 
-class Moments:
-    """Means and centred second moments of ``X, D, D'`` and ``v J v`` at every level: float64, additive over batches and processes."""
-
-    def __init__(self, levels: int, shape: Sequence[int]) -> None:
-        self.count = 0
-        self.mean = torch.zeros(levels, len(MEANS), *shape, dtype=torch.float64)
-        self.second = torch.zeros(levels, len(SECOND), *shape, dtype=torch.float64)  # sums of products of deviations
-
-    @classmethod
-    def of(cls, batch: Iterable[Tensor], levels: int, shape: Sequence[int]) -> Moments:
-        """Of one batch: at each level ``[4, B, *D]`` in the order of `MEANS`."""
-        made = cls(levels, shape)
-        for k, values in enumerate(batch):
-            values = values.cpu().double()
-            made.count, made.mean[k] = values.shape[1], values.mean(1)
-            off = values - made.mean[k][:, None]
-            made.second[k] = torch.stack([(off[one] * off[two]).sum(0) for one, two in SECOND])
-        return made
-
-    def merge(self, other: Moments) -> None:
-        """Take in the moments of other data (Chan, Golub and LeVeque, 1979)."""
-        total = self.count + other.count
-        gap = other.mean - self.mean
-        between = torch.stack([gap[:, one] * gap[:, two] for one, two in SECOND], 1)
-        self.second += other.second + between * (self.count * other.count / total)
-        self.mean += gap * (other.count / total)
-        self.count = total
-
-    def fit(self, lam: Tensor, pool: str) -> tuple[Tensor, Tensor, Tensor]:
-        """``l, s, b [S+1, *E]`` (spec: paper, eq. 10 and 11), each shared over the elements that ``pool`` says, fitted together."""
-        shared, shared_b = (self._axes(axes) for axes in POOLS[pool])
-        X, D, dD, vJv = self.mean.unbind(1)
-        XX, DD, XD, XdD, DdD = (self.second / self.count).unbind(1)
-        l = _mean(1 - vJv, shared)
-        (dl,) = torch.gradient(l, spacing=(lam,), dim=0)
-        c = 1 - l
-        d = c + dl
-        f, df = c * X - D, -dD + c * D - d * X  # E[F], E[F']
-        var = c**2 * XX - 2 * c * XD + DD
-        cov = c * (-XdD + c * XD - d * XX) - (-DdD + c * DD - d * XD)
-        f_b, df_b = _mean(f, shared_b), _mean(df, shared_b)
-        var, cov = var + (f - f_b) ** 2, cov + (f - f_b) * (df - df_b)  # elements with one b spread around its own mean
-        floor = LEAST_VARIANCE * var.mean(tuple(range(1, var.ndim)), keepdim=True)
-        s = (_mean(cov, shared) / _mean(var, shared).clamp_min(floor)).clamp(-LARGEST_SLOPE, LARGEST_SLOPE)
-        b = _mean(df_b - s * f_b, shared_b)
-        return l, s, b
-
-    def _axes(self, axes: tuple[int, ...] | None) -> tuple[int, ...]:
-        data = self.mean.ndim - 2
-        return tuple(range(-data, 0)) if axes is None else axes if data >= len(axes) else ()
-
-
-def _mean(value: Tensor, axes: tuple[int, ...]) -> Tensor:
-    return value.mean(axes, keepdim=True) if axes else value
-
-
 def diffused(images: Images, shape: Sequence[int], *, conditional: bool = False) -> States:
     """States from diffused images: the clean ones, drawn by seed, with their labels as condition if the model takes any.
 
@@ -189,7 +118,7 @@ def diffused(images: Images, shape: Sequence[int], *, conditional: bool = False)
 def calibrate(
     model: Model,
     config: CalibrationConfig,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     *,
     images: Images | None = None,
     conditions: Callable[[Sequence[int]], Cond] | None = None,
@@ -213,7 +142,7 @@ def calibrate(
     Raises:
         FewstepError: as `diffused` and `collect`; also the model's own errors.
     """
-    device = device or torch.device("cpu")
+    device, folder = device or torch.device("cpu"), None if folder is None else Path(folder)
     model.to(device)
     guided, lam = model.guided(guidance), config.lam(model.denoiser.schedule)
     source = "own trajectories" if images is None else f"{images.name}, {len(images.x)} images, diffused"
@@ -277,12 +206,12 @@ def collect(
     """
     problem = _Problem(denoiser, along, tuple(shape), config.lam(denoiser.schedule), states, device or torch.device("cpu"))
     rank, world = process()
+    if world > 1 and folder is None:
+        raise FewstepError("several processes can only calibrate together with a folder to meet in: name one")
     mine = config.batches[rank::world]
     store = None if folder is None else _Store(folder, f"{identity} {problem.lam.tolist()} {config.identity}")
-    total, done = Moments(len(problem.lam), shape), 0
-    if store is not None:
-        total, done = store.resume(total, len(mine))
-    method = problem.method(config)
+    total, done, method = (None if store is None else store.resume(len(mine))) or (Moments(len(problem.lam), shape), 0, "")
+    method = method or problem.method(config)
     visited = total.count * len(problem.lam)
     saved = time.monotonic()
     try:
@@ -290,19 +219,18 @@ def collect(
             total.merge(Moments.of(problem.batch(seeds, method, visited, observe), len(problem.lam), shape))
             done, visited = number, total.count * len(problem.lam)
             if store is not None and time.monotonic() - saved > SAVE_EVERY:
-                store.save(total, done)
+                store.save(total, done, method)
                 saved = time.monotonic()
     finally:
         if store is not None and done:
-            store.save(total, done)
+            store.save(total, done, method)
     if observe is not None:
         observe(visited, "")
     wait_for_all()
     if rank:
         return None
     for other in range(1, world):
-        if store is None:
-            raise FewstepError("several processes can only calibrate together with a folder to meet in")
+        assert store is not None  # several processes have a folder
         total.merge(store.read(other)[0])
     return total, method
 
@@ -404,12 +332,13 @@ class _Store:
     def _path(self, rank: int) -> Path:
         return self.folder / f"moments-{rank}-of-{process()[1]}.safetensors"
 
-    def save(self, moments: Moments, batches: int) -> None:
-        about = {"identity": self.identity, "count": str(moments.count), "batches": str(batches)}
+    def save(self, moments: Moments, batches: int, method: str) -> None:
+        about = {"identity": self.identity, "count": str(moments.count), "batches": str(batches), "method": method}
         tensors = {"mean": moments.mean, "second": moments.second}
         write_whole(self._path(process()[0]), lambda temporary: save_file(tensors, temporary, about))
 
-    def read(self, rank: int) -> tuple[Moments, int]:
+    def read(self, rank: int) -> tuple[Moments, int, str]:
+        """The moments of a process, the number of its batches in them, and how the network was differentiated."""
         path = self._path(rank)
         try:
             with safe_open(path, "pt") as file:
@@ -422,17 +351,17 @@ class _Store:
             raise ArtifactError(
                 f"{path} belongs to another calibration (model, data, guidance, levels, batch or seed): remove it, or use another folder"
             )
-        return moments, int(about["batches"])
+        return moments, int(about["batches"]), about["method"]
 
-    def resume(self, empty: Moments, most: int) -> tuple[Moments, int]:
+    def resume(self, most: int) -> tuple[Moments, int, str] | None:
         """What this process had done, if anything."""
         path = self._path(process()[0])
         others = [other for other in self.folder.glob("moments-*") if other.name.split("-of-")[1] != path.name.split("-of-")[1]]
         if others:
             raise ArtifactError(f"{others[0]} was made by another number of processes: use as many again, or remove it")
         if not path.exists():
-            return empty, 0
-        moments, done = self.read(process()[0])
-        if done > most:
-            raise ArtifactError(f"{path} holds {moments.count} data already: ask for at least as many, or use another folder")
-        return moments, done
+            return None
+        found = self.read(process()[0])
+        if found[1] > most:
+            raise ArtifactError(f"{path} holds {found[0].count} data already: ask for at least as many, or use another folder")
+        return found

@@ -1,6 +1,6 @@
 r"""DPM-Solver-v3 (Zheng et al., arXiv 2310.13268): a predictor and corrector driven by empirical model statistics ``l, s, b``.
 
-With ``X = x/alpha``, ``F = (1 - l) X - D`` and ``E(lam) = exp int_{lam_s}^{lam} (l + s)`` the solution is exactly (eq. 8 there)
+With ``X = x/alpha``, ``F = (1 - l) X - D`` and ``E(lam) = exp int_{lam_s}^{lam} (l + s)`` the solution is exactly
 
     x_t/alpha_t = e^{-int l} [ x_s/alpha_s - int E (g + beta) dlam ],     beta = int e^{-int s} b,     g = e^{-int s} F - beta,
 
@@ -82,11 +82,9 @@ class DPMSolverV3(Solver):
 
     @property
     def order(self) -> int:
-        if self.corrector == "pseudo":
-            return min(self.steps + 1, 2)
-        if self.corrector == "true":
-            return self.steps + 1
-        return min(self.steps, 2) if self.predictor == "pseudo" and self.corrector == "none" else self.steps
+        predicted = min(self.steps, 2) if self.predictor == "pseudo" else self.steps
+        corrected = {"none": 0, "same": self.steps, "pseudo": 2, "true": self.steps + 1}[self.corrector]
+        return min(corrected, predicted + 1) if corrected > 1 else predicted  # the new point itself is of the predictor's order
 
     @property
     def memory(self) -> int:
@@ -127,7 +125,7 @@ class DPMSolverV3(Solver):
         return x, self.step(nodes, i, i + 1, x, {i - k: history[k] for k in range(p)}, pseudo=self.predictor == "pseudo")
 
     def step(self, nodes: Nodes, s: int, t: int, x: Tensor, past: dict[int, Tensor], *, pseudo: bool) -> Tensor:
-        """From node ``s`` to ``t`` with ``F`` at the nodes ``past``, the first of which is ``s`` (spec: paper, eq. 12 to 15)."""
+        """From node ``s`` to ``t`` with ``F`` at the nodes ``past``, the first of which is ``s``."""
         ems, lam = self.statistics, nodes.lam
         over = ems.integrals(lam[s], lam[t], len(past), self.integrals)
         g = []
