@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,12 @@ import torch
 
 from fewstep import Sampler, TimeGrid, VarianceExploding, load_model, make_solver
 from fewstep.apps import cli, verbs
+from fewstep.core.statistics import ModelStatistics
 from fewstep.evaluate import generation
+from fewstep.learn import calibrate
+from fewstep.models.zoo import WEIGHTS
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode of some PyTorch releases says so
 
 
 def run(monkeypatch, *words: object) -> int:
@@ -22,6 +28,12 @@ def run(monkeypatch, *words: object) -> int:
         cli.main()
         sys.exit(0)
     return int(end.value.code or 0)
+
+
+def samples(folder: Path) -> np.ndarray:
+    """What ``--npz`` wrote."""
+    with np.load(folder / "samples.npz") as arrays:
+        return arrays["x"]
 
 
 def test_models(monkeypatch, capsys) -> None:
@@ -51,8 +63,9 @@ def test_sample_writes_pictures_and_arrays(monkeypatch, capsys, tmp_path: Path) 
     assert run(monkeypatch, *words) == 0
     done = json.loads(capsys.readouterr().out)
     assert Path(done["grid"]).exists() and sorted(p.name for p in (tmp_path / "singles").iterdir())[0] == "000007.png"
-    arrays = np.load(done["npz"])
-    assert set(arrays.files) == {"x", "images", "seeds", "labels"}
+    with np.load(done["npz"]) as file:
+        arrays = dict(file)
+    assert set(arrays) == {"x", "images", "seeds", "labels"}
     assert (
         arrays["x"].shape == (5, 1, 8, 8) and arrays["seeds"].tolist() == [7, 8, 9, 10, 11] and arrays["labels"].tolist() == [7, 8, 9, 0, 1]
     )
@@ -76,7 +89,7 @@ def test_a_killed_sample_run_continues(monkeypatch, capsys, tmp_path: Path) -> N
     assert run(monkeypatch, *words, "--nfe", 4, "--out", tmp_path / "cut") == 2  # another command: not mixed
     assert run(monkeypatch, *words, "--out", tmp_path / "cut") == 0
     assert len(calls) == 4  # two batches, the kill, and only the third batch again
-    np.testing.assert_array_equal(np.load(tmp_path / "whole/samples.npz")["x"], np.load(tmp_path / "cut/samples.npz")["x"])
+    np.testing.assert_array_equal(samples(tmp_path / "whole"), samples(tmp_path / "cut"))
 
 
 def test_two_processes_make_the_pictures_of_one(tmp_path: Path) -> None:
@@ -85,8 +98,7 @@ def test_two_processes_make_the_pictures_of_one(tmp_path: Path) -> None:
     for count in ("1", "2"):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([*torchrun, count, *words, str(tmp_path / count)], check=True, env=environment, capture_output=True, timeout=300)
-    one, two = (np.load(tmp_path / count / "samples.npz") for count in ("1", "2"))
-    np.testing.assert_array_equal(one["x"], two["x"])
+    np.testing.assert_array_equal(samples(tmp_path / "1"), samples(tmp_path / "2"))
 
 
 def test_a_saved_sampler_is_used(monkeypatch, tmp_path: Path) -> None:
@@ -95,7 +107,7 @@ def test_a_saved_sampler_is_used(monkeypatch, tmp_path: Path) -> None:
     common = ("--num", 3, "--npz", "--out")
     assert run(monkeypatch, "sample", "digits-edm", "--sampler", tmp_path / "sampler", *common, tmp_path / "a") == 0
     assert run(monkeypatch, "sample", "digits-edm", "--nfe", 3, *common, tmp_path / "b") == 0
-    np.testing.assert_array_equal(np.load(tmp_path / "a/samples.npz")["x"], np.load(tmp_path / "b/samples.npz")["x"])
+    np.testing.assert_array_equal(samples(tmp_path / "a"), samples(tmp_path / "b"))
 
 
 def test_bench_and_demo(monkeypatch, capsys, tmp_path: Path) -> None:
@@ -112,7 +124,7 @@ def test_bench_and_demo(monkeypatch, capsys, tmp_path: Path) -> None:
 def test_explicit_times_and_levels(monkeypatch, tmp_path: Path) -> None:
     for option in ("--times", "--sigmas"):  # the same thing where alpha = 1
         assert run(monkeypatch, "sample", "digits-edm", option, "80,5,0.5,0.002", "--num", 2, "--npz", "--out", tmp_path / option) == 0
-    one, two = (np.load(tmp_path / option / "samples.npz")["x"] for option in ("--times", "--sigmas"))
+    one, two = (samples(tmp_path / option) for option in ("--times", "--sigmas"))
     np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)  # float32
 
 
@@ -124,6 +136,120 @@ def test_a_network_that_answers_nan_is_named_and_nothing_is_written(monkeypatch,
     assert run(monkeypatch, *SAMPLE, "--out", tmp_path / "out") == 2
     assert "not finite (NaN or infinite) at evaluation 1 of 2, t = 80" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# -- statistics ------------------------------------------------------------------------------------------------------
+
+CALIBRATE = ("calibrate", "digits-edm", "--levels", 4, "--num", 8, "--batch", 4)
+V3 = ("sample", "digits-edm", "--nfe", 5, "--num", 2, "--npz", "--solver")
+
+
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory) -> Path:
+    """Statistics of digits-edm."""
+    out = tmp_path_factory.mktemp("statistics")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert run(monkeypatch, *CALIBRATE, "--out", out) == 0
+    return out
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A copy of digits-edm without any statistics of its own."""
+    return shutil.copytree(WEIGHTS / "digits-edm", tmp_path / "bare", ignore=shutil.ignore_patterns("statistics*"))
+
+
+def test_calibrate_saves_statistics_a_card_and_a_plot(monkeypatch, capsys, tmp_path: Path) -> None:
+    words = (*CALIBRATE, "--pool", "scalar/element", "--data", "digits", "--guidance", 2, "--out", tmp_path)
+    assert run(monkeypatch, *words, "--json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["statistics"] == str(tmp_path) and Path(done["plot"]).exists() and done["seconds"] > 0
+    assert (done["data"], done["pool"], done["states"]) == (8, "scalar/element", "digits, 1797 images, diffused")
+    made = {path.name for path in tmp_path.iterdir() if not path.name.startswith("moments-")}
+    assert made == {"statistics.json", "statistics.safetensors", "README.md", "statistics.png"}
+    loaded = ModelStatistics.load(tmp_path)
+    assert len(loaded.lam) == 5 and loaded.guidance == 2 and loaded.l.shape == (5, 1, 1, 1) and loaded.b.shape == (5, 1, 8, 8)
+    assert "fewstep calibrate digits-edm" in (tmp_path / "README.md").read_text()
+    assert run(monkeypatch, *words) == 0  # the folder is finished: this is free
+    assert f"bench digits-edm --guidance 2 --statistics {tmp_path}" in capsys.readouterr().out.replace("\n", " ").replace("  ", " ")
+
+
+def test_a_killed_calibration_continues(monkeypatch, capsys, tmp_path: Path, statistics: Path) -> None:
+    real, calls = calibrate.Moments.of, []
+
+    def mortal(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(calibrate.Moments, "of", mortal)
+    assert run(monkeypatch, *CALIBRATE, "--out", tmp_path) == 130
+    assert "run the same command to continue" in capsys.readouterr().err and not (tmp_path / "statistics.json").exists()
+    assert run(monkeypatch, *CALIBRATE, "--out", tmp_path) == 0
+    assert len(calls) == 3  # a batch, the kill, and only the second batch again
+    assert ModelStatistics.load(tmp_path).fingerprint == ModelStatistics.load(statistics).fingerprint
+
+
+def test_statistics_are_given_by_option_or_in_the_solvers_name(monkeypatch, tmp_path: Path, statistics: Path) -> None:
+    name = f"dpm-solver-v3:statistics={statistics}"
+    assert run(monkeypatch, *V3, "dpm-solver-v3", "--statistics", statistics, "--out", tmp_path / "option") == 0
+    assert run(monkeypatch, *V3, name, "--out", tmp_path / "name") == 0
+    assert run(monkeypatch, *V3, f"{name}:steps=3", "--out", tmp_path / "three") == 0
+    option, named, three = (samples(tmp_path / folder) for folder in ("option", "name", "three"))
+    np.testing.assert_array_equal(option, named)
+    assert abs(three - named).max() > 1e-3
+    monkeypatch.chdir(shutil.copytree(statistics, tmp_path / "7").parent)
+    assert run(monkeypatch, *V3, "dpm-solver-v3:statistics=7", "--out", tmp_path / "number") == 0  # a folder, though a number too
+    np.testing.assert_array_equal(samples(tmp_path / "number"), named)
+
+
+def test_bench_takes_statistics(monkeypatch, tmp_path: Path, statistics: Path) -> None:
+    words = ("bench", "digits-edm", "--solver", "ddim,dpm-solver-v3", "--grid", "angle", "--nfe", 5, "--num", 2)
+    assert run(monkeypatch, *words, "--statistics", statistics, "--out", tmp_path) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    used = {row["solver"]: row["statistics"] for row in results["rows"]}
+    assert used == {"ddim": None, "dpm-solver-v3": ModelStatistics.load(statistics).fingerprint}
+    assert f"--statistics {statistics}" in results["command"]
+
+
+def test_statistics_in_the_models_folder_are_found(monkeypatch, capsys, tmp_path: Path, bare: Path, statistics: Path) -> None:
+    words = ("sample", bare, "--solver", "dpm-solver-v3", "--nfe", 5, "--num", 2, "--npz", "--out", tmp_path / "own")
+    assert run(monkeypatch, *words) == 2
+    message = capsys.readouterr().err.strip()
+    assert "needs statistics" in message and f"'fewstep calibrate {bare} --out DIR'" in message and "\n" not in message
+    assert not (tmp_path / "own").exists()
+    shutil.copytree(statistics, bare / "statistics")
+    assert run(monkeypatch, *words) == 0
+    assert run(monkeypatch, *V3, "dpm-solver-v3", "--statistics", statistics, "--out", tmp_path / "option") == 0
+    np.testing.assert_array_equal(samples(tmp_path / "own"), samples(tmp_path / "option"))
+
+
+def test_statistics_of_something_else_are_refused_unless_wanted(monkeypatch, capsys, tmp_path: Path, statistics: Path) -> None:
+    edm, ddpm = (load_model(name).fingerprint for name in ("digits-edm", "digits-ddpm"))
+    cases = {
+        ("digits-edm", "--guidance", "3"): "made for guidance 1.0, but are used with guidance 3.0",
+        ("digits-ddpm",): f'made for model "{edm}", but are used with model "{ddpm}"',
+    }
+    solver = ("--solver", "dpm-solver-v3", "--nfe", 5, "--num", 2, "--statistics", statistics)
+    for which, says in cases.items():
+        for verb in ("sample", "bench"):
+            assert run(monkeypatch, verb, *which, *solver, "--out", tmp_path / "out") == 2
+            message = capsys.readouterr().err.strip()
+            assert says in message and "\n" not in message and not (tmp_path / "out").exists()
+    assert run(monkeypatch, "sample", "digits-edm", "--guidance", 3, *solver, "--any-statistics", "--out", tmp_path / "out") == 0
+
+
+def test_damaged_statistics_are_named(monkeypatch, capsys, tmp_path: Path, statistics: Path) -> None:
+    folder = shutil.copytree(statistics, tmp_path / "damaged")
+    data = folder / "statistics.safetensors"
+    data.write_bytes(data.read_bytes()[:-8])
+    assert run(monkeypatch, *V3, "dpm-solver-v3", "--statistics", folder, "--out", tmp_path / "out") == 2
+    message = capsys.readouterr().err.strip()
+    assert f"{data} is damaged" in message and "\n" not in message and not (tmp_path / "out").exists()
+
+
+# -- training and mistakes -------------------------------------------------------------------------------------------
 
 
 def test_train(monkeypatch, capsys, tmp_path: Path) -> None:
@@ -162,6 +288,16 @@ SAMPLE = ("sample", "digits-edm", "--num", "2", "--nfe", "2")
         (("bench", "digits-edm", "--peers", "difusers"), "did you mean diffusers"),
         (("train", "--data", "nowhere"), "no images at"),
         (("train", "--kind", "gan"), "edm or ddpm"),
+        (("calibrate", "digits-emd"), "did you mean digits-edm"),
+        (("calibrate", "digits-edm", "--levels", "1"), "at least 2 levels"),
+        (("calibrate", "digits-edm", "--num", "0"), "2 data"),
+        (("calibrate", "digits-edm", "--pool", "pixel"), "unknown pooling 'pixel'"),
+        (("calibrate", "digits-edm", "--jvp", "forwardd"), "did you mean forward"),
+        (("calibrate", "digits-edm", "--data", "nowhere"), "no images at"),
+        (("calibrate", "digits-ddpm", "--guidance", "2"), "cannot be guided"),
+        ((*SAMPLE, "--solver", "dpm-solver-v3", "--statistics", "nowhere"), "cannot read nowhere/statistics.json"),
+        ((*SAMPLE, "--solver", "dpm-solver-v3", "--guidance", "7.25"), "'fewstep calibrate digits-edm --guidance 7.25 --out DIR'"),
+        (("bench", "digits-edm", "--solver", "dpm-solver-v3", "--guidance", "7.25"), "pass --statistics DIR"),
     ],
 )
 def test_mistakes_get_one_line_exit_2_and_leave_nothing(monkeypatch, capsys, tmp_path: Path, words: tuple[str, ...], says: str) -> None:

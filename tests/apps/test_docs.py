@@ -9,7 +9,7 @@ import torch
 import fewstep
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/index.md", "docs/own-network.md", "docs/manual-stepping.md", "docs/extending.md")
+PAGES = ("README.md", "docs/index.md", "docs/own-network.md", "docs/statistics.md", "docs/manual-stepping.md", "docs/extending.md")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save as save_tensors
+from tests.solvers.problems import WHOLE_REGISTRY
 
 from fewstep import (
     ArtifactError,
@@ -24,9 +25,8 @@ from fewstep import (
     sample,
     seeded_noise,
 )
-from fewstep.core.artifact import read_json, write_whole
 from fewstep.models.analytic import MixtureDenoiser
-from fewstep.solvers import SOLVERS, DPMSolverPP
+from fewstep.solvers import DPMSolverPP
 
 FILES = ["README.md", "sampler.json", "sampler.safetensors"]
 LAWS = {
@@ -39,7 +39,7 @@ LAWS = {
 
 
 def build(name="unipc-3", law="vp-linear", **card):
-    return Sampler.build(make_solver(name), make_grid("angle", LAWS[law], 5), LAWS[law], **card)
+    return Sampler.build(WHOLE_REGISTRY[name], make_grid("angle", LAWS[law], 5), LAWS[law], **card)
 
 
 def run(sampler, law="vp-linear"):
@@ -72,7 +72,7 @@ def replace_tensors(folder, data: bytes):
 
 
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", WHOLE_REGISTRY)
 def test_round_trip(name, law, tmp_path):
     sampler = build(name, law, command="fewstep optimize", quality={"fd": 1.25})
     loaded = Sampler.load(sampler.save(tmp_path / "a" / "sampler"))
@@ -174,13 +174,13 @@ def test_json_that_is_not_text_is_refused(saved):
     [
         ({"version": 2}, "'fewstep-sampler' version 2; this fewstep reads 'fewstep-sampler' version 1"),
         ({"format": "fewstep-model"}, "is 'fewstep-model' version 1"),
-        ({"sha256": None}, "not a whole sampler: KeyError\\('sha256'\\)"),
-        ({"schedule": None}, "not a whole sampler: KeyError\\('schedule'\\)"),
-        ({"schedule": {"law": "unheard-of"}}, "not a whole sampler: .*unknown noise schedule"),
+        ({"sha256": None}, "not a whole sampler artifact: KeyError\\('sha256'\\)"),
+        ({"schedule": None}, "not a whole sampler artifact: KeyError\\('schedule'\\)"),
+        ({"schedule": {"law": "unheard-of"}}, "not a whole sampler artifact: .*unknown noise schedule"),
         ({"schedule": {"law": "discrete-vp"}}, "not a whole sampler"),
         ({"schedule": {"law": "discrete-vp", "theta": [0.0, "x"]}}, "not a whole sampler"),
         ({"schedule": {"law": "discrete-vp", "theta": [0.0, 1.0, 0.5]}}, "not a whole sampler"),
-        ({"card": None}, "not a whole sampler: KeyError\\('card'\\)"),
+        ({"card": None}, "not a whole sampler artifact: KeyError\\('card'\\)"),
     ],
 )
 def test_other_json_is_refused(saved, changes, message):
@@ -191,7 +191,7 @@ def test_other_json_is_refused(saved, changes, message):
 
 def test_other_tensors_are_refused(saved):
     replace_tensors(saved, save_tensors({"grid": torch.zeros(3)}))
-    with pytest.raises(ArtifactError, match="not a whole sampler: KeyError"):
+    with pytest.raises(ArtifactError, match="not a whole sampler artifact: KeyError"):
         Sampler.load(saved)
 
 
@@ -204,7 +204,7 @@ def test_loading_never_unpickles(saved, tmp_path):
             return (Path.touch, (trap,))
 
     replace_tensors(saved, pickle.dumps(Trap()))
-    with pytest.raises(ArtifactError, match="not a whole sampler: SafetensorError"):
+    with pytest.raises(ArtifactError, match="not a whole sampler artifact: SafetensorError"):
         Sampler.load(saved)
     assert not trap.exists()
 
@@ -226,31 +226,3 @@ def test_a_card_that_is_not_json_is_refused_before_anything_is_written(tmp_path)
     with pytest.raises(ArtifactError, match="plain JSON values"):
         build(statistics=torch.zeros(3)).save(tmp_path / "sampler")
     assert listing(tmp_path) == []
-
-
-@pytest.mark.parametrize("error", [OSError("disk full"), ValueError("a bug"), KeyboardInterrupt()])
-def test_a_write_that_fails_half_way_leaves_what_was_there(tmp_path, error):
-    path = tmp_path / "data.bin"
-    write_whole(path, b"old")
-
-    def half(temporary):
-        temporary.write_bytes(b"ne")
-        raise error
-
-    with pytest.raises(ArtifactError if isinstance(error, OSError) else type(error)):
-        write_whole(path, half)
-    assert listing(tmp_path) == ["data.bin"]
-    assert path.read_bytes() == b"old"
-
-
-def test_a_written_file_has_ordinary_permissions(tmp_path):
-    write_whole(tmp_path / "ours", b"x")
-    (tmp_path / "theirs").write_bytes(b"x")
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
-
-
-def test_read_json_reads_an_object(tmp_path):
-    write_whole(tmp_path / "a.json", b'{"b": [1, null]}')
-    assert read_json(tmp_path / "a.json") == {"b": [1, None]}
-    with pytest.raises(ArtifactError, match="cannot read"):
-        read_json(tmp_path)

@@ -1,12 +1,13 @@
 """The loop: what it calls and when, what it refuses, and noise that belongs to a sample."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from tests.solvers.problems import WHOLE_REGISTRY
 
-from fewstep import ModelError, RectifiedFlow, Sampler, SolverError, TimeGrid, VPLinear, make_solver, sample, seeded_noise, start_noise
-from fewstep.solvers import SOLVERS
+from fewstep import ModelError, RectifiedFlow, Sampler, SolverError, TimeGrid, VPLinear, sample, seeded_noise, start_noise
 
 SCHEDULE = VPLinear()
 
@@ -23,7 +24,7 @@ class Shrink:
 
 
 def sampler(name="dpm-solver-pp-2m", steps=4, schedule=SCHEDULE, **options):
-    return Sampler.build(make_solver(name, **options), TimeGrid.uniform(schedule, steps), schedule)
+    return Sampler.build(replace(WHOLE_REGISTRY[name], **options), TimeGrid.uniform(schedule, steps), schedule)
 
 
 # -- noise ----------------------------------------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def test_the_start_has_the_noise_level_of_the_first_node():
 # -- the loop -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", WHOLE_REGISTRY)
 def test_a_sample_does_not_know_its_batch(name):
     """Bit for bit, with noise and without."""
     seeds, shape = [4, 8, 15, 16, 23], (3, 5)
@@ -84,7 +85,7 @@ def test_a_sample_does_not_know_its_batch(name):
     assert torch.equal(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", WHOLE_REGISTRY)
 def test_an_observer_sees_every_evaluation(name):
     denoiser, steps, run = Shrink(), [], sampler(name)
     x = start_noise(run.tableau.nodes, [1, 2], (3,))

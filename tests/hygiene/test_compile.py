@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tests.solvers.problems import WHOLE_REGISTRY, statistics
 from torch._dynamo.testing import CompileCounter
 
 from fewstep import RectifiedFlow, Sampler, TimeGrid, VPLinear, advance, make_solver, sample, seeded_noise, tabulate
 from fewstep.models.analytic import MixtureDenoiser
-from fewstep.solvers import SOLVERS
 
 STEPS = 20
 SEEDS = [0, 1]
@@ -14,7 +14,14 @@ SEEDS = [0, 1]
 
 @pytest.mark.parametrize(
     "solver",
-    [make_solver("dpm-solver-pp-2m"), make_solver("unipc-3"), make_solver("ddim", eta=1.0), make_solver("heun"), make_solver("deis-3")],
+    [
+        make_solver("dpm-solver-pp-2m"),
+        make_solver("unipc-3"),
+        make_solver("ddim", eta=1.0),
+        make_solver("heun"),
+        make_solver("deis-3"),
+        make_solver("dpm-solver-v3", statistics=statistics(l=0.5, s=0.2, b=-0.3)),
+    ],
     ids=lambda solver: type(solver).__name__,
 )
 def test_one_graph_runs_every_row(solver):
@@ -45,10 +52,10 @@ class Counting:
 
 
 @pytest.mark.parametrize(("schedule", "nfe"), [(VPLinear(), 6), (RectifiedFlow(), 7)], ids=["noisy-end", "clean-end"])
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", WHOLE_REGISTRY)
 def test_number_and_place_of_the_evaluations(name, schedule, nfe):
     """Six is a number of evaluations for one, two and three stages; seven is where the last step has one."""
-    solver = make_solver(name)
+    solver = WHOLE_REGISTRY[name]
     grid = TimeGrid.angle(schedule, solver.steps_for(nfe, to_clean=schedule.t_min == schedule.t_clean))
     sampler, denoiser = Sampler.build(solver, grid, schedule), Counting(schedule)
     sample(denoiser, sampler, seeded_noise(SEEDS, (3,)), seeds=SEEDS)

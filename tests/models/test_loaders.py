@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from fewstep import ArtifactError, DiscreteVP, ModelError, RectifiedFlow, VarianceExploding, load_model
+from fewstep.core.statistics import ModelStatistics
 from fewstep.models.zoo import BUNDLED, WEIGHTS
 
 T = torch.tensor(1.0, dtype=torch.float64)
@@ -97,6 +98,29 @@ def test_labels_and_guidance(tmp_path: Path) -> None:
             bad()
     conditional = load_model(_save(tmp_path, DDIMScheduler(), num_class_embeds=4))
     assert conditional.classes == 4 and conditional.null_label is None
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["fewstep", "diffusers"])
+def test_statistics_are_found_by_guidance(tmp_path: Path, ours: bool) -> None:
+    folder = tmp_path / "model"
+    if ours:
+        shutil.copytree(WEIGHTS / "digits-edm", folder, ignore=shutil.ignore_patterns("statistics*"))
+    else:
+        _save(folder, DDIMScheduler())
+    model = load_model(folder)
+    assert model.statistics() is None and model.statistics(2.0) is None
+    lam, values = torch.linspace(-1, 1, 3), torch.ones(3, 1, 1, 1)
+    for name, guidance in (("statistics", 1.0), ("statistics-guidance-2", 2.0)):
+        made = ModelStatistics(lam, values, values, guidance * values, model.shape, model.denoiser.schedule, model.fingerprint, guidance)
+        made.save(folder / name)
+    for guidance in (1.0, 2.0):
+        found = model.statistics(guidance)
+        assert found.guidance == guidance and float(found.b.mean()) == guidance
+        found.check(model=model.fingerprint, guidance=guidance, schedule=model.denoiser.schedule, shape=model.shape)
+    assert model.statistics(3.0) is None
+    (folder / "statistics" / "statistics.safetensors").write_bytes(b"")
+    with pytest.raises(ArtifactError, match="damaged"):
+        model.statistics()
 
 
 def test_what_is_no_model_is_said_so(tmp_path: Path) -> None:

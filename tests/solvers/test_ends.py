@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from problems import ODE, WHOLE_REGISTRY, mixture, moments, noise
+from problems import ALL, ODE, SOME_STATISTICS, WHOLE_REGISTRY, mixture, moments, noise, statistics
 
 from fewstep import (
     AdaptedDenoiser,
@@ -21,7 +21,7 @@ from fewstep import (
     tabulate,
 )
 from fewstep.models.analytic import GaussianDenoiser
-from fewstep.solvers import DDIM, DEIS, IPNDM, SOLVERS, DPMSolverPP, SDEDPMSolverPP2M, UniPC
+from fewstep.solvers import DDIM, DEIS, IPNDM, SOLVERS, DPMSolverPP, DPMSolverV3, SDEDPMSolverPP2M, UniPC, takes_statistics
 
 SCHEDULES = {
     "flow": RectifiedFlow(),
@@ -38,9 +38,9 @@ BFLOAT16_STEP = 2e-2  # relative: a network's rounding of 2^-9 per layer, over t
 
 @pytest.mark.parametrize("spacing", ["angle", "uniform"])
 @pytest.mark.parametrize("law", SCHEDULES)
-@pytest.mark.parametrize("name", WHOLE_REGISTRY)
+@pytest.mark.parametrize("name", [*WHOLE_REGISTRY, *SOME_STATISTICS])
 def test_finite_from_end_to_end(name, law, spacing):
-    schedule, solver = SCHEDULES[law], WHOLE_REGISTRY[name]
+    schedule, solver = SCHEDULES[law], ALL[name]
     for steps in range(1, 9):
         grid = make_grid(spacing, schedule, steps, t_min=schedule.t_clean)
         sampler = Sampler.build(solver, grid, schedule)
@@ -184,6 +184,11 @@ def test_no_evaluations_are_refused(name, nfe):
         lambda: SDEDPMSolverPP2M(form="euler"),
         lambda: UniPC(steps=4),
         lambda: UniPC(weights="bh3"),
+        lambda: DPMSolverV3(statistics(), steps=4),
+        lambda: DPMSolverV3(statistics(), predictor="exact"),
+        lambda: DPMSolverV3(statistics(), corrector="unipc"),
+        lambda: DPMSolverV3(statistics(), gate="quarter"),
+        lambda: DPMSolverV3(statistics(), integrals="simpson"),
     ],
 )
 def test_options_out_of_range_are_refused(make):
@@ -207,6 +212,7 @@ def test_make_solver_names_what_there_is():
 def test_every_name_of_the_registry_makes_a_solver_that_runs():
     schedule = VPLinear()
     for name in SOLVERS:
-        sampler = Sampler.build(make_solver(name), TimeGrid.logsnr(schedule, 4), schedule)
-        assert sampler.nfe == 4 * make_solver(name).stages
+        solver = make_solver(name, **({"statistics": statistics()} if takes_statistics(name) else {}))
+        sampler = Sampler.build(solver, TimeGrid.logsnr(schedule, 4), schedule)
+        assert sampler.nfe == 4 * solver.stages
         assert torch.isfinite(sample(mixture(schedule), sampler, noise(2, 2), seeds=range(2))).all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fewstep import Nodes, RectifiedFlow, TimeGrid, VPLinear
-from fewstep.solvers.phi import data_moment, interpolation_weights, noise_moment, phi
+from fewstep.solvers.phi import data_moment, divided_difference_weights, interpolation_weights, noise_moment, phi
 from fewstep.solvers.stencil import ALWAYS, NEVER, effective_order
 
 QUADRATURE = 1e-13  # Gauss-Legendre with 64 nodes on smooth integrands, in float64
@@ -52,6 +52,43 @@ def test_interpolation_weights_integrate_polynomials_exactly(points):
     for degree in range(points):
         exact = noise_moment(degree, h) * math.factorial(degree)
         torch.testing.assert_close((weights * torch.stack(offsets) ** degree).sum(), exact, rtol=QUADRATURE, atol=0)
+
+
+OFFSETS = [torch.tensor(v, dtype=torch.float64) for v in (0.0, 0.7, -0.5, -1.3)]
+
+
+@pytest.mark.parametrize("weights", [interpolation_weights, divided_difference_weights])
+@pytest.mark.parametrize("points", [1, 2, 3, 4])
+def test_moments_per_element_give_weights_per_element(points, weights):
+    moments = [noise_moment(k, STEPS[2:].reshape(2, 3)) for k in range(points)]
+    together = weights(OFFSETS[:points], moments)
+    assert together.shape == (points, 2, 3)
+    for i, j in np.ndindex(2, 3):
+        alone = weights(OFFSETS[:points], [moment[i, j] for moment in moments])
+        torch.testing.assert_close(together[:, i, j], alone, rtol=QUADRATURE, atol=QUADRATURE)
+
+
+@pytest.mark.parametrize("points", [1, 2, 3, 4])
+def test_divided_difference_weights_are_newtons(points):
+    """The k-th derivative is ``k!`` times the divided difference over the first ``k + 1`` values."""
+    at, values = [float(v) for v in OFFSETS[:points]], [math.cos(3 * k) for k in range(points)]
+
+    def difference(first, last):
+        if first == last:
+            return values[first]
+        return (difference(first + 1, last) - difference(first, last - 1)) / (at[last] - at[first])
+
+    moments = [noise_moment(k, STEPS[4]) for k in range(points)]
+    expected = sum(math.factorial(k) * difference(0, k) * float(moment) for k, moment in enumerate(moments))
+    actual = float(divided_difference_weights(OFFSETS[:points], moments) @ torch.tensor(values, dtype=torch.float64))
+    assert actual == pytest.approx(expected, rel=QUADRATURE)
+
+
+def test_both_weights_agree_up_to_2_points_and_differ_beyond():
+    moments = [noise_moment(k, STEPS[4]) for k in range(3)]
+    for points, same in ((1, True), (2, True), (3, False)):
+        one, two = (weights(OFFSETS[:points], moments[:points]) for weights in (interpolation_weights, divided_difference_weights))
+        assert torch.allclose(one, two, rtol=QUADRATURE, atol=0) == same
 
 
 def orders(nodes, order, lower_order_below):
