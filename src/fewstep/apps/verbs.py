@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -26,6 +27,7 @@ from fewstep.learn.calibrate import CalibrationConfig, calibrate
 from fewstep.models.data import load_images
 from fewstep.models.loaders import Model
 from fewstep.models.zoo import load_model
+from fewstep.solvers import takes_statistics
 
 __all__ = ["SampleRequest", "run_bench", "run_calibrate", "run_demo", "run_sample"]
 
@@ -65,6 +67,8 @@ class SampleRequest:
         if self.sampler is not None:
             return Sampler.load(self.sampler)
         schedule = model.denoiser.schedule
+        if self.statistics is not None and not takes_statistics(self.solver):
+            raise FewstepError(f"{self.solver} takes no statistics: say --solver dpm-solver-v3, or leave --statistics out")
         solver = solver_for(self.solver, model, guidance=self.guidance, statistics=self.statistics, any_statistics=self.any_statistics)
         if self.times is not None:
             grid = TimeGrid(torch.tensor(_numbers(self.times, "--times"), dtype=torch.float64))
@@ -158,8 +162,8 @@ def run_calibrate(
         )
     if statistics is None:
         return None
-    plot = save_statistics(statistics, out / "statistics.png")
-    return {"statistics": str(out), "plot": str(plot), "seconds": time.perf_counter() - begin, **statistics.card}
+    plot = str(save_statistics(statistics, out / "statistics.png")) if find_spec("matplotlib") else "none: pip install 'fewstep[report]'"
+    return {"statistics": str(out), "plot": plot, "seconds": time.perf_counter() - begin, **statistics.card}
 
 
 def run_demo(out: Path, num: int, command: str) -> dict[str, Any]:

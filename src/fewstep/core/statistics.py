@@ -139,7 +139,7 @@ class ModelStatistics:
 
     def _gauss(self, s: Tensor, t: Tensor) -> Quadrature:
         """Gauss-Legendre points ``[c, q]`` in each cell, or part of one, between ``s`` and ``t``."""
-        low, high = sorted((float(s), float(t)))
+        low, high = sorted((float(s.detach()), float(t.detach())))
         inside = self.lam[(self.lam > low + SLACK * self.step) & (self.lam < high - SLACK * self.step)]
         edges = torch.cat([s[None], inside if s <= t else inside.flip(0), t[None]])
         width = torch.diff(edges)
@@ -190,7 +190,9 @@ class ModelStatistics:
         Raises:
             GridError: two times that fall on one point (use more levels or fewer steps).
         """
-        return self.grid(schedule, self.indices(schedule.lam(grid.t)))
+        lam = schedule.lam(grid.t)
+        near = schedule.t_of_lam(self.lam[self.indices(lam)])
+        return TimeGrid(torch.where(torch.isfinite(lam), near, grid.t))
 
     # -- whose ------------------------------------------------------------------------------------------------------
 

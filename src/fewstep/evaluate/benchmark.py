@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -161,7 +162,7 @@ def benchmark(
 
 def picture_file(out: Path, key: Key) -> Path:
     """Where the first samples of a row are kept."""
-    return out / "samples" / f"{'-'.join(map(str, key)).replace(':', '_')}.safetensors"
+    return out / "samples" / f"{re.sub('[:/]', '_', '-'.join(map(str, key)))}.safetensors"
 
 
 def read_samples(path: Path) -> Tensor:

@@ -58,7 +58,7 @@ class CalibrationConfig:
     """
 
     levels: int = 30
-    num: int = 256
+    num: int = 128
     pool: str = "element"
     batch: int = 64
     seed: int = 0
@@ -150,6 +150,8 @@ def calibrate(
     states: States = lambda seeds: (None, condition(seeds))  # noqa: E731
     if images is not None:
         states = diffused(images, model.shape, conditional=model.classes is not None)
+        if model.classes is not None and images.labels is not None and int(images.labels.max()) >= model.classes:
+            raise FewstepError(f"{images.name} has labels up to {int(images.labels.max())}, the model has labels 0 to {model.classes - 1}")
     identity = f"{model.fingerprint} {guidance} {unguided} {source} {0 if images is None else float(images.x.double().mean())}"
     measured, along = (model.denoiser, guided) if unguided else (guided, None)
     made = collect(measured, model.shape, config, states, along=along, folder=folder, identity=identity, device=device, observe=observe)
@@ -216,8 +218,10 @@ def collect(
     saved = time.monotonic()
     try:
         for number, seeds in enumerate(mine[done:], done + 1):
-            total.merge(Moments.of(problem.batch(seeds, method, visited, observe), len(problem.lam), shape))
-            done, visited = number, total.count * len(problem.lam)
+            fresh = Moments.of(problem.batch(seeds, method, visited, observe), len(problem.lam), shape)
+            fresh.merge(total)
+            total, done = fresh, number  # at once: an interrupt finds the one or the other
+            visited = total.count * len(problem.lam)
             if store is not None and time.monotonic() - saved > SAVE_EVERY:
                 store.save(total, done, method)
                 saved = time.monotonic()
@@ -229,7 +233,7 @@ def collect(
     wait_for_all()
     if rank:
         return None
-    for other in range(1, world):
+    for other in range(1, min(world, len(config.batches))):  # any more processes had nothing to do
         assert store is not None  # several processes have a folder
         total.merge(store.read(other)[0])
     return total, method
@@ -276,6 +280,8 @@ class _Problem:
         x0, cond, z, v = self.draw(seeds)
         for k, values in enumerate(self.trajectories(cond, z, v, method) if x0 is None else self.diffusions(x0, cond, z, v, method)):
             if not bool(torch.isfinite(values).all()):
+                if x0 is None and bool(torch.isfinite(values[1]).all()):  # only the slope: the next level's fault
+                    k = min(k + 1, len(self.lam) - 1)
                 raise ModelError(
                     f"the network or its derivative is not finite at noise level {torch.exp(-self.lam[k]):.4g}, t = {self.nodes.t[k]:g}, "
                     f"among the seeds {seeds[0]} to {seeds[-1]}: check its weights and dtype, or calibrate a smaller range of times"
@@ -345,13 +351,14 @@ class _Store:
                 about, mean, second = file.metadata(), file.get_tensor("mean"), file.get_tensor("second")
             moments = Moments(len(mean), mean.shape[2:])
             moments.mean, moments.second, moments.count = mean, second, int(about["count"])
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            identity, batches, method = about["identity"], int(about["batches"]), about["method"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} is damaged ({error}): remove it and calibrate again") from error
-        if about["identity"] != self.identity:
+        if identity != self.identity:
             raise ArtifactError(
                 f"{path} belongs to another calibration (model, data, guidance, levels, batch or seed): remove it, or use another folder"
             )
-        return moments, int(about["batches"]), about["method"]
+        return moments, batches, method
 
     def resume(self, most: int) -> tuple[Moments, int, str] | None:
         """What this process had done, if anything."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -47,7 +48,8 @@ def differentiable() -> Iterator[None]:
 
 def _forward(function: Function, point: Pair, direction: Pair, scale: float) -> Pair:
     """Forward mode: one pass with dual numbers."""
-    with torch.no_grad(), differentiable():
+    with torch.no_grad(), differentiable(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # PyTorch's own use: as an error it would refuse this
         value, derivative = torch.func.jvp(function, point, direction)[:2]
     return value, derivative
 
@@ -90,7 +92,12 @@ def choose_jvp(function: Function, point: Pair, direction: Pair, scale: float, m
     if method != "auto":
         look_up(method, JVP_METHODS, "way to differentiate", ModelError)
     reasons = {}
-    expected = _difference(function, point, direction, scale)[1]
+    try:
+        expected = _difference(function, point, direction, scale)[1]
+    except Exception as error:
+        raise ModelError(f"the network cannot be evaluated: {str(error) or type(error).__name__}") from error
+    if not bool(torch.isfinite(expected).all()):
+        raise ModelError(f"the network is not finite (NaN or infinite) at noise level {scale:.4g}: check its weights and dtype")
     for name in JVP_METHODS if method == "auto" else (method,):
         try:
             # a difference is judged by one of another step, which a network that is not smooth or not deterministic does not pass

@@ -74,7 +74,8 @@ class Moments:
         cov = c * (-XdD + c * XD - d * XX) - (-DdD + c * DD - d * XD)
         f_b, df_b = _mean(f, shared_b), _mean(df, shared_b)
         var, cov = var + (f - f_b) ** 2, cov + (f - f_b) * (df - df_b)  # elements with one b spread around its own mean
-        floor = LEAST_VARIANCE * var.mean(tuple(range(1, var.ndim)), keepdim=True)
+        terms = (c**2 * XX + DD).mean(tuple(range(1, var.ndim)), keepdim=True)  # var itself may cancel to nothing, or below
+        floor = (LEAST_VARIANCE * terms).clamp_min(1e-30)
         s = (_mean(cov, shared) / _mean(var, shared).clamp_min(floor)).clamp(-LARGEST_SLOPE, LARGEST_SLOPE)
         b = _mean(df_b - s * f_b, shared_b)
         return l, s, b

@@ -74,7 +74,7 @@ def make_solver(name: str, **options: Any) -> Solver:  # noqa: ANN401 - the solv
     described: Any = solver  # a solver of another package need not be a dataclass
     for field in fields(described) if is_dataclass(described) else ():
         kind, value = type(field.default), getattr(solver, field.name)
-        if kind in (bool, int, str) and type(value) is not kind:
+        if kind in (bool, int, str) and type(value) is not kind and not callable(value):
             raise SolverError(f"option {field.name} of solver {bare!r} is of type {kind.__name__}, got {value!r}")
     return solver
 

@@ -69,6 +69,8 @@ class DPMSolverV3(Solver):
     def __post_init__(self) -> None:
         if isinstance(self.statistics, (str, Path)):
             object.__setattr__(self, "statistics", ModelStatistics.load(self.statistics))
+        if not isinstance(self.statistics, ModelStatistics):
+            raise SolverError(f"DPM-Solver-v3 needs ModelStatistics or a path to some; got {self.statistics!r}")
         choices = {
             "steps": (1, 2, 3),
             "predictor": ("true", "pseudo"),
@@ -96,15 +98,13 @@ class DPMSolverV3(Solver):
 
     def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
         """The grid's own times; with trapezoid integrals the nearest of the statistics."""
-        if self.integrals == "trapezoid":
-            grid = self.statistics.snap(grid, schedule)
         nodes, table = Nodes.at(schedule, grid.t), self.statistics.lam
         if not self.statistics.covers(nodes.lam):
             raise SolverError(
                 f"the statistics cover noise levels {torch.exp(-table[-1]):.3g} to {torch.exp(-table[0]):.3g}, the grid runs from "
                 f"{torch.exp(-nodes.lam[0]):.3g} to {torch.exp(-nodes.lam[-1]):.3g}: calibrate that range, or shorten the grid"
             )
-        return nodes
+        return nodes if self.integrals == "exact" else Nodes.at(schedule, self.statistics.snap(grid, schedule).t)
 
     def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
         """``F``; where ``alpha = 0`` it does not exist, and ``x0`` is remembered."""
@@ -145,7 +145,7 @@ class DPMSolverV3(Solver):
         if self.corrector == "none" or not bool(torch.isfinite(nodes.lam[i - 1])):
             return False
         gate = self.gate if callable(self.gate) else GATES[self.gate]
-        return gate(float(nodes.t[i] / nodes.t[0]))
+        return gate(float(nodes.t[i].detach() / nodes.t[0].detach()))
 
 
 class Setting(NamedTuple):
@@ -158,7 +158,7 @@ class Setting(NamedTuple):
 
 
 def _theirs(most: int, grid: str, t_min: float, **options: Any) -> Setting:  # noqa: ANN401
-    return Setting(most, grid, t_min, {"integrals": "trapezoid", **options})
+    return Setting(most, grid, t_min, {"steps": 3, "integrals": "trapezoid", **options})
 
 
 PUBLISHED: dict[str, tuple[Setting, ...]] = {  # from the authors' scripts; where the paper's text differs, the scripts
