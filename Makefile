@@ -42,6 +42,7 @@ VARIANTS := dpm-solver-pp-3m,dpm-solver-pp-3m:third_order=corrected,unipc-2,unip
 benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/step_overhead.py --out benchmarks/results/step_overhead.json
 	$(BIN)/python benchmarks/teacher_quality.py --out benchmarks/results/teacher_quality.json
+	$(BIN)/python benchmarks/calibration_cost.py --out benchmarks/results/calibration_cost.json
 	$(BIN)/fewstep bench digits-edm --solver $(ALL) --grid logsnr,karras,angle --nfe 5,6,8,10 --num 1024 --peers diffusers \
 		--out benchmarks/results/digits-edm
 	$(BIN)/fewstep bench digits-edm --solver $(MULTISTEP) --grid uniform,quadratic --nfe 5,6,8,10 --num 1024 \

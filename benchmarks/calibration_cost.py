@@ -1,4 +1,4 @@
-"""What statistics cost and what they are worth: levels x data x pooling against the error of DPM-Solver-v3 on digits-edm.
+"""What statistics cost and what they are worth: levels x data x pooling, and the states they come from, against the error of DPM-Solver-v3.
 
 python benchmarks/calibration_cost.py --out benchmarks/results/calibration_cost.json [--table]
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,21 @@ from fewstep.evaluate.benchmark import reference_sampler
 from fewstep.evaluate.generation import generate
 from fewstep.evaluate.metrics import rmse
 from fewstep.learn.calibrate import CalibrationConfig, calibrate
+from fewstep.models.data import load_images
+from fewstep.models.loaders import Model
 from fewstep.models.zoo import load_model
 from fewstep.solvers import DPMSolverV3
 
-MODEL = "digits-edm"
 LEVELS, DATA, NFE = (8, 15, 30, 120), (32, 128, 256, 1024), (5, 6, 8, 10)
 POOLS = ("element", "scalar/element", "channel")
 CASES = (*((pool, "angle", "exact") for pool in POOLS), ("element", "logsnr", "exact"), ("element", "logsnr", "trapezoid"))
+STATES = (  # model, guidance, states: the model's own trajectories, those but the network unguided, or diffused digits
+    *(("digits-edm", 1.0, states) for states in ("own", "digits")),
+    *(("digits-ddpm", 1.0, states) for states in ("own", "digits")),
+    *(("digits-edm", 2.0, states) for states in ("own", "own, unguided", "digits")),
+)
 NOISES = range(512)
+KEPT = Path("runs/calibration_cost")
 
 
 def main() -> None:
@@ -41,41 +48,59 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the rows as Markdown and stop")
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {"command": "python benchmarks/calibration_cost.py", "rows": []}
-    if args.table:
-        table(results["rows"])
-        return
-    cpu, model = torch.device("cpu"), load_model(MODEL)
-    schedule, labels = model.denoiser.schedule, model.labels(NOISES)
+    results |= {"noises": len(NOISES), "torch": torch.__version__}
+    if not args.table:
+        cost(results, args.out)
+        sources(results, args.out)
+    table(results["rows"])
+    table_of_states(results["states"])
+
+
+def cost(results: dict[str, Any], out: Path) -> None:
+    """Levels x data x pooling, on digits-edm."""
+    model, samples, exact = problem("digits-edm", 1.0)
+    results |= {"model": model.name, "fingerprint": model.fingerprint}
+    done = {(row["levels"], row["data"], row["pool"], row["grid"], row["integrals"]) for row in results["rows"]}
+    for levels, data, pool in product(LEVELS, DATA, POOLS):
+        cases = [case[1:] for case in CASES if case[0] == pool and (levels, data, *case) not in done]
+        if not cases:
+            continue
+        statistics = calibrate(model, CalibrationConfig(levels, data, pool, batch=32), KEPT / str(levels))
+        for grid, rule in cases:
+            errors = row(DPMSolverV3(statistics, integrals=rule), grid, model.denoiser.schedule, samples, exact)
+            about = {"levels": levels, "data": data, "pool": pool, "grid": grid, "integrals": rule, "points": (levels + 1) * data}
+            results["rows"].append({**about, "rmse": {str(nfe): error for nfe, error in errors.items()}})
+            write_whole(out, (json.dumps(results, indent=1) + "\n").encode())
+        print(f"{levels} levels, {data} data, {pool}", flush=True)
+
+
+def sources(results: dict[str, Any], out: Path) -> None:
+    """Default calibrations from different states."""
+    rows = results.setdefault("states", [])
+    for name, guidance, states in STATES:
+        if any((row["model"], row["guidance"], row["states"]) == (name, guidance, states) for row in rows):
+            continue
+        model, samples, exact = problem(name, guidance)
+        images = load_images("digits") if states == "digits" else None
+        folder = KEPT / f"{name} {guidance:g} {states}"
+        options: dict[str, Any] = {"images": images, "guidance": guidance, "unguided": "unguided" in states}
+        solver = DPMSolverV3(calibrate(model, CalibrationConfig(), folder, **options))
+        errors = {grid: row(solver, grid, model.denoiser.schedule, samples, exact) for grid in ("angle", "logsnr")}
+        rows.append({"model": name, "guidance": guidance, "states": states, "rmse": errors})
+        write_whole(out, (json.dumps(results, indent=1) + "\n").encode())
+        print(f"{name}, guidance {guidance:g}, {states}", flush=True)
+
+
+def problem(name: str, guidance: float) -> tuple[Model, Callable[[Sampler], torch.Tensor], torch.Tensor]:
+    """A model, how to sample it from the noises, and where the exact trajectories end."""
+    cpu, model = torch.device("cpu"), load_model(name)
+    denoiser, labels = model.guided(guidance), model.labels(NOISES)
 
     def samples(sampler: Sampler) -> torch.Tensor:
-        return torch.cat([generate(model.denoiser, sampler, part, model.shape, labels[part], cpu) for part in (NOISES[:256], NOISES[256:])])
+        parts = [slice(start, start + 256) for start in range(0, len(NOISES), 256)]
+        return torch.cat([generate(denoiser, sampler, NOISES[p], model.shape, None if labels is None else labels[p], cpu) for p in parts])
 
-    exact = samples(reference_sampler(schedule))
-    results |= {"model": MODEL, "fingerprint": model.fingerprint, "noises": len(NOISES), "torch": torch.__version__}
-    done = {(row["levels"], row["data"], row["pool"], row["grid"], row["integrals"]) for row in results["rows"]}
-    for levels in LEVELS:
-        for data in DATA:
-            for pool in POOLS:
-                config = CalibrationConfig(levels, data, pool, batch=32)
-                begin = time.perf_counter()
-                statistics = calibrate(model, config, Path("runs/calibration_cost") / str(levels))
-                seconds = time.perf_counter() - begin
-                for grid, rule in [case[1:] for case in CASES if case[0] == pool and (levels, data, *case) not in done]:
-                    errors = row(DPMSolverV3(statistics, integrals=rule), grid, schedule, samples, exact)
-                    results["rows"].append(
-                        {
-                            "levels": levels,
-                            "data": data,
-                            "pool": pool,
-                            "grid": grid,
-                            "integrals": rule,
-                            "points": (levels + 1) * data,
-                            "rmse": errors,
-                        }
-                    )
-                    write_whole(args.out, (json.dumps(results, indent=1) + "\n").encode())
-                print(f"{levels} levels, {data} data, {pool}: {seconds:.1f} s more", flush=True)
-    table(results["rows"])
+    return model, samples, samples(reference_sampler(model.denoiser.schedule))
 
 
 def row(
@@ -102,6 +127,15 @@ def table(rows: list[dict[str, Any]]) -> None:
             ours, theirs = ({int(n): v for n, v in one["rmse"].items()} for one in (r, best))
             cells = [f"{ours[n]:.4f} ({ours[n] / theirs[n]:.2f})" if ours[n] else "" for n in NFE]
             print(f"| {r['levels']} | {r['data']} | {r['points']} | {pool} | `{grid}` | {rule} | " + " | ".join(cells) + " |")
+
+
+def table_of_states(rows: list[dict[str, Any]]) -> None:
+    print("\n| model | guidance | states | grid | " + " | ".join(map(str, NFE)) + " |")
+    print("|---|---|---|---|" + "---|" * len(NFE))
+    for r in rows:
+        for grid, errors in r["rmse"].items():
+            cells = [f"{value:.4f}" for value in errors.values()]
+            print(f"| `{r['model']}` | {r['guidance']:g} | {r['states']} | `{grid}` | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

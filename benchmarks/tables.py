@@ -1,6 +1,6 @@
 """The tables of the README and the docs, as Markdown, from a results.json of fewstep bench.
 
-python benchmarks/tables.py benchmarks/results/digits-edm/results.json [--solver unipc-2,ipndm] [--grid angle] [--library fewstep]
+python benchmarks/tables.py benchmarks/results/digits-edm/results.json [--solver unipc-2,ipndm] [--grid angle] [--library fewstep] [--best]
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -16,11 +17,15 @@ def main() -> None:
     parser.add_argument("--solver", type=lambda text: text.split(","))
     parser.add_argument("--grid", type=lambda text: text.split(","))
     parser.add_argument("--library", default="fewstep")
+    parser.add_argument("--best", action="store_true", help="one line a solver, each cell on the best of its grids")
     args = parser.parse_args()
     rows = [row for row in json.loads(args.results.read_text())["rows"] if row["library"] == args.library]
     rows = [row for row in rows if (not args.solver or row["solver"] in args.solver) and (not args.grid or row["grid"] in args.grid)]
     columns = sorted({row["nfe"] for row in rows})
     best = {n: min(row["rmse"] for row in rows if row["nfe"] == n) for n in columns}
+    if args.best:
+        best_grids(rows, columns, best)
+        return
     cells = {(row["grid"], row["solver"], row["nfe"]): row for row in rows}
     print("| solver | grid | " + " | ".join(f"{n}" for n in columns) + " |")
     print("|---|---|" + "---|" * len(columns))
@@ -31,6 +36,18 @@ def main() -> None:
             text = "" if row is None else f"{row['rmse']:.4f} ({row['fd']:.2f})"
             line.append(f"**{text}**" if row is not None and row["rmse"] == best[n] else text)
         print(f"| `{solver}` | `{grid}` | " + " | ".join(line) + " |")
+
+
+def best_grids(rows: list[dict[str, Any]], columns: list[int], best: dict[int, float]) -> None:
+    print("| solver | " + " | ".join(f"{n}" for n in columns) + " |")
+    print("|---|" + "---|" * len(columns))
+    for solver in dict.fromkeys(row["solver"] for row in rows):
+        line = []
+        for n in columns:
+            row = min((r for r in rows if r["solver"] == solver and r["nfe"] == n), key=lambda r: r["rmse"], default=None)
+            text = "" if row is None else f"{row['rmse']:.4f} ({row['fd']:.2f}) `{row['grid']}`"
+            line.append(f"**{text}**" if row is not None and row["rmse"] == best[n] else text)
+        print(f"| `{solver}` | " + " | ".join(line) + " |")
 
 
 if __name__ == "__main__":
