@@ -269,6 +269,7 @@ b {tuple(self.b.shape[1:])}
 
 ```python
 import fewstep
+
 statistics = fewstep.ModelStatistics.load("path/to/this/folder")
 solver = fewstep.make_solver("dpm-solver-v3", statistics=statistics)
 ```
