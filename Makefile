@@ -38,11 +38,13 @@ docs: $(STAMP)
 ALL := euler,ddim,heun,dpm-solver-2s,dpm-solver-3s,dpm-solver-pp-2m,dpm-solver-pp-3m,sde-dpm-solver-pp-2m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3
 MULTISTEP := ddim,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3
 VARIANTS := dpm-solver-pp-3m,dpm-solver-pp-3m:third_order=corrected,unipc-2,unipc-2:weights=exact,ipndm,ipndm:steps=2,ipndm:steps=3
+V3 := dpm-solver-v3,dpm-solver-v3:steps=1,dpm-solver-v3:steps=3,dpm-solver-v3:steps=3:predictor=pseudo,dpm-solver-v3:corrector=none,dpm-solver-v3:corrector=same,dpm-solver-v3:corrector=true
 
 benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/step_overhead.py --out benchmarks/results/step_overhead.json
 	$(BIN)/python benchmarks/teacher_quality.py --out benchmarks/results/teacher_quality.json
 	$(BIN)/python benchmarks/calibration_cost.py --out benchmarks/results/calibration_cost.json
+	$(BIN)/python benchmarks/local_errors.py --out benchmarks/results/local_errors.json
 	$(BIN)/fewstep bench digits-edm --solver $(ALL) --grid logsnr,karras,angle --nfe 5,6,8,10 --num 1024 --peers diffusers \
 		--out benchmarks/results/digits-edm
 	$(BIN)/fewstep bench digits-edm --solver $(MULTISTEP) --grid uniform,quadratic --nfe 5,6,8,10 --num 1024 \
@@ -55,6 +57,10 @@ benchmarks: $(STAMP)
 		--out benchmarks/results/digits-edm-guidance-2
 	$(BIN)/fewstep bench digits-edm --solver $(VARIANTS) --grid karras,angle --nfe 5,6,8,10 --num 1024 \
 		--out benchmarks/results/digits-edm-variants
+	$(BIN)/fewstep bench digits-edm --solver $(V3) --grid logsnr,angle --nfe 5,6,8 --num 512 --out benchmarks/results/digits-edm-v3
+	$(BIN)/fewstep bench digits-ddpm --solver $(V3) --grid logsnr,angle --nfe 5,6,8 --num 512 --out benchmarks/results/digits-ddpm-v3
+	$(BIN)/fewstep bench digits-edm --solver $(V3) --grid logsnr,angle --nfe 5,6,8 --num 512 --guidance 2 \
+		--out benchmarks/results/digits-edm-guidance-2-v3
 
 clean:
 	rm -rf $(VENV) site runs dist build .pytest_cache .ruff_cache .hypothesis

@@ -262,3 +262,11 @@ def test_what_was_not_published_is_refused():
         published("cifar10-edm", 26)
     with pytest.raises(SolverError, match="unknown published setting 'cifar10': did you mean cifar10-"):
         published("cifar10", 5)
+
+
+def test_a_value_that_json_would_read_is_a_word_where_words_are_wanted() -> None:
+    solver = make_solver("dpm-solver-v3:corrector=true:predictor=true", statistics=statistics())
+    assert (solver.corrector, solver.predictor) == ("true", "true")
+    with pytest.raises(SolverError, match="corrector none, same, pseudo, true; got"):
+        make_solver("dpm-solver-v3:corrector=false", statistics=statistics())
+    assert make_solver("unipc-2:corrector=false").corrector is False

@@ -65,6 +65,9 @@ def make_solver(name: str, **options: Any) -> Solver:  # noqa: ANN401 - the solv
     bare, written = parse_spec(name, SolverError)
     options, factory = {**written, **options}, _factory(bare)  # an argument wins over what the name says
     check_options(options, factory, f"solver {bare!r}", SolverError)
+    for key, value in written.items():  # corrector=true is a word where words are wanted
+        if options[key] is value and isinstance(signature(factory).parameters[key].default, str) and isinstance(value, bool):
+            options[key] = str(value).lower()
     if "statistics" not in options and takes_statistics(name):
         raise SolverError(f"{bare} needs statistics of its model: make them with 'fewstep calibrate', and pass statistics=")
     try:

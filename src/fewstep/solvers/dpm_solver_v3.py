@@ -46,8 +46,8 @@ class DPMSolverV3(Solver):
         steps: ``p``, the predictor's order.
         predictor: ``true`` takes all derivatives from one polynomial through ``p`` points; ``pseudo`` takes the k-th derivative from
             ``k + 1`` points only: of lower order, but calmer on few steps.
-        corrector: ``none``; ``same`` redoes each step with the new evaluation in place of the oldest, at order ``p``; ``true`` adds it, at
-            order ``p + 1``; ``pseudo`` adds it with pseudo derivatives. The first and the last of these are the authors'.
+        corrector: ``none``; ``same`` redoes each step with the new evaluation in place of the oldest, at order ``p``; ``pseudo`` adds
+            it with pseudo derivatives; ``true``, which the authors' code lacks, adds it at order ``p + 1``.
         gate: when to correct: ``always``, ``half`` (the later half of the time range), ``half-as-coded`` (the earlier half, which
             is what the authors' code does), or a function of the time as a part of the first.
         integrals: ``exact``, or ``trapezoid`` as in the authors' code, which moves all times to the statistics' grid.
