@@ -21,7 +21,6 @@ from fewstep.core.errors import GridError
 from fewstep.core.grid import make_grid
 from fewstep.core.sampler import Sampler
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.evaluate.benchmark import reference_sampler
 from fewstep.evaluate.generation import generate
 from fewstep.evaluate.metrics import rmse
 from fewstep.learn.calibrate import CalibrationConfig, calibrate
@@ -29,6 +28,7 @@ from fewstep.models.data import load_images
 from fewstep.models.loaders import Model
 from fewstep.models.zoo import load_model
 from fewstep.solvers import DPMSolverV3
+from fewstep.solvers.reference import reference_sampler
 
 LEVELS, DATA, NFE = (8, 15, 30, 120), (32, 128, 256, 1024), (5, 6, 8, 10)
 POOLS = ("element", "scalar/element", "channel")

@@ -88,8 +88,9 @@ def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}; choose a folder that you may write to") from error
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"cannot write {path}: {why}; choose a folder that you may write to") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -31,11 +31,11 @@ from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
 from fewstep.evaluate.peers import PEERS, peer_steps, run_peer
 from fewstep.models.data import load_images
 from fewstep.models.loaders import Model
-from fewstep.solvers import UniPC, make_solver, takes_statistics
+from fewstep.solvers import make_solver, takes_statistics
+from fewstep.solvers.reference import REFERENCE_NFE, reference_sampler
 
-__all__ = ["BenchmarkConfig", "Row", "benchmark", "picture_file", "read_samples", "reference_sampler"]
+__all__ = ["BenchmarkConfig", "Row", "benchmark", "picture_file", "read_samples"]
 
-REFERENCE_NFE = 128
 Key = tuple[str, str, str, int]  # library, solver, grid, nfe
 KEPT = 16  # samples of each row kept for pictures
 
@@ -117,13 +117,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def reference_sampler(schedule: NoiseSchedule, nfe: int = REFERENCE_NFE) -> Sampler:
-    """The tight trajectory: UniPC-3 on the Karras grid (the angle grid from ``alpha = 0``), times not snapped."""
-    from_signal = bool(schedule.alpha(torch.tensor(schedule.t_max, dtype=torch.float64)) > 0)
-    grid = TimeGrid.karras(schedule, nfe) if from_signal else TimeGrid.angle(schedule, nfe)
-    return Sampler.build(UniPC(steps=3), grid, schedule)
 
 
 def benchmark(
