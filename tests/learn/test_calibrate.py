@@ -31,11 +31,11 @@ from fewstep import (
 )
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics
-from fewstep.evaluate.benchmark import reference_sampler
-from fewstep.learn import calibrate as module
+from fewstep.learn import accumulate as module
 from fewstep.learn.calibrate import FINITE, CalibrationConfig, States, calibrate, collect, diffused
 from fewstep.learn.moments import LARGEST_SLOPE, Moments
 from fewstep.models.data import Images
+from fewstep.solvers.reference import reference_sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode of some PyTorch releases says so
 

@@ -6,26 +6,21 @@ of the model's own sampling trajectories, solved with the very evaluations made 
 
 from __future__ import annotations
 
-import hashlib
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.core.artifact import check_writable, write_whole
-from fewstep.core.errors import ArtifactError, FewstepError, ModelError
+from fewstep.core.errors import FewstepError, ModelError
 from fewstep.core.prediction import aligned
-from fewstep.core.process import process, wait_for_all
 from fewstep.core.sampling import Cond, Denoiser, seeded_noise
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, advance, tabulate
+from fewstep.learn.accumulate import Store, accumulate, seed_batches
 from fewstep.learn.jvp import JVP_METHODS, choose_jvp
 from fewstep.learn.moments import POOLS, Moments
 from fewstep.models.data import Images
@@ -39,7 +34,6 @@ States = Callable[[Sequence[int]], tuple[Tensor | None, Cond]]  # seeds -> clean
 NOISE, PROBE = 1_000_001, 1_000_002  # streams of the seeds: independent of what samplers draw from the same ones
 FINITE = (-math.log(200.0), -math.log(5e-4))  # lam: where statistics begin and end if the process itself goes further
 LARGEST_VALUE = 30.0  # of an image or latent
-SAVE_EVERY = 20.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -88,8 +82,7 @@ class CalibrationConfig:
     @property
     def batches(self) -> list[range]:
         """The seeds of each batch."""
-        seeds = range(self.seed, self.seed + self.num)
-        return [seeds[start : start + self.batch] for start in range(0, self.num, self.batch)]
+        return seed_batches(self.seed, self.num, self.batch)
 
 
 def diffused(images: Images, shape: Sequence[int], *, conditional: bool = False) -> States:
@@ -207,36 +200,17 @@ def collect(
         ArtifactError: the folder holds moments of another calibration, or cannot be written.
     """
     problem = _Problem(denoiser, along, tuple(shape), config.lam(denoiser.schedule), states, device or torch.device("cpu"))
-    rank, world = process()
-    if world > 1 and folder is None:
-        raise FewstepError("several processes can only calibrate together with a folder to meet in: name one")
-    mine = config.batches[rank::world]
-    store = None if folder is None else _Store(folder, f"{identity} {problem.lam.tolist()} {config.identity}")
-    total, done, method = (None if store is None else store.resume(len(mine))) or (Moments(len(problem.lam), shape), 0, "")
-    method = method or problem.method(config)
-    visited = total.count * len(problem.lam)
-    saved = time.monotonic()
-    try:
-        for number, seeds in enumerate(mine[done:], done + 1):
-            fresh = Moments.of(problem.batch(seeds, method, visited, observe), len(problem.lam), shape)
-            fresh.merge(total)
-            total, done = fresh, number  # at once: an interrupt finds the one or the other
-            visited = total.count * len(problem.lam)
-            if store is not None and time.monotonic() - saved > SAVE_EVERY:
-                store.save(total, done, method)
-                saved = time.monotonic()
-    finally:
-        if store is not None and done:
-            store.save(total, done, method)
-    if observe is not None:
-        observe(visited, "")
-    wait_for_all()
-    if rank:
-        return None
-    for other in range(1, min(world, len(config.batches))):  # any more processes had nothing to do
-        assert store is not None  # several processes have a folder
-        total.merge(store.read(other)[0])
-    return total, method
+    levels = len(problem.lam)
+    whole = f"{identity} {problem.lam.tolist()} {config.identity}"
+    store = None if folder is None else Store(folder, "moments", whole, Moments, work="calibration", again="calibrate")
+
+    def fresh(seeds: range, count: int, method: str) -> Moments:
+        return Moments.of(problem.batch(seeds, method, count * levels, observe), levels, shape)
+
+    made = accumulate(config.batches, fresh, lambda: Moments(levels, shape), store, note=lambda: problem.method(config), verb="calibrate")
+    if made is not None and observe is not None:
+        observe(made[0].count * levels, "")
+    return made
 
 
 class _Problem:
@@ -326,49 +300,3 @@ class _Problem:
         """``X, D, D', v J v`` from ``X, D, v J v`` here and at the levels around (at the ends: here and the one next to it)."""
         cells = 1 if here is before or here is after else 2
         return torch.stack([here[0], here[1], (after[1] - before[1]) / (cells * float(self.lam[1] - self.lam[0])), here[2]])
-
-
-class _Store:
-    """The moments of each process on disk: whole at any time, and only ever continued by the calibration that began them."""
-
-    def __init__(self, folder: Path, identity: str) -> None:
-        check_writable(folder)
-        self.folder, self.identity = folder, hashlib.sha256(identity.encode()).hexdigest()[:16]
-
-    def _path(self, rank: int) -> Path:
-        return self.folder / f"moments-{rank}-of-{process()[1]}.safetensors"
-
-    def save(self, moments: Moments, batches: int, method: str) -> None:
-        about = {"identity": self.identity, "count": str(moments.count), "batches": str(batches), "method": method}
-        tensors = {"mean": moments.mean, "second": moments.second}
-        write_whole(self._path(process()[0]), lambda temporary: save_file(tensors, temporary, about))
-
-    def read(self, rank: int) -> tuple[Moments, int, str]:
-        """The moments of a process, the number of its batches in them, and how the network was differentiated."""
-        path = self._path(rank)
-        try:
-            with safe_open(path, "pt") as file:
-                about, mean, second = file.metadata(), file.get_tensor("mean"), file.get_tensor("second")
-            moments = Moments(len(mean), mean.shape[2:])
-            moments.mean, moments.second, moments.count = mean, second, int(about["count"])
-            identity, batches, method = about["identity"], int(about["batches"]), about["method"]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path} is damaged ({error}): remove it and calibrate again") from error
-        if identity != self.identity:
-            raise ArtifactError(
-                f"{path} belongs to another calibration (model, data, guidance, levels, batch or seed): remove it, or use another folder"
-            )
-        return moments, batches, method
-
-    def resume(self, most: int) -> tuple[Moments, int, str] | None:
-        """What this process had done, if anything."""
-        path = self._path(process()[0])
-        others = [other for other in self.folder.glob("moments-*") if other.name.split("-of-")[1] != path.name.split("-of-")[1]]
-        if others:
-            raise ArtifactError(f"{others[0]} was made by another number of processes: use as many again, or remove it")
-        if not path.exists():
-            return None
-        found = self.read(process()[0])
-        if found[1] > most:
-            raise ArtifactError(f"{path} holds {found[0].count} data already: ask for at least as many, or use another folder")
-        return found

@@ -41,6 +41,18 @@ class Moments:
         self.second = torch.zeros(levels, len(SECOND), *shape, dtype=torch.float64)  # sums of products of deviations
 
     @classmethod
+    def restored(cls, tensors: dict[str, Tensor], count: int) -> Moments:
+        """From what `tensors` gives."""
+        mean, second = tensors["mean"], tensors["second"]
+        made = cls(len(mean), mean.shape[2:])
+        made.mean, made.second, made.count = mean, second, count
+        return made
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it but the count."""
+        return {"mean": self.mean, "second": self.second}
+
+    @classmethod
     def of(cls, batch: Iterable[Tensor], levels: int, shape: Sequence[int]) -> Moments:
         """Of one batch: at each level ``[4, B, *D]`` in the order of `MEANS`."""
         made = cls(levels, shape)
