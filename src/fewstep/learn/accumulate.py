@@ -72,6 +72,7 @@ def accumulate(
         raise FewstepError(f"several processes can only {verb} together with a folder to meet in: name one")
     mine = batches[rank::world]
     total, done, noted = (None if store is None else store.resume(len(mine))) or (empty(), 0, "")
+    before = done
     noted = noted or note()
     saved = time.monotonic()
     try:
@@ -83,7 +84,7 @@ def accumulate(
                 store.save(total, done, noted)
                 saved = time.monotonic()
     finally:
-        if store is not None and done:
+        if store is not None and done > before:
             store.save(total, done, noted)
     wait_for_all()
     if rank:
