@@ -37,6 +37,7 @@ docs: $(STAMP)
 
 ALL := euler,ddim,heun,dpm-solver-2s,dpm-solver-3s,dpm-solver-pp-2m,dpm-solver-pp-3m,sde-dpm-solver-pp-2m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3
 MULTISTEP := ddim,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3
+FOUR := ddim,dpm-solver-pp-2m,unipc-2,dpm-solver-v3
 VARIANTS := dpm-solver-pp-3m,dpm-solver-pp-3m:third_order=corrected,unipc-2,unipc-2:weights=exact,ipndm,ipndm:steps=2,ipndm:steps=3
 V3 := dpm-solver-v3,dpm-solver-v3:steps=1,dpm-solver-v3:steps=3,dpm-solver-v3:steps=3:predictor=pseudo,dpm-solver-v3:corrector=none,dpm-solver-v3:corrector=same,dpm-solver-v3:corrector=true
 
@@ -45,6 +46,14 @@ benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/teacher_quality.py --out benchmarks/results/teacher_quality.json
 	$(BIN)/python benchmarks/calibration_cost.py --out benchmarks/results/calibration_cost.json
 	$(BIN)/python benchmarks/local_errors.py --out benchmarks/results/local_errors.json
+	$(BIN)/python benchmarks/schedule_bounds.py --out benchmarks/results/schedule_bounds.json
+	for model in digits-edm digits-ddpm; do \
+		$(BIN)/fewstep bench $$model --solver $(FOUR) --grid karras,logsnr,uniform,quadratic,angle --nfe 3,4,15,20 --num 1024 \
+			--out benchmarks/results/$$model-optimized && \
+		$(BIN)/fewstep bench $$model --solver $(FOUR) --grid optimized --nfe 3,4,5,6,8,10,15,20 --num 1024 \
+			--out benchmarks/results/$$model-optimized || exit 1; \
+	done
+	$(BIN)/python benchmarks/tuned_models.py --out benchmarks/results/tuned_models
 	$(BIN)/fewstep bench digits-edm --solver $(ALL) --grid logsnr,karras,angle --nfe 5,6,8,10 --num 1024 --peers diffusers \
 		--out benchmarks/results/digits-edm
 	$(BIN)/fewstep bench digits-edm --solver $(MULTISTEP) --grid uniform,quadratic --nfe 5,6,8,10 --num 1024 \

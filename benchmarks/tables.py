@@ -1,6 +1,7 @@
 """The tables of the README and the docs, as Markdown, from a results.json of fewstep bench.
 
-python benchmarks/tables.py benchmarks/results/digits-edm/results.json [--solver unipc-2,ipndm] [--grid angle] [--library fewstep] [--best]
+python benchmarks/tables.py benchmarks/results/digits-edm/results.json [--solver unipc-2,ipndm] [--grid angle] [--library fewstep]
+    [--best] [--optimized]
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ def main() -> None:
     parser.add_argument("--grid", type=lambda text: text.split(","))
     parser.add_argument("--library", default="fewstep")
     parser.add_argument("--best", action="store_true", help="one line a solver, each cell on the best of its grids")
+    parser.add_argument("--optimized", action="store_true", help="the optimized grid of each solver beside the best of the others")
     args = parser.parse_args()
     rows = [row for row in json.loads(args.results.read_text())["rows"] if row["library"] == args.library]
     rows = [row for row in rows if (not args.solver or row["solver"] in args.solver) and (not args.grid or row["grid"] in args.grid)]
     columns = sorted({row["nfe"] for row in rows})
     best = {n: min(row["rmse"] for row in rows if row["nfe"] == n) for n in columns}
+    if args.optimized:
+        optimized_grids(rows, columns)
+        return
     if args.best:
         best_grids(rows, columns, best)
         return
@@ -36,6 +41,20 @@ def main() -> None:
             text = "" if row is None else f"{row['rmse']:.4f} ({row['fd']:.2f})"
             line.append(f"**{text}**" if row is not None and row["rmse"] == best[n] else text)
         print(f"| `{solver}` | `{grid}` | " + " | ".join(line) + " |")
+
+
+def optimized_grids(rows: list[dict[str, Any]], columns: list[int]) -> None:
+    print("| solver | | " + " | ".join(f"{n}" for n in columns) + " |")
+    print("|---|---|" + "---|" * len(columns))
+    for solver in dict.fromkeys(row["solver"] for row in rows if row["grid"] == "optimized"):
+        pairs = []
+        for n in columns:
+            cells = [row for row in rows if row["solver"] == solver and row["nfe"] == n]
+            best = min((row for row in cells if row["grid"] != "optimized"), key=lambda row: row["rmse"])
+            pairs.append((next(row for row in cells if row["grid"] == "optimized"), best))
+        print(f"| `{solver}` | optimized | " + " | ".join(f"{ours['rmse']:.4f} ({ours['fd']:.2f})" for ours, _ in pairs) + " |")
+        print("| | best standard | " + " | ".join(f"{best['rmse']:.4f} ({best['fd']:.2f}) `{best['grid']}`" for _, best in pairs) + " |")
+        print("| | ratio | " + " | ".join(f"**{ours['rmse'] / best['rmse']:.2f}**" for ours, best in pairs) + " |")
 
 
 def best_grids(rows: list[dict[str, Any]], columns: list[int], best: dict[int, float]) -> None:

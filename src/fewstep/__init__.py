@@ -20,6 +20,9 @@ from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, Vari
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, Solver, State, Tableau, advance, tabulate
 from fewstep.learn.calibrate import CalibrationConfig, calibrate
+from fewstep.learn.finetune import FinetuneConfig, finetune
+from fewstep.learn.optimize import OptimizeConfig, optimize
+from fewstep.learn.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
 from fewstep.models.analytic import DatasetDenoiser, GaussianDenoiser, MixtureDenoiser
 from fewstep.models.denoiser import AdaptedDenoiser
 from fewstep.models.guidance import classifier_free, classifier_guided, dynamic_threshold, static_threshold
@@ -38,6 +41,7 @@ __all__ = [
     "DiscreteVP",
     "EDM",
     "FewstepError",
+    "FinetuneConfig",
     "GaussianDenoiser",
     "GridError",
     "MixtureDenoiser",
@@ -46,6 +50,7 @@ __all__ = [
     "ModelStatistics",
     "Nodes",
     "NoiseSchedule",
+    "OptimizeConfig",
     "RectifiedFlow",
     "Sampler",
     "Solver",
@@ -54,6 +59,8 @@ __all__ = [
     "Step",
     "Tableau",
     "TimeGrid",
+    "Trajectories",
+    "TrajectoryConfig",
     "VPCosine",
     "VPLinear",
     "VarianceExploding",
@@ -64,10 +71,13 @@ __all__ = [
     "classifier_guided",
     "convert",
     "dynamic_threshold",
+    "finetune",
     "from_x0",
+    "generate_trajectories",
     "load_model",
     "make_grid",
     "make_solver",
+    "optimize",
     "sample",
     "seeded_noise",
     "start_noise",

@@ -14,8 +14,10 @@ from fewstep import (
     State,
     Tableau,
     TimeGrid,
+    VarianceExploding,
     VPLinear,
     advance,
+    make_grid,
     make_solver,
     sample,
     tabulate,
@@ -305,3 +307,15 @@ def run(table, x):
     for row in table.rows(x):
         state = advance(row, state, torch.tanh(state.x))
     return state.x
+
+
+@pytest.mark.parametrize("schedule", [VarianceExploding(), RectifiedFlow()])  # the second ends at sigma = 0
+@pytest.mark.parametrize("nfe", [4, 5, 7])
+def test_steps_on_a_schedule_use_exactly_nfe_evaluations(schedule, nfe):
+    solver = make_solver("heun")
+    try:
+        steps = solver.steps_on(schedule, nfe)
+    except SolverError:
+        assert (nfe % 2 == 1) == isinstance(schedule, VarianceExploding)
+    else:
+        assert solver.nodes(make_grid("angle", schedule, steps), schedule).evaluations == nfe

@@ -1,16 +1,25 @@
 """The benchmark: paired noises, a reference that is much better than its rows, resumed rows, honest gaps."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
 
-from fewstep import ArtifactError, Model, SolverError, load_model
+from fewstep import ArtifactError, Model, ModelError, Sampler, SolverError, TimeGrid, VarianceExploding, load_model, make_solver, sample
+from fewstep.core.grid_table import GridTable
+from fewstep.core.sampling import start_noise
 from fewstep.core.statistics import ModelStatistics
-from fewstep.evaluate.benchmark import BenchmarkConfig, benchmark, picture_file
+from fewstep.evaluate.benchmark import benchmark, picture_file, read_samples
+from fewstep.evaluate.plan import OPTIMIZED, BenchmarkConfig
+from fewstep.models.loaders import save_ours
+from fewstep.models.tuned import Tuned
+from fewstep.solvers.reference import reference_sampler
 
-COLUMNS = {"solver", "library", "grid", "nfe", "num", "guidance", "rmse", "fd", "fd_features", "seconds", "solver_seconds", "statistics"}
+COLUMNS = {"solver", "library", "grid", "nfe", "num", "guidance", "rmse", "fd", "fd_features", "seconds", "solver_seconds"}
+COLUMNS |= {"statistics", "artifact"}
 SMALL = {"num": 16, "batch": 8}
 
 
@@ -89,3 +98,150 @@ def test_a_path_in_a_solvers_name_stays_out_of_the_names_of_files(tmp_path: Path
 def test_a_benchmark_without_any_row_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SolverError, match="use 4 or 6"):
         benchmark(load_model("digits-edm"), BenchmarkConfig(("heun",), ("angle",), (5,), **SMALL), tmp_path, command="")
+
+
+# -- tuned models, their own grids, saved samplers -------------------------------------------------------------------
+
+UNET = {"sample_size": 4, "in_channels": 1, "out_channels": 1, "block_out_channels": (16,), "norm_num_groups": 4, "layers_per_block": 1}
+UNET |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False, "num_class_embeds": 3}
+LAW, SHAPE, FLOAT32 = VarianceExploding(0.05, 20.0), (1, 4, 4), 1e-5  # two sums of some 100 steps in float32
+FEW = {"num": 8, "batch": 4}
+
+
+def tiny(folder: Path, seed: int = 0) -> Model:
+    """A class-conditional model of random weights, whose labels matter."""
+    torch.manual_seed(seed)
+    network = UNet2DModel(**UNET)
+    with torch.no_grad():
+        network.class_embedding.weight.mul_(5)
+    save_ours(folder, network, "edm(0.5)", LAW, SHAPE, 2)
+    return load_model(folder)
+
+
+def tuned(folder: Path, teacher: Model, guidance: float = 1.0, weights: Model | None = None, half: bool = False) -> Model:
+    """A folder as if tuned from ``teacher``, with the same or other weights."""
+    network = (weights or teacher).denoiser.network
+    save_ours(folder, network.half() if half else network, "edm(0.5)", LAW, SHAPE, 2)
+    network.float()
+    student = load_model(folder)
+    grids = {2: TimeGrid(torch.tensor([20.0, 0.5, 0.05])), 96: reference_sampler(LAW, 96).grid}
+    GridTable("ddim", student.fingerprint, 1.0, LAW, grids).save(folder / "optimized" / "ddim")
+    GridTable("unipc-3", student.fingerprint, 1.0, LAW, grids).save(folder / "optimized" / "unipc-3")
+    Tuned(str(teacher.folder), teacher.fingerprint, guidance, "ddim", 2, "mean").save(folder)
+    return load_model(folder)
+
+
+def exact_ends(model: Model, scale: float) -> torch.Tensor:
+    """Computed here: the ends of the model's trajectories from the seeds of ``FEW``."""
+    sampler, seeds = reference_sampler(LAW), range(FEW["num"])
+    with torch.no_grad():
+        return sample(model.guided(scale), sampler, start_noise(sampler.tableau.nodes, seeds, SHAPE), model.labels(seeds))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_tuned_model_is_measured_against_its_guided_teacher(tmp_path: Path, guidance: float) -> None:
+    teacher = tiny(tmp_path / "teacher")
+    student = tuned(tmp_path / "student", teacher, guidance, tiny(tmp_path / "other", 1))
+    results = benchmark(student, BenchmarkConfig(("ddim",), (OPTIMIZED,), (2,), **FEW), tmp_path / "out", command="")
+    ends = {scale: exact_ends(teacher, scale) for scale in (1.0, 2.0)}
+    kept = read_samples(tmp_path / "out" / "reference.safetensors")
+    torch.testing.assert_close(kept, ends[guidance], rtol=0, atol=FLOAT32)
+    assert float((kept - ends[3.0 - guidance]).abs().max()) > 1e-2  # guidance does something to this model
+    (row,) = results["rows"]
+    seeds = range(FEW["num"])
+    sampler = Sampler.build(make_solver("ddim"), student.optimized("ddim", 2), LAW)
+    with torch.no_grad():
+        made = sample(student.denoiser, sampler, start_noise(sampler.tableau.nodes, seeds, SHAPE), student.labels(seeds))
+    assert row["rmse"] == pytest.approx(float((made - kept).double().square().mean().sqrt()), rel=FLOAT32)
+    assert results["problem"]["reference"]["teacher"] == teacher.fingerprint and results["problem"]["fingerprint"] == student.fingerprint
+
+
+def test_a_student_that_is_its_teacher_arrives_with_many_steps(tmp_path: Path) -> None:
+    student = tuned(tmp_path / "student", tiny(tmp_path / "teacher"))
+    results = benchmark(student, BenchmarkConfig(("unipc-3",), (OPTIMIZED,), (2, 96), **FEW), tmp_path / "out", command="")
+    few, many = (row["rmse"] for row in results["rows"])
+    assert many < 1e-4 < 0.01 * few  # measured 2e-6 and 0.3
+
+
+def test_half_weights_are_measured_as_float32(tmp_path: Path) -> None:
+    teacher = tiny(tmp_path / "teacher")
+    config, rows = BenchmarkConfig(("ddim",), (OPTIMIZED,), (2,), **FEW), []
+    for half in (False, True):
+        student = tuned(tmp_path / str(half), teacher, half=half)
+        assert {value.dtype for value in student.denoiser.network.parameters()} == {torch.float32}
+        (row,) = benchmark(student, config, tmp_path / f"out-{half}", command="")["rows"]
+        rows.append(row["rmse"])
+    assert rows[0] != rows[1] and rows[1] == pytest.approx(rows[0], rel=5e-3)  # float16 has 11 bits
+
+
+def test_a_teacher_that_is_gone_or_has_other_weights_is_named(tmp_path: Path) -> None:
+    teacher, config = tiny(tmp_path / "teacher"), BenchmarkConfig(("ddim",), (OPTIMIZED,), (2,), **FEW)
+    student = tuned(tmp_path / "student", teacher)
+    was = teacher.fingerprint
+    now = tiny(tmp_path / "teacher", 3).fingerprint
+    with pytest.raises(ModelError, match=f"student was tuned from .*teacher with fingerprint {was}; that model now has {now}"):
+        benchmark(student, config, tmp_path / "out", command="")
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match=f"no model at {tmp_path / 'teacher'}"):
+        benchmark(student, config, tmp_path / "out", command="")
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_solvers_without_grids_of_the_models_own_are_listed(tmp_path: Path) -> None:
+    student = tuned(tmp_path / "student", tiny(tmp_path / "teacher"))
+    config = BenchmarkConfig(("ddim", "unipc-2"), (OPTIMIZED, "angle"), (2, 3), **FEW)
+    results = benchmark(student, config, tmp_path / "out", command="")
+    made = {(row["solver"], row["grid"], row["nfe"]): row["artifact"] for row in results["rows"]}
+    assert set(made) == {("ddim", OPTIMIZED, 2), *((solver, "angle", nfe) for solver in ("ddim", "unipc-2") for nfe in (2, 3))}
+    assert [key for key, artifact in made.items() if artifact is not None] == [("ddim", OPTIMIZED, 2)]
+    skipped = {tuple(one["key"][1:]): one["why"] for one in results["skipped"]}
+    assert set(skipped) == {("ddim", OPTIMIZED, 3), ("unipc-2", OPTIMIZED, 2), ("unipc-2", OPTIMIZED, 3)}
+    assert "only of 2, 96" in skipped["ddim", OPTIMIZED, 3] and "there are some for ddim" in skipped["unipc-2", OPTIMIZED, 2]
+
+
+def test_a_row_is_run_again_when_its_grid_or_sampler_changed_and_not_before(tmp_path: Path) -> None:
+    model = tuned(tmp_path / "student", tiny(tmp_path / "teacher"))
+    card = {"name": "ddim", "model": model.fingerprint, "guidance": 1.0}
+
+    def put(middle: float) -> None:
+        grid = TimeGrid(torch.tensor([20.0, middle, 0.05]))
+        Sampler.build(make_solver("ddim"), grid, LAW, **card).save(tmp_path / "samplers" / "nfe-02")
+        GridTable("ddim", model.fingerprint, 1.0, LAW, {2: grid}).save(tmp_path / "student" / "optimized" / "ddim")
+
+    def rows() -> dict[str, dict]:
+        config = BenchmarkConfig(("ddim",), (OPTIMIZED, "angle"), (2,), samplers=(tmp_path / "samplers",), **FEW)
+        made = benchmark(model, config, tmp_path / "out", command="")["rows"]
+        return {row["grid"]: row for row in made}
+
+    own, saved = OPTIMIZED, str(tmp_path / "samplers")
+    put(0.5)
+    first = rows()
+    assert set(first) == {own, "angle", saved} and first[own]["rmse"] == first[saved]["rmse"]
+    assert rows() == first  # the same seconds
+    put(2.0)
+    again = rows()
+    assert again["angle"] == first["angle"] and again[own]["rmse"] == again[saved]["rmse"] != first[own]["rmse"]
+    assert all(again[grid]["artifact"] != first[grid]["artifact"] for grid in (own, saved))
+    put(0.5)
+    back = rows()
+    assert all(back[grid]["artifact"] == first[grid]["artifact"] and back[grid]["rmse"] == first[grid]["rmse"] for grid in (own, saved))
+
+
+def test_saved_samplers_make_the_samples_that_they_hold(tmp_path: Path) -> None:
+    model = tiny(tmp_path / "model")
+    grid = TimeGrid(torch.tensor([20.0, 1.5, 0.05]))
+    sampler = Sampler.build(make_solver("unipc-2"), grid, LAW, name="unipc-2", model=model.fingerprint, guidance=1.0)
+    sampler.save(tmp_path / "samplers" / "unipc-2")
+    config = BenchmarkConfig((), (), (), samplers=(tmp_path / "samplers",), **FEW)
+    (row,) = benchmark(model, config, tmp_path / "out", command="")["rows"]
+    seeds = range(FEW["num"])
+    with torch.no_grad():
+        made = sample(model.denoiser, sampler, start_noise(sampler.tableau.nodes, seeds, SHAPE), model.labels(seeds))
+    kept = read_samples(picture_file(tmp_path / "out", ("fewstep", "unipc-2", row["grid"], 2)))
+    torch.testing.assert_close(kept, made, rtol=0, atol=FLOAT32)
+    other = tiny(tmp_path / "other", 1)
+    with pytest.raises(ArtifactError, match="is a sampler of"):
+        benchmark(other, config, tmp_path / "wrong", command="")
+    assert not (tmp_path / "wrong").exists()
+    with pytest.raises(ArtifactError, match="no sampler below"):
+        benchmark(model, replace(config, samplers=(tmp_path / "nothing",)), tmp_path / "wrong", command="")

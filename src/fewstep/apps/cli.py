@@ -9,11 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from fewstep.apps.console import bench_table, console, print_json, progress
+from fewstep.apps.console import bench_table, console, finetune_table, optimize_table, print_json, progress
 from fewstep.core.errors import FewstepError
 from fewstep.learn.calibrate import CalibrationConfig
+from fewstep.learn.finetune import FinetuneConfig
+from fewstep.learn.optimize import OptimizeConfig
 
-DEFAULT = CalibrationConfig()
+DEFAULT, OPTIMIZE, FINETUNE = CalibrationConfig(), OptimizeConfig(), FinetuneConfig()
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 ModelName = Annotated[str, typer.Argument(help="A bundled model (see 'fewstep models') or a folder.")]
@@ -49,9 +51,9 @@ def models(json: AsJson = False) -> None:
 def sample(
     model: ModelName,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
-    solver: str = "unipc-2",
-    grid: str = "angle",
-    nfe: Annotated[int, typer.Option(help="Network evaluations per sample.")] = 8,
+    solver: Annotated[str | None, typer.Option(help="Default: what the model was tuned for, else unipc-2.")] = None,
+    grid: Annotated[str | None, typer.Option(help="Or optimized: the model's own. Default: as for --solver, else angle.")] = None,
+    nfe: Annotated[int | None, typer.Option(help="Network evaluations per sample. Default: as for --solver, else 8.")] = None,
     num: Annotated[int, typer.Option("--num", "-n", help="How many samples (under torchrun say -n: it takes --num for its own).")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the first sample; the next has the next seed.")] = 0,
     guidance: Guidance = 1.0,
@@ -80,9 +82,10 @@ def sample(
 def bench(
     model: ModelName,
     out: Annotated[Path, typer.Option(help="Folder for results.json and the pictures.")],
-    solver: Annotated[str, typer.Option(help="Solvers, separated by commas.")] = "ddim,dpm-solver-pp-2m,unipc-2,deis-3,dpm-solver-v3",
-    grid: Annotated[str, typer.Option(help="Grids, separated by commas.")] = "logsnr,karras,angle",
-    nfe: Annotated[str, typer.Option(help="Network evaluations, separated by commas.")] = "5,6,8,10",
+    solver: Annotated[str | None, typer.Option(help="Solvers, separated by commas. Default: five.")] = None,
+    grid: Annotated[str | None, typer.Option(help="Grids; optimized is the model's own. Default: logsnr,karras,angle.")] = None,
+    nfe: Annotated[str | None, typer.Option(help="Network evaluations, separated by commas. Default: 5,6,8,10.")] = None,
+    sampler: Annotated[str, typer.Option(help="Folders of saved samplers, separated by commas: of fewstep optimize, for example.")] = "",
     num: Annotated[int, typer.Option(help="How many noises.")] = 1024,
     seed: int = 0,
     guidance: Guidance = 1.0,
@@ -93,13 +96,11 @@ def bench(
     json: AsJson = False,
 ) -> None:
     """Compare solvers on the same noises: error to a tight trajectory, Frechet distance, time."""
-    from fewstep.apps.verbs import run_bench
-    from fewstep.evaluate.benchmark import BenchmarkConfig
+    from fewstep.apps.verbs import BenchRequest, run_bench
 
-    names = [tuple(part.strip() for part in text.split(",") if part.strip()) for text in (solver, grid, peers)]
-    which = (names[0], names[1], integers(nfe, "--nfe"), num, seed, guidance, names[2], batch)
-    config = BenchmarkConfig(*which, statistics=statistics, any_statistics=any_statistics)
-    results = run_bench(model, config, out, command())
+    which = (words(solver), words(grid), None if nfe is None else integers(nfe, "--nfe"), words(sampler) or ())
+    request = BenchRequest(model, *which, num, seed, guidance, words(peers) or (), batch, statistics, any_statistics)
+    results = run_bench(request, out, command())
     print_json(results) if json else bench_table(results)
     if not json:
         console.print(f"rows: {out / 'results.json'}\npictures: {out / 'pictures.png'}")
@@ -131,6 +132,63 @@ def calibrate(
         scale = "" if guidance == 1 else f" --guidance {guidance:g}"
         text = f"statistics: {out}\nplot: {done['plot']}\nnext: fewstep bench {model}{scale} --statistics {out} --out runs/bench"
         print_json(done) if json else console.print(text)
+
+
+@app.command()
+def optimize(
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="Folder for the samplers.")],
+    nfe: Annotated[str, typer.Option(help="Network evaluations, separated by commas.")] = "5,6,8,10",
+    solver: Annotated[str, typer.Option(help="Solvers, separated by commas.")] = "unipc-2",
+    guidance: Guidance = 1.0,
+    levels: Annotated[int, typer.Option(help="Cells between the noise levels that schedules are first sought on.")] = OPTIMIZE.levels,
+    num: Annotated[int, typer.Option(help="Trajectories that the error bound is averaged over.")] = OPTIMIZE.num,
+    noises: Annotated[int, typer.Option(help="Noises that calibrate a schedule, at most.")] = OPTIMIZE.noises,
+    held_out: Annotated[int, typer.Option(help="Other noises, which decide between the schedules found.")] = OPTIMIZE.held_out,
+    statistics: StatisticsFolder = None,
+    json: AsJson = False,
+) -> None:
+    """Find the noise levels at which a solver should evaluate this model; continues where a killed run stopped."""
+    from fewstep.apps.verbs import run_optimize
+
+    config = OptimizeConfig(levels, num, noises, held_out)
+    done = run_optimize(model, words(solver) or (), integers(nfe, "--nfe"), config, out, guidance, statistics, command())
+    if json:
+        print_json(done)
+        return
+    optimize_table(done)
+    scale = "" if guidance == 1 else f" --guidance {guidance:g}"
+    console.print(f"samplers: {out}\nplots: {done['plots']}\nnext: fewstep bench {model}{scale} --sampler {out} --out runs/bench")
+
+
+@app.command()
+def finetune(
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="Folder for the tuned model.")],
+    nfe: Annotated[int, typer.Option(help="Network evaluations that it is tuned for.")] = FINETUNE.nfe,
+    rounds: Annotated[int, typer.Option(help="Rounds of training and schedule search, at most.")] = FINETUNE.rounds,
+    steps: Annotated[int, typer.Option(help="Training steps in a round.")] = FINETUNE.steps,
+    batch: Annotated[int, typer.Option(help="Trajectories in a step.")] = FINETUNE.batch,
+    lr: float = FINETUNE.lr,
+    form: Annotated[str, typer.Option(help="mean: regress onto the teacher's interval means; score: match scores on --data.")] = "mean",
+    states: Annotated[str, typer.Option(help="Where the regression looks: own or teacher.")] = "own",
+    guidance: Annotated[float, typer.Option(help="Scale at which the teacher samples; the tuned model is sampled without.")] = 1.0,
+    num: Annotated[int, typer.Option("--num", "-n", help="Teacher trajectories to learn from.")] = FINETUNE.num,
+    data: Annotated[str | None, typer.Option(help="For the form score: digits, an .npz or a folder of images.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Save the weights in float16.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Tune a copy of a model for a few steps, its schedule with it; continues where a killed run stopped."""
+    from fewstep.apps.verbs import run_finetune
+
+    which = (nfe, rounds, steps, batch, lr, checked(form, ("mean", "score"), "--form"), checked(states, ("own", "teacher"), "--states"))
+    config = FinetuneConfig(*which, guidance, num, half=half)
+    done = run_finetune(model, config, out, data, command())
+    if json:
+        print_json(done)
+        return
+    finetune_table(done)
+    console.print(f"model: {out}\nnext: fewstep bench {out} --nfe {nfe} --out runs/bench")
 
 
 @app.command()
@@ -171,6 +229,18 @@ def train(
         train(load_images(data), config, loop, out, command=command(), observe=lambda step, loss: report(step, f"loss {loss:.4f}"))
     if process()[0] == 0:
         console.print(f"model: {out}\nnext: fewstep bench {out} --out {out}/bench")
+
+
+def checked(word: str, words: tuple[str, ...], option: str) -> Any:  # noqa: ANN401 - one of the words
+    """A word that is one of a few."""
+    if word not in words:
+        raise FewstepError(f"{option} is {' or '.join(words)}, got {word!r}")
+    return word
+
+
+def words(text: str | None) -> tuple[str, ...] | None:
+    """Names separated by commas."""
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def integers(text: str, option: str) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["bench_table", "console", "print_json", "progress"]
+__all__ = ["bench_table", "console", "finetune_table", "optimize_table", "print_json", "progress"]
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
@@ -79,6 +79,31 @@ def bench_table(results: dict[str, Any]) -> None:
     console.print(f"* best. Reference: {reference['solver']} with {reference['nfe']} evaluations, own error {reference['error']:.1e}{fd}")
     for why in dict.fromkeys(skipped["why"] for skipped in results["skipped"]):
         console.print(f"no row: {why}")
+
+
+def optimize_table(done: dict[str, Any]) -> None:
+    """Errors on held-out noises of each optimised schedule beside the best standard grid, and where it came from."""
+    title = f"{done['model']}: mean error on held-out noises (RMSE)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left")
+    for heading in ("solver", "evaluations", "optimized", "best standard grid", "ratio", "from"):
+        table.add_column(heading, no_wrap=heading != "from", justify="left" if heading in ("solver", "from") else "right")
+    for row in done["rows"]:
+        (ours, theirs), (our_rmse, their_rmse) = row["error"], row["rmse"]
+        standard = f"{theirs:.4f} ({their_rmse:.4f}) {row['best_standard_grid']}"
+        table.add_row(row["solver"], str(row["nfe"]), f"{ours:.4f} ({our_rmse:.4f})", standard, f"{ours / theirs:.2f}", row["chosen"])
+    console.print(table)
+
+
+def finetune_table(done: dict[str, Any]) -> None:
+    """The bound and the error round by round."""
+    table = Table(title=f"{done['model']} tuned for {done['nfe']} evaluations", box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left")
+    for heading in ("round", "noise levels", "bound before", "after training", "best schedule then", "RMSE to the teacher", "seconds"):
+        table.add_column(heading, no_wrap=True, justify="left" if heading == "noise levels" else "right")
+    for row in done["history"]:
+        levels = ", ".join(f"{level:.3g}" for level in row["noise_levels"])
+        bounds = (f"{row[key]:.4f}" for key in ("bound_before", "bound_trained", "bound", "rmse"))
+        table.add_row(str(row["number"]), levels, *bounds, f"{row['seconds']:.0f}")
+    console.print(table)
 
 
 def _cell(row: dict[str, Any] | None, best: float) -> str:

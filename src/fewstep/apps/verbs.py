@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import rmtree
@@ -14,28 +16,33 @@ import torch
 
 from fewstep.apps.console import progress
 from fewstep.core.artifact import write_whole
-from fewstep.core.errors import FewstepError
+from fewstep.core.errors import FewstepError, GridError
 from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.process import default_device, process
 from fewstep.core.sampler import Sampler
 from fewstep.core.schedule import DiscreteVP
-from fewstep.evaluate.benchmark import REFERENCE_NFE, BenchmarkConfig, benchmark, picture_file, read_samples
+from fewstep.evaluate.benchmark import benchmark, picture_file, read_samples
 from fewstep.evaluate.generation import check_seeds, generate_to, solver_for
-from fewstep.evaluate.peers import PEERS
-from fewstep.evaluate.pictures import save_comparison, save_grid, save_singles, save_statistics, to_uint8
+from fewstep.evaluate.pictures import save_comparison, save_grid, save_singles, to_uint8
+from fewstep.evaluate.plan import OPTIMIZED, BenchmarkConfig, planned_keys, saved_samplers
+from fewstep.evaluate.plots import save_schedules, save_statistics
 from fewstep.learn.calibrate import CalibrationConfig, calibrate
+from fewstep.learn.finetune import FinetuneConfig, finetune
+from fewstep.learn.gram import Gram
+from fewstep.learn.grid_search import Bound
+from fewstep.learn.optimize import OptimizeConfig, Optimized, optimize, solver_folder
 from fewstep.models.data import load_images
 from fewstep.models.loaders import Model
 from fewstep.models.zoo import load_model
 from fewstep.solvers import takes_statistics
+from fewstep.solvers.reference import REFERENCE_NFE
 
-__all__ = ["SampleRequest", "run_bench", "run_calibrate", "run_demo", "run_sample"]
+__all__ = ["BenchRequest", "SampleRequest", "run_bench", "run_calibrate", "run_demo", "run_finetune", "run_optimize", "run_sample"]
 
-DEMO = BenchmarkConfig(
-    solvers=("ddim", "heun", "dpm-solver-pp-2m", "dpm-solver-pp-3m", "unipc-2", "deis-3", "ipndm", "dpm-solver-v3"),
-    grids=("karras", "angle"),
-    nfe=(5, 6, 8, 10),
-)
+BENCH = (("ddim", "dpm-solver-pp-2m", "unipc-2", "deis-3", "dpm-solver-v3"), ("logsnr", "karras", "angle"), (5, 6, 8, 10))
+DEMO = ("ddim", "heun", "dpm-solver-pp-2m", "dpm-solver-pp-3m", "unipc-2", "deis-3", "ipndm", "dpm-solver-v3")
+SHOWN = ("chosen", "best_standard_grid", "error", "rmse")
+DEMO_OPTIMIZED = ("ddim", "dpm-solver-pp-2m", "unipc-2", "dpm-solver-v3")
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,9 @@ class SampleRequest:
 
     model: str
     out: Path
-    solver: str
-    grid: str
-    nfe: int
+    solver: str | None
+    grid: str | None
+    nfe: int | None
     num: int
     seed: int
     guidance: float
@@ -67,16 +74,25 @@ class SampleRequest:
         if self.sampler is not None:
             return Sampler.load(self.sampler)
         schedule = model.denoiser.schedule
-        if self.statistics is not None and not takes_statistics(self.solver):
-            raise FewstepError(f"{self.solver} takes no statistics: say --solver dpm-solver-v3, or leave --statistics out")
-        solver = solver_for(self.solver, model, guidance=self.guidance, statistics=self.statistics, any_statistics=self.any_statistics)
+        name, grid_name, nfe = _defaults(model)
+        name, grid_name, nfe = self.solver or name, self.grid or grid_name, nfe if self.nfe is None else self.nfe
+        if self.statistics is not None and not takes_statistics(name):
+            raise FewstepError(f"{name} takes no statistics: say --solver dpm-solver-v3, or leave --statistics out")
+        solver = solver_for(name, model, guidance=self.guidance, statistics=self.statistics, any_statistics=self.any_statistics)
         if self.times is not None:
             grid = TimeGrid(torch.tensor(_numbers(self.times, "--times"), dtype=torch.float64))
         elif self.sigmas is not None:
             grid = TimeGrid.from_sigmas(schedule, _numbers(self.sigmas, "--sigmas"))
+        elif grid_name == OPTIMIZED:
+            return Sampler.build(solver, model.optimized(name, nfe, self.guidance), schedule)
         else:
-            return Sampler.build(solver, make_grid(self.grid, schedule, solver.steps_for(self.nfe)), schedule)
+            return Sampler.build(solver, make_grid(grid_name, schedule, solver.steps_on(schedule, nfe)), schedule)
         return Sampler.build(solver, grid.snap(schedule.times) if isinstance(schedule, DiscreteVP) else grid, schedule)
+
+
+def _defaults(model: Model) -> tuple[str, str, int]:
+    """Solver, grid and evaluations if nothing is said: what the model was tuned for, if it was."""
+    return ("unipc-2", "angle", 8) if model.tuned is None else (model.tuned.solver, OPTIMIZED, model.tuned.nfe)
 
 
 def _numbers(text: str, option: str) -> list[float]:
@@ -115,12 +131,43 @@ def run_sample(request: SampleRequest) -> dict[str, Any] | None:
     return done
 
 
-def run_bench(model_name: str, config: BenchmarkConfig, out: Path, command: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class BenchRequest:
+    """The options of ``fewstep bench``; None where nothing was said."""
+
+    model: str
+    solvers: tuple[str, ...] | None
+    grids: tuple[str, ...] | None
+    nfe: tuple[int, ...] | None
+    samplers: tuple[str, ...] = ()
+    num: int = 1024
+    seed: int = 0
+    guidance: float = 1.0
+    peers: tuple[str, ...] = ()
+    batch: int = 256
+    statistics: Path | None = None
+    any_statistics: bool = False
+
+    def build(self, model: Model) -> BenchmarkConfig:
+        """What to compare: saved samplers alone if only they are named; a tuned model is tried with what it was tuned for."""
+        solvers, grids, nfe = BENCH
+        if model.tuned is not None:
+            solvers, grids, nfe = (model.tuned.solver,), (OPTIMIZED,), (model.tuned.nfe,)
+        if self.samplers and self.solvers is None and self.grids is None and not self.peers:
+            solvers, grids, nfe = (), (), ()
+        picked = (self.solvers or solvers, self.grids or grids, self.nfe or nfe)
+        rest = (self.num, self.seed, self.guidance, self.peers, self.batch, self.statistics, self.any_statistics)
+        return BenchmarkConfig(*picked, *rest, tuple(map(Path, self.samplers)))
+
+
+def run_bench(request: BenchRequest, out: Path, command: str) -> dict[str, Any]:
     """Benchmark, then a picture of all samplers of our own on the same seeds."""
-    model = load_model(model_name)
-    count = len(config.nfe) * len(config.grids) * (len(config.solvers) + len(PEERS) * len(config.peers))
-    cost = config.num * (REFERENCE_NFE + sum(config.nfe) * count / len(config.nfe)) / 1e6
-    with progress(f"{model.name}: {count} rows, {config.num} noises, at most {cost:.1f} M network evaluations", count) as report:
+    model = load_model(request.model)
+    config = request.build(model)
+    planned = [key[-1] for key in (*planned_keys(config), *saved_samplers(model, config))]
+    cost = config.num * (REFERENCE_NFE + sum(planned)) / 1e6
+    title = f"{model.name}: {len(planned)} rows, {config.num} noises, at most {cost:.1f} M network evaluations"
+    with progress(title, len(planned)) as report:
         results = benchmark(model, config, out, command=command, observe=report)
     _comparison(results, out)
     return results
@@ -166,6 +213,57 @@ def run_calibrate(
     return {"statistics": str(out), "plot": plot, "seconds": time.perf_counter() - begin, **statistics.card}
 
 
+def run_optimize(
+    model_name: str,
+    names: tuple[str, ...],
+    nfe: tuple[int, ...],
+    config: OptimizeConfig,
+    out: Path,
+    guidance: float,
+    statistics: Path | None,
+    command: str,
+) -> dict[str, Any]:
+    """Optimise the schedules of each solver and draw them."""
+    model = load_model(model_name)
+    solvers = {name: solver_for(name, model, guidance=guidance, statistics=statistics) for name in names}
+    if not solvers:
+        raise FewstepError("optimize needs at least one solver")
+    with progress(f"optimizing {len(names) * len(set(nfe))} schedules of {model.name}", len(names) * len(set(nfe))) as report:
+        gram, made = optimize(model, solvers, nfe, config, out, guidance=guidance, device=default_device(), command=command, observe=report)
+    rows, plots = [], "none: pip install 'fewstep[report]'"
+    for name, found in made.items():
+        rows += [{key: found[n].sampler.card[key] for key in SHOWN} | {"solver": name, "nfe": n} for n in found]
+        if find_spec("matplotlib"):
+            plots = str(_schedule_plot(model, name, gram, found, solver_folder(out, name)))
+    return {"model": model.name, "samplers": str(out), "plots": plots, "rows": rows}
+
+
+def _schedule_plot(model: Model, name: str, gram: Gram, found: Mapping[int, Optimized], folder: Path) -> Path:
+    schedule = model.denoiser.schedule
+    schedules, candidates = {}, {}
+    for nfe, one in found.items():
+        grids = {"optimized": one.sampler.grid}
+        for standard in ("angle", "karras", "logsnr"):
+            with suppress(GridError):
+                grids[standard] = make_grid(standard, schedule, one.sampler.grid.steps)
+        schedules[nfe] = {key: torch.exp(-schedule.lam(grid.t)).tolist() for key, grid in grids.items()}
+        candidates[nfe] = [(bound, error) for error, bound in one.candidates.values() if bound is not None]
+    stride = max(1, gram.cells // 32)  # a short step, but one that is longer than the network is rough
+    short = Bound(gram).first_order.diagonal(stride)
+    return save_schedules(folder / "schedules.png", f"{name} on {model.name}", schedules, (gram.level[:-stride], short), candidates)
+
+
+def run_finetune(model_name: str, config: FinetuneConfig, out: Path, data: str | None, command: str) -> dict[str, Any]:
+    """Tune a model and draw some of its samples beside its teacher's."""
+    model, images = load_model(model_name), load_images(data) if data else None
+    with progress(f"tuning {model.name} for {config.nfe} evaluations", config.rounds * config.steps) as report:
+        history = finetune(model, config, out, images=images, device=default_device(), command=command, observe=report)
+        report(config.rounds * config.steps, "")
+    return {"model": model.name, "nfe": config.nfe, "folder": str(out), "history": [asdict(made) for made in history]}
+
+
 def run_demo(out: Path, num: int, command: str) -> dict[str, Any]:
     """The benchmark that the README shows, on the bundled class-conditional model."""
-    return run_bench("digits-edm", replace(DEMO, num=num), out, command)
+    nfe = (5, 6, 8, 10)
+    run_bench(BenchRequest("digits-edm", DEMO_OPTIMIZED, (OPTIMIZED,), nfe, num=num), out, command)
+    return run_bench(BenchRequest("digits-edm", DEMO, ("karras", "angle"), nfe, num=num), out, command)

@@ -95,6 +95,11 @@ class Solver(Protocol):
             raise SolverError(f"{type(self).__name__} takes {self.stages} evaluations a step and cannot use exactly {nfe}: use {use}")
         return steps + extra
 
+    def steps_on(self, schedule: NoiseSchedule, nfe: int) -> int:
+        """`steps_for` on a grid that ends at the schedule's ``t_min``, as the named ones do."""
+        end = torch.tensor(schedule.t_min, dtype=torch.float64)
+        return self.steps_for(nfe, to_clean=bool(schedule.sigma(end) == 0))
+
     def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
         """Where to evaluate on this grid; by default once per interval, at its start."""
         return Nodes.at(schedule, grid.t)

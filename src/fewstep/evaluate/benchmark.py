@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
@@ -18,59 +19,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.core.artifact import check_writable, read_json, write_whole
-from fewstep.core.errors import ArtifactError, FewstepError, GridError, SolverError, look_up
-from fewstep.core.grid import GRIDS, TimeGrid, make_grid
+from fewstep.core.errors import ArtifactError, ModelError, SolverError
+from fewstep.core.grid import TimeGrid
 from fewstep.core.process import default_device
 from fewstep.core.sampler import Sampler
 from fewstep.core.sampling import Cond, Denoiser, sample, start_noise
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.core.spec import parse_spec
 from fewstep.core.tableau import Nodes, Solver
-from fewstep.evaluate.generation import check_seeds, solver_for
 from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
-from fewstep.evaluate.peers import PEERS, peer_steps, run_peer
+from fewstep.evaluate.peers import peer_steps, run_peer
+from fewstep.evaluate.plan import OPTIMIZED, BenchmarkConfig, Key, grid_of, impossible, planned_keys, saved_samplers, solvers_of
 from fewstep.models.data import load_images
 from fewstep.models.loaders import Model
-from fewstep.solvers import make_solver, takes_statistics
+from fewstep.models.zoo import load_model
 from fewstep.solvers.reference import REFERENCE_NFE, reference_sampler
 
-__all__ = ["BenchmarkConfig", "Row", "benchmark", "picture_file", "read_samples"]
+__all__ = ["Row", "benchmark", "picture_file", "read_samples"]
 
-Key = tuple[str, str, str, int]  # library, solver, grid, nfe
 KEPT = 16  # samples of each row kept for pictures
-
-
-@dataclass(frozen=True)
-class BenchmarkConfig:
-    """Which rows, on how many noises. ``peers`` is empty or ``diffusers``; for ``statistics`` see `solver_for`."""
-
-    solvers: tuple[str, ...]
-    grids: tuple[str, ...]
-    nfe: tuple[int, ...]
-    num: int = 1024
-    seed: int = 0
-    guidance: float = 1.0
-    peers: tuple[str, ...] = ()
-    batch: int = 256
-    statistics: Path | None = None
-    any_statistics: bool = False
-
-    def __post_init__(self) -> None:
-        for name in self.solvers:
-            if not takes_statistics(name):
-                make_solver(name)
-        for name in self.grids:
-            look_up(parse_spec(name, GridError)[0], GRIDS, "grid", GridError)
-        for peer in self.peers:
-            look_up(peer, {"diffusers": None}, "library", FewstepError)
-        for nfe in self.nfe:
-            if nfe < 1:
-                raise SolverError(f"nfe must be a whole number of at least 1, got {nfe}")
-        if not (self.solvers or self.peers) or not self.grids or not self.nfe:
-            raise FewstepError("a benchmark needs at least one solver (or peers), one grid and one nfe")
-        check_seeds(self.seed, self.num)
-        if self.num < 2 or self.batch < 1:
-            raise FewstepError(f"a benchmark needs num of at least 2 and batch of at least 1, got {self.num} and {self.batch}")
 
 
 @dataclass(frozen=True)
@@ -89,6 +55,7 @@ class Row:
     seconds: float
     solver_seconds: float  # without the network
     statistics: str | None = None  # the fingerprint of those that the solver used
+    artifact: str | None = None  # that of an optimised grid or a saved sampler
 
     @property
     def key(self) -> Key:
@@ -130,19 +97,21 @@ def benchmark(
         FewstepError: as the solvers, grids and models it uses; also if no row could be run at all.
     """
     check_writable(out)
-    planned = list(_plan(config))
-    solvers = _solvers(model, config)
-    impossible = {key: why for key in planned if (why := _impossible(key, model.denoiser.schedule, solvers))}
-    if len(impossible) == len(planned):
-        raise SolverError("; ".join(dict.fromkeys(impossible.values())))
-    problem = _Problem(model, config, solvers, out, observe)
+    saved = saved_samplers(model, config)
+    planned = [*planned_keys(config), *saved]
+    solvers = solvers_of(model, config)
+    skipped = {key: why for key in planned if key not in saved and (why := impossible(key, model, config, solvers))}
+    if len(skipped) == len(planned):
+        raise SolverError("; ".join(dict.fromkeys(skipped.values())))
+    problem = _Problem(model, config, solvers, saved, out, observe)
     results = problem.results(command)
-    results["skipped"] = [{"key": list(key), "why": why} for key, why in impossible.items()]  # said, and the others go on
+    results["skipped"] = [{"key": list(key), "why": why} for key, why in skipped.items()]  # said, and the others go on
     rows: dict[Key, Row] = {row.key: row for row in (Row(**r) for r in results["rows"])}
     for number, key in enumerate(planned):
         if observe is not None:
             observe(number, " ".join(map(str, key[1:])))
-        if key in impossible or (key in rows and rows[key].statistics == problem.statistics(key) and picture_file(out, key).exists()):
+        made_of = (problem.statistics(key), problem.artifact(key)) if key not in skipped else None
+        if made_of is None or (key in rows and (rows[key].statistics, rows[key].artifact) == made_of and picture_file(out, key).exists()):
             continue
         rows[key] = problem.row(key)
         results["rows"] = [asdict(row) for row in rows.values()]
@@ -170,43 +139,24 @@ def read_samples(path: Path) -> Tensor:
         raise ArtifactError(f"{path} is damaged ({error}): remove it and run the benchmark again") from error
 
 
-def _solvers(model: Model, config: BenchmarkConfig) -> dict[str, Solver | SolverError]:
-    """Our solvers by name, or why there is none."""
-    made: dict[str, Solver | SolverError] = {}
-    for name in config.solvers:
-        try:
-            made[name] = solver_for(
-                name, model, guidance=config.guidance, statistics=config.statistics, any_statistics=config.any_statistics
-            )
-        except SolverError as error:
-            made[name] = error
-    return made
+def _teacher(model: Model) -> Model | None:
+    """The teacher of a tuned model, whose exact trajectories it is measured against.
 
-
-def _impossible(key: Key, schedule: NoiseSchedule, solvers: dict[str, Solver | SolverError]) -> str:
-    """Why a sampler cannot do what is asked of it, or nothing."""
-    library, solver, grid, nfe = key
+    Raises:
+        ModelError: it is not to be found, or has other weights now.
+    """
+    if model.tuned is None:
+        return None
     try:
-        if library == "fewstep":
-            method = solvers[solver]
-            if isinstance(method, SolverError):
-                return str(method)
-            method.nodes(make_grid(grid, schedule, method.steps_for(nfe)), schedule)
-        else:
-            make_grid(grid, schedule, peer_steps(solver, nfe))
-    except (GridError, SolverError) as error:
-        return str(error)
-    return ""
-
-
-def _plan(config: BenchmarkConfig) -> Iterator[Key]:
-    for nfe in config.nfe:
-        for grid in config.grids:
-            for solver in config.solvers:
-                yield "fewstep", solver, grid, nfe
-            for library in config.peers:
-                for solver in PEERS:
-                    yield library, solver, grid, nfe
+        teacher = load_model(model.tuned.teacher)
+    except ModelError as error:
+        raise ModelError(f"{model.name} is measured against the teacher that it was tuned from: {error}") from error
+    if teacher.fingerprint != model.tuned.fingerprint:
+        raise ModelError(
+            f"{model.name} was tuned from {model.tuned.teacher} with fingerprint {model.tuned.fingerprint}; that model now has "
+            f"{teacher.fingerprint}: put the old weights back"
+        )
+    return teacher
 
 
 class _Problem:
@@ -217,14 +167,19 @@ class _Problem:
         model: Model,
         config: BenchmarkConfig,
         solvers: dict[str, Solver | SolverError],
+        saved: dict[Key, Sampler],
         out: Path,
         observe: Callable[[int, str], None] | None,
     ) -> None:
-        self.model, self.config, self.out = model, config, out
+        self.model, self.config, self.saved, self.out = model, config, saved, out
         self.solvers = {name: solver for name, solver in solvers.items() if not isinstance(solver, SolverError)}
         self.device = default_device()
         model.to(self.device)
         self.denoiser = model.guided(config.guidance)
+        teacher = _teacher(model)
+        self.exact_denoiser = (
+            self.denoiser if teacher is None or model.tuned is None else teacher.to(self.device).guided(model.tuned.guidance)
+        )
         self.seeds = list(range(config.seed, config.seed + config.num))
         self.labels = model.labels(self.seeds)
         self.identity = {
@@ -235,8 +190,11 @@ class _Problem:
             "batch": config.batch,
             "reference": {"solver": "unipc-3", "nfe": REFERENCE_NFE},
         }
-        self.data = load_images(model.data).x if model.data else None
-        self.features_name = "digits" if model.data == "digits" else "pixels"
+        if teacher is not None:
+            self.identity["reference"]["teacher"] = teacher.fingerprint
+        data = model.data or (None if teacher is None else teacher.data)
+        self.data = load_images(data).x if data else None
+        self.features_name = "digits" if data == "digits" else "pixels"
         self.features = load_features(self.features_name, model.shape) if self.data is not None else None
         self.exact, self.reference_error = self._reference(observe)
 
@@ -256,28 +214,45 @@ class _Problem:
         first = {"x": samples[:KEPT].contiguous()}
         write_whole(picture_file(self.out, key), lambda temporary: save_file(first, temporary))
         error = rmse(samples, self.exact)
-        return Row(solver, library, grid, nfe, num, guidance, error, fd, features, seconds, solver_seconds, self.statistics(key))
+        made_of = (self.statistics(key), self.artifact(key))
+        return Row(solver, library, grid, nfe, num, guidance, error, fd, features, seconds, solver_seconds, *made_of)
 
     def statistics(self, key: Key) -> str | None:
         """The fingerprint of the statistics that a row's solver uses, if any."""
-        used = getattr(self.solvers.get(key[1]), "statistics", None) if key[0] == "fewstep" else None
+        used = getattr(self.solvers.get(key[1]), "statistics", None) if key[0] == "fewstep" and key not in self.saved else None
         return None if used is None else used.fingerprint
+
+    def artifact(self, key: Key) -> str | None:
+        """The fingerprint of the optimised grid or saved sampler of a row, if it has one."""
+        if key not in self.saved and key[2] != OPTIMIZED:
+            return None
+        if key in self.saved:
+            tableau = self.saved[key].tableau
+            tables = [tableau.nodes.t, tableau.update, tableau.record, tableau.bias]
+        else:
+            tables = [self.model.optimized(key[1], key[3], self.config.guidance).t]
+        return hashlib.sha256(repr([table.tolist() for table in tables]).encode()).hexdigest()[:16]
 
     @torch.no_grad()
     def run(self, library: str, solver: str, grid_name: str, nfe: int) -> tuple[Tensor, float, float]:
         """Samples ``[num, *D]`` of one row, its seconds, and its seconds without the network."""
-        schedule = self.denoiser.schedule
-        timed = _Timed(self.denoiser)
+        key, timed = (library, solver, grid_name, nfe), _Timed(self.denoiser)
         begin = _now(self.device)
         if library == "fewstep":
-            method = self.solvers[solver]
-            sampler = Sampler.build(method, make_grid(grid_name, schedule, method.steps_for(nfe)), schedule)
+            sampler = self._sampler(key)
             samples = [self._ours(timed, sampler, seeds, cond) for seeds, cond in self._batches()]
         else:
-            grid = make_grid(grid_name, schedule, peer_steps(solver, nfe))
+            grid = grid_of(key, self.model, self.config, peer_steps(solver, nfe))
             samples = [self._theirs(timed, solver, grid, seeds, cond) for seeds, cond in self._batches()]
         seconds = _now(self.device) - begin
         return torch.cat(samples).cpu(), seconds, seconds - timed.seconds
+
+    def _sampler(self, key: Key) -> Sampler:
+        if key in self.saved:
+            return self.saved[key]
+        method = self.solvers[key[1]]
+        schedule = self.denoiser.schedule
+        return Sampler.build(method, grid_of(key, self.model, self.config, method.steps_on(schedule, key[3])), schedule)
 
     def _ours(self, denoiser: Denoiser, sampler: Sampler, seeds: list[int], cond: Cond) -> Tensor:
         x = start_noise(sampler.tableau.nodes, seeds, self.model.shape).to(self.device)
@@ -302,9 +277,9 @@ class _Problem:
         fine, coarse = reference_sampler(schedule), reference_sampler(schedule, REFERENCE_NFE // 2)
         exact, error = [], 0.0
         for k, (seeds, cond) in enumerate(self._batches()):
-            exact.append(self._ours(self.denoiser, fine, seeds, cond).cpu())
+            exact.append(self._ours(self.exact_denoiser, fine, seeds, cond).cpu())
             if k == 0:
-                error = rmse(self._ours(self.denoiser, coarse, seeds, cond).cpu(), exact[0])
+                error = rmse(self._ours(self.exact_denoiser, coarse, seeds, cond).cpu(), exact[0])
         samples = torch.cat(exact).contiguous()
         write_whole(path, lambda temporary: save_file({"x": samples}, temporary))
         write_whole(self.out / "reference.json", json.dumps({"stamp": stamp, "error": error}).encode())

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from fewstep.core.artifact import write_whole
 from fewstep.core.errors import FewstepError
-from fewstep.core.statistics import ModelStatistics
 
-__all__ = ["save_comparison", "save_grid", "save_singles", "save_statistics", "to_uint8"]
+__all__ = ["save_comparison", "save_grid", "save_singles", "to_uint8"]
 
 INK, PAPER, MUTED = (24, 24, 27), (255, 255, 255), (113, 113, 122)
 
@@ -80,26 +79,4 @@ def save_comparison(cells: Mapping[tuple[str, str], tuple[Tensor, str]], path: P
                 sheet.paste(tiles[row, column], (margin + j * step_x, top))
                 draw.text((margin + j * step_x, top + height + 1), cells[row, column][1], MUTED, small)
     write_whole(path, lambda temporary: sheet.save(temporary, format="PNG"))
-    return path
-
-
-def save_statistics(statistics: ModelStatistics, path: Path) -> Path:
-    """``l``, ``s`` and ``b`` along the noise level: the mean over elements, and the band that holds nine tenths of them."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    level = np.exp(-statistics.lam.numpy())
-    about = {"l": "linear part", "s": "slope of what is left", "b": "its drift"}
-    for axes, (name, what) in zip(figure.subplots(1, 3), about.items(), strict=True):
-        values = getattr(statistics, name).flatten(1).numpy()
-        if values.shape[1] > 1:
-            axes.fill_between(level, *np.quantile(values, (0.05, 0.95), axis=1), color="#0072B2", alpha=0.25, linewidth=0)
-        axes.plot(level, values.mean(1), color="#0072B2", linewidth=1.8)
-        axes.set_xscale("log")
-        axes.invert_xaxis()
-        axes.set_title(f"{name}: {what}", loc="left", fontsize=11)
-        axes.set_xlabel("noise level sigma/alpha")
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     return path

@@ -82,7 +82,7 @@ def run_loop(
     local_batch = max(1, config.batch // accelerator.num_processes)
     every, total, counted = max(1, config.steps // 100), torch.zeros((), device=accelerator.device), 0
     network.train()
-    step = first
+    done = first
     try:
         for step in range(first, config.steps):
             generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 4099 + accelerator.process_index)
@@ -95,6 +95,7 @@ def run_loop(
             optimizer.step()
             optimizer.zero_grad()
             ema.step(bare.parameters())
+            done = step + 1
             total, counted = total + value.detach(), counted + 1
             if (step + 1) % every == 0 or step + 1 == config.steps:
                 reduced: Any = accelerator.reduce(total / counted, "mean")
@@ -107,7 +108,7 @@ def run_loop(
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 _checkpoint(accelerator, folder, identity, step + 1)
     except KeyboardInterrupt:
-        _checkpoint(accelerator, folder, identity, step)
+        _checkpoint(accelerator, folder, identity, done)
         raise
     ema.copy_to(bare.parameters())
     accelerator.wait_for_everyone()

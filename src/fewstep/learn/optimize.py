@@ -17,7 +17,7 @@ from fewstep.core.errors import ArtifactError, FewstepError, GridError, SolverEr
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid
 from fewstep.core.grid_table import GridTable
 from fewstep.core.sampler import Sampler
-from fewstep.core.schedule import DiscreteVP, NoiseSchedule
+from fewstep.core.schedule import DiscreteVP
 from fewstep.core.tableau import Solver
 from fewstep.learn.gram import Gram, GramConfig, collect_gram, fine_grid
 from fewstep.learn.grid_search import Bound
@@ -119,7 +119,7 @@ def optimize(
     if not solvers or not nfe:
         raise FewstepError("name at least one solver and one number of evaluations")
     schedule = model.denoiser.schedule
-    steps = {name: {n: _steps(solver, n, schedule) for n in sorted(set(nfe))} for name, solver in solvers.items()}
+    steps = {name: {n: solver.steps_on(schedule, n) for n in sorted(set(nfe))} for name, solver in solvers.items()}
     most = max(n for of in steps.values() for n in of.values())
     cells = fine_grid(schedule, config.levels).steps
     if most > cells:
@@ -158,12 +158,6 @@ def optimize(
             done += 1
     say(done, "")
     return gram, made
-
-
-def _steps(solver: Solver, nfe: int, schedule: NoiseSchedule) -> int:
-    """Grid intervals of exactly ``nfe`` evaluations, down to ``t_min``."""
-    end = torch.tensor(schedule.t_min, dtype=torch.float64)
-    return solver.steps_for(nfe, to_clean=bool(schedule.sigma(end) == 0))
 
 
 class _Search:
@@ -213,7 +207,7 @@ class _Search:
         self, solver: Solver, nfe: int, others: Mapping[int, Optimized]
     ) -> tuple[TimeGrid, dict[str, Any], dict[str, tuple[float, float | None]]]:
         """Candidates, refinement of the best, and the choice on held-out noises."""
-        steps = _steps(solver, nfe, self.schedule)
+        steps = solver.steps_on(self.schedule, nfe)
         count = max(min(FEWEST, self.config.noises), min(self.config.noises, EVALUATIONS // nfe))
         error, check = self._error(solver, range(count)), self._error(solver, range(self.config.noises, len(self.exact)))
         grids = self.candidates(steps, others)

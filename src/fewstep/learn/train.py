@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from fewstep.core.schedule import DiscreteVP, NoiseSchedule, VarianceExploding
 from fewstep.learn.loop import LoopConfig, forget_checkpoint, run_loop
 from fewstep.models.data import Images
 from fewstep.models.denoiser import AdaptedDenoiser, edm_time, unet_call
+from fewstep.models.loaders import save_ours
 
-__all__ = ["TrainConfig", "train"]
+__all__ = ["TrainConfig", "score_matching", "train"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ def train(
     identity = f"{config!r} on {images.name} {tuple(images.x.shape)}, mean {float(images.x.double().mean()):.12f}"
     network = _network(images, config)
     denoiser, levels = _problem(network, images, config)
-    result = run_loop(network, _loss(denoiser, images, config, levels), loop, out, identity=identity, observe=observe)
+    null = None if images.labels is None else int(images.labels.max()) + 1
+    loss = score_matching(denoiser, images, levels, conditional=config.conditional, null=null, dropout=config.label_dropout)
+    result = run_loop(network, loss, loop, out, identity=identity, observe=observe)
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return out
     _save(result, denoiser, images, config, loop, out, command)
@@ -104,10 +106,22 @@ def _problem(network: nn.Module, images: Images, config: TrainConfig) -> tuple[A
     return denoiser, lambda b, g: torch.randint(1000, (b,), generator=g).float()
 
 
-def _loss(denoiser: AdaptedDenoiser, images: Images, config: TrainConfig, levels: Callable[[int, torch.Generator], Tensor]) -> Any:  # noqa: ANN401
-    """Denoising score matching in the network's own output: for EDM that is its loss weighting, for epsilon the simple loss."""
+def score_matching(
+    denoiser: AdaptedDenoiser,
+    images: Images,
+    levels: Callable[[int, torch.Generator], Tensor],
+    *,
+    conditional: bool,
+    null: int | None = None,
+    dropout: float = 0.1,
+) -> Callable[[nn.Module, int, torch.Generator], Tensor]:
+    """Denoising score matching in the network's own output: for EDM that is its loss weighting, for epsilon the simple loss.
+
+    Args:
+        levels: draws times ``[b]``.
+        conditional: whether the network is told the labels; ``null`` replaces the part ``dropout`` of them, if it is given.
+    """
     kind = prediction(denoiser.prediction)
-    null = 0 if images.labels is None else int(images.labels.max()) + 1
 
     def loss(network: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
         device = next(network.parameters()).device
@@ -116,9 +130,9 @@ def _loss(denoiser: AdaptedDenoiser, images: Images, config: TrainConfig, levels
         t = levels(batch, generator).to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         cond = None
-        if config.conditional and images.labels is not None:
-            drop = torch.rand(batch, generator=generator) < config.label_dropout
-            cond = torch.where(drop, torch.tensor(null), images.labels[index]).to(device)
+        if conditional and images.labels is not None:
+            drop = torch.rand(batch, generator=generator) < (dropout if null is not None else 0.0)
+            cond = torch.where(drop, torch.tensor(null or 0), images.labels[index]).to(device)
         alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
         x = aligned(alpha, x0) * x0 + aligned(sigma, x0) * noise
         scale = 1.0 if kind.input_scale is None else aligned(kind.input_scale(alpha, sigma), x0)
@@ -136,16 +150,8 @@ def _save(network: Any, denoiser: AdaptedDenoiser, images: Images, config: Train
 
         DDPMPipeline(network, DDPMScheduler(num_train_timesteps=1000, clip_sample=True)).save_pretrained(out)
     else:
-        meta = {
-            "format": "fewstep-model",
-            "version": 1,
-            "prediction": prediction(denoiser.prediction).name,
-            "schedule": denoiser.schedule.to_config(),
-            "shape": shape,
-            "null_label": int(images.labels.max()) + 1 if config.conditional and images.labels is not None else None,
-        }
-        network.save_pretrained(out / "unet")
-        write_whole(out / "fewstep.json", (json.dumps(meta, indent=1) + "\n").encode())
+        null = int(images.labels.max()) + 1 if config.conditional and images.labels is not None else None
+        save_ours(out, network, denoiser.prediction, denoiser.schedule, shape, null)
     write_whole(out / "README.md", _card(network, images, config, loop, command, out.name).encode())
 
 

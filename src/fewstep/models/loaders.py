@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,16 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.artifact import read_json
-from fewstep.core.errors import ModelError
-from fewstep.core.prediction import EDM, prediction
+from fewstep.core.artifact import read_json, write_whole
+from fewstep.core.errors import ArtifactError, GridError, ModelError
+from fewstep.core.grid import TimeGrid
+from fewstep.core.grid_table import GridTable
+from fewstep.core.prediction import EDM, Prediction, prediction
 from fewstep.core.sampling import Denoiser
-from fewstep.core.schedule import DiscreteVP, RectifiedFlow, VarianceExploding, schedule_from_config
+from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding, schedule_from_config
 from fewstep.core.statistics import ModelStatistics
 from fewstep.models.denoiser import AdaptedDenoiser, edm_time, unet_call
 from fewstep.models.guidance import classifier_free
+from fewstep.models.tuned import Tuned
 
-__all__ = ["Model", "load_folder"]
+__all__ = ["Model", "load_folder", "save_like", "save_ours"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +99,38 @@ class Model:
         loaded = (ModelStatistics.load(path.parent) for path in found)
         return next((statistics for statistics in loaded if statistics.guidance == guidance), None)
 
+    def optimized(self, solver: str, nfe: int, guidance: float = 1.0) -> TimeGrid:
+        """The optimised time grid of a solver that lies in the model's folder, below ``optimized*/``.
+
+        Raises:
+            GridError: there is none for this solver, number of evaluations and guidance scale (and what there is).
+            ArtifactError: it is damaged, or was made for other weights.
+        """
+        found = sorted(self.folder.glob("optimized*/*/grids.json")) if self.folder is not None else []
+        tables = [GridTable.load(path.parent) for path in found]
+        table = next((table for table in tables if (table.solver, table.guidance) == (solver, guidance)), None)
+        if table is None:
+            known = ", ".join(f"{table.solver} at {table.guidance:g}" for table in tables)
+            there = f"there are some for {known}" if tables else "there are none in its folder"
+            scale = "" if guidance == 1 else f" --guidance {guidance:g}"
+            source = self.name if self.data or self.folder is None else self.folder
+            raise GridError(
+                f"no optimized grid of {self.name} for {solver} at guidance {guidance:g}, {there}: make a sampler with "
+                f"'fewstep optimize {source}{scale} --solver {solver} --nfe {nfe} --out DIR'"
+            )
+        if table.model != self.fingerprint:
+            raise ArtifactError(f"the optimized grids in {self.folder} were made for other weights ({table.model}, not {self.fingerprint})")
+        return table.grid(nfe)
+
+    @cached_property
+    def tuned(self) -> Tuned | None:
+        """What the model was tuned for, if it was.
+
+        Raises:
+            ArtifactError: its ``tuned.json`` is damaged.
+        """
+        return None if self.folder is None else Tuned.load(self.folder)
+
     def to(self, device: torch.device) -> Model:
         """The same model, its network moved."""
         if isinstance(self.denoiser.network, nn.Module):
@@ -135,6 +171,44 @@ def _load_ours(path: Path) -> Model:
         return Model(path.name, denoiser, tuple(meta["shape"]), meta["null_label"], meta["null_label"], folder=path)
     except KeyError as error:
         raise ModelError(f"{path / 'fewstep.json'} lacks {error}") from error
+
+
+def save_ours(
+    folder: Path,
+    network: Any,  # noqa: ANN401 - a diffusers network
+    kind: str | Prediction,
+    schedule: NoiseSchedule,
+    shape: Sequence[int],
+    null_label: int | None,
+) -> None:
+    """Write ``unet/`` and ``fewstep.json``, as `load_folder` reads them."""
+    meta = {
+        "format": "fewstep-model",
+        "version": 1,
+        "prediction": prediction(kind).name,
+        "schedule": schedule.to_config(),
+        "shape": list(shape),
+        "null_label": null_label,
+    }
+    network.save_pretrained(folder / "unet")
+    write_whole(folder / "fewstep.json", (json.dumps(meta, indent=1) + "\n").encode())
+
+
+def save_like(model: Model, network: Any, folder: Path) -> None:  # noqa: ANN401 - a diffusers network
+    """Write another network of the same kind as ``model``'s, in the form of the model's own folder.
+
+    Raises:
+        ModelError: the model was not loaded from a folder.
+    """
+    if model.folder is None:
+        raise ModelError(f"{model.name} was not loaded from a folder: save it to one first")
+    if (model.folder / "fewstep.json").exists():
+        save_ours(folder, network, model.denoiser.prediction, model.denoiser.schedule, model.shape, model.null_label)
+        return
+    network.save_pretrained(folder / "unet")
+    for file in ("scheduler/scheduler_config.json", "model_index.json"):
+        if (model.folder / file).exists():
+            write_whole(folder / file, (model.folder / file).read_bytes())
 
 
 def _load_diffusers(source: str) -> Model:

@@ -1,0 +1,145 @@
+"""Which rows a benchmark has, and the sampler of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fewstep.core.errors import ArtifactError, FewstepError, GridError, SolverError, look_up
+from fewstep.core.grid import GRIDS, TimeGrid, make_grid
+from fewstep.core.sampler import Sampler
+from fewstep.core.spec import parse_spec
+from fewstep.core.tableau import Solver
+from fewstep.evaluate.generation import check_seeds, solver_for
+from fewstep.evaluate.peers import PEERS, peer_steps
+from fewstep.models.loaders import Model
+from fewstep.solvers import make_solver, takes_statistics
+
+__all__ = ["OPTIMIZED", "BenchmarkConfig", "Key", "grid_of", "impossible", "planned_keys", "saved_samplers", "solvers_of"]
+
+Key = tuple[str, str, str, int]  # library, solver, grid, nfe
+OPTIMIZED = "optimized"  # the name of the grids in a model's own folder
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Which rows, on how many noises.
+
+    Args:
+        grids: spacings by name, or ``optimized``: the grids in the model's own folder.
+        peers: empty or ``diffusers``.
+        statistics, any_statistics: see `solver_for`.
+        samplers: folders below which saved samplers of this model lie; each is a row.
+    """
+
+    solvers: tuple[str, ...]
+    grids: tuple[str, ...]
+    nfe: tuple[int, ...]
+    num: int = 1024
+    seed: int = 0
+    guidance: float = 1.0
+    peers: tuple[str, ...] = ()
+    batch: int = 256
+    statistics: Path | None = None
+    any_statistics: bool = False
+    samplers: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.solvers:
+            if not takes_statistics(name):
+                make_solver(name)
+        for name in self.grids:
+            look_up(parse_spec(name, GridError)[0], {**GRIDS, OPTIMIZED: None}, "grid", GridError)
+        for peer in self.peers:
+            look_up(peer, {"diffusers": None}, "library", FewstepError)
+        for nfe in self.nfe:
+            if nfe < 1:
+                raise SolverError(f"nfe must be a whole number of at least 1, got {nfe}")
+        if not self.samplers and (not (self.solvers or self.peers) or not self.grids or not self.nfe):
+            raise FewstepError("a benchmark needs at least one solver (or peers), one grid and one nfe, or a folder of samplers")
+        check_seeds(self.seed, self.num)
+        if self.num < 2 or self.batch < 1:
+            raise FewstepError(f"a benchmark needs num of at least 2 and batch of at least 1, got {self.num} and {self.batch}")
+
+
+def planned_keys(config: BenchmarkConfig) -> Iterator[Key]:
+    """The rows that solvers and grids by name make."""
+    for nfe in config.nfe:
+        for grid in config.grids:
+            for solver in config.solvers:
+                yield "fewstep", solver, grid, nfe
+            for library in config.peers:
+                for solver in PEERS:
+                    yield library, solver, grid, nfe
+
+
+def solvers_of(model: Model, config: BenchmarkConfig) -> dict[str, Solver | SolverError]:
+    """Our solvers by name, or why there is none."""
+    made: dict[str, Solver | SolverError] = {}
+    for name in config.solvers:
+        try:
+            made[name] = solver_for(
+                name, model, guidance=config.guidance, statistics=config.statistics, any_statistics=config.any_statistics
+            )
+        except SolverError as error:
+            made[name] = error
+    return made
+
+
+def saved_samplers(model: Model, config: BenchmarkConfig) -> dict[Key, Sampler]:
+    """The samplers below the folders that were named.
+
+    Raises:
+        ArtifactError: there is none below one of them, or one was made for another model or guidance scale.
+    """
+    found: dict[Key, Sampler] = {}
+    for folder in config.samplers:
+        paths, there = sorted(folder.rglob("sampler.json")), set[int]()
+        if not paths:
+            raise ArtifactError(f"no sampler below {folder}: name a folder of fewstep optimize, or one that holds a sampler.json")
+        for path in paths:
+            sampler = Sampler.load(path.parent)
+            there.add(sampler.nfe)
+            made_for = (sampler.card.get("model", model.fingerprint), sampler.card.get("guidance", config.guidance))
+            if made_for != (model.fingerprint, config.guidance):
+                raise ArtifactError(
+                    f"{path.parent} is a sampler of {sampler.card.get('of')} ({made_for[0]}) at guidance {made_for[1]:g}, "
+                    f"not of {model.name} ({model.fingerprint}) at {config.guidance:g}"
+                )
+            if not config.nfe or sampler.nfe in config.nfe:
+                key = "fewstep", str(sampler.card.get("name", sampler.solver)), str(folder), sampler.nfe
+                if key in found:
+                    raise ArtifactError(
+                        f"{folder} has two samplers of {key[1]} with {key[3]} evaluations, one in {path.parent}: name its folder"
+                    )
+                found[key] = sampler
+        if not there & set(config.nfe or there):
+            known = ", ".join(map(str, sorted(there)))
+            raise ArtifactError(
+                f"the samplers below {folder} use {known} evaluations, not {', '.join(map(str, config.nfe))}: ask for those"
+            )
+    return found
+
+
+def grid_of(key: Key, model: Model, config: BenchmarkConfig, steps: int) -> TimeGrid:
+    """The grid of a row."""
+    _, solver, name, nfe = key
+    return model.optimized(solver, nfe, config.guidance) if name == OPTIMIZED else make_grid(name, model.denoiser.schedule, steps)
+
+
+def impossible(key: Key, model: Model, config: BenchmarkConfig, solvers: dict[str, Solver | SolverError]) -> str:
+    """Why a sampler cannot do what is asked of it, or nothing."""
+    library, solver, _, nfe = key
+    try:
+        if library == "fewstep":
+            method = solvers[solver]
+            if isinstance(method, SolverError):
+                return str(method)
+            schedule = model.denoiser.schedule
+            method.nodes(grid_of(key, model, config, method.steps_on(schedule, nfe)), schedule)
+        else:
+            grid_of(key, model, config, peer_steps(solver, nfe))
+    except (GridError, SolverError) as error:
+        return str(error)
+    return ""

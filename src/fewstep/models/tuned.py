@@ -1,0 +1,57 @@
+"""What a tuned model knows of itself: its teacher, and the sampler that it was tuned for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fewstep.core.artifact import read_json, write_whole
+from fewstep.core.errors import ArtifactError
+
+__all__ = ["Tuned"]
+
+FORMAT, VERSION = "fewstep-tuned", 1
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """``tuned.json`` in a model's folder.
+
+    Attributes:
+        teacher: a bundled name or a folder.
+        fingerprint: the teacher's.
+        guidance: the scale at which the teacher sampled; the tuned model itself is sampled without.
+        solver, nfe: what it was tuned for, on the grid of ``optimized/``.
+        form: how it was tuned.
+    """
+
+    teacher: str
+    fingerprint: str
+    guidance: float
+    solver: str
+    nfe: int
+    form: str
+
+    def save(self, folder: Path) -> None:
+        """Write ``tuned.json``, whole or not at all."""
+        meta = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        write_whole(folder / "tuned.json", (json.dumps(meta, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> Tuned | None:
+        """Read what `save` wrote, or None where a folder has none.
+
+        Raises:
+            ArtifactError: it is damaged or of another version.
+        """
+        path = folder / "tuned.json"
+        if not path.exists():
+            return None
+        meta = read_json(path)
+        if (meta.pop("format", None), meta.pop("version", None)) != (FORMAT, VERSION):
+            raise ArtifactError(f"{path} is not {FORMAT!r} version {VERSION}: use the version of fewstep that wrote it, or tune again")
+        try:
+            return cls(**meta)
+        except TypeError as error:
+            raise ArtifactError(f"{path} is damaged ({error}): fetch or make it again") from error
