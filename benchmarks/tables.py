@@ -11,19 +11,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+STANDARD = ("karras", "logsnr", "uniform", "quadratic", "angle")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--solver", type=lambda text: text.split(","))
     parser.add_argument("--grid", type=lambda text: text.split(","))
     parser.add_argument("--library", default="fewstep")
     parser.add_argument("--best", action="store_true", help="one line a solver, each cell on the best of its grids")
     parser.add_argument("--optimized", action="store_true", help="the optimized grid of each solver beside the best of the others")
     args = parser.parse_args()
-    rows = [row for row in json.loads(args.results.read_text())["rows"] if row["library"] == args.library]
+    rows = [row for path in args.results for row in json.loads(path.read_text())["rows"] if row["library"] == args.library]
     rows = [row for row in rows if (not args.solver or row["solver"] in args.solver) and (not args.grid or row["grid"] in args.grid)]
-    columns = sorted({row["nfe"] for row in rows})
+    columns = sorted({row["nfe"] for row in rows if not args.optimized or row["grid"] == "optimized"})
     best = {n: min(row["rmse"] for row in rows if row["nfe"] == n) for n in columns}
     if args.optimized:
         optimized_grids(rows, columns)
@@ -50,7 +52,7 @@ def optimized_grids(rows: list[dict[str, Any]], columns: list[int]) -> None:
         pairs = []
         for n in columns:
             cells = [row for row in rows if row["solver"] == solver and row["nfe"] == n]
-            best = min((row for row in cells if row["grid"] != "optimized"), key=lambda row: row["rmse"])
+            best = min((row for row in cells if row["grid"] in STANDARD), key=lambda row: row["rmse"])
             pairs.append((next(row for row in cells if row["grid"] == "optimized"), best))
         print(f"| `{solver}` | optimized | " + " | ".join(f"{ours['rmse']:.4f} ({ours['fd']:.2f})" for ours, _ in pairs) + " |")
         print("| | best standard | " + " | ".join(f"{best['rmse']:.4f} ({best['fd']:.2f}) `{best['grid']}`" for _, best in pairs) + " |")

@@ -2,7 +2,7 @@
 
 python benchmarks/tuned_models.py --out benchmarks/results/tuned_models [--work runs/tuned]
 
-Each model is tuned by `fewstep finetune digits-edm --nfe N [--form score --data digits]` unless ``--work`` has it already.
+Each model is tuned by `fewstep finetune digits-edm --nfe N [--form score --data digits --steps 100]` unless ``--work`` has it already.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fewstep import load_model
+import torch
+
+from fewstep import Sampler, load_model, make_solver
 from fewstep.core.artifact import write_whole
-from fewstep.evaluate.benchmark import benchmark
-from fewstep.evaluate.plan import BenchmarkConfig
+from fewstep.evaluate.generation import generate
+from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
 from fewstep.learn.finetune import FinetuneConfig, finetune
 from fewstep.models.data import load_images
+from fewstep.models.loaders import Model
+from fewstep.solvers.reference import reference_sampler
 
-STEPS, FORMS = (2, 3, 4), ("mean", "score")
+STEPS, FORMS, SEEDS = (2, 3, 4), ("mean", "score"), range(1024)
 
 
 def main() -> None:
@@ -27,43 +31,53 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/tuned"))
     args = parser.parse_args()
+    teacher, problem = load_model("digits-edm"), Problem()
     rows = []
-    for form in FORMS:
-        for nfe in STEPS:
+    for nfe in STEPS:
+        rows.append({"form": "phase 1 alone", "nfe": nfe, **problem.measure(teacher, nfe)})
+        for form in FORMS:
             folder = args.work / (f"digits-edm-{nfe}step" + ("-score" if form == "score" else ""))
             if not (folder / "tuned.json").exists():
                 images = load_images("digits") if form == "score" else None
-                finetune(load_model("digits-edm"), FinetuneConfig(nfe=nfe, form=form, half=nfe == 3), folder, images=images)
-            rows.append(row(folder, form, nfe))
-            print(rows[-1])
-    for nfe in STEPS:
-        rows.append(untuned(args.work, nfe))
-        print(rows[-1])
-    results = {"command": f"python benchmarks/tuned_models.py --out {args.out}", "rows": rows}
-    write_whole(args.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-
-
-def row(folder: Path, form: str, nfe: int) -> dict[str, Any]:
-    results = benchmark(load_model(folder), BenchmarkConfig(("ddim",), ("optimized",), (nfe,)), folder / "bench", command="")
-    (found,) = results["rows"]
-    history = json.loads((folder / "history.json").read_text())
-    return {
-        "form": form,
-        "nfe": nfe,
-        "rmse": found["rmse"],
-        "fd": found["fd"],
-        "fd_of_teacher": results["reference"]["fd"],
-        "bounds": [history[0]["bound_before"], *(value for made in history for value in (made["bound_trained"], made["bound"]))],
-        "noise_levels": history[-1]["noise_levels"],
-        "seconds_of_rounds": sum(made["seconds"] for made in history),
+                finetune(teacher, FinetuneConfig(nfe=nfe, form=form, steps=100 if form == "score" else 200), folder, images=images)
+            rows.append({"form": form, "nfe": nfe, **problem.measure(load_model(folder), nfe), **alternation(folder)})
+    rows.append({"form": "digits-edm-3step", "nfe": 3, **problem.measure(load_model("digits-edm-3step"), 3)})
+    results = {
+        "command": f"python benchmarks/tuned_models.py --out {args.out}",
+        "fd_of_teacher": problem.distance(problem.exact),
+        "rows": rows,
     }
+    write_whole(args.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    for row in rows:
+        print(row)
 
 
-def untuned(work: Path, nfe: int) -> dict[str, Any]:
-    """Phase 1 alone: first-order steps of the teacher on its optimised grid."""
-    config = BenchmarkConfig(("ddim",), ("optimized",), (nfe,))
-    found = next(r for r in benchmark(load_model("digits-edm"), config, work / "untuned", command="")["rows"] if r["nfe"] == nfe)
-    return {"form": "phase 1 alone", "nfe": nfe, "rmse": found["rmse"], "fd": found["fd"]}
+class Problem:
+    """The teacher's exact trajectories, and the data."""
+
+    def __init__(self) -> None:
+        self.data, self.features = load_images("digits").x, load_features("digits", (1, 8, 8))
+        teacher = load_model("digits-edm")
+        self.exact = self.samples(teacher, reference_sampler(teacher.denoiser.schedule))
+
+    def samples(self, model: Model, sampler: Sampler) -> torch.Tensor:
+        return generate(model.denoiser, sampler, SEEDS, model.shape, model.labels(SEEDS), torch.device("cpu"))
+
+    def distance(self, samples: torch.Tensor) -> float:
+        return frechet_distance(self.data, samples, self.features)
+
+    def measure(self, model: Model, nfe: int) -> dict[str, Any]:
+        """First-order steps of a model on its own optimised grid."""
+        grid = model.optimized("ddim", nfe)
+        samples = self.samples(model, Sampler.build(make_solver("ddim"), grid, model.denoiser.schedule))
+        levels = torch.exp(-model.denoiser.schedule.lam(grid.t)).tolist()
+        return {"rmse": rmse(samples, self.exact), "fd": self.distance(samples), "noise_levels": levels}
+
+
+def alternation(folder: Path) -> dict[str, Any]:
+    history = json.loads((folder / "history.json").read_text())
+    bounds = [history[0]["bound_before"], *(value for made in history for value in (made["bound_trained"], made["bound"]))]
+    return {"bounds": bounds, "seconds_of_rounds": sum(made["seconds"] for made in history)}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import torch
 import fewstep
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/index.md", "docs/own-network.md", "docs/statistics.md", "docs/manual-stepping.md", "docs/extending.md")
+GUIDES = ("index", "own-network", "statistics", "schedules", "manual-stepping", "extending")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in GUIDES))
 
 
 @pytest.mark.parametrize("page", PAGES)

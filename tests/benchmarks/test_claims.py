@@ -10,12 +10,14 @@ import torch
 
 from benchmarks import step_overhead
 from fewstep import Sampler, TimeGrid, VarianceExploding, advance, load_model, make_grid, make_solver
-from fewstep.evaluate.generation import generate
-from fewstep.evaluate.metrics import frechet_distance, load_features
+from fewstep.evaluate.generation import generate, solver_for
+from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
 from fewstep.models.data import load_images
+from fewstep.solvers.reference import reference_sampler
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
+OPTIMIZED = ("digits-edm/optimized/ddim/grids.json", "digits-edm-3step/tuned.json")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers hands tensors to numpy in ways that numpy 2 deprecates
@@ -40,6 +42,37 @@ def test_bundled_models_are_good() -> None:
         assert labels is None or (features.labels(samples) == labels).float().mean() >= 0.97
 
 
+FRESH = range(7_000_000, 7_000_512)  # noises that nothing was fitted to
+
+
+def fresh_samples(name: str, sampler: Sampler, seeds: range = FRESH) -> torch.Tensor:
+    model = load_model(name)
+    return generate(model.denoiser, sampler, seeds, model.shape, model.labels(seeds), torch.device("cpu"))
+
+
+def test_optimized_schedules_have_less_error_than_every_standard_one() -> None:
+    for name, solver, nfe in (("digits-edm", "ddim", 20), ("digits-edm", "dpm-solver-v3", 8), ("digits-ddpm", "dpm-solver-pp-2m", 10)):
+        model = load_model(name)
+        schedule, method = model.denoiser.schedule, solver_for(solver, model)
+        grids = {grid: make_grid(grid, schedule, nfe) for grid in ("karras", "logsnr", "uniform", "quadratic", "angle")}
+        grids["optimized"] = model.optimized(solver, nfe)
+        exact = fresh_samples(name, reference_sampler(schedule), FRESH[:256])
+        samples = {key: fresh_samples(name, Sampler.build(method, grid, schedule), FRESH[:256]) for key, grid in grids.items()}
+        found = {key: rmse(made, exact) for key, made in samples.items()}
+        assert found.pop("optimized") < min(found.values())
+
+
+def test_three_tuned_steps_land_near_the_teacher() -> None:
+    teacher, tuned, data = load_model("digits-edm"), load_model("digits-edm-3step"), load_images("digits").x
+    schedule, ddim = teacher.denoiser.schedule, make_solver("ddim")
+    exact = fresh_samples("digits-edm", reference_sampler(schedule))
+    untuned = fresh_samples("digits-edm", Sampler.build(ddim, teacher.optimized("ddim", 3), schedule))
+    student = fresh_samples("digits-edm-3step", Sampler.build(ddim, tuned.optimized("ddim", 3), schedule))
+    features = load_features("digits", (1, 8, 8))
+    assert rmse(student, exact) <= 0.65 * rmse(untuned, exact)
+    assert frechet_distance(data, student, features) <= 1.25 * frechet_distance(data, exact, features)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, inside inductor
 def test_the_kernel_compiled_by_inductor_is_the_kernel() -> None:
     schedule = VarianceExploding()
@@ -58,5 +91,5 @@ def test_the_wheel_holds_the_models_and_stays_small(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("fewstep-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert wheel.stat().st_size < 10e6
-    for file in ("digits-edm/fewstep.json", "digits-ddpm/model_index.json", "digits-features/features.safetensors"):
+    for file in ("digits-edm/fewstep.json", "digits-ddpm/model_index.json", "digits-features/features.safetensors", *OPTIMIZED):
         assert f"fewstep/models/weights/{file}" in names

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,22 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from fewstep import ArtifactError, DiscreteVP, ModelError, RectifiedFlow, VarianceExploding, load_model
+from fewstep import (
+    ArtifactError,
+    DiscreteVP,
+    GridError,
+    Model,
+    ModelError,
+    RectifiedFlow,
+    TimeGrid,
+    VarianceExploding,
+    load_model,
+    make_grid,
+)
+from fewstep.core.grid_table import GridTable
 from fewstep.core.statistics import ModelStatistics
+from fewstep.models.loaders import save_like, save_ours
+from fewstep.models.tuned import Tuned
 from fewstep.models.zoo import BUNDLED, WEIGHTS
 
 T = torch.tensor(1.0, dtype=torch.float64)
@@ -26,7 +41,7 @@ def test_bundled_models_load_small_and_denoise(name: str) -> None:
     model = load_model(name)
     files = [file for file in (WEIGHTS / name).rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 6e6
-    assert "fewstep train" in (WEIGHTS / name / "README.md").read_text()
+    assert any(verb in (WEIGHTS / name / "README.md").read_text() for verb in ("fewstep train", "fewstep finetune"))
     t = T * model.denoiser.schedule.t_max / 2
     x0 = model.denoiser(x := torch.randn(4, *model.shape) * model.denoiser.schedule.sigma(t).float(), t, model.labels(range(4)))
     assert x0.shape == x.shape and float(x0.abs().max()) < 2 and len(model.fingerprint) == 16
@@ -121,6 +136,117 @@ def test_statistics_are_found_by_guidance(tmp_path: Path, ours: bool) -> None:
     (folder / "statistics" / "statistics.safetensors").write_bytes(b"")
     with pytest.raises(ArtifactError, match="damaged"):
         model.statistics()
+
+
+def _ours(folder: Path, null_label: int | None = None) -> Model:
+    torch.manual_seed(0)
+    network = UNet2DModel(**SMALL, num_class_embeds=None if null_label is None else null_label + 1)
+    save_ours(folder, network, "edm(0.5)", VarianceExploding(0.01, 50.0), (1, 8, 8), null_label)
+    return load_model(folder)
+
+
+def _grids(model: Model, place: str, guidance: float, *nfe: int, fingerprint: str | None = None) -> dict[int, TimeGrid]:
+    """Grids in the model's folder, of some solver at some guidance scale."""
+    schedule = model.denoiser.schedule
+    grids = {n: make_grid("angle", schedule, n) for n in nfe}
+    GridTable(Path(place).name, fingerprint or model.fingerprint, guidance, schedule, grids).save(model.folder / place)
+    return grids
+
+
+def test_what_we_save_is_what_we_load(tmp_path: Path) -> None:
+    for null_label in (None, 4):
+        model = _ours(tmp_path / str(null_label), null_label)
+        assert (model.classes, model.null_label, model.shape, model.denoiser.prediction.name) == (
+            null_label,
+            null_label,
+            (1, 8, 8),
+            "edm(0.5)",
+        )
+        assert model.denoiser.schedule.to_config() == VarianceExploding(0.01, 50.0).to_config() and model.folder == tmp_path / str(
+            null_label
+        )
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["fewstep", "diffusers"])
+def test_a_network_like_another_is_saved_in_the_same_form(tmp_path: Path, ours: bool) -> None:
+    model = _ours(tmp_path / "one", 4) if ours else load_model(_save(tmp_path / "one", DDIMScheduler(prediction_type="v_prediction")))
+    (tmp_path / "one" / "README.md").write_text("of the one")
+    other = model.denoiser.network
+    with torch.no_grad():
+        next(iter(other.parameters())).add_(1)
+    save_like(model, other, tmp_path / "two")
+    kinds = {"fewstep.json", "unet"} if ours else {"scheduler", "unet"}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == kinds
+    before, after = load_model(tmp_path / "one"), load_model(tmp_path / "two")
+    assert before.fingerprint != after.fingerprint
+    for what in ("shape", "classes", "null_label"):
+        assert getattr(before, what) == getattr(after, what)
+    assert before.denoiser.prediction.name == after.denoiser.prediction.name
+    assert before.denoiser.schedule.to_config() == after.denoiser.schedule.to_config()
+
+
+def test_a_model_from_nowhere_has_no_form_to_save_in(tmp_path: Path) -> None:
+    model = replace(_ours(tmp_path / "one"), folder=None)
+    with pytest.raises(ModelError, match="was not loaded from a folder: save it to one first"):
+        save_like(model, model.denoiser.network, tmp_path / "two")
+    assert model.tuned is None and model.statistics() is None
+    with pytest.raises(GridError, match="there are none in its folder"):
+        model.optimized("ddim", 3)
+
+
+def test_a_pipeline_is_saved_as_a_pipeline(tmp_path: Path) -> None:
+    model = load_model("digits-ddpm")
+    save_like(model, model.denoiser.network, tmp_path / "copy")
+    DDPMPipeline.from_pretrained(str(tmp_path / "copy"), low_cpu_mem_usage=False)
+    assert load_model(tmp_path / "copy").fingerprint == model.fingerprint
+
+
+def test_optimized_grids_are_found_by_solver_and_guidance(tmp_path: Path) -> None:
+    model = _ours(tmp_path / "model", 4)
+    plain, guided = _grids(model, "optimized/ddim", 1.0, 3, 5), _grids(model, "optimized-guidance-2/ddim", 2.0, 4)
+    _grids(model, "optimized/unipc-2", 1.0, 6)
+    assert torch.equal(model.optimized("ddim", 5).t, plain[5].t) and torch.equal(model.optimized("ddim", 4, 2.0).t, guided[4].t)
+    assert model.optimized("unipc-2", 6).steps == 6
+    with pytest.raises(GridError, match=f"make a sampler with 'fewstep optimize {tmp_path / 'model'} --solver heun --nfe 4 --out DIR'"):
+        model.optimized("heun", 4)
+    for request, says in {
+        ("ddim", 4): "no optimized grid of 4 evaluations for ddim here, only of 3, 5",
+        ("ddim", 3, 2.0): "no optimized grid of 3 evaluations for ddim here, only of 4",
+        ("heun", 4): "no optimized grid of model for heun at guidance 1, there are some for ddim",
+        ("unipc-2", 6, 2.0): "no optimized grid of model for unipc-2 at guidance 2, there are some for ddim",
+        (
+            "ddim",
+            3,
+            1.5,
+        ): "no optimized grid of model for ddim at guidance 1.5, there are some for ddim at 1, unipc-2 at 1, ddim at 2: make a "
+        f"sampler with 'fewstep optimize {tmp_path / 'model'} --guidance 1.5 --solver ddim",
+    }.items():
+        with pytest.raises(GridError) as error:
+            model.optimized(*request)
+        assert says in str(error.value)
+
+
+def test_optimized_grids_of_other_weights_or_damaged_ones_are_refused(tmp_path: Path) -> None:
+    model = _ours(tmp_path / "model")
+    with pytest.raises(GridError, match="there are none in its folder"):
+        model.optimized("ddim", 3)
+    _grids(model, "optimized/ddim", 1.0, 3, fingerprint="0" * 16)
+    with pytest.raises(ArtifactError, match=f"made for other weights \\({'0' * 16}, not {model.fingerprint}\\)"):
+        model.optimized("ddim", 3)
+    (model.folder / "optimized" / "ddim" / "grids.json").write_text("{")
+    with pytest.raises(ArtifactError, match="damaged"):
+        model.optimized("ddim", 3)
+
+
+def test_a_tuned_model_knows_it(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    assert _ours(folder).tuned is None
+    tuned = Tuned("digits-edm", "0" * 16, 1.0, "ddim", 3, "mean")
+    tuned.save(folder)
+    assert load_model(folder).tuned == tuned
+    (folder / "tuned.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"tuned\.json is not"):
+        _ = load_model(folder).tuned
 
 
 def test_what_is_no_model_is_said_so(tmp_path: Path) -> None:

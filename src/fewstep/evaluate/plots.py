@@ -81,6 +81,8 @@ def save_schedules(
     ends = [min(min(p) for pairs in candidates.values() for p in pairs), max(max(p) for pairs in candidates.values() for p in pairs)]
     right.plot(ends, ends, color=GREY, linewidth=1, linestyle="--")
     right.loglog()
+    bounds = [bound for pairs in candidates.values() for bound, _ in pairs]
+    right.set_xlim(0.8 * min(bounds), 1.25 * max(bounds))
     for axis in (right.xaxis, right.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
