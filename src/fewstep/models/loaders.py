@@ -116,7 +116,7 @@ class Model:
             source = self.name if self.data or self.folder is None else self.folder
             raise GridError(
                 f"no optimized grid of {self.name} for {solver} at guidance {guidance:g}, {there}: make a sampler with "
-                f"'fewstep optimize {source}{scale} --solver {solver} --nfe {nfe} --out DIR'"
+                f"'fewstep optimize {source}{scale} --solver {solver} --out DIR'"
             )
         if table.model != self.fingerprint:
             raise ArtifactError(f"the optimized grids in {self.folder} were made for other weights ({table.model}, not {self.fingerprint})")
