@@ -51,7 +51,7 @@ class OptimizeConfig:
     levels: int = 128
     num: int = 256
     noises: int = 256
-    held_out: int = 256
+    held_out: int = 1024
     seed: int = 3_000_000
     iterations: int = 6
 
@@ -209,27 +209,30 @@ class _Search:
         """Candidates, refinement of the best, and the choice on held-out noises."""
         steps = solver.steps_on(self.schedule, nfe)
         count = max(min(FEWEST, self.config.noises), min(self.config.noises, EVALUATIONS // nfe))
-        error, check = self._error(solver, range(count)), self._error(solver, range(self.config.noises, len(self.exact)))
+        fit, check = self._error(solver, range(count)), self._error(solver, range(self.config.noises, len(self.exact)))
         grids = self.candidates(steps, others)
-        few = error.first(FEWEST)
+        few = fit.first(FEWEST)
         measured = {name: few.typical(grid) for name, grid in grids.items()}
         ranked = sorted(measured, key=measured.__getitem__)
-        standard = next(name for name in ranked if name in GRIDS)
-        finalists = {name: grids[name] for name in (ranked[0], standard)}
+        standards = [name for name in ranked if name in GRIDS][:2]
+        finalists = {name: grids[name] for name in (ranked[0], *standards)}
         different = {tuple(grids[name].t.tolist()): name for name in reversed(ranked)}  # programmes often agree
         for name in sorted(different.values(), key=ranked.index)[: 2 if nfe <= MANY_STEPS else 1]:
-            finalists[f"{name}, refined"] = refine(error, grids[name], iterations=self.config.iterations)
+            finalists[f"{name}, refined"] = refine(fit, grids[name], iterations=self.config.iterations)
             measured[f"{name}, refined"] = few.typical(finalists[f"{name}, refined"])
         held = {name: sizes(check.residual(grid)[0]) for name, grid in finalists.items()}
-        chosen = min(held, key=lambda name: float(held[name].mean()))
+        error = {name: float(of.mean()) for name, of in held.items()}
+        rmse = {name: float(of.square().mean().sqrt()) for name, of in held.items()}
+        standard = min(standards, key=rmse.__getitem__)
+        chosen = min((name for name in finalists if rmse[name] <= rmse[standard]), key=error.__getitem__)
         card = {
             "chosen": chosen,
             "best_standard_grid": standard,
-            "error": [float(held[name].mean()) for name in (chosen, standard)],
-            "rmse": [float(held[name].square().mean().sqrt()) for name in (chosen, standard)],
+            "error": [error[name] for name in (chosen, standard)],
+            "rmse": [rmse[name] for name in (chosen, standard)],
             "calibration_noises": count,
             "held_out_noises": self.config.held_out,
-            "network_evaluations": error.evaluations + few.evaluations + check.evaluations,
+            "network_evaluations": fit.evaluations + few.evaluations + check.evaluations,
         }
         bounds = {name: self.bound_of(grid) for name, grid in {**grids, **finalists}.items()}
         return finalists[chosen], card, {name: (measured[name], bounds[name]) for name in measured}
