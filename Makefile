@@ -53,6 +53,8 @@ benchmarks: $(STAMP)
 		$(BIN)/fewstep bench $$model --solver $(FOUR) --grid optimized --nfe 3,4,5,6,8,10,15,20 --num 1024 \
 			--out benchmarks/results/$$model-optimized || exit 1; \
 	done
+	$(BIN)/fewstep bench digits-edm --solver unipc-2,dpm-solver-v3 --grid optimized,angle,karras,logsnr --nfe 7,12,17 --num 1024 \
+		--out benchmarks/results/digits-edm-optimized
 	$(BIN)/python benchmarks/tuned_models.py --out benchmarks/results/tuned_models
 	$(BIN)/fewstep bench digits-edm --solver $(ALL) --grid logsnr,karras,angle --nfe 5,6,8,10 --num 1024 --peers diffusers \
 		--out benchmarks/results/digits-edm

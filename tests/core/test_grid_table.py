@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,9 +36,26 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path, schedule: NoiseSche
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["grids.json"]
 
 
-def test_a_grid_that_is_missing_is_named_with_those_that_exist() -> None:
-    with pytest.raises(GridError, match=r"no optimized grid of 6 evaluations for unipc-3:corrector=false here, only of 5, 7, 12: run"):
-        table().grid(6)
+@pytest.mark.parametrize("nfe", [4, 13])
+def test_a_grid_that_is_missing_is_named_with_those_that_exist(nfe: int) -> None:
+    says = rf"no optimized grid of {nfe} evaluations for unipc-3:corrector=false here, only of 5, 7, 12: run"
+    with pytest.raises(GridError, match=says):
+        table().grid(nfe)
+
+
+@pytest.mark.parametrize(("nfe", "nearest"), [(6, 7), (8, 7), (10, 12)])  # as ratios
+def test_between_two_numbers_the_nearer_grid_is_stretched(nfe: int, nearest: int) -> None:
+    found, parent = table().grid(nfe), table().grids[nearest]
+    assert found.steps == nfe and torch.equal(found.t[[0, -1]], parent.t[[0, -1]])
+    u, v = torch.linspace(0, nearest, nfe + 1), torch.arange(nearest + 1)
+    expected = np.interp(u.numpy(), v.numpy(), -LAW.lam(parent.t).numpy())
+    torch.testing.assert_close(-LAW.lam(found.t), torch.from_numpy(expected), rtol=1e-6, atol=1e-6)  # float32 abscissae
+
+
+def test_a_solver_of_several_evaluations_a_step_has_no_grids_in_between() -> None:
+    two_stage = GridTable("heun", "", 1.0, LAW, {nfe: make_grid("angle", LAW, nfe // 2) for nfe in (4, 8)})
+    with pytest.raises(GridError, match="no optimized grid of 6 evaluations for heun here"):
+        two_stage.grid(6)
 
 
 DAMAGE = {

@@ -210,7 +210,7 @@ def test_optimized_grids_are_found_by_solver_and_guidance(tmp_path: Path) -> Non
     with pytest.raises(GridError, match=f"make a sampler with 'fewstep optimize {tmp_path / 'model'} --solver heun --out DIR'"):
         model.optimized("heun", 4)
     for request, says in {
-        ("ddim", 4): "no optimized grid of 4 evaluations for ddim here, only of 3, 5",
+        ("ddim", 6): "no optimized grid of 6 evaluations for ddim here, only of 3, 5",
         ("ddim", 3, 2.0): "no optimized grid of 3 evaluations for ddim here, only of 4",
         ("heun", 4): "no optimized grid of model for heun at guidance 1, there are some for ddim",
         ("unipc-2", 6, 2.0): "no optimized grid of model for unipc-2 at guidance 2, there are some for ddim",

@@ -146,6 +146,21 @@ class TimeGrid:
             )
         return TimeGrid(snapped)
 
+    def stretched(self, schedule: NoiseSchedule, steps: int) -> TimeGrid:
+        """The same density of steps in ``lam`` for another number of them; on a discrete schedule snapped to the model's own times.
+
+        Raises:
+            GridError: ``lam`` is infinite at an end, or times coincide after snapping.
+        """
+        lam = schedule.lam(self.t)
+        if not bool(torch.isfinite(lam).all()):
+            raise GridError("only a grid with finite lam at both ends can be stretched to another number of steps")
+        where = torch.linspace(0, self.steps, _whole(steps) + 1, dtype=torch.float64)[1:-1]
+        index = where.floor().long().clamp(max=self.steps - 1)
+        inner = schedule.t_of_lam(torch.lerp(lam[index], lam[index + 1], where - index))
+        made = TimeGrid(torch.cat([self.t[:1], inner, self.t[-1:]]))
+        return made.snap(schedule.times) if isinstance(schedule, DiscreteVP) else made
+
     def to_clean(self, schedule: NoiseSchedule) -> TimeGrid:
         """The same evaluations, with the end moved to ``sigma = 0`` (diffusers' ``final_sigmas_type="zero"``)."""
         return TimeGrid(torch.cat([self.t[:-1], torch.tensor([schedule.t_clean], dtype=torch.float64)]))

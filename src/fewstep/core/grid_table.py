@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,15 +31,19 @@ class GridTable:
     card: Mapping[str, Any] = field(default_factory=dict)
 
     def grid(self, nfe: int) -> TimeGrid:
-        """The grid for ``nfe`` evaluations.
+        """The grid for ``nfe`` evaluations; between two numbers that the table has, the nearer one's stretched to as many steps.
 
         Raises:
             GridError: there is none; the message names those that exist.
         """
-        if nfe not in self.grids:
-            known = ", ".join(map(str, sorted(self.grids)))
-            raise GridError(f"no optimized grid of {nfe} evaluations for {self.solver} here, only of {known}: run fewstep optimize")
-        return self.grids[nfe]
+        if nfe in self.grids:
+            return self.grids[nfe]
+        if min(self.grids) < nfe < max(self.grids):
+            nearest = min(self.grids, key=lambda n: abs(math.log(n / nfe)))
+            if self.grids[nearest].steps == nearest:  # one evaluation a step
+                return self.grids[nearest].stretched(self.schedule, nfe)
+        known = ", ".join(map(str, sorted(self.grids)))
+        raise GridError(f"no optimized grid of {nfe} evaluations for {self.solver} here, only of {known}: run fewstep optimize")
 
     def save(self, folder: Path) -> Path:
         """Write ``grids.json``, whole or not at all."""

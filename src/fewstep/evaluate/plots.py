@@ -87,7 +87,7 @@ def save_schedules(
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
-    right.legend(loc="upper left", fontsize=8, frameon=False, title="evaluations", title_fontsize=8)
+    right.legend(loc="lower right", fontsize=8, frameon=False, title="evaluations", title_fontsize=8)
     right.set_ylabel("measured error")
     _dress(left, title, LEVEL)
     _dress(middle, f"local error of a short step; lines: {shown[-1]} steps", LEVEL)

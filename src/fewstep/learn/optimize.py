@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,6 @@ from fewstep.core.errors import ArtifactError, FewstepError, GridError, SolverEr
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid
 from fewstep.core.grid_table import GridTable
 from fewstep.core.sampler import Sampler
-from fewstep.core.schedule import DiscreteVP
 from fewstep.core.tableau import Solver
 from fewstep.learn.gram import Gram, GramConfig, collect_gram, fine_grid
 from fewstep.learn.grid_search import Bound
@@ -251,26 +251,11 @@ class _Search:
             found[name] = TimeGrid(self.levels.t[best[steps]])
         near = [made.sampler.grid for made in others.values() if abs(made.sampler.grid.steps - steps) <= 2 and made.sampler.grid.steps > 1]
         for grid in near:
-            stretched = self._stretched(grid, steps)
-            if stretched is not None:
-                found[f"that of {grid.steps} steps, stretched"] = stretched
+            with suppress(GridError):  # an infinite end, or too fine for a discrete schedule
+                found[f"that of {grid.steps} steps, stretched"] = grid.stretched(self.schedule, steps)
         if not any(name in GRIDS for name in found):
             raise SolverError(f"no standard grid of {self.model.name} has {steps} steps: ask for fewer")
         return found
-
-    def _stretched(self, grid: TimeGrid, steps: int) -> TimeGrid | None:
-        """The same density of steps, for another number of them."""
-        lam = self.schedule.lam(grid.t)
-        if not bool(torch.isfinite(lam).all()):
-            return None
-        where = torch.linspace(0, grid.steps, steps + 1, dtype=torch.float64)[1:-1]
-        index = where.floor().long().clamp(max=grid.steps - 1)
-        inner = self.schedule.t_of_lam(torch.lerp(lam[index], lam[index + 1], where - index))
-        made = TimeGrid(torch.cat([grid.t[:1], inner, grid.t[-1:]]))
-        try:
-            return made.snap(self.schedule.times) if isinstance(self.schedule, DiscreteVP) else made
-        except GridError:
-            return None
 
     def bound_of(self, grid: TimeGrid) -> float | None:
         """The error bound of a grid, moved to the nearest levels of the Gram matrix; None if two times fall on one."""
