@@ -155,9 +155,11 @@ class BenchRequest:
             solvers, grids, nfe = (model.tuned.solver,), (OPTIMIZED,), (model.tuned.nfe,)
         if self.samplers and self.solvers is None and self.grids is None and not self.peers:
             solvers, grids, nfe = (), (), ()
-        picked = (self.solvers or solvers, self.grids or grids, self.nfe or nfe)
+        solvers = solvers if self.solvers is None else self.solvers
+        grids = grids if self.grids is None else self.grids
+        nfe = nfe if self.nfe is None else self.nfe
         rest = (self.num, self.seed, self.guidance, self.peers, self.batch, self.statistics, self.any_statistics)
-        return BenchmarkConfig(*picked, *rest, tuple(map(Path, self.samplers)))
+        return BenchmarkConfig(solvers, grids, nfe, *rest, tuple(map(Path, self.samplers)))
 
 
 def run_bench(request: BenchRequest, out: Path, command: str) -> dict[str, Any]:
