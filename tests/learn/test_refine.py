@@ -26,7 +26,8 @@ from fewstep import (
 )
 from fewstep.core.grid import GRIDS
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.learn.refine import EndError, refine, rms, sizes
+from fewstep.learn.ends import rms, sizes
+from fewstep.learn.refine import EndError, refine
 from fewstep.solvers.reference import reference_sampler
 
 F64 = torch.float64

@@ -1,12 +1,13 @@
-"""Which process this is, of how many, and on which device."""
+"""Which process this is, of how many, on which device; and what they know together."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+from torch import Tensor
 
-__all__ = ["default_device", "process", "wait_for_all"]
+__all__ = ["default_device", "process", "sum_over_processes", "wait_for_all"]
 
 
 def default_device() -> torch.device:
@@ -22,6 +23,19 @@ def process() -> tuple[int, int]:
 def wait_for_all() -> None:
     """Until every process is here."""
     if process()[1] > 1:
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")
+        _meet()
         torch.distributed.barrier()
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """The sum of every process's ``value``, a tensor on the CPU; the same to the bit in all of them."""
+    if process()[1] > 1:
+        _meet()
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+    return value
+
+
+def _meet() -> None:
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")

@@ -19,9 +19,10 @@ from fewstep.core.grid import GRIDS, TimeGrid, make_grid
 from fewstep.core.grid_table import GridTable
 from fewstep.core.sampler import Sampler
 from fewstep.core.tableau import Solver
+from fewstep.learn.ends import sizes
 from fewstep.learn.gram import Gram, GramConfig, collect_gram, fine_grid
 from fewstep.learn.grid_search import Bound
-from fewstep.learn.refine import EndError, refine, sizes
+from fewstep.learn.refine import EndError, refine
 from fewstep.learn.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
 from fewstep.models.loaders import Model
 from fewstep.solvers.reference import REFERENCE_NFE
