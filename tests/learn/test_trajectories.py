@@ -355,6 +355,24 @@ def test_the_noise_is_not_stored_but_made_from_the_seed(tmp_path) -> None:
     torch.testing.assert_close(found.states([0, -1])[:, 0], seeded_noise([5, 24], SHAPE) * 20, rtol=0, atol=0)
 
 
+def test_some_times_are_read_alone(tmp_path) -> None:
+    found = made(tmp_path, toy(classes=2))
+    for index in (slice(None), [19, 3, 3, 0, -12], slice(18, 2, -5), torch.arange(20) % 3 == 0):
+        whole = found.states(index)
+        for at in ([0], [4], [2, 0], [3, 3, 1], range(5), [-1, -5]):
+            some = found.states(index, at)
+            assert some.dtype == torch.float32 and torch.equal(some, whole[:, list(at)])
+    for at in ([5], [-6]):
+        with pytest.raises(IndexError):
+            found.states([0], at)
+    start = found.states([0, 8], [0])
+    for path in tmp_path.glob("shard-*"):
+        path.unlink()
+    assert torch.equal(Trajectories.load(tmp_path).states([0, 8], [0]), start)  # the noise is stored nowhere
+    with pytest.raises(ArtifactError, match="missing"):
+        Trajectories.load(tmp_path).states([0], [0, 1])
+
+
 def test_random_access(tmp_path) -> None:
     found = made(tmp_path)
     whole = found.states(slice(None))

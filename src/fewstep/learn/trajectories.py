@@ -300,10 +300,18 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
         x, seeds, labels = self.states([index]), self.seeds([index]), self.labels([index])
         return {"x": x[0], "seed": int(seeds[0])} | ({} if labels is None else {"label": int(labels[0])})
 
-    def states(self, index: Sequence[int] | Tensor | slice) -> Tensor:
-        """Trajectories ``[n, T, *D]``, float32, in the order asked for; an `ArtifactError` names a shard that cannot be used."""
-        start = start_noise(self._nodes, self.seeds(index), self.shape)
-        return torch.cat([start[:, None], self._gather("x", self._places(index), torch.float32)], 1)
+    def states(self, index: Sequence[int] | Tensor | slice, at: Sequence[int] | None = None) -> Tensor:
+        """Trajectories ``[n, T, *D]``, float32, in the order asked for; an `ArtifactError` names a shard that cannot be used.
+
+        ``at`` picks some of the ``T`` times, by their places; no others are read.
+        """
+        places, seeds = self._places(index), self.seeds(index)
+        if at is not None:
+            times = [range(len(self.t))[k] for k in at]  # counted from the end if negative
+            return torch.stack(
+                [self._gather("x", places, torch.float32, k - 1) if k else start_noise(self._nodes, seeds, self.shape) for k in times], 1
+            )
+        return torch.cat([start_noise(self._nodes, seeds, self.shape)[:, None], self._gather("x", places, torch.float32)], 1)
 
     def seeds(self, index: Sequence[int] | Tensor | slice) -> Tensor:
         return torch.tensor(self._places(index), dtype=torch.int64) + self.first
@@ -327,14 +335,16 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
         places = range(self.num)
         return list(places[index]) if isinstance(index, slice) else [places[i] for i in index]
 
-    def _gather(self, name: str, places: list[int], dtype: torch.dtype) -> Tensor:
-        """Rows of a tensor that is cut into shards."""
+    def _gather(self, name: str, places: list[int], dtype: torch.dtype, time: int | None = None) -> Tensor:
+        """Rows of a tensor that is cut into shards, whole or at one of the stored times."""
         rows: dict[int, list[int]] = {}  # of the result, by shard
         for row, place in enumerate(places):
             rows.setdefault(place // self.batch, []).append(row)
-        result = torch.empty(len(places), *((len(self.t) - 1, *self.shape) if name == "x" else ()), dtype=dtype)
+        times = (len(self.t) - 1,) if time is None else ()
+        result = torch.empty(len(places), *((*times, *self.shape) if name == "x" else ()), dtype=dtype)
         for number, mine in rows.items():
-            result[mine] = self._shard(number)[name][[places[row] % self.batch for row in mine]].to(dtype)
+            stored = self._shard(number)[name]
+            result[mine] = (stored if time is None else stored[:, time])[[places[row] % self.batch for row in mine]].to(dtype)
         return result
 
     def _shard(self, number: int) -> dict[str, Tensor]:
