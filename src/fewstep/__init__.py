@@ -21,6 +21,8 @@ from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, Solver, State, Tableau, advance, tabulate
 from fewstep.learn.calibrate import CalibrationConfig, calibrate
 from fewstep.learn.finetune import FinetuneConfig, finetune
+from fewstep.learn.fit import FitConfig, fit
+from fewstep.learn.fit_solver import FitForm, fit_in_sequence
 from fewstep.learn.optimize import OptimizeConfig, optimize
 from fewstep.learn.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
 from fewstep.models.analytic import DatasetDenoiser, GaussianDenoiser, MixtureDenoiser
@@ -42,6 +44,8 @@ __all__ = [
     "EDM",
     "FewstepError",
     "FinetuneConfig",
+    "FitConfig",
+    "FitForm",
     "GaussianDenoiser",
     "GridError",
     "MixtureDenoiser",
@@ -72,6 +76,8 @@ __all__ = [
     "convert",
     "dynamic_threshold",
     "finetune",
+    "fit",
+    "fit_in_sequence",
     "from_x0",
     "generate_trajectories",
     "load_model",

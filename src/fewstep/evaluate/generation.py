@@ -50,11 +50,9 @@ def solver_for(name: str, model: Model, *, guidance: float = 1.0, statistics: Pa
     named = parse_spec(name, SolverError)[1].get("statistics", statistics)
     found = model.statistics(guidance) if named is None else ModelStatistics.load(str(named))
     if found is None:
-        source = model.name if model.data or model.folder is None else model.folder
-        guided = "" if guidance == 1 else f" --guidance {guidance:g}"
         raise SolverError(
             f"{name} needs statistics of {model.name} at guidance {guidance:g}: make them with "
-            f"'fewstep calibrate {source}{guided} --out DIR' and pass --statistics DIR"
+            f"'fewstep calibrate {model.command_name(guidance)} --out DIR' and pass --statistics DIR"
         )
     if not any_statistics:
         found.check(model=model.fingerprint, guidance=guidance, schedule=model.denoiser.schedule, shape=model.shape)

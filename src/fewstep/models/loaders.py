@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.artifact import read_json, write_whole
-from fewstep.core.errors import ArtifactError, GridError, ModelError
+from fewstep.core.errors import ArtifactError, GridError, ModelError, SolverError
 from fewstep.core.grid import TimeGrid
 from fewstep.core.grid_table import GridTable
 from fewstep.core.prediction import EDM, Prediction, prediction
+from fewstep.core.sampler import Sampler
 from fewstep.core.sampling import Denoiser
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding, schedule_from_config
 from fewstep.core.statistics import ModelStatistics
@@ -25,7 +26,9 @@ from fewstep.models.denoiser import AdaptedDenoiser, edm_time, unet_call
 from fewstep.models.guidance import classifier_free
 from fewstep.models.tuned import Tuned
 
-__all__ = ["Model", "load_folder", "save_like", "save_ours"]
+__all__ = ["FITTED", "Model", "load_folder", "save_like", "save_ours"]
+
+FITTED = "fitted"  # the name of fitted samplers, where a solver's would stand
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,15 +115,38 @@ class Model:
         if table is None:
             known = ", ".join(f"{table.solver} at {table.guidance:g}" for table in tables)
             there = f"there are some for {known}" if tables else "there are none in its folder"
-            scale = "" if guidance == 1 else f" --guidance {guidance:g}"
-            source = self.name if self.data or self.folder is None else self.folder
             raise GridError(
                 f"no optimized grid of {self.name} for {solver} at guidance {guidance:g}, {there}: make a sampler with "
-                f"'fewstep optimize {source}{scale} --solver {solver} --out DIR'"
+                f"'fewstep optimize {self.command_name(guidance)} --solver {solver} --out DIR'"
             )
         if table.model != self.fingerprint:
             raise ArtifactError(f"the optimized grids in {self.folder} were made for other weights ({table.model}, not {self.fingerprint})")
         return table.grid(nfe)
+
+    def fitted(self, nfe: int, guidance: float = 1.0) -> Sampler:
+        """The sampler fitted to the model that lies in its folder, below ``fitted*/``.
+
+        Raises:
+            SolverError: there is none with so many evaluations at this guidance scale (and what there is).
+            ArtifactError: it is damaged, or was made for other weights.
+        """
+        paths = sorted(self.folder.glob(f"{FITTED}*/nfe-*/sampler.json")) if self.folder is not None else []
+        samplers = [Sampler.load(path.parent) for path in paths]
+        for sampler in samplers:
+            if (sampler.nfe, sampler.card.get("guidance")) == (nfe, guidance):
+                if sampler.card.get("model") != self.fingerprint:
+                    raise ArtifactError(f"the fitted samplers in {self.folder} were made for other weights, not {self.fingerprint}")
+                return sampler
+        known = ", ".join(f"{sampler.nfe} at {sampler.card.get('guidance'):g}" for sampler in samplers)
+        there = f"there are some of {known}" if known else "there are none in its folder"
+        raise SolverError(
+            f"no fitted sampler of {self.name} with {nfe} evaluations at guidance {guidance:g}, {there}: make one with "
+            f"'fewstep fit {self.command_name(guidance)} --nfe {nfe} --out DIR' and use it with --sampler DIR"
+        )
+
+    def command_name(self, guidance: float) -> str:
+        """How a command names this model and a guidance scale."""
+        return f"{self.name if self.data or self.folder is None else self.folder}" + ("" if guidance == 1 else f" --guidance {guidance:g}")
 
     @cached_property
     def tuned(self) -> Tuned | None:
