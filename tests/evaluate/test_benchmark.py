@@ -227,6 +227,67 @@ def test_a_row_is_run_again_when_its_grid_or_sampler_changed_and_not_before(tmp_
     assert all(back[grid]["artifact"] == first[grid]["artifact"] and back[grid]["rmse"] == first[grid]["rmse"] for grid in (own, saved))
 
 
+@pytest.fixture
+def short_reference(monkeypatch) -> None:
+    """Where what is tested needs no better one."""
+    monkeypatch.setattr("fewstep.evaluate.benchmark.reference_sampler", lambda schedule, nfe=24: reference_sampler(schedule, 24))
+
+
+def fitted_row(folder: Path, middle: float, nfe: int = 2) -> TimeGrid:
+    """A sampler in a model's folder, as if fitted to it."""
+    grid = TimeGrid(torch.tensor([20.0, *([middle] if nfe == 2 else [middle, 0.2]), 0.05]))
+    card = {"name": "fitted", "model": load_model(folder).fingerprint, "guidance": 1.0}
+    Sampler.build(make_solver("unipc-2"), grid, LAW, **card).save(folder / "fitted" / f"nfe-{nfe:02d}")
+    return grid
+
+
+def test_fitted_samplers_are_rows_like_saved_ones(tmp_path: Path, short_reference: None) -> None:
+    model = tiny(tmp_path / "model")
+    grid = fitted_row(tmp_path / "model", 0.5)
+    config = BenchmarkConfig(("unipc-2", "fitted"), ("angle", "karras"), (2, 3), samplers=(tmp_path / "model" / "fitted",), **FEW)
+    results = benchmark(model, config, tmp_path / "out", command="")
+    rows = {(row["solver"], row["grid"], row["nfe"]): row for row in results["rows"]}
+    place = str(tmp_path / "model" / "fitted")
+    assert set(rows) == {
+        ("fitted", OPTIMIZED, 2),
+        ("fitted", place, 2),
+        *(("unipc-2", spacing, nfe) for spacing in ("angle", "karras") for nfe in (2, 3)),
+    }
+    own, saved = rows["fitted", OPTIMIZED, 2], rows["fitted", place, 2]
+    assert all(own[key] == saved[key] for key in ("rmse", "fd", "artifact", "num")) and own["artifact"] is not None
+    kept = [read_samples(picture_file(tmp_path / "out", ("fewstep", "fitted", name, 2))) for name in (OPTIMIZED, place)]
+    assert torch.equal(*kept)
+    sampler = Sampler.build(make_solver("unipc-2"), grid, LAW)
+    with torch.no_grad():
+        made = sample(model.denoiser, sampler, start_noise(sampler.tableau.nodes, range(8), SHAPE), model.labels(range(8)))
+    torch.testing.assert_close(kept[0], made, rtol=0, atol=FLOAT32)
+    (skipped,) = results["skipped"]
+    assert skipped["key"] == ["fewstep", "fitted", OPTIMIZED, 3]
+    assert "no fitted sampler of model with 3 evaluations" in skipped["why"] and "some of 2" in skipped["why"]
+    with pytest.raises(SolverError, match="no fitted sampler of model with 5 evaluations"):
+        benchmark(model, replace(config, solvers=("fitted",), nfe=(5,), samplers=()), tmp_path / "none", command="")
+
+
+def test_a_fitted_row_is_run_again_when_the_sampler_changed_and_not_before(tmp_path: Path, short_reference: None) -> None:
+    model, config = tiny(tmp_path / "model"), BenchmarkConfig(("ddim", "fitted"), ("angle",), (2, 3), **FEW)
+
+    def rows() -> dict[tuple[str, int], dict]:
+        results = benchmark(model, config, tmp_path / "out", command="")
+        return {(row["solver"], row["nfe"]): row for row in results["rows"]}
+
+    fitted_row(tmp_path / "model", 0.5)
+    first = rows()
+    assert rows() == first and set(first) == {("ddim", 2), ("ddim", 3), ("fitted", 2)}  # the same seconds
+    fitted_row(tmp_path / "model", 2.0, 3)
+    more = rows()
+    assert {key: more[key] for key in first} == first and set(more) == {*first, ("fitted", 3)}
+    fitted_row(tmp_path / "model", 2.0)
+    again = rows()
+    assert {key for key in more if again[key] != more[key]} == {("fitted", 2)}
+    for part in ("artifact", "rmse"):
+        assert again["fitted", 2][part] != first["fitted", 2][part]
+
+
 def test_saved_samplers_make_the_samples_that_they_hold(tmp_path: Path) -> None:
     model = tiny(tmp_path / "model")
     grid = TimeGrid(torch.tensor([20.0, 1.5, 0.05]))

@@ -79,6 +79,32 @@ def test_saved_samplers_alone_are_enough(tmp_path: Path) -> None:
     assert list(planned_keys(config)) == []
 
 
+def test_fitted_samplers_are_rows_once_whatever_the_grids() -> None:
+    config = BenchmarkConfig(("ddim", "fitted"), ("angle", "karras", OPTIMIZED), (5, 6))
+    keys = list(planned_keys(config))
+    assert keys.count(("fewstep", "fitted", OPTIMIZED, 5)) == keys.count(("fewstep", "fitted", OPTIMIZED, 6)) == 1
+    assert [key for key in keys if key[1] == "fitted"] == [("fewstep", "fitted", OPTIMIZED, nfe) for nfe in (5, 6)] and len(keys) == 8
+    assert set(solvers_of(model(), config)) == {"ddim"}
+
+
+def test_fitted_samplers_of_the_models_own_folder(tmp_path: Path) -> None:
+    saved(tmp_path / "fitted" / "nfe-03", name="ddim")
+    saved(tmp_path / "fitted-guidance-2" / "nfe-05", grid=make_grid("angle", LAW, 5), guidance=2.0)
+    toy, config = model(tmp_path), BenchmarkConfig(("ddim", "fitted"), ("angle",), (3, 5))
+    solvers, found = solvers_of(toy, config), saved_samplers(toy, config)
+    assert set(found) == {("fewstep", "fitted", OPTIMIZED, 3)} and torch.equal(found["fewstep", "fitted", OPTIMIZED, 3].grid.t, GRID.t)
+    assert impossible(("fewstep", "fitted", OPTIMIZED, 3), toy, config, solvers) == ""
+    why = impossible(("fewstep", "fitted", OPTIMIZED, 5), toy, config, solvers)
+    assert "no fitted sampler of toy with 5 evaluations at guidance 1, there are some of 3" in why
+    guided = BenchmarkConfig(("fitted",), ("angle",), (3, 5), guidance=2.0)
+    assert set(saved_samplers(toy, guided)) == {("fewstep", "fitted", OPTIMIZED, 5)}
+    assert saved_samplers(toy, BenchmarkConfig(("ddim",), ("angle",), (3,))) == {}  # only where they are asked for
+    other = model(tmp_path / "other")
+    saved(tmp_path / "other" / "fitted" / "nfe-03", model="0" * 16)
+    with pytest.raises(ArtifactError, match="made for other weights"):
+        saved_samplers(other, config)
+
+
 def test_samplers_below_each_folder_are_rows(tmp_path: Path) -> None:
     saved(tmp_path / "a" / "ddim" / "nfe-03")
     saved(tmp_path / "a" / "unipc-2" / "nfe-03", "unipc-2")

@@ -9,13 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
-from fewstep.apps.console import bench_table, console, finetune_table, optimize_table, print_json, progress
+from fewstep.apps.console import bench_table, console, finetune_table, fit_table, optimize_table, print_json, progress
 from fewstep.core.errors import FewstepError
 from fewstep.learn.calibrate import CalibrationConfig
 from fewstep.learn.finetune import FinetuneConfig
+from fewstep.learn.fit_search import FitConfig
+from fewstep.learn.fit_solver import FitForm
 from fewstep.learn.optimize import OptimizeConfig
 
-DEFAULT, OPTIMIZE, FINETUNE = CalibrationConfig(), OptimizeConfig(), FinetuneConfig()
+DEFAULT, OPTIMIZE, FINETUNE, FIT = CalibrationConfig(), OptimizeConfig(), FinetuneConfig(), FitConfig()
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 ModelName = Annotated[str, typer.Argument(help="A bundled model (see 'fewstep models') or a folder.")]
@@ -132,6 +134,41 @@ def calibrate(
         scale = "" if guidance == 1 else f" --guidance {guidance:g}"
         text = f"statistics: {out}\nplot: {done['plot']}\nnext: fewstep bench {model}{scale} --statistics {out} --out runs/bench"
         print_json(done) if json else console.print(text)
+
+
+@app.command()
+def fit(
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="Folder for the samplers.")],
+    nfe: Annotated[str, typer.Option(help="Network evaluations, separated by commas.")] = "4,5,6,8,10",
+    guidance: Guidance = 1.0,
+    num: Annotated[int, typer.Option("--num", "-n", help="Trajectories to fit to (under torchrun say -n).")] = FIT.num,
+    held_out: Annotated[int, typer.Option(help="Others, which check the fit.")] = FIT.held_out,
+    history: Annotated[int | None, typer.Option(help="How many past outputs a step reads; by default all.")] = FIT.form.history,
+    pool: Annotated[str, typer.Option(help="Elements that share a coefficient: element (none do), channel, scalar.")] = FIT.form.pool,
+    bias: Annotated[bool, typer.Option(help="Also fit a constant picture to each step.")] = FIT.form.bias,
+    ridge: Annotated[float, typer.Option(help="How strongly coefficients are drawn to the parent's.")] = FIT.form.ridge,
+    shrink: Annotated[float, typer.Option(help="How strongly those of elements are drawn to each other.")] = FIT.form.shrink,
+    iterations: Annotated[int, typer.Option(help="Of the sweep over all steps, at most; 0 for none.")] = FIT.iterations,
+    parent: Annotated[str, typer.Option(help="The solver that coefficients are drawn to.")] = FIT.parent,
+    seed: Annotated[int, typer.Option(help="Of the first trajectory.")] = FIT.seed,
+    trajectories: Annotated[Path | None, typer.Option(help="A folder of trajectories to fit to; by default they are made.")] = None,
+    batch: int = FIT.batch,
+    json: AsJson = False,
+) -> None:
+    """Fit samplers to a model: coefficients and noise levels of its own; continues where a killed run stopped."""
+    from fewstep.apps.verbs import run_fit
+
+    form = FitForm(history, checked(pool, ("element", "channel", "scalar"), "--pool"), bias, ridge, shrink)
+    config = FitConfig(form, num, held_out, iterations=iterations, seed=seed, batch=batch, parent=parent)
+    done = run_fit(model, integers(nfe, "--nfe"), config, out, guidance, trajectories, command())
+    if done is None or json:
+        print_json(done) if done is not None else None
+        return
+    fit_table(done)
+    scale, first = "" if guidance == 1 else f" --guidance {guidance:g}", done["rows"][0]["nfe"]
+    console.print(f"samplers: {out}\nnext: fewstep sample {model}{scale} --sampler {out}/nfe-{first:02d} --out runs/sample")
+    console.print(f"or:   fewstep bench {model}{scale} --sampler {out} --out runs/bench")
 
 
 @app.command()

@@ -94,6 +94,21 @@ def optimize_table(done: dict[str, Any]) -> None:
     console.print(table)
 
 
+def fit_table(done: dict[str, Any]) -> None:
+    """Errors on held-out noises of each fitted sampler beside the best hand-made one, where it came from and what it cost."""
+    title = f"{done['model']}: mean error on held-out noises (RMSE)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left")
+    for heading in ("evaluations", "fitted", "best hand-made sampler", "ratio", "network evaluations", "from"):
+        table.add_column(heading, no_wrap=heading != "from", justify="left" if heading == "from" else "right")
+    for row in done["rows"]:
+        (ours, theirs), (our_rmse, their_rmse) = row["error"], row["rmse"]
+        rival = f"{theirs:.4f} ({their_rmse:.4f}) {row['best_hand_made']}"
+        cost = f"{row['network_evaluations']:,}"
+        table.add_row(str(row["nfe"]), f"{ours:.4f} ({our_rmse:.4f})", rival, f"{ours / theirs:.2f}", cost, row["chosen"])
+    console.print(table)
+    console.print(f"{done['seconds']:.0f} seconds; trajectories are kept, other numbers of evaluations begin with them")
+
+
 def finetune_table(done: dict[str, Any]) -> None:
     """The bound and the error round by round."""
     table = Table(title=f"{done['model']} tuned for {done['nfe']} evaluations", box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left")

@@ -24,24 +24,37 @@ from fewstep.core.schedule import DiscreteVP
 from fewstep.evaluate.benchmark import benchmark, picture_file, read_samples
 from fewstep.evaluate.generation import check_seeds, generate_to, solver_for
 from fewstep.evaluate.pictures import save_comparison, save_grid, save_singles, to_uint8
-from fewstep.evaluate.plan import OPTIMIZED, BenchmarkConfig, planned_keys, saved_samplers
+from fewstep.evaluate.plan import OPTIMIZED, BenchmarkConfig, check_made_for, planned_keys, saved_samplers
 from fewstep.evaluate.plots import save_schedules, save_statistics
 from fewstep.learn.calibrate import CalibrationConfig, calibrate
 from fewstep.learn.finetune import FinetuneConfig, finetune
+from fewstep.learn.fit import FitConfig, fit
 from fewstep.learn.gram import Gram
 from fewstep.learn.grid_search import Bound
 from fewstep.learn.optimize import OptimizeConfig, Optimized, optimize, solver_folder
+from fewstep.learn.trajectories import Trajectories
 from fewstep.models.data import load_images
-from fewstep.models.loaders import Model
+from fewstep.models.loaders import FITTED, Model
 from fewstep.models.zoo import load_model
 from fewstep.solvers import takes_statistics
 from fewstep.solvers.reference import REFERENCE_NFE
 
-__all__ = ["BenchRequest", "SampleRequest", "run_bench", "run_calibrate", "run_demo", "run_finetune", "run_optimize", "run_sample"]
+__all__ = [
+    "BenchRequest",
+    "SampleRequest",
+    "run_bench",
+    "run_calibrate",
+    "run_demo",
+    "run_finetune",
+    "run_fit",
+    "run_optimize",
+    "run_sample",
+]
 
 BENCH = (("ddim", "dpm-solver-pp-2m", "unipc-2", "deis-3", "dpm-solver-v3"), ("logsnr", "karras", "angle"), (5, 6, 8, 10))
 DEMO = ("ddim", "heun", "dpm-solver-pp-2m", "dpm-solver-pp-3m", "unipc-2", "deis-3", "ipndm", "dpm-solver-v3")
 SHOWN = ("chosen", "best_standard_grid", "error", "rmse")
+GAINED = ("chosen", "best_hand_made", "error", "rmse", "noises", "held_out_noises", "network_evaluations")
 DEMO_OPTIMIZED = ("ddim", "dpm-solver-pp-2m", "unipc-2", "dpm-solver-v3")
 
 
@@ -72,10 +85,18 @@ class SampleRequest:
         if sum(option is not None for option in (self.sampler, self.times, self.sigmas)) > 1:
             raise FewstepError("give one of --sampler, --times and --sigmas")
         if self.sampler is not None:
-            return Sampler.load(self.sampler)
+            sampler = Sampler.load(self.sampler)
+            check_made_for(sampler, self.sampler, model, self.guidance)
+            return sampler
         schedule = model.denoiser.schedule
         name, grid_name, nfe = _defaults(model)
         name, grid_name, nfe = self.solver or name, self.grid or grid_name, nfe if self.nfe is None else self.nfe
+        if name == FITTED:
+            if self.times is not None or self.sigmas is not None or self.grid not in (None, OPTIMIZED) or self.statistics is not None:
+                raise FewstepError(
+                    "a fitted sampler has noise levels and coefficients of its own: leave --grid, --times, --sigmas and --statistics out"
+                )
+            return model.fitted(nfe, self.guidance)
         if self.statistics is not None and not takes_statistics(name):
             raise FewstepError(f"{name} takes no statistics: say --solver dpm-solver-v3, or leave --statistics out")
         solver = solver_for(name, model, guidance=self.guidance, statistics=self.statistics, any_statistics=self.any_statistics)
@@ -166,8 +187,8 @@ def run_bench(request: BenchRequest, out: Path, command: str) -> dict[str, Any]:
     """Benchmark, then a picture of all samplers of our own on the same seeds."""
     model = load_model(request.model)
     config = request.build(model)
-    planned = [key[-1] for key in (*planned_keys(config), *saved_samplers(model, config))]
-    cost = config.num * (REFERENCE_NFE + sum(planned)) / 1e6
+    planned = {*planned_keys(config), *saved_samplers(model, config)}
+    cost = config.num * (REFERENCE_NFE + sum(key[-1] for key in planned)) / 1e6
     title = f"{model.name}: {len(planned)} rows, {config.num} noises, at most {cost:.1f} M network evaluations"
     with progress(title, len(planned)) as report:
         results = benchmark(model, config, out, command=command, observe=report)
@@ -264,8 +285,24 @@ def run_finetune(model_name: str, config: FinetuneConfig, out: Path, data: str |
     return {"model": model.name, "nfe": config.nfe, "folder": str(out), "history": [asdict(made) for made in history]}
 
 
+def run_fit(
+    model_name: str, nfe: tuple[int, ...], config: FitConfig, out: Path, guidance: float, stored: Path | None, command: str
+) -> dict[str, Any] | None:
+    """Fit samplers; None in all processes but the first."""
+    model, counts, begin = load_model(model_name), sorted(set(nfe)), time.perf_counter()
+    title = f"fitting {len(counts)} samplers of {model.name}, about {config.evaluations(counts) / 1e6:.2f} M network evaluations"
+    given = None if stored is None else Trajectories.load(stored)
+    with progress(title, len(counts)) as report:
+        where = {"guidance": guidance, "trajectories": given, "device": default_device()}
+        made = fit(model, counts, config, out, **where, command=command, observe=report)
+    if process()[0]:
+        return None
+    rows = [{"nfe": n} | {key: made[n].sampler.card[key] for key in GAINED} for n in counts]
+    return {"model": model.name, "samplers": str(out), "seconds": time.perf_counter() - begin, "rows": rows}
+
+
 def run_demo(out: Path, num: int, command: str) -> dict[str, Any]:
     """The benchmark that the README shows, on the bundled class-conditional model."""
     nfe = (5, 6, 8, 10)
-    run_bench(BenchRequest("digits-edm", DEMO_OPTIMIZED, (OPTIMIZED,), nfe, num=num), out, command)
-    return run_bench(BenchRequest("digits-edm", DEMO, ("karras", "angle"), nfe, num=num), out, command)
+    run_bench(BenchRequest("digits-edm", DEMO, ("karras", "angle"), nfe, num=num), out, command)
+    return run_bench(BenchRequest("digits-edm", (*DEMO_OPTIMIZED, FITTED), (OPTIMIZED,), nfe, num=num), out, command)

@@ -98,7 +98,7 @@ def benchmark(
     """
     check_writable(out)
     saved = saved_samplers(model, config)
-    planned = [*planned_keys(config), *saved]
+    planned = list(dict.fromkeys([*planned_keys(config), *saved]))
     solvers = solvers_of(model, config)
     skipped = {key: why for key in planned if key not in saved and (why := impossible(key, model, config, solvers))}
     if len(skipped) == len(planned):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from fewstep.core.spec import parse_spec
 from fewstep.core.tableau import Solver
 from fewstep.evaluate.generation import check_seeds, solver_for
 from fewstep.evaluate.peers import PEERS, peer_steps
-from fewstep.models.loaders import Model
+from fewstep.models.loaders import FITTED, Model
 from fewstep.solvers import make_solver, takes_statistics
 
-__all__ = ["OPTIMIZED", "BenchmarkConfig", "Key", "grid_of", "impossible", "planned_keys", "saved_samplers", "solvers_of"]
+__all__ = ["OPTIMIZED", "BenchmarkConfig", "Key", "check_made_for", "grid_of", "impossible", "planned_keys", "saved_samplers", "solvers_of"]
 
 Key = tuple[str, str, str, int]  # library, solver, grid, nfe
 OPTIMIZED = "optimized"  # the name of the grids in a model's own folder
@@ -27,6 +28,7 @@ class BenchmarkConfig:
     """Which rows, on how many noises.
 
     Args:
+        solvers: by name; ``fitted`` stands for the fitted samplers in the model's own folder, which have levels of their own.
         grids: spacings by name, or ``optimized``: the grids in the model's own folder.
         peers: empty or ``diffusers``.
         statistics, any_statistics: see `solver_for`.
@@ -47,7 +49,7 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         for name in self.solvers:
-            if not takes_statistics(name):
+            if name != FITTED and not takes_statistics(name):
                 make_solver(name)
         for name in self.grids:
             look_up(parse_spec(name, GridError)[0], {**GRIDS, OPTIMIZED: None}, "grid", GridError)
@@ -68,16 +70,21 @@ def planned_keys(config: BenchmarkConfig) -> Iterator[Key]:
     for nfe in config.nfe:
         for grid in config.grids:
             for solver in config.solvers:
-                yield "fewstep", solver, grid, nfe
+                if solver != FITTED:
+                    yield "fewstep", solver, grid, nfe
             for library in config.peers:
                 for solver in PEERS:
                     yield library, solver, grid, nfe
+        if FITTED in config.solvers:
+            yield "fewstep", FITTED, OPTIMIZED, nfe
 
 
 def solvers_of(model: Model, config: BenchmarkConfig) -> dict[str, Solver | SolverError]:
     """Our solvers by name, or why there is none."""
     made: dict[str, Solver | SolverError] = {}
     for name in config.solvers:
+        if name == FITTED:
+            continue
         try:
             made[name] = solver_for(
                 name, model, guidance=config.guidance, statistics=config.statistics, any_statistics=config.any_statistics
@@ -88,12 +95,15 @@ def solvers_of(model: Model, config: BenchmarkConfig) -> dict[str, Solver | Solv
 
 
 def saved_samplers(model: Model, config: BenchmarkConfig) -> dict[Key, Sampler]:
-    """The samplers below the folders that were named.
+    """The samplers below the folders that were named, and the fitted ones of the model's own folder if they are asked for.
 
     Raises:
         ArtifactError: there is none below one of them, or one was made for another model or guidance scale.
     """
     found: dict[Key, Sampler] = {}
+    for nfe in config.nfe if FITTED in config.solvers else ():
+        with suppress(SolverError):  # `impossible` says why
+            found["fewstep", FITTED, OPTIMIZED, nfe] = model.fitted(nfe, config.guidance)
     for folder in config.samplers:
         paths, there = sorted(folder.rglob("sampler.json")), set[int]()
         if not paths:
@@ -101,12 +111,7 @@ def saved_samplers(model: Model, config: BenchmarkConfig) -> dict[Key, Sampler]:
         for path in paths:
             sampler = Sampler.load(path.parent)
             there.add(sampler.nfe)
-            made_for = (sampler.card.get("model", model.fingerprint), sampler.card.get("guidance", config.guidance))
-            if made_for != (model.fingerprint, config.guidance):
-                raise ArtifactError(
-                    f"{path.parent} is a sampler of {sampler.card.get('of')} ({made_for[0]}) at guidance {made_for[1]:g}, "
-                    f"not of {model.name} ({model.fingerprint}) at {config.guidance:g}"
-                )
+            check_made_for(sampler, path.parent, model, config.guidance)
             if not config.nfe or sampler.nfe in config.nfe:
                 key = "fewstep", str(sampler.card.get("name", sampler.solver)), str(folder), sampler.nfe
                 if key in found:
@@ -122,6 +127,20 @@ def saved_samplers(model: Model, config: BenchmarkConfig) -> dict[Key, Sampler]:
     return found
 
 
+def check_made_for(sampler: Sampler, folder: Path, model: Model, guidance: float) -> None:
+    """See that a saved sampler that was made for one model and guidance scale is used with them; a hand-made one is for all.
+
+    Raises:
+        ArtifactError: it is not (and what it was made for).
+    """
+    made_for = (sampler.card.get("model", model.fingerprint), sampler.card.get("guidance", guidance))
+    if made_for != (model.fingerprint, guidance):
+        raise ArtifactError(
+            f"{folder} is a sampler of {sampler.card.get('of')} ({made_for[0]}) at guidance {made_for[1]:g}, "
+            f"not of {model.name} ({model.fingerprint}) at {guidance:g}"
+        )
+
+
 def grid_of(key: Key, model: Model, config: BenchmarkConfig, steps: int) -> TimeGrid:
     """The grid of a row."""
     _, solver, name, nfe = key
@@ -132,7 +151,9 @@ def impossible(key: Key, model: Model, config: BenchmarkConfig, solvers: dict[st
     """Why a sampler cannot do what is asked of it, or nothing."""
     library, solver, _, nfe = key
     try:
-        if library == "fewstep":
+        if solver == FITTED:
+            model.fitted(nfe, config.guidance)
+        elif library == "fewstep":
             method = solvers[solver]
             if isinstance(method, SolverError):
                 return str(method)
