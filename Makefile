@@ -55,6 +55,13 @@ benchmarks: $(STAMP)
 	done
 	$(BIN)/fewstep bench digits-edm --solver unipc-2,dpm-solver-v3 --grid optimized,angle,karras,logsnr --nfe 7,12,17 --num 1024 \
 		--out benchmarks/results/digits-edm-optimized
+	for model in digits-edm digits-ddpm; do \
+		$(BIN)/fewstep bench $$model --solver fitted --grid optimized --nfe 3,4,5,6,7,8,9,10 --num 1024 \
+			--out benchmarks/results/$$model-fitted || exit 1; \
+	done
+	$(BIN)/fewstep bench digits-edm --solver fitted --grid optimized --nfe 4,5,6,8,10 --num 1024 --guidance 2 \
+		--out benchmarks/results/digits-edm-guidance-2-fitted
+	$(BIN)/python benchmarks/fit_study.py --out benchmarks/results/fit_study.json
 	$(BIN)/python benchmarks/tuned_models.py --out benchmarks/results/tuned_models
 	$(BIN)/fewstep bench digits-edm --solver $(ALL) --grid logsnr,karras,angle --nfe 5,6,8,10 --num 1024 --peers diffusers \
 		--out benchmarks/results/digits-edm

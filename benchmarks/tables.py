@@ -1,7 +1,7 @@
 """The tables of the README and the docs, as Markdown, from a results.json of fewstep bench.
 
 python benchmarks/tables.py benchmarks/results/digits-edm/results.json [--solver unipc-2,ipndm] [--grid angle] [--library fewstep]
-    [--best] [--optimized]
+    [--best] [--optimized] [--fitted]
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ def main() -> None:
     parser.add_argument("--library", default="fewstep")
     parser.add_argument("--best", action="store_true", help="one line a solver, each cell on the best of its grids")
     parser.add_argument("--optimized", action="store_true", help="the optimized grid of each solver beside the best of the others")
+    parser.add_argument("--fitted", action="store_true", help="the fitted samplers beside the best of all others, diffusers' too")
     args = parser.parse_args()
+    if args.fitted:
+        fitted([row for path in args.results for row in json.loads(path.read_text())["rows"]])
+        return
     rows = [row for path in args.results for row in json.loads(path.read_text())["rows"] if row["library"] == args.library]
     rows = [row for row in rows if (not args.solver or row["solver"] in args.solver) and (not args.grid or row["grid"] in args.grid)]
     columns = sorted({row["nfe"] for row in rows if not args.optimized or row["grid"] == "optimized"})
@@ -57,6 +61,30 @@ def optimized_grids(rows: list[dict[str, Any]], columns: list[int]) -> None:
         print(f"| `{solver}` | optimized | " + " | ".join(f"{ours['rmse']:.4f} ({ours['fd']:.2f})" for ours, _ in pairs) + " |")
         print("| | best standard | " + " | ".join(f"{best['rmse']:.4f} ({best['fd']:.2f}) `{best['grid']}`" for _, best in pairs) + " |")
         print("| | ratio | " + " | ".join(f"**{ours['rmse'] / best['rmse']:.2f}**" for ours, best in pairs) + " |")
+
+
+def fitted(rows: list[dict[str, Any]]) -> None:
+    """Each beside the best pair of a hand-made solver and a standard grid, with v3 and without, and the evaluations such pairs need."""
+    ours = {row["nfe"]: row for row in rows if row["solver"] == "fitted"}
+    pairs = [row for row in rows if row["solver"] != "fitted" and row["grid"] != "optimized"]
+    print("| | " + " | ".join(f"{n}" for n in sorted(ours)) + " |")
+    print("|---|" + "---|" * len(ours))
+    print("| fitted | " + " | ".join(f"**{ours[n]['rmse']:.4f}** ({ours[n]['fd']:.2f})" for n in sorted(ours)) + " |")
+    for title, others in (
+        ("best pair", pairs),
+        ("best without statistics", [row for row in pairs if not row["solver"].startswith("dpm-solver-v3")]),
+    ):
+        cells, ratios, saved = [], [], []
+        for n in sorted(ours):
+            best = min((row for row in others if row["nfe"] == n), key=lambda row: row["rmse"], default=None)
+            name = "" if best is None else f"{best['solver']}` `{best['grid']}"
+            cells.append("" if best is None else f"{best['rmse']:.4f} ({best['fd']:.2f}) `{name}`")
+            ratios.append("" if best is None else f"{ours[n]['rmse'] / best['rmse']:.2f}")
+            enough = sorted({row["nfe"] for row in others if row["rmse"] <= ours[n]["rmse"]})
+            saved.append(f"{enough[0]}" if enough else f"> {max(row['nfe'] for row in others)}")
+        print(f"| {title} | " + " | ".join(cells) + " |")
+        print("| ratio | " + " | ".join(ratios) + " |")
+        print("| evaluations it needs for the same error | " + " | ".join(saved) + " |")
 
 
 def best_grids(rows: list[dict[str, Any]], columns: list[int], best: dict[int, float]) -> None:
