@@ -12,12 +12,13 @@ from benchmarks import step_overhead
 from fewstep import Sampler, TimeGrid, VarianceExploding, advance, load_model, make_grid, make_solver
 from fewstep.evaluate.generation import generate, solver_for
 from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
+from fewstep.learn.ends import sizes
 from fewstep.models.data import load_images
 from fewstep.solvers.reference import reference_sampler
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-OPTIMIZED = ("digits-edm/optimized/ddim/grids.json", "digits-edm-3step/tuned.json")
+LEARNED = ("digits-edm/optimized/ddim/grids.json", "digits-edm/fitted/nfe-05/sampler.safetensors", "digits-edm-3step/tuned.json")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers hands tensors to numpy in ways that numpy 2 deprecates
@@ -62,6 +63,17 @@ def test_optimized_schedules_have_less_error_than_every_standard_one() -> None:
         assert found.pop("optimized") < min(found.values())
 
 
+@pytest.mark.parametrize(("name", "rival"), [("digits-edm", "angle"), ("digits-ddpm", "quadratic")])
+def test_five_fitted_evaluations_have_less_error_than_eight_of_a_hand_made_solver(name: str, rival: str) -> None:
+    model, seeds = load_model(name), FRESH[:256]
+    schedule, by_hand = model.denoiser.schedule, make_solver("unipc-2")
+    exact = fresh_samples(name, reference_sampler(schedule), seeds)
+    ours = fresh_samples(name, model.fitted(5), seeds)
+    for nfe, factor in ((5, 0.6), (8, 1.0)):
+        theirs = fresh_samples(name, Sampler.build(by_hand, make_grid(rival, schedule, nfe), schedule), seeds)
+        assert sizes(ours - exact).mean() < factor * sizes(theirs - exact).mean()
+
+
 def test_three_tuned_steps_land_near_the_teacher() -> None:
     teacher, tuned, data = load_model("digits-edm"), load_model("digits-edm-3step"), load_images("digits").x
     schedule, ddim = teacher.denoiser.schedule, make_solver("ddim")
@@ -91,5 +103,5 @@ def test_the_wheel_holds_the_models_and_stays_small(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("fewstep-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert wheel.stat().st_size < 10e6
-    for file in ("digits-edm/fewstep.json", "digits-ddpm/model_index.json", "digits-features/features.safetensors", *OPTIMIZED):
+    for file in ("digits-edm/fewstep.json", "digits-ddpm/model_index.json", "digits-features/features.safetensors", *LEARNED):
         assert f"fewstep/models/weights/{file}" in names

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,16 +21,23 @@ from fewstep import (
     Model,
     ModelError,
     RectifiedFlow,
+    Sampler,
+    SolverError,
     TimeGrid,
     VarianceExploding,
     load_model,
     make_grid,
+    make_solver,
+    sample,
+    start_noise,
 )
 from fewstep.core.grid_table import GridTable
 from fewstep.core.statistics import ModelStatistics
+from fewstep.evaluate.metrics import rmse
 from fewstep.models.loaders import save_like, save_ours
 from fewstep.models.tuned import Tuned
 from fewstep.models.zoo import BUNDLED, WEIGHTS
+from fewstep.solvers.reference import reference_sampler
 
 T = torch.tensor(1.0, dtype=torch.float64)
 SMALL = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
@@ -238,6 +246,61 @@ def test_optimized_grids_of_other_weights_or_damaged_ones_are_refused(tmp_path: 
         model.optimized("ddim", 3)
 
 
+def _fitted(model: Model, place: str, nfe: int, guidance: float = 1.0, fingerprint: str | None = None) -> Sampler:
+    """A sampler in the model's folder, as if fitted to it at some guidance scale."""
+    schedule, card = model.denoiser.schedule, {"name": "fitted", "model": fingerprint or model.fingerprint, "guidance": guidance}
+    sampler = Sampler.build(make_solver("ddim"), make_grid("angle", schedule, nfe), schedule, **card)
+    sampler.save(model.folder / place / f"nfe-{nfe:02d}")
+    return sampler
+
+
+def test_fitted_samplers_are_found_by_evaluations_and_guidance(tmp_path: Path) -> None:
+    model = _ours(tmp_path / "model", 4)
+    with pytest.raises(
+        SolverError, match="no fitted sampler of model with 4 evaluations at guidance 1, there are none in its folder: make"
+    ):
+        model.fitted(4)
+    for place, nfe, guidance in (("fitted", 3, 1.0), ("fitted", 12, 1.0), ("fitted-guidance-2", 3, 2.0), ("fitted-guidance-2", 5, 2.0)):
+        made = _fitted(model, place, nfe, guidance)
+        found = model.fitted(nfe, guidance)
+        assert (found.nfe, found.card["guidance"]) == (nfe, guidance) and torch.equal(found.grid.t, made.grid.t)
+    command = f"'fewstep fit {tmp_path / 'model'}"
+    for request, says in {
+        (5,): (
+            "no fitted sampler of model with 5 evaluations at guidance 1",
+            "3 at 1, 12 at 1, 3 at 2, 5 at 2",
+            f"{command} --nfe 5 --out DIR'",
+        ),
+        (12, 2.0): ("with 12 evaluations at guidance 2", "5 at 2", f"{command} --guidance 2 --nfe 12 --out DIR'"),
+        (3, 1.5): ("with 3 evaluations at guidance 1.5", "there are some of 3 at 1", "use it with --sampler DIR"),
+    }.items():
+        with pytest.raises(SolverError) as error:
+            model.fitted(*request)
+        assert all(part in str(error.value) for part in says) and "\n" not in str(error.value)
+    with pytest.raises(SolverError, match="there are none in its folder"):
+        replace(model, folder=None).fitted(3)
+
+
+def test_fitted_samplers_of_other_weights_or_damaged_ones_are_refused(tmp_path: Path) -> None:
+    model = _ours(tmp_path / "model")
+    _fitted(model, "fitted", 3, fingerprint="0" * 16)
+    with pytest.raises(ArtifactError, match=f"the fitted samplers in .*model were made for other weights, not {model.fingerprint}"):
+        model.fitted(3)
+    _fitted(model, "fitted", 3)
+    assert model.fitted(3).nfe == 3
+    (model.folder / "fitted" / "nfe-03" / "sampler.safetensors").write_bytes(b"cut")
+    with pytest.raises(ArtifactError, match="sampler.safetensors is damaged"):
+        model.fitted(3)
+
+
+def test_a_command_names_a_model_as_it_was_asked_for(tmp_path: Path) -> None:
+    model = _ours(tmp_path / "model", 4)
+    assert (model.command_name(1.0), model.command_name(2.5)) == (str(tmp_path / "model"), f"{tmp_path / 'model'} --guidance 2.5")
+    assert replace(model, folder=None).command_name(1.0) == "model"
+    for name in BUNDLED:
+        assert load_model(load_model(name).command_name(1.0)).fingerprint == load_model(name).fingerprint
+
+
 def test_a_tuned_model_knows_it(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     assert _ours(folder).tuned is None
@@ -267,3 +330,18 @@ def test_what_is_no_model_is_said_so(tmp_path: Path) -> None:
     (ours / "fewstep.json").write_text(json.dumps({"format": "fewstep-model", "version": 99}))
     with pytest.raises(ModelError, match="version 99"):
         load_model(ours)
+
+
+BUNDLED_FITS = [("digits-edm", 1, range(3, 11)), ("digits-ddpm", 1, range(4, 11)), ("digits-edm", 2, (4, 5, 6, 8, 10))]
+
+
+@pytest.mark.parametrize(("name", "guidance", "counts"), BUNDLED_FITS)
+def test_the_bundled_models_have_fitted_samplers(name: str, guidance: float, counts: Sequence[int]) -> None:
+    model = load_model(name)
+    for nfe in counts:
+        sampler = model.fitted(nfe, guidance)
+        assert (sampler.nfe, sampler.card["chosen"]) == (nfe, "swept") and sampler.card["error"][0] < 0.75 * sampler.card["error"][1]
+    x_T, labels = start_noise(sampler.tableau.nodes, range(16), model.shape), model.labels(range(16))  # noqa: N806
+    with torch.no_grad():
+        exact = sample(model.guided(guidance), reference_sampler(model.denoiser.schedule, 32), x_T, labels)
+        assert rmse(sample(model.guided(guidance), sampler, x_T, labels), exact) < 0.02

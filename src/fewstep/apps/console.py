@@ -60,12 +60,12 @@ def bench_table(results: dict[str, Any]) -> None:
     rows, reference = results["rows"], results["reference"]
     columns = sorted({row["nfe"] for row in rows})
     best = {n: min(row["rmse"] for row in rows if row["nfe"] == n) for n in columns}
-    title = f"{results['model']}, guidance {rows[0]['guidance']:g}, {rows[0]['num']} noises: RMSE (Frechet distance)"
+    title = f"{results['model']}, guidance {rows[0]['guidance']:g}, {rows[0]['num']} noises: RMSE (Frechet distance) by network evaluations"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left")
     for heading in ("solver", "grid"):
         table.add_column(heading, no_wrap=True)
     for n in columns:
-        table.add_column(f"{n} evaluations", justify="right", no_wrap=True)
+        table.add_column(str(n), justify="right", no_wrap=True)
     cells = {(row["library"], row["grid"], row["solver"], row["nfe"]): row for row in rows}
     order = [list(dict.fromkeys(key[part] for key in cells)) for part in range(3)]
     lines = sorted({key[:3] for key in cells}, key=lambda line: [order[part].index(line[part]) for part in range(3)])

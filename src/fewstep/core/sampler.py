@@ -92,6 +92,7 @@ class Sampler:
 
 ```python
 import fewstep
+
 sampler = fewstep.Sampler.load("path/to/this/folder")
 images = fewstep.sample(denoiser, sampler, x_T)
 ```
