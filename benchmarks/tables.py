@@ -1,7 +1,7 @@
 """The tables of the README and the docs, as Markdown, from a results.json of fewstep bench.
 
 python benchmarks/tables.py benchmarks/results/digits-edm/results.json [--solver unipc-2,ipndm] [--grid angle] [--library fewstep]
-    [--best] [--optimized] [--fitted]
+    [--best] [--optimized] [--fitted] [--study]
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ def main() -> None:
     parser.add_argument("--best", action="store_true", help="one line a solver, each cell on the best of its grids")
     parser.add_argument("--optimized", action="store_true", help="the optimized grid of each solver beside the best of the others")
     parser.add_argument("--fitted", action="store_true", help="the fitted samplers beside the best of all others, diffusers' too")
+    parser.add_argument("--study", action="store_true", help="those of fit_study.json")
     args = parser.parse_args()
+    if args.study:
+        study(json.loads(args.results[0].read_text())["rows"])
+        return
     if args.fitted:
         fitted([row for path in args.results for row in json.loads(path.read_text())["rows"]])
         return
@@ -61,6 +65,17 @@ def optimized_grids(rows: list[dict[str, Any]], columns: list[int]) -> None:
         print(f"| `{solver}` | optimized | " + " | ".join(f"{ours['rmse']:.4f} ({ours['fd']:.2f})" for ours, _ in pairs) + " |")
         print("| | best standard | " + " | ".join(f"{best['rmse']:.4f} ({best['fd']:.2f}) `{best['grid']}`" for _, best in pairs) + " |")
         print("| | ratio | " + " | ".join(f"**{ours['rmse'] / best['rmse']:.2f}**" for ours, best in pairs) + " |")
+
+
+def study(rows: list[dict[str, Any]]) -> None:
+    """One table for each part of the study: RMSE, mean error, share of large errors, Frechet distance."""
+    for table in dict.fromkeys(row["table"] for row in rows):
+        print(f"\n{table}:\n\n| | evaluations | RMSE | mean error | above 0.1 | Frechet |\n|---|---|---|---|---|---|")
+        for row in (row for row in rows if row["table"] == table):
+            errors = (
+                "| | |" if "rmse" not in row else f"{row['rmse']:.4f} | {row['mean_error']:.4f} | {100 * row['share_above_0.1']:.1f} % |"
+            )
+            print(f"| {row['row']} | {row.get('nfe', '')} | {errors} {row['fd']:.2f} |")
 
 
 def fitted(rows: list[dict[str, Any]]) -> None:
