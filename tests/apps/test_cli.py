@@ -126,6 +126,15 @@ def test_a_saved_sampler_is_used(monkeypatch, tmp_path: Path) -> None:
     np.testing.assert_array_equal(samples(tmp_path / "a"), samples(tmp_path / "b"))
 
 
+def test_a_sampler_of_another_model_or_scale_is_refused(monkeypatch, capsys, tmp_path: Path) -> None:
+    fitted = WEIGHTS / "digits-edm" / "fitted" / "nfe-05"
+    assert run(monkeypatch, "sample", "digits-edm", "--sampler", fitted, "--num", 2, "--out", tmp_path / "right") == 0
+    for words in (("digits-ddpm",), ("digits-edm", "--guidance", 2)):
+        assert run(monkeypatch, "sample", *words, "--sampler", fitted, "--out", tmp_path / "wrong") == 2
+        assert "is a sampler of digits-edm (f9eb189710908366) at guidance 1, not of" in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_bench_and_demo(monkeypatch, capsys, tmp_path: Path) -> None:
     words = ("bench", "digits-ddpm", "--solver", "ddim,unipc-2", "--grid", "angle,trailing", "--nfe", "5,6", "--num", 8, "--out", tmp_path)
     assert run(monkeypatch, *words) == 0
