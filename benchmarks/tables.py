@@ -75,7 +75,8 @@ def study(rows: list[dict[str, Any]]) -> None:
             errors = (
                 "| | |" if "rmse" not in row else f"{row['rmse']:.4f} | {row['mean_error']:.4f} | {100 * row['share_above_0.1']:.1f} % |"
             )
-            print(f"| {row['row']} | {row.get('nfe', '')} | {errors} {row['fd']:.2f} |")
+            refused = f" (refused for {row['chosen']})" if " on " in row.get("chosen", "") else ""
+            print(f"| {row['row']}{refused} | {row['nfe']} | {errors} {row['fd']:.2f} |")
 
 
 def fitted(rows: list[dict[str, Any]]) -> None:
