@@ -241,7 +241,7 @@ def demo(
         return
     bench_table(results)
     console.print(f"rows: {out / 'results.json'}\npictures, rows solvers, columns evaluations, same seeds: {out / 'pictures.png'}")
-    console.print("next: fewstep sample digits-edm --solver dpm-solver-v3 --grid angle --nfe 6 --out runs/sample")
+    console.print("next: fewstep sample digits-edm --solver fitted --nfe 6 --out runs/sample")
 
 
 @app.command()
