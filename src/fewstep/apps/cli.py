@@ -9,15 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
-from fewstep.apps.console import bench_table, console, finetune_table, fit_table, optimize_table, print_json, progress
+from fewstep.apps.console import bench_table, console, distill_table, finetune_table, fit_table, optimize_table, print_json, progress
 from fewstep.core.errors import FewstepError
 from fewstep.learn.calibrate import CalibrationConfig
+from fewstep.learn.distill import DistillConfig
 from fewstep.learn.finetune import FinetuneConfig
 from fewstep.learn.fit_search import FitConfig
 from fewstep.learn.fit_solver import FitForm
 from fewstep.learn.optimize import OptimizeConfig
+from fewstep.learn.trajectories import TrajectoryConfig
+from fewstep.models.operators.dsno import Mixing
+from fewstep.models.operators.student import OperatorForm
 
 DEFAULT, OPTIMIZE, FINETUNE, FIT = CalibrationConfig(), OptimizeConfig(), FinetuneConfig(), FitConfig()
+TRAJECTORIES, DISTILL = TrajectoryConfig(), DistillConfig()
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 ModelName = Annotated[str, typer.Argument(help="A bundled model (see 'fewstep models') or a folder.")]
@@ -226,6 +231,97 @@ def finetune(
         return
     finetune_table(done)
     console.print(f"model: {out}\nnext: fewstep bench {out} --nfe {nfe} --out runs/bench")
+
+
+@app.command()
+def trajectories(
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="Folder for the trajectories.")],
+    num: Annotated[int, typer.Option("--num", "-n", help="How many (under torchrun say -n).")] = TRAJECTORIES.num,
+    slots: Annotated[int, typer.Option(help="Times at which states are kept, beside the noise.")] = 16,
+    grid: Annotated[str, typer.Option(help="Their spacing; optimized is the model's own for ddim.")] = DISTILL.grid,
+    nfe: Annotated[int, typer.Option(help="Evaluations per trajectory, at least.")] = TRAJECTORIES.nfe,
+    solver: Annotated[str, typer.Option(help="Any that adds no noise and needs no statistics.")] = TRAJECTORIES.solver,
+    guidance: Guidance = 1.0,
+    label: Annotated[int | None, typer.Option(help="Class of all; by default the seed modulo the classes.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first; the next has the next seed.")] = DISTILL.seed,
+    dtype: Annotated[str, typer.Option(help="Of what is stored: float32, float16, bfloat16.")] = TRAJECTORIES.dtype,
+    batch: Annotated[int, typer.Option(help="Trajectories at a time, and in a file.")] = TRAJECTORIES.batch,
+    json: AsJson = False,
+) -> None:
+    """Solve a model's sampling ODE and keep the states, for students to learn from; continues, and shares the work under torchrun."""
+    from fewstep.apps.verbs import run_trajectories
+
+    config = TrajectoryConfig(num, nfe, solver, seed, guidance, label, batch, dtype)
+    done = run_trajectories(model, grid, slots, config, out, command())
+    if done is not None:
+        scale = "" if guidance == 1 else f" --guidance {guidance:g}"
+        where = f"trajectories: {out} ({done['bytes'] / 1e6:.0f} MB, own error {done['teacher_error']:.1e})"
+        text = f"{where}\nnext: fewstep distill {model}{scale} --trajectories {out} --grid {grid} --out runs/student"
+        print_json(done) if json else console.print(text)
+
+
+@app.command()
+def distill(
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="Folder for the student.")],
+    method: Annotated[str, typer.Option(help="dsno: slots that meet in temporal layers; slots: they do not; kd: one slot.")] = "dsno",
+    slots: Annotated[int | None, typer.Option(help="Times that one pass answers for. Default: 4, or 1 for kd.")] = None,
+    grid: Annotated[str, typer.Option(help="Their spacing; optimized is the model's own for ddim.")] = DISTILL.grid,
+    output: Annotated[str, typer.Option(help="What the network's output means: denoised, skip, state.")] = DISTILL.form.output,
+    time: Annotated[str, typer.Option(help="The time the network is given: that of the start, or the slot's.")] = DISTILL.form.time,
+    one_pass: Annotated[bool, typer.Option("--one-pass", help="Start at the noise only, not anywhere.")] = False,
+    mixing: Annotated[str, typer.Option(help="Of dsno's temporal layers: real, fft, one-way (the last slot needs no other).")] = "real",
+    modes: Annotated[int, typer.Option(help="Temporal frequencies that they keep.")] = DISTILL.form.mixing.modes,
+    places: Annotated[str, typer.Option(help="Temporal layers after all blocks, or in the inner half.")] = DISTILL.form.mixing.places,
+    fan: Annotated[
+        str, typer.Option(help="Slots part at the input, or (one encoder for all) at the inner half.")
+    ] = DISTILL.form.mixing.fan,
+    loss: Annotated[str, typer.Option(help="huber, l1, l2, or features (of the bundled digits network).")] = DISTILL.loss,
+    weights: Annotated[str, typer.Option(help="Of the slots: equal, snr, paper.")] = DISTILL.weights,
+    dropout: float = DISTILL.dropout,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = DISTILL.steps,
+    batch: Annotated[int, typer.Option(help="Trajectories in a step.")] = DISTILL.batch,
+    lr: float = DISTILL.lr,
+    ema: float = DISTILL.ema,
+    num: Annotated[int, typer.Option("--num", "-n", help="Stored trajectories to learn from (under torchrun say -n).")] = DISTILL.num,
+    fresh: Annotated[float, typer.Option(help="Share of each batch that is solved while training.")] = DISTILL.fresh,
+    teacher_nfe: Annotated[int, typer.Option(help="Evaluations of the teacher per trajectory.")] = DISTILL.teacher_nfe,
+    guidance: Annotated[float, typer.Option(help="Scale at which the teacher samples; the student is sampled without.")] = 1.0,
+    trajectories: Annotated[Path | None, typer.Option(help="A folder of trajectories; by default they are made.")] = None,
+    begin: Annotated[str | None, typer.Option("--from", help="A student to begin with; by default the teacher's weights.")] = None,
+    seed: int = DISTILL.seed,
+    mixed_precision: Annotated[str, typer.Option(help="no, bf16, fp16.")] = DISTILL.mixed_precision,
+    half: Annotated[bool, typer.Option("--half", help="Save the weights in float16.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Distil a model into an operator that samples in one pass; continues where a killed run stopped, shares the work under torchrun."""
+    from fewstep.apps.verbs import run_distill
+
+    checked(method, ("dsno", "slots", "kd"), "--method")
+    meet = Mixing(mixing if method == "dsno" else "none", modes, places, fan)
+    count = (1 if method == "kd" else DISTILL.slots) if slots is None else slots
+    config = DistillConfig(
+        *(count, grid, OperatorForm(output, time, not one_pass, meet), loss, weights),
+        **{
+            "dropout": dropout,
+            "steps": steps,
+            "batch": batch,
+            "lr": lr,
+            "ema": ema,
+            "num": num,
+            "fresh": fresh,
+            "seed": seed,
+            "half": half,
+        },
+        **{"teacher_nfe": teacher_nfe, "guidance": guidance, "mixed_precision": mixed_precision},
+    )
+    done = run_distill(model, config, out, trajectories, begin, command())
+    if done is None or json:
+        print_json(done) if done is not None else None
+        return
+    distill_table(done)
+    console.print(f"student: {out}\nnext: fewstep bench {out} --nfe {','.join(map(str, done['passes']))} --out runs/bench")
 
 
 @app.command()

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["bench_table", "console", "finetune_table", "optimize_table", "print_json", "progress"]
+__all__ = ["bench_table", "console", "distill_table", "finetune_table", "optimize_table", "print_json", "progress"]
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
@@ -77,6 +77,10 @@ def bench_table(results: dict[str, Any]) -> None:
     if reference["fd"] is not None:
         fd = f"; its Frechet distance {reference['fd']:.2f}, that of two halves of the data {reference['fd_data_halves']:.2f}"
     console.print(f"* best. Reference: {reference['solver']} with {reference['nfe']} evaluations, own error {reference['error']:.1e}{fd}")
+    for nfe, work in {row["nfe"]: row["arithmetic"] for row in rows if row.get("arithmetic") is not None}.items():
+        console.print(
+            f"{nfe} {'pass' if nfe == 1 else 'passes'} of {results['model']}: the arithmetic of {work:.2f} evaluations of its network"
+        )
     for why in dict.fromkeys(skipped["why"] for skipped in results["skipped"]):
         console.print(f"no row: {why}")
 
@@ -107,6 +111,20 @@ def fit_table(done: dict[str, Any]) -> None:
         table.add_row(str(row["nfe"]), f"{ours:.4f} ({our_rmse:.4f})", rival, f"{ours / theirs:.2f}", cost, row["chosen"])
     console.print(table)
     console.print(f"{done['seconds']:.0f} seconds; trajectories are kept, other numbers of evaluations begin with them")
+
+
+def distill_table(done: dict[str, Any]) -> None:
+    """What the student reaches by the number of passes, and what they cost."""
+    title = f"{done['model']} distilled, on trajectories held out"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left")
+    for heading in ("passes", "arithmetic (evaluations)", "RMSE to the teacher", "times"):
+        table.add_column(heading, no_wrap=heading != "times", justify="left" if heading == "times" else "right")
+    for n, (times, error) in done["passes"].items():
+        table.add_row(str(n), f"{done['arithmetic'][n]:.2f}", f"{error:.4f}", ", ".join(f"{t:.4g}" for t in times))
+    console.print(table)
+    console.print(
+        f"error in each slot of one pass: {', '.join(f'{error:.4f}' for error in done['slots'])}; {done['seconds']:.0f} s of training"
+    )
 
 
 def finetune_table(done: dict[str, Any]) -> None:

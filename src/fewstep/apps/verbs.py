@@ -23,16 +23,18 @@ from fewstep.core.sampler import Sampler
 from fewstep.core.schedule import DiscreteVP
 from fewstep.evaluate.benchmark import benchmark, picture_file, read_samples
 from fewstep.evaluate.generation import check_seeds, generate_to, solver_for
+from fewstep.evaluate.metrics import load_features
 from fewstep.evaluate.pictures import save_comparison, save_grid, save_singles, to_uint8
 from fewstep.evaluate.plan import OPTIMIZED, BenchmarkConfig, check_made_for, planned_keys, saved_samplers
 from fewstep.evaluate.plots import save_schedules, save_statistics
 from fewstep.learn.calibrate import CalibrationConfig, calibrate
+from fewstep.learn.distill import DistillConfig, distill
 from fewstep.learn.finetune import FinetuneConfig, finetune
 from fewstep.learn.fit import FitConfig, fit
 from fewstep.learn.gram import Gram
 from fewstep.learn.grid_search import Bound
 from fewstep.learn.optimize import OptimizeConfig, Optimized, optimize, solver_folder
-from fewstep.learn.trajectories import Trajectories
+from fewstep.learn.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
 from fewstep.models.data import load_images
 from fewstep.models.loaders import FITTED, Model
 from fewstep.models.zoo import load_model
@@ -45,10 +47,12 @@ __all__ = [
     "run_bench",
     "run_calibrate",
     "run_demo",
+    "run_distill",
     "run_finetune",
     "run_fit",
     "run_optimize",
     "run_sample",
+    "run_trajectories",
 ]
 
 BENCH = (("ddim", "dpm-solver-pp-2m", "unipc-2", "deis-3", "dpm-solver-v3"), ("logsnr", "karras", "angle"), (5, 6, 8, 10))
@@ -173,7 +177,7 @@ class BenchRequest:
         """What to compare: saved samplers alone if only they are named; a tuned model is tried with what it was tuned for."""
         solvers, grids, nfe = BENCH
         if model.tuned is not None:
-            solvers, grids, nfe = (model.tuned.solver,), (OPTIMIZED,), (model.tuned.nfe,)
+            solvers, grids, nfe = (model.tuned.solver,), (OPTIMIZED,), model.passes or (model.tuned.nfe,)
         if self.samplers and self.solvers is None and self.grids is None and not self.peers:
             solvers, grids, nfe = (), (), ()
         solvers = solvers if self.solvers is None else self.solvers
@@ -299,6 +303,39 @@ def run_fit(
         return None
     rows = [{"nfe": n} | {key: made[n].sampler.card[key] for key in GAINED} for n in counts]
     return {"model": model.name, "samplers": str(out), "seconds": time.perf_counter() - begin, "rows": rows}
+
+
+def run_trajectories(model_name: str, grid: str, slots: int, config: TrajectoryConfig, out: Path, command: str) -> dict[str, Any] | None:
+    """Make trajectories; None in all processes but the first."""
+    model = load_model(model_name)
+    kept = model.optimized("ddim", slots, config.guidance) if grid == OPTIMIZED else make_grid(grid, model.denoiser.schedule, slots)
+    with progress(f"solving {config.num} trajectories of {model.name}", config.num) as report:
+        made = generate_trajectories(model, kept, config, out, device=default_device(), command=command, observe=report)
+    if made is None:
+        return None
+    size = sum(path.stat().st_size for path in out.glob("shard-*.safetensors"))
+    return {"model": model.name, "trajectories": str(out), "num": len(made), "times": made.t.tolist(), "bytes": size, **made.card}
+
+
+def run_distill(
+    model_name: str, config: DistillConfig, out: Path, stored: Path | None, begin: str | None, command: str
+) -> dict[str, Any] | None:
+    """Distil a student; None in all processes but the first."""
+    model, features = load_model(model_name), load_features("digits", (1, 8, 8)) if config.loss == "features" else None
+    if features is not None and model.shape != (1, 8, 8):
+        raise FewstepError(f"the bundled features are of 8x8 digits, {model.name} makes {model.shape}: use another loss")
+    given = None if stored is None else Trajectories.load(stored)
+    with progress(f"distilling {model.name}", config.steps) as report:
+        made = distill(
+            *(model, config, out),
+            trajectories=given,
+            begin=None if begin is None else load_model(begin),
+            features=features,
+            device=default_device(),
+            command=command,
+            observe=report,
+        )
+    return None if made is None else {"model": model.name, "student": str(out), **asdict(made)}
 
 
 def run_demo(out: Path, num: int, command: str) -> dict[str, Any]:

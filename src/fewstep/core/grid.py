@@ -86,14 +86,24 @@ class TimeGrid:
 
     @classmethod
     def angle(
-        cls, schedule: NoiseSchedule, steps: int, *, c: float = 1.0, t_max: float | None = None, t_min: float | None = None
+        cls,
+        schedule: NoiseSchedule,
+        steps: int,
+        *,
+        c: float = 1.0,
+        power: float = 1.0,
+        t_max: float | None = None,
+        t_min: float | None = None,
     ) -> TimeGrid:
-        """Uniform in ``arctan(sigma / (c alpha))``, the time of the cosine schedule; finite at both ends whatever the schedule."""
-        if not c > 0:
-            raise GridError(f"the angle spacing needs c > 0, got {c:g}")
+        """Uniform in ``arctan(sigma / (c alpha))^(1/power)``, the time of the cosine schedule; finite at both ends whatever the schedule.
+
+        With ``power`` 2 it is quadratic in that time, and closer towards the image.
+        """
+        if not (c > 0 and power > 0):
+            raise GridError(f"the angle spacing needs c > 0 and power > 0, got {c:g} and {power:g}")
         ends = _ends(schedule, t_max, t_min)
-        theta = torch.atan2(schedule.sigma(ends), c * schedule.alpha(ends))
-        inner = _linspace(theta[0], theta[1], steps)
+        root = torch.atan2(schedule.sigma(ends), c * schedule.alpha(ends)) ** (1 / power)
+        inner = _linspace(root[0], root[1], steps) ** power
         return cls(_pin(schedule.t_of_lam(-torch.log(c * torch.tan(inner))), ends))
 
     @classmethod

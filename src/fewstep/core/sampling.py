@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,18 +13,28 @@ from fewstep.core.sampler import Sampler
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Tableau, advance
 
-__all__ = ["Cond", "Denoiser", "Step", "sample", "seeded_noise", "start_noise"]
+__all__ = ["Aimable", "Cond", "Denoiser", "Step", "sample", "seeded_noise", "start_noise"]
 
 Cond = Any  # whatever the network is conditioned on: labels [B], a dict of tensors [B, ...], or None
 
 
 class Denoiser(Protocol):
-    """A model with its noise schedule: ``(x [B, *D], t [] or [B], cond) -> x0 [B, *D]``, the posterior mean of the clean image."""
+    """A model with its noise schedule: ``(x [B, *D], t [] or [B], cond) -> x0 [B, *D]``, the posterior mean of the clean image.
+
+    A model whose answer depends on where the step leads has a method ``aimed(tableau) -> Denoiser``; `sample` calls it first.
+    """
 
     @property
     def schedule(self) -> NoiseSchedule: ...
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor: ...
+
+
+@runtime_checkable
+class Aimable(Protocol):
+    """A denoiser that has to know its steps."""
+
+    def aimed(self, tableau: Tableau) -> Denoiser: ...
 
 
 class Step(NamedTuple):
@@ -94,6 +104,7 @@ def sample(
     tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
     nodes = tableau.nodes
     _check_schedule(nodes, denoiser.schedule)
+    denoiser = denoiser.aimed(tableau) if isinstance(denoiser, Aimable) else denoiser
     if tableau.stochastic and (seeds is None or len(seeds) != len(x)):
         raise SolverError(f"this sampler adds noise: pass seeds=, one for each of the {len(x)} samples")
     x = x.to(torch.promote_types(x.dtype, torch.float32))

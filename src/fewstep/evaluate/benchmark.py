@@ -31,6 +31,7 @@ from fewstep.evaluate.peers import peer_steps, run_peer
 from fewstep.evaluate.plan import OPTIMIZED, BenchmarkConfig, Key, grid_of, impossible, planned_keys, saved_samplers, solvers_of
 from fewstep.models.data import load_images
 from fewstep.models.loaders import Model
+from fewstep.models.operators.student import OperatorDenoiser
 from fewstep.models.zoo import load_model
 from fewstep.solvers.reference import REFERENCE_NFE, reference_sampler
 
@@ -56,6 +57,7 @@ class Row:
     solver_seconds: float  # without the network
     statistics: str | None = None  # the fingerprint of those that the solver used
     artifact: str | None = None  # that of an optimised grid or a saved sampler
+    arithmetic: float | None = None  # of an operator student: its operations, in evaluations of its network alone
 
     @property
     def key(self) -> Key:
@@ -215,7 +217,10 @@ class _Problem:
         write_whole(picture_file(self.out, key), lambda temporary: save_file(first, temporary))
         error = rmse(samples, self.exact)
         made_of = (self.statistics(key), self.artifact(key))
-        return Row(solver, library, grid, nfe, num, guidance, error, fd, features, seconds, solver_seconds, *made_of)
+        work = (
+            self.model.denoiser.network.arithmetic(self._sampler(key).grid.t) if isinstance(self.model.denoiser, OperatorDenoiser) else None
+        )
+        return Row(solver, library, grid, nfe, num, guidance, error, fd, features, seconds, solver_seconds, *made_of, work)
 
     def statistics(self, key: Key) -> str | None:
         """The fingerprint of the statistics that a row's solver uses, if any."""

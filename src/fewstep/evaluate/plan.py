@@ -10,8 +10,9 @@ from pathlib import Path
 from fewstep.core.errors import ArtifactError, FewstepError, GridError, SolverError, look_up
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid
 from fewstep.core.sampler import Sampler
+from fewstep.core.sampling import Aimable
 from fewstep.core.spec import parse_spec
-from fewstep.core.tableau import Solver
+from fewstep.core.tableau import Solver, tabulate
 from fewstep.evaluate.generation import check_seeds, solver_for
 from fewstep.evaluate.peers import PEERS, peer_steps
 from fewstep.models.loaders import FITTED, Model
@@ -150,6 +151,8 @@ def grid_of(key: Key, model: Model, config: BenchmarkConfig, steps: int) -> Time
 def impossible(key: Key, model: Model, config: BenchmarkConfig, solvers: dict[str, Solver | SolverError]) -> str:
     """Why a sampler cannot do what is asked of it, or nothing."""
     library, solver, _, nfe = key
+    if model.is_operator and library != "fewstep":
+        return f"{model.name} is an operator student, which makes first-order steps along its own times: no sampler of {library} is for it"
     try:
         if solver == FITTED:
             model.fitted(nfe, config.guidance)
@@ -158,7 +161,9 @@ def impossible(key: Key, model: Model, config: BenchmarkConfig, solvers: dict[st
             if isinstance(method, SolverError):
                 return str(method)
             schedule = model.denoiser.schedule
-            method.nodes(grid_of(key, model, config, method.steps_on(schedule, nfe)), schedule)
+            nodes = method.nodes(grid_of(key, model, config, method.steps_on(schedule, nfe)), schedule)
+            if isinstance(model.denoiser, Aimable):
+                model.denoiser.aimed(tabulate(method, nodes))
         else:
             grid_of(key, model, config, peer_steps(solver, nfe))
     except (GridError, SolverError) as error:

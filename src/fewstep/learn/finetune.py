@@ -151,7 +151,7 @@ def finetune(
         raise FewstepError("the form score matches scores on images: pass the data that the model was trained on, or use the form mean")
     if config.form == "score" and images is not None:
         _check_images(images, model)
-    if not isinstance(model.denoiser.network, nn.Module) or model.folder is None:
+    if not isinstance(model.adapted.network, nn.Module) or model.folder is None:
         raise ModelError(f"{model.name} was not loaded from a folder, so its tuned network could not be saved as one: save it first")
     check_writable(out)
     tuning = _Tuning(model, config, out, images, device, say)
@@ -237,7 +237,7 @@ class _Tuning:
     @property
     def student(self) -> AdaptedDenoiser:
         """The network as it stands, as a denoiser."""
-        return replace(self.model.denoiser, network=self.network)
+        return replace(self.model.adapted, network=self.network)
 
     def held_out(self) -> list[int]:
         """The trajectories that no training sees."""
@@ -277,7 +277,7 @@ class _Tuning:
         if self.config.form == "score" and self.images is not None:
             draw: Callable[[int, torch.Generator], Tensor] = lambda b, g: t[torch.randint(len(t) - 1, (b,), generator=g)].float()  # noqa: E731
             loss = score_matching(
-                self.model.denoiser, self.images, draw, conditional=self.model.classes is not None, null=self.model.null_label
+                self.model.adapted, self.images, draw, conditional=self.model.classes is not None, null=self.model.null_label
             )
         if self.config.form == "mean":
             for module in self.network.modules():
@@ -295,7 +295,7 @@ class _Tuning:
         gain = at.alpha[1:] - ratio * at.alpha[:-1]
 
         def loss(network: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
-            denoiser = replace(self.model.denoiser, network=network)
+            denoiser = replace(self.model.adapted, network=network)
             device = next(network.parameters()).device  # that of the loop, which may be another
             x, cond = self._batch(torch.randint(self.config.num, (batch,), generator=generator))
             x, cond = x.to(device), None if cond is None else cond.to(device)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +45,18 @@ class LoopConfig:
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
 
 
+N = TypeVar("N", bound=nn.Module)
+
+
 def run_loop(
-    network: nn.Module,
+    network: N,
     loss: Callable[[nn.Module, int, torch.Generator], Tensor],
     config: LoopConfig,
     folder: Path,
     *,
     identity: str = "",
     observe: Callable[[int, float], None] | None = None,
-) -> nn.Module:
+) -> N:
     """Train ``network`` and return it with its averaged (EMA) weights.
 
     Every step draws its data and noise from a generator seeded by ``(seed, step, process)``, so a run that was killed and
@@ -72,17 +75,19 @@ def run_loop(
 
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    network, optimizer = accelerator.prepare(network, optimizer)
-    bare = accelerator.unwrap_model(network)
+    bare = network
+    prepared: Any = accelerator.prepare(network, optimizer)
+    network, optimizer = prepared
     ema = EMAModel(bare.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
     identity = f"{identity} {config!r}".strip()
-    first = _resume(accelerator, folder, identity)
+    first, resumed = _resume(accelerator, folder, identity)
     local_batch = max(1, config.batch // accelerator.num_processes)
-    every, total, counted = max(1, config.steps // 100), torch.zeros((), device=accelerator.device), 0
+    every, counted = max(1, config.steps // 100), first % max(1, config.steps // 100)
+    total = torch.tensor(resumed, device=accelerator.device)
     network.train()
-    done = first
+    done, whole = first, True
     try:
         for step in range(first, config.steps):
             generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 4099 + accelerator.process_index)
@@ -92,11 +97,12 @@ def run_loop(
             value = loss(network, local_batch, generator)
             accelerator.backward(value)
             accelerator.clip_grad_norm_(network.parameters(), config.clip)
+            whole = False
             optimizer.step()
             optimizer.zero_grad()
             ema.step(bare.parameters())
-            done = step + 1
-            total, counted = total + value.detach(), counted + 1
+            total, counted, done = total + value.detach(), counted + 1, step + 1
+            whole = True
             if (step + 1) % every == 0 or step + 1 == config.steps:
                 reduced: Any = accelerator.reduce(total / counted, "mean")
                 mean = float(reduced)
@@ -106,9 +112,10 @@ def run_loop(
                 if observe is not None and accelerator.is_main_process:
                     observe(step + 1, mean)
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-                _checkpoint(accelerator, folder, identity, step + 1)
+                _checkpoint(accelerator, folder, identity, step + 1, total)
     except KeyboardInterrupt:
-        _checkpoint(accelerator, folder, identity, done)
+        if whole:  # in the middle of a step the last checkpoint stands
+            _checkpoint(accelerator, folder, identity, done, total)
         raise
     ema.copy_to(bare.parameters())
     accelerator.wait_for_everyone()
@@ -120,7 +127,7 @@ def forget_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 
-def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int) -> None:  # noqa: ANN401
+def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int, total: Tensor) -> None:  # noqa: ANN401
     """Save beside the old checkpoint, then swap, so that one whole checkpoint exists at any time."""
     new, current, old = folder / "checkpoint.new", folder / "checkpoint", folder / "checkpoint.old"
     accelerator.wait_for_everyone()
@@ -128,8 +135,9 @@ def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int) -> Non
         shutil.rmtree(new, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(new))
+    total = accelerator.reduce(total, "mean")
     if accelerator.is_main_process:
-        write_whole(new / "loop.json", json.dumps({"step": step, "identity": identity}).encode())
+        write_whole(new / "loop.json", json.dumps({"step": step, "loss": float(total), "identity": identity}).encode())
         shutil.rmtree(old, ignore_errors=True)
         if current.exists():
             current.rename(old)
@@ -138,13 +146,14 @@ def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int) -> Non
     accelerator.wait_for_everyone()
 
 
-def _resume(accelerator: Any, folder: Path, identity: str) -> int:  # noqa: ANN401
+def _resume(accelerator: Any, folder: Path, identity: str) -> tuple[int, float]:  # noqa: ANN401
+    """The step to go on with, and the sum of the losses since the last report."""
     current, old = folder / "checkpoint", folder / "checkpoint.old"
     found = current if (current / "loop.json").exists() else old if (old / "loop.json").exists() else None
     if found is None:
-        return 0
+        return 0, 0.0
     meta = read_json(found / "loop.json")
     if meta.get("identity") != identity:
         raise ArtifactError(f"{found} belongs to another run ({meta.get('identity')}): remove it, or train with those options")
     accelerator.load_state(str(found))
-    return int(meta["step"])
+    return int(meta["step"]), float(meta.get("loss", 0.0))

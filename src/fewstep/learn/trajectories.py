@@ -28,7 +28,7 @@ from fewstep.core.tableau import Nodes, Solver, Tableau, advance, tabulate
 from fewstep.models.loaders import Model
 from fewstep.solvers import make_solver, takes_statistics
 
-__all__ = ["Trajectories", "TrajectoryConfig", "generate_trajectories", "teacher_grid"]
+__all__ = ["Trajectories", "TrajectoryConfig", "TrajectorySolver", "generate_trajectories", "teacher_grid"]
 
 FORMAT, VERSION = "fewstep-trajectories", 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -88,7 +88,7 @@ def teacher_grid(schedule: NoiseSchedule, grid: TimeGrid, nfe: int, evaluations_
     return TimeGrid(torch.cat(times))
 
 
-class _Teacher:
+class TrajectorySolver:
     """A solver on the fine grid, which shows its states at the kept times: the corrected ones, of a solver that corrects."""
 
     def __init__(self, denoiser: Denoiser, solver: Solver, grid: TimeGrid, nfe: int) -> None:
@@ -100,7 +100,7 @@ class _Teacher:
         self.from_anchor = {i: kept for i, kept in enumerate(_in_anchor(self.tableau)) if i and i % stride == 0}
 
     @torch.no_grad()
-    def run(self, x: Tensor, cond: Cond, observe: Callable[[float], None]) -> Tensor:
+    def run(self, x: Tensor, cond: Cond, observe: Callable[[float], None] | None = None) -> Tensor:
         """The states ``[B, T-1, *D]`` at all kept times but the first, on the CPU; ``observe`` is given each noise level."""
         nodes, state, finite, kept = self.tableau.nodes, self.tableau.start(x), [], []
         for i, row in enumerate(self.tableau.rows(x)):
@@ -109,7 +109,8 @@ class _Teacher:
             here, state = state.x, advance(row, state, x0)
             if i in self.from_anchor:
                 kept.append((state.anchor if self.from_anchor[i] and state.anchor is not None else here).cpu())
-                observe(float(torch.exp(-nodes.lam[i])))
+                if observe is not None:
+                    observe(float(torch.exp(-nodes.lam[i])))
         bad = (~torch.stack(finite)).nonzero()
         if len(bad):
             i = int(bad[0])
@@ -129,8 +130,8 @@ class _Teacher:
             parts = parts // 2
         else:
             t = t[::2] if len(t) % 2 else torch.cat([t[:1], t[1::2]])
-        half = _Teacher(self.denoiser, self.solver, TimeGrid(t), ((len(t) - 1) * parts - 1) * self.solver.stages + 1)
-        gap = states[:, torch.isin(self.grid.t[1:], t[1:])] - half.run(start, cond, lambda level: None)
+        half = TrajectorySolver(self.denoiser, self.solver, TimeGrid(t), ((len(t) - 1) * parts - 1) * self.solver.stages + 1)
+        gap = states[:, torch.isin(self.grid.t[1:], t[1:])] - half.run(start, cond)
         rmse = gap.double().square().transpose(0, 1).flatten(1).mean(1).sqrt()
         return {"teacher_error": float(rmse[-1]), "teacher_error_largest": float(rmse.max())}
 
@@ -172,7 +173,7 @@ def generate_trajectories(
     """
     folder, device, (rank, world) = Path(folder), device or torch.device("cpu"), process()
     check_writable(folder)
-    teacher = _Teacher(model.to(device).guided(config.guidance), make_solver(config.solver), grid, config.nfe)
+    teacher = TrajectorySolver(model.to(device).guided(config.guidance), make_solver(config.solver), grid, config.nfe)
     about = {name: value for name, value in asdict(config).items() if name != "num"} | {
         "nfe": teacher.tableau.nodes.evaluations,
         "guidance": float(config.guidance),

@@ -24,6 +24,7 @@ from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, Vari
 from fewstep.core.statistics import ModelStatistics
 from fewstep.models.denoiser import AdaptedDenoiser, edm_time, unet_call
 from fewstep.models.guidance import classifier_free
+from fewstep.models.operators.student import OperatorDenoiser, OperatorStudent
 from fewstep.models.tuned import Tuned
 
 __all__ = ["FITTED", "Model", "load_folder", "save_like", "save_ours"]
@@ -46,12 +47,34 @@ class Model:
     """
 
     name: str
-    denoiser: AdaptedDenoiser
+    denoiser: AdaptedDenoiser | OperatorDenoiser
     shape: tuple[int, ...]
     classes: int | None = None
     null_label: int | None = None
     data: str | None = None
     folder: Path | None = None
+
+    @property
+    def is_operator(self) -> bool:
+        """Whether it is an operator student, whose evaluations are passes along times of its own."""
+        return isinstance(self.denoiser, OperatorDenoiser)
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """The numbers of passes that an operator student can make, as its folder says; none of any other model."""
+        path = None if self.folder is None else self.folder / "optimized" / "ddim"
+        return tuple(sorted(GridTable.load(path).grids)) if self.is_operator and path is not None else ()
+
+    @property
+    def adapted(self) -> AdaptedDenoiser:
+        """The denoiser of a network that answers for one time.
+
+        Raises:
+            ModelError: it is an operator student.
+        """
+        if not isinstance(self.denoiser, AdaptedDenoiser):
+            raise ModelError(f"{self.name} is an operator student, which is sampled as it is: name its teacher")
+        return self.denoiser
 
     def guided(self, scale: float = 1.0) -> Denoiser:
         """The denoiser with classifier-free guidance; scale 1 is the model as it is.
@@ -85,7 +108,9 @@ class Model:
         denoiser, digest = self.denoiser, hashlib.sha256()
         network, schedule = denoiser.network, denoiser.schedule
         probes = torch.linspace(schedule.t_min + 1e-3, schedule.t_max, 5, dtype=torch.float64)
-        definition = (schedule.to_config(), prediction(denoiser.prediction).name, denoiser.time(probes).tolist())
+        definition: tuple[Any, ...] = (schedule.to_config(), prediction(denoiser.prediction).name, denoiser.time(probes).tolist())
+        if isinstance(denoiser, OperatorDenoiser):
+            definition += (denoiser.network.form,)
         digest.update(repr(definition).encode())
         for key, value in sorted(network.state_dict().items() if isinstance(network, nn.Module) else ()):
             digest.update(key.encode())
@@ -121,6 +146,8 @@ class Model:
             )
         if table.model != self.fingerprint:
             raise ArtifactError(f"the optimized grids in {self.folder} were made for other weights ({table.model}, not {self.fingerprint})")
+        if self.is_operator and nfe not in table.grids:
+            raise GridError(f"{self.name} makes {', '.join(map(str, sorted(table.grids)))} passes, not {nfe}")
         return table.grid(nfe)
 
     def fitted(self, nfe: int, guidance: float = 1.0) -> Sampler:
@@ -177,6 +204,17 @@ def load_folder(source: str | Path) -> Model:
         ModelError: no model there, unreadable weights, or a scheduler or prediction type that is not known.
     """
     path = Path(source)
+    model = _load_network(path, source)
+    return _as_operator(model, path) if (path / "operator.json").is_file() else model
+
+
+def _as_operator(model: Model, path: Path) -> Model:
+    """The operator student around a network that was read already."""
+    student = OperatorStudent.load(path, model.adapted)
+    return replace(model, denoiser=OperatorDenoiser(student), null_label=None)  # the guidance is in the weights
+
+
+def _load_network(path: Path, source: str | Path) -> Model:
     if (path / "fewstep.json").is_file():
         return _load_ours(path)
     if not path.exists() and (str(source).count("/") != 1 or str(source).startswith((".", "/"))):

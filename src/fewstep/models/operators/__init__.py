@@ -1,0 +1,1 @@
+"""Neural operators: networks that map a start to the whole solution trajectory."""
