@@ -20,6 +20,7 @@ from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, Vari
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, Solver, State, Tableau, advance, tabulate
 from fewstep.learn.calibrate import CalibrationConfig, calibrate
+from fewstep.learn.distill import DistillConfig, distill
 from fewstep.learn.finetune import FinetuneConfig, finetune
 from fewstep.learn.fit import FitConfig, fit
 from fewstep.learn.fit_solver import FitForm, fit_in_sequence
@@ -29,6 +30,8 @@ from fewstep.models.analytic import DatasetDenoiser, GaussianDenoiser, MixtureDe
 from fewstep.models.denoiser import AdaptedDenoiser
 from fewstep.models.guidance import classifier_free, classifier_guided, dynamic_threshold, static_threshold
 from fewstep.models.loaders import Model
+from fewstep.models.operators.dsno import Mixing
+from fewstep.models.operators.student import OperatorForm, OperatorStudent
 from fewstep.models.zoo import load_model
 from fewstep.solvers import make_solver
 
@@ -41,6 +44,7 @@ __all__ = [
     "DatasetDenoiser",
     "Denoiser",
     "DiscreteVP",
+    "DistillConfig",
     "EDM",
     "FewstepError",
     "FinetuneConfig",
@@ -48,12 +52,15 @@ __all__ = [
     "FitForm",
     "GaussianDenoiser",
     "GridError",
+    "Mixing",
     "MixtureDenoiser",
     "Model",
     "ModelError",
     "ModelStatistics",
     "Nodes",
     "NoiseSchedule",
+    "OperatorForm",
+    "OperatorStudent",
     "OptimizeConfig",
     "RectifiedFlow",
     "Sampler",
@@ -74,6 +81,7 @@ __all__ = [
     "classifier_free",
     "classifier_guided",
     "convert",
+    "distill",
     "dynamic_threshold",
     "finetune",
     "fit",

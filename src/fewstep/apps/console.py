@@ -78,9 +78,8 @@ def bench_table(results: dict[str, Any]) -> None:
         fd = f"; its Frechet distance {reference['fd']:.2f}, that of two halves of the data {reference['fd_data_halves']:.2f}"
     console.print(f"* best. Reference: {reference['solver']} with {reference['nfe']} evaluations, own error {reference['error']:.1e}{fd}")
     for nfe, work in {row["nfe"]: row["arithmetic"] for row in rows if row.get("arithmetic") is not None}.items():
-        console.print(
-            f"{nfe} {'pass' if nfe == 1 else 'passes'} of {results['model']}: the arithmetic of {work:.2f} evaluations of its network"
-        )
+        passes = "1 pass" if nfe == 1 else f"{nfe} passes"
+        console.print(f"{passes} of {results['model']}: the arithmetic of {work:.2f} evaluations of its network")
     for why in dict.fromkeys(skipped["why"] for skipped in results["skipped"]):
         console.print(f"no row: {why}")
 

@@ -13,7 +13,7 @@ from fewstep.core.sampler import Sampler
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Tableau, advance
 
-__all__ = ["Aimable", "Cond", "Denoiser", "Step", "sample", "seeded_noise", "start_noise"]
+__all__ = ["Aimable", "Cond", "Denoiser", "Step", "aimed", "sample", "seeded_noise", "start_noise"]
 
 Cond = Any  # whatever the network is conditioned on: labels [B], a dict of tensors [B, ...], or None
 
@@ -21,7 +21,7 @@ Cond = Any  # whatever the network is conditioned on: labels [B], a dict of tens
 class Denoiser(Protocol):
     """A model with its noise schedule: ``(x [B, *D], t [] or [B], cond) -> x0 [B, *D]``, the posterior mean of the clean image.
 
-    A model whose answer depends on where the step leads has a method ``aimed(tableau) -> Denoiser``; `sample` calls it first.
+    A model whose answer depends on where the step leads has a method ``aimed(tableau) -> Denoiser``, which `sample` calls first.
     """
 
     @property
@@ -35,6 +35,11 @@ class Aimable(Protocol):
     """A denoiser that has to know its steps."""
 
     def aimed(self, tableau: Tableau) -> Denoiser: ...
+
+
+def aimed(denoiser: Denoiser, tableau: Tableau) -> Denoiser:
+    """The denoiser for the steps of one sampler: itself, unless it has to know them."""
+    return denoiser.aimed(tableau) if isinstance(denoiser, Aimable) else denoiser
 
 
 class Step(NamedTuple):
@@ -104,7 +109,7 @@ def sample(
     tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
     nodes = tableau.nodes
     _check_schedule(nodes, denoiser.schedule)
-    denoiser = denoiser.aimed(tableau) if isinstance(denoiser, Aimable) else denoiser
+    denoiser = aimed(denoiser, tableau)
     if tableau.stochastic and (seeds is None or len(seeds) != len(x)):
         raise SolverError(f"this sampler adds noise: pass seeds=, one for each of the {len(x)} samples")
     x = x.to(torch.promote_types(x.dtype, torch.float32))

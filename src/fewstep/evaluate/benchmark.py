@@ -23,7 +23,7 @@ from fewstep.core.errors import ArtifactError, ModelError, SolverError
 from fewstep.core.grid import TimeGrid
 from fewstep.core.process import default_device
 from fewstep.core.sampler import Sampler
-from fewstep.core.sampling import Cond, Denoiser, sample, start_noise
+from fewstep.core.sampling import Cond, Denoiser, aimed, sample, start_noise
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Solver
 from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
@@ -217,9 +217,8 @@ class _Problem:
         write_whole(picture_file(self.out, key), lambda temporary: save_file(first, temporary))
         error = rmse(samples, self.exact)
         made_of = (self.statistics(key), self.artifact(key))
-        work = (
-            self.model.denoiser.network.arithmetic(self._sampler(key).grid.t) if isinstance(self.model.denoiser, OperatorDenoiser) else None
-        )
+        operator = self.model.denoiser.network if isinstance(self.model.denoiser, OperatorDenoiser) else None
+        work = None if operator is None else operator.arithmetic(self._sampler(key).grid.t)
         return Row(solver, library, grid, nfe, num, guidance, error, fd, features, seconds, solver_seconds, *made_of, work)
 
     def statistics(self, key: Key) -> str | None:
@@ -241,10 +240,12 @@ class _Problem:
     @torch.no_grad()
     def run(self, library: str, solver: str, grid_name: str, nfe: int) -> tuple[Tensor, float, float]:
         """Samples ``[num, *D]`` of one row, its seconds, and its seconds without the network."""
-        key, timed = (library, solver, grid_name, nfe), _Timed(self.denoiser)
-        begin = _now(self.device)
+        key, sampler, denoiser = (library, solver, grid_name, nfe), None, self.denoiser
         if library == "fewstep":
             sampler = self._sampler(key)
+            denoiser = aimed(denoiser, sampler.tableau)
+        timed, begin = _Timed(denoiser), _now(self.device)
+        if sampler is not None:
             samples = [self._ours(timed, sampler, seeds, cond) for seeds, cond in self._batches()]
         else:
             grid = grid_of(key, self.model, self.config, peer_steps(solver, nfe))

@@ -10,7 +10,7 @@ from pathlib import Path
 from fewstep.core.errors import ArtifactError, FewstepError, GridError, SolverError, look_up
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid
 from fewstep.core.sampler import Sampler
-from fewstep.core.sampling import Aimable
+from fewstep.core.sampling import aimed
 from fewstep.core.spec import parse_spec
 from fewstep.core.tableau import Solver, tabulate
 from fewstep.evaluate.generation import check_seeds, solver_for
@@ -162,8 +162,8 @@ def impossible(key: Key, model: Model, config: BenchmarkConfig, solvers: dict[st
                 return str(method)
             schedule = model.denoiser.schedule
             nodes = method.nodes(grid_of(key, model, config, method.steps_on(schedule, nfe)), schedule)
-            if isinstance(model.denoiser, Aimable):
-                model.denoiser.aimed(tabulate(method, nodes))
+            if model.is_operator:
+                aimed(model.denoiser, tabulate(method, nodes))
         else:
             grid_of(key, model, config, peer_steps(solver, nfe))
     except (GridError, SolverError) as error:

@@ -84,6 +84,8 @@ class Model:
         """
         if scale == 1:
             return self.denoiser
+        if self.is_operator:
+            raise ModelError(f"{self.name} is an operator student: its guidance is in its weights; use guidance 1")
         if self.null_label is None:
             raise ModelError(f"{self.name} cannot be guided: it is not class-conditional with a null label; use guidance 1")
         return classifier_free(self.denoiser, scale, torch.tensor(self.null_label))
