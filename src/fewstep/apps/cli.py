@@ -321,7 +321,7 @@ def distill(
         print_json(done) if done is not None else None
         return
     distill_table(done)
-    console.print(f"student: {out}\nnext: fewstep bench {out} --nfe {','.join(map(str, done['passes']))} --out runs/bench")
+    console.print(f"student: {out}\npicture of its slots: {done['picture']}\nnext: fewstep bench {out} --out runs/bench")
 
 
 @app.command()

@@ -37,6 +37,7 @@ from fewstep.learn.optimize import OptimizeConfig, Optimized, optimize, solver_f
 from fewstep.learn.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
 from fewstep.models.data import load_images
 from fewstep.models.loaders import FITTED, Model
+from fewstep.models.operators.student import OperatorStudent
 from fewstep.models.zoo import load_model
 from fewstep.solvers import takes_statistics
 from fewstep.solvers.reference import REFERENCE_NFE
@@ -336,7 +337,30 @@ def run_distill(
             command=command,
             observe=report,
         )
-    return None if made is None else {"model": model.name, "student": str(out), **asdict(made)}
+    if made is None:
+        return None
+    shown = Trajectories.load(out / "work" / "trajectories") if given is None else given
+    picture = _slots_picture(load_model(out), shown, range(config.num, config.num + min(6, config.held_out)), out / "slots.png")
+    return {"model": model.name, "student": str(out), "picture": str(picture), **asdict(made)}
+
+
+@torch.no_grad()
+def _slots_picture(student: Model, stored: Trajectories, index: range, path: Path) -> Path:
+    """What one pass answers in each slot, below the teacher's trajectory, each state scaled to unit size."""
+    operator, schedule = student.denoiser.network, student.denoiser.schedule
+    assert isinstance(operator, OperatorStudent)  # just made
+    t = operator.times.cpu()
+    places = [int((stored.t - wanted).abs().argmin()) for wanted in t]
+    x, labels = stored.states(index, at=places).to(operator.times.device), stored.labels(index)
+    ours = operator(x[:, 0], t[1:], None if labels is None else labels.to(x.device))
+    cells = {}
+    for name, states in (("teacher", x), ("one pass", torch.cat([x[:, :1], ours], 1))):
+        for k, now in enumerate(t):
+            size = torch.sqrt(schedule.alpha(now) ** 2 + schedule.sigma(now) ** 2)
+            level = float(torch.exp(-schedule.lam(now)))
+            error = float((states[:, k] - x[:, k]).double().square().mean().sqrt() / size)
+            cells[name, f"noise level {level:.3g}"] = ((states[:, k] / size).cpu(), f"rmse {error:.3f}" if name != "teacher" else "")
+    return save_comparison(cells, path, title=f"{student.name}: all slots of one pass, on noises that were not trained on")
 
 
 def run_demo(out: Path, num: int, command: str) -> dict[str, Any]:

@@ -1,0 +1,178 @@
+"""What the parts of a distilled operator add: digits-edm, one pass, on trajectories that no training saw.
+
+python benchmarks/dsno_study.py --out benchmarks/results/dsno_study.json [--work runs/dsno_study] [--only controls/0]
+
+`controls` compares DSNO with its controls on three seeds, at equal iterations and at equal training time (as measured in the rows of equal
+iterations); `choices` changes one thing at a time. Rows are kept in ``--work`` one by one: a killed run continues, and two processes may
+share the work by ``--only``, which names the beginning of a row. Remove the results to measure again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep import (
+    DistillConfig,
+    Mixing,
+    Model,
+    OperatorForm,
+    TimeGrid,
+    Trajectories,
+    distill,
+    generate_trajectories,
+    load_model,
+    make_grid,
+)
+from fewstep.core.artifact import write_whole
+from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
+from fewstep.learn.trajectories import TrajectoryConfig
+from fewstep.models.data import load_images
+from fewstep.models.operators.student import OperatorStudent
+
+NUM, HELD_OUT, SEED, STEPS, BATCH, CHOICE_STEPS = 12288, 1024, 6_000_000, 250, 64, 150
+GRIDS = ("angle", "angle:power=2", "optimized")
+BASE = DistillConfig(form=OperatorForm(anywhere=False), steps=STEPS, batch=BATCH, num=NUM, held_out=HELD_OUT)
+
+
+def mixed(config: DistillConfig, *mixing: str) -> DistillConfig:
+    """With slots that meet in another way: form, modes, places, fan."""
+    return replace(config, form=replace(config.form, mixing=Mixing(*mixing)))
+
+
+CONTROLS = {
+    "dsno": BASE,
+    "kd": mixed(replace(BASE, slots=1), "none"),
+    "slots": mixed(BASE, "none"),
+    "dsno one-way": mixed(BASE, "one-way"),
+    "dsno inner": replace(BASE, form=replace(BASE.form, mixing=Mixing(places="inner", fan="inner"))),
+}
+
+SHORT = replace(BASE, steps=CHOICE_STEPS)
+CHOICES = {
+    "as it is": SHORT,
+    "output skip": replace(SHORT, form=replace(SHORT.form, output="skip")),
+    "output state": replace(SHORT, form=replace(SHORT.form, output="state")),
+    "time of the slot": replace(SHORT, form=replace(SHORT.form, time="slot")),
+    "loss l1": replace(SHORT, loss="l1"),
+    "loss l2": replace(SHORT, loss="l2"),
+    "loss features": replace(SHORT, loss="features"),
+    "weights snr": replace(SHORT, weights="snr"),
+    "weights paper": replace(SHORT, weights="paper"),
+    "grid angle:power=2": replace(SHORT, grid="angle:power=2"),
+    "grid optimized": replace(SHORT, grid="optimized"),
+    "2 slots": replace(SHORT, slots=2),
+    "3 modes": replace(SHORT, form=replace(SHORT.form, mixing=Mixing(modes=3))),
+    "dropout 0.1": replace(SHORT, dropout=0.1),
+    "a quarter fresh": replace(SHORT, fresh=0.25),
+    "starts anywhere": replace(SHORT, form=replace(SHORT.form, anywhere=True)),
+    "as in the paper": replace(  # but for its own feature network
+        *(SHORT,),
+        **{"form": replace(SHORT.form, output="state", time="slot"), "grid": "angle:power=2", "weights": "paper", "loss": "l1"},
+    ),
+}
+
+
+class Study:
+    """A teacher, its trajectories, and the rows that are there."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.model = work, load_model("digits-edm")
+        self.features = load_features("digits", self.model.shape)
+
+    def trajectories(self) -> Trajectories:
+        """Kept at the times of all grids."""
+        model, times = self.model, set[float]()
+        for grid in GRIDS:
+            kept = model.optimized("ddim", BASE.slots) if grid == "optimized" else make_grid(grid, model.denoiser.schedule, BASE.slots)
+            times |= set(kept.t.tolist())
+        config = TrajectoryConfig(NUM + HELD_OUT, BASE.teacher_nfe, seed=SEED)
+        grid = TimeGrid(torch.tensor(sorted(times, reverse=True), dtype=torch.float64))
+        made = generate_trajectories(
+            model, grid, config, self.work / "trajectories", observe=lambda done, note: print(done, note, flush=True)
+        )
+        assert made is not None
+        return made
+
+    def row(self, name: str, config: DistillConfig, **where: Any) -> dict[str, Any]:  # noqa: ANN401
+        """A student, trained or found, and what it reaches."""
+        path, folder = self.work / "rows" / f"{name.replace('/', '--')}.json", self.work / "students" / name.replace("/", "--")
+        if path.exists():
+            return json.loads(path.read_text())
+        given, features = self.trajectories(), self.features if config.loss == "features" else None
+        if not (folder / "tuned.json").exists():
+            distill(self.model, config, folder, trajectories=given, features=features, **where)
+        history, student = json.loads((folder / "history.json").read_text()), load_model(folder)
+        row = {"row": name, "steps": config.steps, "seconds": history["seconds"], **self.measure(student, given), "slots": history["slots"]}
+        row["arithmetic"] = history["arithmetic"]["1"]
+        write_whole(path, json.dumps(row).encode())
+        print(row, flush=True)
+        return row
+
+    @torch.no_grad()
+    def measure(self, student: Model, given: Trajectories) -> dict[str, float]:
+        """One pass from noises that were held out."""
+        network, index = student.denoiser.network, range(NUM, NUM + HELD_OUT)
+        assert isinstance(network, OperatorStudent)
+        x, labels = given.states(index, at=[0, -1]), given.labels(index)
+        assert labels is not None
+        made = torch.cat([network.denoise_once(*part) for part in zip(x[:, 0].split(256), labels.split(256), strict=True)])
+        error = (made - x[:, 1]).flatten(1).double().square().mean(1).sqrt()
+        agree = float((self.features.labels(made) == labels).double().mean())  # pyright: ignore
+        fd = frechet_distance(load_images("digits").x, made, self.features)
+        return {"rmse": rmse(made, x[:, 1]), "mean_error": float(error.mean()), "fd": fd, "label_agreement": agree}
+
+
+def rows(study: Study) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Name, and what makes the row."""
+    for seed in range(3):
+        for name, config in CONTROLS.items():
+            row = f"controls/{seed}/iterations/{name}"
+            yield row, lambda row=row, config=config, seed=seed: study.row(row, replace(config, seed=seed))
+        for name, config in CONTROLS.items():
+            if name != "dsno":
+                row = f"controls/{seed}/time/{name}"
+                yield row, lambda row=row, config=config, seed=seed, name=name: equal_time(study, row, config, seed, name)
+    for name, config in CHOICES.items():
+        row = f"choices/{name}"
+        yield row, lambda row=row, config=config: study.row(row, config)
+    begin, row = "controls/0/iterations/dsno", "choices/kd from dsno"
+    yield row, lambda: study.row(row, CONTROLS["kd"], begin=load_model(study.work / "students" / begin.replace("/", "--")))
+
+
+def equal_time(study: Study, row: str, config: DistillConfig, seed: int, name: str) -> dict[str, Any]:
+    """With as many iterations as take the time of DSNO's."""
+    of = {who: study.row(f"controls/{seed}/iterations/{who}", replace(CONTROLS[who], seed=seed)) for who in ("dsno", name)}
+    steps = round(config.steps * of["dsno"]["seconds"] / of[name]["seconds"])
+    return study.row(row, replace(config, seed=seed, steps=steps))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/dsno_study"))
+    parser.add_argument("--only", default="")
+    args = parser.parse_args()
+    study = Study(args.work)
+    found = {row["row"]: row for row in (json.loads(args.out.read_text())["rows"] if args.out.exists() else [])}
+    for name, make in rows(study):
+        if name.startswith(args.only) and name not in found:
+            make()
+    kept = {
+        name: json.loads(path.read_text())
+        for name, _ in rows(study)
+        if (path := args.work / "rows" / f"{name.replace('/', '--')}.json").exists()
+    }
+    command = f"python benchmarks/dsno_study.py --out {args.out}"
+    results = {"command": command, "model": "digits-edm", "trajectories": NUM, "held_out": HELD_OUT, "batch": BATCH}
+    write_whole(args.out, (json.dumps({**results, "rows": [*{**found, **kept}.values()]}, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
