@@ -62,6 +62,10 @@ benchmarks: $(STAMP)
 	$(BIN)/fewstep bench digits-edm --solver fitted --grid optimized --nfe 4,5,6,8,10 --num 1024 --guidance 2 \
 		--out benchmarks/results/digits-edm-guidance-2-fitted
 	$(BIN)/python benchmarks/fit_study.py --out benchmarks/results/fit_study.json
+	$(BIN)/fewstep bench digits-edm --solver $(ALL) --grid karras,logsnr,uniform,quadratic,angle --nfe 1,2 --num 1024 \
+		--out benchmarks/results/digits-edm-few
+	$(BIN)/fewstep bench digits-dsno --num 1024 --out benchmarks/results/digits-dsno
+	$(BIN)/python benchmarks/dsno_study.py --out benchmarks/results/dsno_study.json
 	$(BIN)/python benchmarks/tuned_models.py --out benchmarks/results/tuned_models
 	$(BIN)/fewstep bench digits-edm --solver $(ALL) --grid logsnr,karras,angle --nfe 5,6,8,10 --num 1024 --peers diffusers \
 		--out benchmarks/results/digits-edm

@@ -31,9 +31,10 @@ from fewstep import (
     make_grid,
 )
 from fewstep.core.artifact import write_whole
-from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
+from fewstep.evaluate.metrics import frechet_distance, rmse
 from fewstep.learn.trajectories import TrajectoryConfig
 from fewstep.models.data import load_images
+from fewstep.models.features import load_digits_features
 from fewstep.models.operators.student import OperatorStudent
 
 NUM, HELD_OUT, SEED, STEPS, BATCH, CHOICE_STEPS = 12288, 1024, 6_000_000, 250, 64, 150
@@ -84,7 +85,7 @@ class Study:
 
     def __init__(self, work: Path) -> None:
         self.work, self.model = work, load_model("digits-edm")
-        self.features = load_features("digits", self.model.shape)
+        self.features = load_digits_features()
 
     def trajectories(self) -> Trajectories:
         """Kept at the times of all grids."""
@@ -105,7 +106,7 @@ class Study:
         path, folder = self.work / "rows" / f"{name.replace('/', '--')}.json", self.work / "students" / name.replace("/", "--")
         if path.exists():
             return json.loads(path.read_text())
-        given, features = self.trajectories(), self.features if config.loss == "features" else None
+        given, features = self.trajectories(), self.features.smooth if config.loss == "features" else None
         if not (folder / "tuned.json").exists():
             distill(self.model, config, folder, trajectories=given, features=features, **where)
         history, student = json.loads((folder / "history.json").read_text()), load_model(folder)
@@ -124,7 +125,7 @@ class Study:
         assert labels is not None
         made = torch.cat([network.denoise_once(*part) for part in zip(x[:, 0].split(256), labels.split(256), strict=True)])
         error = (made - x[:, 1]).flatten(1).double().square().mean(1).sqrt()
-        agree = float((self.features.labels(made) == labels).double().mean())  # pyright: ignore
+        agree = float((self.features.labels(made) == labels).double().mean())
         fd = frechet_distance(load_images("digits").x, made, self.features)
         return {"rmse": rmse(made, x[:, 1]), "mean_error": float(error.mean()), "fd": fd, "label_agreement": agree}
 

@@ -1,7 +1,7 @@
 """The tables of the README and the docs, as Markdown, from a results.json of fewstep bench.
 
 python benchmarks/tables.py benchmarks/results/digits-edm/results.json [--solver unipc-2,ipndm] [--grid angle] [--library fewstep]
-    [--best] [--optimized] [--fitted] [--study]
+    [--best] [--optimized] [--fitted] [--study] [--dsno]
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 STANDARD = ("karras", "logsnr", "uniform", "quadratic", "angle")
@@ -24,7 +25,11 @@ def main() -> None:
     parser.add_argument("--optimized", action="store_true", help="the optimized grid of each solver beside the best of the others")
     parser.add_argument("--fitted", action="store_true", help="the fitted samplers beside the best of all others, diffusers' too")
     parser.add_argument("--study", action="store_true", help="those of fit_study.json")
+    parser.add_argument("--dsno", action="store_true", help="those of dsno_study.json")
     args = parser.parse_args()
+    if args.dsno:
+        dsno(json.loads(args.results[0].read_text())["rows"])
+        return
     if args.study:
         study(json.loads(args.results[0].read_text())["rows"])
         return
@@ -77,6 +82,29 @@ def study(rows: list[dict[str, Any]]) -> None:
             )
             refused = f" (refused for {row['chosen']})" if " on " in row.get("chosen", "") else ""
             print(f"| {row['row']}{refused} | {row['nfe']} | {errors} {row['fd']:.2f} |")
+
+
+def dsno(rows: list[dict[str, Any]]) -> None:
+    """The controls at equal iterations and at equal time, mean of the seeds with their least and largest; the choices one by one."""
+    controls = [(row["row"].split("/"), row) for row in rows if row["row"].startswith("controls/")]
+    for basis in ("iterations", "time"):
+        print(
+            f"\nequal {basis}:\n\n| | steps | seconds | arithmetic of a pass | RMSE | Frechet | labels as asked |\n|---|---|---|---|---|---|---|"
+        )
+        for name in dict.fromkeys(parts[3] for parts, _ in controls):
+            found = [row for parts, row in controls if parts[3] == name and (parts[2] == basis or name == "dsno")]
+            steps, seconds, error, fd, agree = (
+                [row[key] for row in found] for key in ("steps", "seconds", "rmse", "fd", "label_agreement")
+            )
+            cells = [name, f"{mean(steps):.0f}", f"{mean(seconds):.0f}", f"{found[0]['arithmetic']:.2f}"]
+            cells += [f"{mean(error):.4f} ({min(error):.4f} to {max(error):.4f})", f"{mean(fd):.2f} ({min(fd):.2f} to {max(fd):.2f})"]
+            print(f"| {' | '.join(cells)} | {100 * mean(agree):.1f} % |")
+    print("\nchoices:\n\n| | seconds | RMSE | mean error | Frechet | labels as asked |\n|---|---|---|---|---|---|")
+    for row in (row for row in rows if row["row"].startswith("choices/")):
+        figures = (
+            f"{row['seconds']:.0f} | {row['rmse']:.4f} | {row['mean_error']:.4f} | {row['fd']:.2f} | {100 * row['label_agreement']:.1f} %"
+        )
+        print(f"| {row['row'].removeprefix('choices/')} | {figures} |")
 
 
 def fitted(rows: list[dict[str, Any]]) -> None:

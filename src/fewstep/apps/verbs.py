@@ -23,7 +23,6 @@ from fewstep.core.sampler import Sampler
 from fewstep.core.schedule import DiscreteVP
 from fewstep.evaluate.benchmark import benchmark, picture_file, read_samples
 from fewstep.evaluate.generation import check_seeds, generate_to, solver_for
-from fewstep.evaluate.metrics import load_features
 from fewstep.evaluate.pictures import save_comparison, save_grid, save_singles, to_uint8
 from fewstep.evaluate.plan import OPTIMIZED, BenchmarkConfig, check_made_for, planned_keys, saved_samplers
 from fewstep.evaluate.plots import save_schedules, save_statistics
@@ -36,6 +35,7 @@ from fewstep.learn.grid_search import Bound
 from fewstep.learn.optimize import OptimizeConfig, Optimized, optimize, solver_folder
 from fewstep.learn.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
 from fewstep.models.data import load_images
+from fewstep.models.features import load_digits_features
 from fewstep.models.loaders import FITTED, Model
 from fewstep.models.operators.student import OperatorStudent
 from fewstep.models.zoo import load_model
@@ -323,7 +323,7 @@ def run_distill(
     model_name: str, config: DistillConfig, out: Path, stored: Path | None, begin: str | None, command: str
 ) -> dict[str, Any] | None:
     """Distil a student; None in all processes but the first."""
-    model, features = load_model(model_name), load_features("digits", (1, 8, 8)) if config.loss == "features" else None
+    model, features = load_model(model_name), load_digits_features().smooth if config.loss == "features" else None
     if features is not None and model.shape != (1, 8, 8):
         raise FewstepError(f"the bundled features are of 8x8 digits, {model.name} makes {model.shape}: use another loss")
     given = None if stored is None else Trajectories.load(stored)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -36,6 +37,17 @@ class DigitsFeatures(nn.Module):
         """Features ``[B, 32]`` of images ``[B, 1, 8, 8]`` in [-1, 1]."""
         grey = ((images + 1) * (DIGIT_LEVELS / 2) - 0.5).round().clamp(0, DIGIT_LEVELS - 1)
         return self.body(grey / 8 - 1)
+
+    def smooth(self, images: Tensor) -> Tensor:
+        """What a loss can compare, ``[B, F]``: activations of both convolutional stages, each place's channels scaled to length 1 (LPIPS without
+        its weights, Zhang et al., arXiv 1801.03924), from images that are not rounded.
+        """
+        h, stages = ((images + 1) * (DIGIT_LEVELS / 2) - 0.5) / 8 - 1, []
+        for layer in self.body:
+            if isinstance(layer, nn.MaxPool2d | nn.Flatten):  # the end of a stage
+                stages.append(nn.functional.normalize(h, dim=1).flatten(1) / h[0, 0].numel() ** 0.5)
+            h = layer(h)
+        return torch.cat(stages, 1)
 
     def labels(self, images: Tensor) -> Tensor:
         """The digit it sees in each image, ``[B]``."""
