@@ -39,8 +39,8 @@ class DigitsFeatures(nn.Module):
         return self.body(grey / 8 - 1)
 
     def smooth(self, images: Tensor) -> Tensor:
-        """What a loss can compare, ``[B, F]``: activations of both convolutional stages, each place's channels scaled to length 1 (LPIPS without
-        its weights, Zhang et al., arXiv 1801.03924), from images that are not rounded.
+        """What a loss can compare, ``[B, F]``: activations of both convolutional stages, each place's channels scaled to length 1 (LPIPS,
+        Zhang et al., arXiv 1801.03924, without its weights), from images that are not rounded.
         """
         h, stages = ((images + 1) * (DIGIT_LEVELS / 2) - 0.5) / 8 - 1, []
         for layer in self.body:
