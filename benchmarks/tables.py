@@ -88,9 +88,8 @@ def dsno(rows: list[dict[str, Any]]) -> None:
     """The controls at equal iterations and at equal time, mean of the seeds with their least and largest; the choices one by one."""
     controls = [(row["row"].split("/"), row) for row in rows if row["row"].startswith("controls/")]
     for basis in ("iterations", "time"):
-        print(
-            f"\nequal {basis}:\n\n| | steps | seconds | arithmetic of a pass | RMSE | Frechet | labels as asked |\n|---|---|---|---|---|---|---|"
-        )
+        print(f"\nequal {basis}:\n\n| | steps | seconds | arithmetic of a pass | RMSE | Frechet | labels as asked |")
+        print("|---|---|---|---|---|---|---|")
         for name in dict.fromkeys(parts[3] for parts, _ in controls):
             found = [row for parts, row in controls if parts[3] == name and (parts[2] == basis or name == "dsno")]
             steps, seconds, error, fd, agree = (
