@@ -2,8 +2,8 @@
 
 python benchmarks/dsno_study.py --out benchmarks/results/dsno_study.json [--work runs/dsno_study] [--only controls/0]
 
-`controls` compares DSNO with its controls on three seeds, at equal iterations and at equal training time (as measured in the rows of equal
-iterations); `choices` changes one thing at a time. Rows are kept in ``--work`` one by one: a killed run continues, and two processes may
+`controls` compares DSNO with its controls on three seeds, at equal iterations and at equal training time (by `pace`, a few steps of each side
+by side); `choices` changes one thing at a time. Rows are kept in ``--work`` one by one: a killed run continues, and two processes may
 share the work by ``--only``, which names the beginning of a row. Remove the results to measure again.
 """
 
@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -37,7 +41,7 @@ from fewstep.models.data import load_images
 from fewstep.models.features import load_digits_features
 from fewstep.models.operators.student import OperatorStudent
 
-NUM, HELD_OUT, SEED, STEPS, BATCH, CHOICE_STEPS = 12288, 1024, 6_000_000, 250, 64, 150
+NUM, HELD_OUT, SEED, STEPS, BATCH, CHOICE_STEPS = 12288, 1024, 6_000_000, 250, 64, 100
 GRIDS = ("angle", "angle:power=2", "optimized")
 BASE = DistillConfig(form=OperatorForm(anywhere=False), steps=STEPS, batch=BATCH, num=NUM, held_out=HELD_OUT)
 
@@ -70,6 +74,7 @@ CHOICES = {
     "grid optimized": replace(SHORT, grid="optimized"),
     "2 slots": replace(SHORT, slots=2),
     "3 modes": replace(SHORT, form=replace(SHORT.form, mixing=Mixing(modes=3))),
+    "lr 0.003": replace(SHORT, lr=3e-3),
     "dropout 0.1": replace(SHORT, dropout=0.1),
     "a quarter fresh": replace(SHORT, fresh=0.25),
     "starts anywhere": replace(SHORT, form=replace(SHORT.form, anywhere=True)),
@@ -110,11 +115,26 @@ class Study:
         if not (folder / "tuned.json").exists():
             distill(self.model, config, folder, trajectories=given, features=features, **where)
         history, student = json.loads((folder / "history.json").read_text()), load_model(folder)
-        row = {"row": name, "steps": config.steps, "seconds": history["seconds"], **self.measure(student, given), "slots": history["slots"]}
+        row = {"row": name, "steps": config.steps, **self.measure(student, given), "slots": history["slots"]}
         row["arithmetic"] = history["arithmetic"]["1"]
         write_whole(path, json.dumps(row).encode())
         print(row, flush=True)
         return row
+
+    def pace(self) -> dict[str, float]:
+        """Seconds of a training step of each control: medians over steps that take turns."""
+        path, given = self.work / "rows" / "pace.json", self.trajectories()
+        if not path.exists():
+            seconds: dict[str, list[float]] = {name: [] for name in CONTROLS}
+            for turn in range(3):
+                for name, config in CONTROLS.items():
+                    ticks: list[float] = []
+                    with TemporaryDirectory() as scratch:
+                        told = lambda step, note, ticks=ticks: ticks.append(time.monotonic())  # noqa: E731
+                        distill(self.model, replace(config, steps=8, seed=turn), scratch, trajectories=given, observe=told)
+                    seconds[name] += [after - before for before, after in pairwise(ticks[1:])]
+            write_whole(path, json.dumps({"row": "pace", **{name: median(found) for name, found in seconds.items()}}).encode())
+        return json.loads(path.read_text())
 
     @torch.no_grad()
     def measure(self, student: Model, given: Trajectories) -> dict[str, float]:
@@ -132,12 +152,13 @@ class Study:
 
 def rows(study: Study) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Name, and what makes the row."""
+    yield "pace", study.pace
     for seed in range(3):
         for name, config in CONTROLS.items():
             row = f"controls/{seed}/iterations/{name}"
             yield row, lambda row=row, config=config, seed=seed: study.row(row, replace(config, seed=seed))
         for name, config in CONTROLS.items():
-            if name != "dsno":
+            if name in ("kd", "slots"):
                 row = f"controls/{seed}/time/{name}"
                 yield row, lambda row=row, config=config, seed=seed, name=name: equal_time(study, row, config, seed, name)
     for name, config in CHOICES.items():
@@ -149,9 +170,8 @@ def rows(study: Study) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 def equal_time(study: Study, row: str, config: DistillConfig, seed: int, name: str) -> dict[str, Any]:
     """With as many iterations as take the time of DSNO's."""
-    of = {who: study.row(f"controls/{seed}/iterations/{who}", replace(CONTROLS[who], seed=seed)) for who in ("dsno", name)}
-    steps = round(config.steps * of["dsno"]["seconds"] / of[name]["seconds"])
-    return study.row(row, replace(config, seed=seed, steps=steps))
+    pace = study.pace()
+    return study.row(row, replace(config, seed=seed, steps=round(config.steps * pace["dsno"] / pace[name])))
 
 
 def main() -> None:

@@ -86,23 +86,21 @@ def study(rows: list[dict[str, Any]]) -> None:
 
 def dsno(rows: list[dict[str, Any]]) -> None:
     """The controls at equal iterations and at equal time, mean of the seeds with their least and largest; the choices one by one."""
+    pace = next(row for row in rows if row["row"] == "pace")
     controls = [(row["row"].split("/"), row) for row in rows if row["row"].startswith("controls/")]
     for basis in ("iterations", "time"):
-        print(f"\nequal {basis}:\n\n| | steps | seconds | arithmetic of a pass | RMSE | Frechet | labels as asked |")
+        print(f"\nequal {basis}:\n\n| | steps | training time | arithmetic of a pass | RMSE | Frechet | labels as asked |")
         print("|---|---|---|---|---|---|---|")
-        for name in dict.fromkeys(parts[3] for parts, _ in controls):
+        for name in dict.fromkeys(parts[3] for parts, _ in controls if parts[2] == basis or parts[3] == "dsno"):
             found = [row for parts, row in controls if parts[3] == name and (parts[2] == basis or name == "dsno")]
-            steps, seconds, error, fd, agree = (
-                [row[key] for row in found] for key in ("steps", "seconds", "rmse", "fd", "label_agreement")
-            )
-            cells = [name, f"{mean(steps):.0f}", f"{mean(seconds):.0f}", f"{found[0]['arithmetic']:.2f}"]
+            steps, error, fd, agree = ([row[key] for row in found] for key in ("steps", "rmse", "fd", "label_agreement"))
+            time = mean(steps) * pace[name] / (pace["dsno"] * next(row["steps"] for parts, row in controls if parts[3] == "dsno"))
+            cells = [name, f"{mean(steps):.0f}", f"{time:.2f}", f"{found[0]['arithmetic']:.2f}"]
             cells += [f"{mean(error):.4f} ({min(error):.4f} to {max(error):.4f})", f"{mean(fd):.2f} ({min(fd):.2f} to {max(fd):.2f})"]
             print(f"| {' | '.join(cells)} | {100 * mean(agree):.1f} % |")
-    print("\nchoices:\n\n| | seconds | RMSE | mean error | Frechet | labels as asked |\n|---|---|---|---|---|---|")
+    print("\nchoices:\n\n| | RMSE | mean error | Frechet | labels as asked |\n|---|---|---|---|---|")
     for row in (row for row in rows if row["row"].startswith("choices/")):
-        figures = (
-            f"{row['seconds']:.0f} | {row['rmse']:.4f} | {row['mean_error']:.4f} | {row['fd']:.2f} | {100 * row['label_agreement']:.1f} %"
-        )
+        figures = f"{row['rmse']:.4f} | {row['mean_error']:.4f} | {row['fd']:.2f} | {100 * row['label_agreement']:.1f} %"
         print(f"| {row['row'].removeprefix('choices/')} | {figures} |")
 
 

@@ -256,8 +256,10 @@ def trajectories(
     done = run_trajectories(model, grid, slots, config, out, command())
     if done is not None:
         scale = "" if guidance == 1 else f" --guidance {guidance:g}"
-        where = f"trajectories: {out} ({done['bytes'] / 1e6:.0f} MB, own error {done['teacher_error']:.1e})"
-        text = f"{where}\nnext: fewstep distill {model}{scale} --trajectories {out} --grid {grid} --out runs/student"
+        own = "unknown" if done["teacher_error"] is None else f"{done['teacher_error']:.1e}"
+        which = f"--grid {grid} --slots {slots} --num {max(1, num - DISTILL.held_out)}" + (" --method kd" if slots == 1 else "")
+        where = f"trajectories: {out} ({done['bytes'] / 1e6:.0f} MB, own error {own})"
+        text = f"{where}\nnext: fewstep distill {model}{scale} --trajectories {out} {which} --out runs/student"
         print_json(done) if json else console.print(text)
 
 

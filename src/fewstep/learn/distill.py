@@ -32,7 +32,7 @@ from fewstep.core.grid_table import GridTable
 from fewstep.core.process import process, wait_for_all
 from fewstep.core.sampling import Cond, start_noise
 from fewstep.core.tableau import Nodes
-from fewstep.learn.loop import LoopConfig, forget_checkpoint, run_loop
+from fewstep.learn.loop import LoopConfig, check_checkpoint, forget_checkpoint, run_loop
 from fewstep.learn.trajectories import Trajectories, TrajectoryConfig, TrajectorySolver, generate_trajectories
 from fewstep.models.loaders import Model, load_folder, save_like
 from fewstep.models.operators.student import OperatorForm, OperatorStudent
@@ -197,12 +197,14 @@ def distill(
     out, device, say = Path(out), device or torch.device("cpu"), observe or (lambda done, note: None)
     if (out / "tuned.json").exists():
         raise FewstepError(f"{out} already holds a distilled model: choose another folder, or remove it")
-    if (out / "unet").exists():
+    if (out / "unet").exists() and not (out / "work" / "curve.json").exists():  # with one, a run was killed while it saved
         raise FewstepError(f"{out} already holds a model, which would be lost: choose another folder")
     if config.loss == "features" and features is None:
         raise FewstepError("the loss features compares features of pictures: pass features=, a network from pictures [B, *D] to [B, F]")
     if not isinstance(model.adapted.network, nn.Module) or model.folder is None:
         raise ModelError(f"{model.name} was not loaded from a folder, so its student could not be saved as one: save it first")
+    if begin is not None and not begin.is_operator:
+        raise ModelError(f"{begin.name} is no operator student to begin with: name one of fewstep distill")
     check_writable(out)
     work = _Distilling(model.to(device), config, out, device, say, features)
     work.teach(trajectories, command)
@@ -230,6 +232,7 @@ class _Distilling:
         schedule = model.denoiser.schedule
         named = config.grid == "optimized"
         self.grid = model.optimized("ddim", config.slots, config.guidance) if named else make_grid(config.grid, schedule, config.slots)
+        self.identity = f"{model.fingerprint} {asdict(replace(config, half=False))}"
         self.new_student()  # what cannot be made is said before long work
 
     def new_student(self) -> OperatorStudent:
@@ -244,6 +247,7 @@ class _Distilling:
     def teach(self, given: Trajectories | None, command: str) -> None:
         """The trajectories, and where the times of the grid are among theirs."""
         config, model = self.config, self.model
+        check_checkpoint(self.work, self.identity)
         if given is None:
             wanted = config.trajectories
             told: Callable[[int, str], None] = lambda done, note: self.say(0, f"{done} of {wanted.num} teacher trajectories")  # noqa: E731
@@ -270,7 +274,7 @@ class _Distilling:
     def train(self, begin: Model | None) -> tuple[OperatorStudent, list[tuple[int, float]], float]:
         """The trained student, its loss curve, and the seconds that it took in all."""
         student, config = self.new_student(), self.config
-        identity = f"{self.model.fingerprint} {self.trajectories.identity} {asdict(replace(config, half=False))}"
+        identity = f"{self.identity} {self.trajectories.identity}"
         if begin is not None:
             theirs, ours = begin.denoiser.network, student.state_dict()
             weights = theirs.state_dict() if isinstance(theirs, OperatorStudent) else {}
@@ -346,8 +350,8 @@ class _Distilling:
         """Errors on the trajectories held out."""
         config, t = self.config, self.grid.t
         nodes, most = Nodes.at(student.schedule, t), config.slots if config.form.anywhere else 1
-        paths = [(0, *inner, config.slots) for n in range(most) for inner in itertools.combinations(range(1, config.slots), n)]
-        paths = paths if len(paths) <= 64 else [path for path in paths if len(path) <= 4 or len(path) == config.slots + 1]
+        counts = [n for n in range(most) if config.slots <= 7 or n <= 2 or n == config.slots - 1]  # inner times: all 64 paths, or some
+        paths = [(0, *inner, config.slots) for n in counts for inner in itertools.combinations(range(1, config.slots), n)]
         slot_error, path_error = torch.zeros(config.slots, dtype=torch.float64), torch.zeros(len(paths), dtype=torch.float64)
         for part in torch.arange(config.num, config.num + config.held_out).split(256):
             x, labels = self.trajectories.states(part, at=self.places).to(self.device), self.trajectories.labels(part)

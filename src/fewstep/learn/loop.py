@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fewstep.core.artifact import read_json, write_whole
-from fewstep.core.errors import ArtifactError, FewstepError
+from fewstep.core.errors import ArtifactError, FewstepError, look_up
 
-__all__ = ["LoopConfig", "forget_checkpoint", "run_loop"]
+__all__ = ["LoopConfig", "check_checkpoint", "forget_checkpoint", "run_loop"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or not (self.lr > 0 and math.isfinite(self.lr)):
             raise FewstepError(f"training needs steps and batch of at least 1 and a positive lr, got {self.steps}, {self.batch}, {self.lr}")
+
+        look_up(self.mixed_precision, dict.fromkeys(("no", "bf16", "fp16")), "mixed precision", FewstepError)
+        if abs(self.seed) >= 2**31:
+            raise FewstepError(f"a seed of training lies below 2^31, got {self.seed}")
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then half a cosine to 0."""
@@ -71,8 +76,10 @@ def run_loop(
         ArtifactError: the folder holds a checkpoint of a run with another configuration.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from diffusers.training_utils import EMAModel
 
+    AcceleratorState._reset_state()  # another run of this process may have had another precision
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     bare = network
@@ -86,6 +93,11 @@ def run_loop(
     local_batch = max(1, config.batch // accelerator.num_processes)
     every, counted = max(1, config.steps // 100), first % max(1, config.steps // 100)
     total = torch.tensor(resumed, device=accelerator.device)
+    if resumed and (not counted or first == config.steps):  # interrupted before the report of its last step was taken
+        reduced: Any = accelerator.reduce(total / (counted or every), "mean")
+        if observe is not None and accelerator.is_main_process:
+            observe(first, float(reduced))
+        total, counted = torch.zeros_like(total), 0
     network.train()
     done, whole = first, True
     try:
@@ -104,13 +116,13 @@ def run_loop(
             total, counted, done = total + value.detach(), counted + 1, step + 1
             whole = True
             if (step + 1) % every == 0 or step + 1 == config.steps:
-                reduced: Any = accelerator.reduce(total / counted, "mean")
+                reduced = accelerator.reduce(total / counted, "mean")
                 mean = float(reduced)
                 if not math.isfinite(mean):
                     raise ArtifactError(f"the loss is not finite at step {step + 1}: lower lr; the last checkpoint is kept in {folder}")
-                total, counted = torch.zeros_like(total), 0
                 if observe is not None and accelerator.is_main_process:
                     observe(step + 1, mean)
+                total, counted = torch.zeros_like(total), 0
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 _checkpoint(accelerator, folder, identity, step + 1, total)
     except KeyboardInterrupt:
@@ -119,12 +131,24 @@ def run_loop(
         raise
     ema.copy_to(bare.parameters())
     accelerator.wait_for_everyone()
-    return bare.eval()
+    return accelerator.unwrap_model(bare, keep_fp32_wrapper=False).eval()
+
+
+def check_checkpoint(folder: Path, begins: str) -> None:
+    """Fail before long work if the folder holds a checkpoint whose identity begins otherwise.
+
+    Raises:
+        ArtifactError: it does.
+    """
+    for found in (folder / "checkpoint", folder / "checkpoint.old"):
+        if (found / "loop.json").exists() and not str(identity := read_json(found / "loop.json").get("identity")).startswith(begins):
+            raise ArtifactError(f"{found} belongs to another run ({identity}): remove it, or train with those options")
 
 
 def forget_checkpoint(folder: Path) -> None:
-    """Remove the checkpoint of a finished run."""
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    """Remove the checkpoint of a finished run, and what a kill left of others."""
+    for name in ("checkpoint", "checkpoint.new", "checkpoint.old"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int, total: Tensor) -> None:  # noqa: ANN401
@@ -134,7 +158,10 @@ def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int, total:
     if accelerator.is_main_process:
         shutil.rmtree(new, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(new))
+    try:
+        accelerator.save_state(str(new))
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's own writer raises RuntimeError
+        raise ArtifactError(f"cannot write {new}: {str(error).splitlines()[0]}; make room and run the same command again") from error
     total = accelerator.reduce(total, "mean")
     if accelerator.is_main_process:
         write_whole(new / "loop.json", json.dumps({"step": step, "loss": float(total), "identity": identity}).encode())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fewstep.core.artifact import read_json, write_whole
@@ -256,8 +257,15 @@ def save_ours(
         "shape": list(shape),
         "null_label": null_label,
     }
-    network.save_pretrained(folder / "unet")
+    _save_network(network, folder)
     write_whole(folder / "fewstep.json", (json.dumps(meta, indent=1) + "\n").encode())
+
+
+def _save_network(network: Any, folder: Path) -> None:  # noqa: ANN401 - a diffusers network
+    try:
+        network.save_pretrained(folder / "unet")
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot write {folder / 'unet'}: {error}; make room and run the same command again") from error
 
 
 def save_like(model: Model, network: Any, folder: Path) -> None:  # noqa: ANN401 - a diffusers network
@@ -271,7 +279,7 @@ def save_like(model: Model, network: Any, folder: Path) -> None:  # noqa: ANN401
     if (model.folder / "fewstep.json").exists():
         save_ours(folder, network, model.denoiser.prediction, model.denoiser.schedule, model.shape, model.null_label)
         return
-    network.save_pretrained(folder / "unet")
+    _save_network(network, folder)
     for file in ("scheduler/scheduler_config.json", "model_index.json"):
         if (model.folder / file).exists():
             write_whole(folder / file, (model.folder / file).read_bytes())

@@ -130,7 +130,8 @@ class TemporalUNet(nn.Module):
         self.temporal, self.told = nn.ModuleList(), None
         inner = _inner(unet)
         for block in _blocks(unet) if mixing.form != "none" else ():
-            for place, channels in _places(block) if mixing.places == "all" or block in inner else ():
+            places = _places(block, block is unet.mid_block)
+            for place, channels in places if mixing.places == "all" or block in inner else ():
                 layer = TemporalConv(channels, slots, mixing.modes, mixing.form)
                 self.temporal.append(layer)
                 place.register_forward_hook(_Meet(layer, self._slots))
@@ -162,8 +163,8 @@ class TemporalUNet(nn.Module):
             return self(x, time[-1:], cond, None if told is None else told[-1:])
         slots, labels = self._slots, None if cond is None else cond.repeat_interleave(count)
         slots.batch, slots.count, slots.last_only = batch, count, last_only
-        slots.embedding = None if self.told is None or told is None else self.told(told).repeat(batch, 1)
         try:
+            slots.embedding = None if self.told is None or told is None else self.told(told).repeat(batch, 1)
             output = unet_call(self.unet, x.repeat_interleave(count, 0), time.repeat(batch), labels).unflatten(0, (batch, -1))
         finally:
             slots.count, slots.embedding = 0, None
@@ -180,10 +181,9 @@ def _inner(unet: Any) -> set[Any]:  # noqa: ANN401
     return {*unet.down_blocks[-half:], *unet.up_blocks[:half], unet.mid_block}
 
 
-def _places(block: Any) -> Iterator[tuple[nn.Module, int]]:  # noqa: ANN401
+def _places(block: Any, middle: bool) -> Iterator[tuple[nn.Module, int]]:  # noqa: ANN401
     """What temporal layers follow, with its channels: each attention, else each residual block; in the middle the first only."""
-    attentions = list(getattr(block, "attentions", []))
-    middle = len(block.resnets) == len(attentions) + 1
-    for k, resnet in enumerate(block.resnets[:1] if middle else block.resnets):
-        attention = attentions[k] if k < len(attentions) else None
+    resnets, attentions = list(block.resnets[:1] if middle else block.resnets), list(getattr(block, "attentions", []))
+    attentions = [None] * (len(resnets) - len(attentions)) + attentions  # a lone attention comes after all residual blocks
+    for resnet, attention in zip(resnets, attentions, strict=False):
         yield (resnet if attention is None else attention), resnet.out_channels

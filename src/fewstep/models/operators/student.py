@@ -146,7 +146,10 @@ class OperatorStudent(nn.Module):
         times = self._cpu_times
         slots = times[times < s]
         if self.form.mixing.last_alone:  # a slot reads none, or those after it
-            slots = slots[slots <= t] if self.form.mixing.form == "one-way" else slots[slots == t]
+            wanted = slots <= t if self.form.mixing.form == "one-way" else slots == t
+            if self.form.mixing.fan == "inner":  # the outer encoder is told the last slot of all, whichever is asked for
+                wanted = wanted | (slots == slots[-1])
+            slots = slots[wanted]
         if bool(slots[-1] == t):
             return self(x, slots, cond, s, last_only=True)[:, 0]
         return self(x, slots, cond, s)[:, int((slots == t).nonzero())]
@@ -192,7 +195,10 @@ class OperatorStudent(nn.Module):
         def build(meta: dict[str, Any], tensors: dict[str, Tensor]) -> OperatorStudent:
             form = OperatorForm(**{**meta["form"], "mixing": Mixing(**meta["form"]["mixing"])})
             student = cls(network, tensors["times"], form, dict(meta["card"]))
-            missing, unexpected = student.load_state_dict(tensors, strict=False)
+            try:
+                missing, unexpected = student.load_state_dict(tensors, strict=False)
+            except RuntimeError as error:  # torch's, for weights of another shape
+                raise ValueError(str(error).splitlines()[-1].strip()) from error
             missing = [name for name in missing if not name.startswith("operator.unet.")]
             if missing or unexpected:
                 raise ValueError(f"the weights {', '.join([*missing, *unexpected][:3])} are missing or too many")
@@ -264,6 +270,9 @@ class OperatorDenoiser:
             raise SolverError(f"this operator starts at t = {times[0]:g} only, not at {nodes.t[0]:g}: {use}")
         if nodes.evaluations > 1 and not self.network.form.anywhere:
             raise SolverError(f"this operator makes one pass only, not {nodes.evaluations}: {use}")
+        first_order = f"an operator answers for first-order steps alone: {use}"
+        if tableau.stochastic or tableau.update.ndim > 3:  # coefficients per channel or pixel
+            raise SolverError(first_order)
         ratio = nodes.sigma[1:] / nodes.sigma[:-1]
         gain = nodes.alpha[1:] - ratio * nodes.alpha[:-1]
         x = torch.ones(2, dtype=torch.float64)
@@ -271,8 +280,8 @@ class OperatorDenoiser:
         for i, row in enumerate(tableau.rows(x)):
             x0 = torch.tensor([0.0, 1.0 + i * i], dtype=x.dtype)  # another each time: on a constant one all solvers agree
             before, state = state, advance(row, state, x0)
-            if tableau.stochastic or not torch.allclose(state.x, ratio[i] * before.x + gain[i] * x0, rtol=1e-9, atol=1e-12):
-                raise SolverError(f"an operator answers for first-order steps alone: {use}")
+            if not torch.allclose(state.x, ratio[i] * before.x + gain[i] * x0, rtol=1e-9, atol=1e-12):
+                raise SolverError(first_order)
         return _Aimed(self.network, nodes)
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:

@@ -77,7 +77,8 @@ def _fft(layer: TemporalConv, h: Tensor) -> Tensor:
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         spectrum = torch.fft.rfft(wide, dim=1)
         kept = min(layer.modes, spectrum.shape[1])
-        mixed = torch.einsum("bmcp,mcd->bmdp", spectrum[:, :kept], torch.complex(*layer.matrices()).to(spectrum.dtype)[:kept])
+        matrices = torch.complex(*(matrix[:kept].to(wide.dtype) for matrix in layer.matrices()))
+        mixed = torch.einsum("bmcp,mcd->bmdp", spectrum[:, :kept], matrices)
         spectrum = torch.cat([mixed, torch.zeros_like(spectrum[:, kept:])], 1)
         return torch.fft.irfft(spectrum, n=h.shape[1], dim=1).to(h.dtype)
 
