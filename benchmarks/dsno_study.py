@@ -2,9 +2,9 @@
 
 python benchmarks/dsno_study.py --out benchmarks/results/dsno_study.json [--work runs/dsno_study] [--only controls/0]
 
-`controls` compares DSNO with its controls on three seeds, at equal iterations and at equal training time (by `pace`, a few steps of each side
-by side); `choices` changes one thing at a time. Rows are kept in ``--work`` one by one: a killed run continues, and two processes may
-share the work by ``--only``, which names the beginning of a row. Remove the results to measure again.
+`controls` compares DSNO with its controls on three seeds, at equal iterations and at equal training time (by `pace`: a few steps of
+each, side by side); `choices` changes one thing at a time. Rows are kept in ``--work`` one by one: a killed run continues, and two
+processes may share the work by ``--only``, which names the beginning of a row. Remove the results to measure again.
 """
 
 from __future__ import annotations

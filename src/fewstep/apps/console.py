@@ -44,8 +44,8 @@ def _lines(title: str, total: int) -> Report:
         if now - last < 30 and done < total:
             return
         last = now
-        left = (now - begin[1]) * (total - done) / max(1, done - begin[0])
-        print(f"{title}: {done}/{total} {note} ({left:.0f} s left)", file=sys.stderr, flush=True)  # noqa: T201
+        left = f" ({(now - begin[1]) * (total - done) / (done - begin[0]):.0f} s left)" if done > begin[0] else ""
+        print(f"{title}: {done}/{total} {note}{left}", file=sys.stderr, flush=True)  # noqa: T201
 
     return report
 

@@ -349,9 +349,9 @@ def _slots_picture(student: Model, stored: Trajectories, index: range, path: Pat
     """What one pass answers in each slot, below the teacher's trajectory, each state scaled to unit size."""
     operator, schedule = student.denoiser.network, student.denoiser.schedule
     assert isinstance(operator, OperatorStudent)  # just made
-    t = operator.times.cpu()
+    t = operator.times
     places = [int((stored.t - wanted).abs().argmin()) for wanted in t]
-    x, labels = stored.states(index, at=places).to(operator.times.device), stored.labels(index)
+    x, labels = stored.states(index, at=places).to(default_device()), stored.labels(index)
     ours = operator(x[:, 0], t[1:], None if labels is None else labels.to(x.device))
     cells = {}
     for name, states in (("teacher", x), ("one pass", torch.cat([x[:, :1], ours], 1))):

@@ -278,7 +278,7 @@ class _Distilling:
         if begin is not None:
             theirs, ours = begin.denoiser.network, student.state_dict()
             weights = theirs.state_dict() if isinstance(theirs, OperatorStudent) else {}
-            kept = {name: value for name, value in weights.items() if name != "times" and ours.get(name, value).shape == value.shape}
+            kept = {name: value for name, value in weights.items() if ours.get(name, value).shape == value.shape}
             if not kept:
                 raise ModelError(f"{begin.name} is no operator student to begin with: name one of fewstep distill")
             student.load_state_dict({name: value for name, value in kept.items() if name in ours}, strict=False)

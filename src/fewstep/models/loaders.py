@@ -113,7 +113,7 @@ class Model:
         probes = torch.linspace(schedule.t_min + 1e-3, schedule.t_max, 5, dtype=torch.float64)
         definition: tuple[Any, ...] = (schedule.to_config(), prediction(denoiser.prediction).name, denoiser.time(probes).tolist())
         if isinstance(denoiser, OperatorDenoiser):
-            definition += (denoiser.network.form,)
+            definition += (denoiser.network.form, denoiser.network.times.tolist())
         digest.update(repr(definition).encode())
         for key, value in sorted(network.state_dict().items() if isinstance(network, nn.Module) else ()):
             digest.update(key.encode())
@@ -272,8 +272,9 @@ def save_like(model: Model, network: Any, folder: Path) -> None:  # noqa: ANN401
     """Write another network of the same kind as ``model``'s, in the form of the model's own folder.
 
     Raises:
-        ModelError: the model was not loaded from a folder.
+        ModelError: the model was not loaded from a folder, or is an operator student.
     """
+    _ = model.adapted
     if model.folder is None:
         raise ModelError(f"{model.name} was not loaded from a folder: save it to one first")
     if (model.folder / "fewstep.json").exists():

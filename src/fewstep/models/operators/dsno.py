@@ -43,7 +43,7 @@ class Mixing:
         look_up(self.form, dict.fromkeys(("none", *FORMS)), "form of mixing", ModelError)
         look_up(self.places, dict.fromkeys(("all", "inner")), "place of temporal layers", ModelError)
         look_up(self.fan, dict.fromkeys(("input", "inner")), "fan of slots", ModelError)
-        if self.fan == "inner" and self.places != "inner" and self.form != "none":
+        if self.fan == "inner" and self.places != "inner":
             raise ModelError("slots that part in the inner half of the network can only meet there: use places inner")
 
     @property

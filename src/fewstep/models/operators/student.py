@@ -10,7 +10,8 @@ where ``r = sigma_k/sigma_s`` and
 - ``skip``: ``a = r, b = 1``; what the noise that is left does not say;
 - ``denoised``: ``x(t_k) = r x_s + (alpha_k - r alpha_s) g_k``, with ``g_k = A x_s + B output_k`` as the network predicts ``x0``. The exact
   ``g_k`` is the mean of the teacher's ``x0`` over the way from ``s`` to ``t_k``, so all slots ask for pictures on one scale; and while
-  the network is still the teacher's, a slot is the first-order step to its time.
+  the network is still the teacher's, a slot is the first-order step to its time. (Where ``x0`` cannot be had from the output at
+  ``alpha = 0``, as with epsilon, the output is learned to be ``g_k`` itself.)
 """
 
 from __future__ import annotations
@@ -78,8 +79,6 @@ class OperatorStudent(nn.Module):
         ModelError: fewer than two times, or one at which the network's own time is infinite.
     """
 
-    times: Tensor
-
     def __init__(self, teacher: AdaptedDenoiser, times: Tensor, form: OperatorForm, card: dict[str, Any] | None = None) -> None:
         super().__init__()
         times = torch.as_tensor(times, dtype=torch.float64)
@@ -90,7 +89,7 @@ class OperatorStudent(nn.Module):
         used = times[:-1] if form.time == "start" else times[1:]
         if not bool(torch.isfinite(self.time(used)).all()):
             raise ModelError(f"the network's own time is not finite at all of the times {used.tolist()}: end the trajectories earlier")
-        self.register_buffer("times", times)
+        self.times = times  # no buffer: they stay float64 and on the CPU whatever the network does
         told = FEATURES if form.time == "start" or form.anywhere else 0
         self.operator = TemporalUNet(teacher.network, len(times) - 1, form.mixing, told)
 
@@ -123,7 +122,7 @@ class OperatorStudent(nn.Module):
             start: one of `times`, ``[]`` on the CPU; by default the first.
             last_only: leave out what the last one does not need.
         """
-        start = self._cpu_times[0] if start is None else start
+        start = self.times[0] if start is None else start
         a, b = (coefficient[-1:] if last_only else coefficient for coefficient in self.coefficients(start, t))
         alpha, sigma = self.schedule.alpha(start), self.schedule.sigma(start)
         dtype = next(self.operator.unet.parameters()).dtype
@@ -138,13 +137,17 @@ class OperatorStudent(nn.Module):
     @torch.no_grad()
     def denoise_once(self, x_T: Tensor, cond: Cond = None) -> Tensor:  # noqa: N803 - the field's name
         """The samples ``[B, *D]`` of the noises ``x_T``: the last slot, from one pass."""
-        times = self._cpu_times
-        return self.jump(x_T, times[0], times[-1], cond)
+        return self.jump(x_T, self.times[0], self.times[-1], cond)
 
     def jump(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """The states ``[B, *D]`` at the slot ``t []`` on the trajectories through ``x`` at ``s []``, with as little work as there is."""
-        times = self._cpu_times
-        slots = times[times < s]
+        """The states ``[B, *D]`` at the slot ``t []`` on the trajectories through ``x`` at ``s []``, with as little work as there is.
+
+        Raises:
+            ModelError: these are not two of its times, the second later.
+        """
+        slots = self.times[self.times < s]
+        if not bool((self.times == s).any() and (slots == t).any()):
+            raise ModelError(f"an operator leads from one of its times {self.times.tolist()} to a later one, not from {s:g} to {t:g}")
         if self.form.mixing.last_alone:  # a slot reads none, or those after it
             wanted = slots <= t if self.form.mixing.form == "one-way" else slots == t
             if self.form.mixing.fan == "inner":  # the outer encoder is told the last slot of all, whichever is asked for
@@ -159,7 +162,7 @@ class OperatorStudent(nn.Module):
         from torch.utils.flop_counter import FlopCounterMode
 
         unet, times = self.operator.unet, torch.as_tensor(passes, dtype=torch.float64)
-        x = torch.zeros(1, unet.config.in_channels, *_pair(unet.config.sample_size), device=self.times.device)
+        x = torch.zeros(1, unet.config.in_channels, *_pair(unet.config.sample_size), device=next(unet.parameters()).device)
         cond = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.int64, device=x.device)
 
         def operations(slots: Tensor, start: Tensor) -> int:
@@ -181,7 +184,7 @@ class OperatorStudent(nn.Module):
             ArtifactError: the folder cannot be written, or the card is not JSON-able.
         """
         tensors = {name: value for name, value in self.state_dict().items() if not name.startswith("operator.unet.")}
-        meta = {"form": asdict(self.form), "slots": self.slots, "card": self.card}
+        meta = {"form": asdict(self.form), "times": self.times.tolist(), "card": self.card}
         return save_artifact(Path(folder), "operator", meta, tensors, self._readme(Path(folder).name))
 
     @classmethod
@@ -194,7 +197,7 @@ class OperatorStudent(nn.Module):
 
         def build(meta: dict[str, Any], tensors: dict[str, Tensor]) -> OperatorStudent:
             form = OperatorForm(**{**meta["form"], "mixing": Mixing(**meta["form"]["mixing"])})
-            student = cls(network, tensors["times"], form, dict(meta["card"]))
+            student = cls(network, torch.tensor(meta["times"], dtype=torch.float64), form, dict(meta["card"]))
             try:
                 missing, unexpected = student.load_state_dict(tensors, strict=False)
             except RuntimeError as error:  # torch's, for weights of another shape
@@ -219,10 +222,6 @@ fewstep sample {name} --out runs/sample
 fewstep bench {name} --out runs/bench
 ```
 """
-
-    @property
-    def _cpu_times(self) -> Tensor:
-        return self.times.cpu()
 
 
 def _features(schedule: NoiseSchedule, t: Tensor) -> Tensor:
@@ -261,7 +260,7 @@ class OperatorDenoiser:
         Raises:
             SolverError: not a first-order sampler, or one along other times than the operator's.
         """
-        nodes, times = tableau.nodes, self.network.times.cpu()
+        nodes, times = tableau.nodes, self.network.times
         known = ", ".join(f"{t:.6g}" for t in times.tolist())
         use = "use --solver ddim --grid optimized with the numbers of passes that it has"
         if not bool(torch.isin(nodes.t, times).all()):
