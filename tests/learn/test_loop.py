@@ -1,5 +1,6 @@
 """The training loop: it learns, resumes exactly after a kill, and leaves nothing half-written."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep import ArtifactError
-from fewstep.learn.loop import LoopConfig, run_loop
+from fewstep.learn.loop import LoopConfig, forget_checkpoint, run_loop
 
 CONFIG = LoopConfig(steps=30, batch=8, lr=0.05, warmup=5, checkpoint_every=10, ema=0.9)
 
@@ -72,3 +73,35 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="not finite at step 1"):
         run_loop(network(), lambda net, batch, generator: loss(net, batch, generator) * torch.inf, CONFIG, tmp_path)
+
+
+LONG = replace(CONFIG, steps=250, checkpoint_every=25, warmup=20)  # reports every 2 steps
+
+
+@pytest.mark.parametrize(("step", "kind"), [(101, KilledError), (25, KeyboardInterrupt), (250, KeyboardInterrupt)])
+def test_a_resumed_run_reports_the_losses_of_the_other(tmp_path: Path, step: int, kind: type[BaseException]) -> None:
+    whole: dict[int, float] = {}
+    run_loop(network(), loss, LONG, tmp_path / "whole", observe=whole.__setitem__)
+    seen: dict[int, float] = {}
+
+    def stopped(net: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
+        if generator.initial_seed() == step * 4099:
+            raise kind
+        return loss(net, batch, generator)
+
+    def observe(done: int, value: float) -> None:
+        if done == step == LONG.steps:
+            raise kind  # before the report is taken
+        seen[done] = value
+
+    with pytest.raises(kind):
+        run_loop(network(), stopped, LONG, tmp_path / "cut", observe=observe)
+    run_loop(network(), loss, LONG, tmp_path / "cut", observe=seen.__setitem__)
+    assert seen == whole and len(whole) == 125
+
+
+def test_nothing_of_a_checkpoint_is_left_when_it_is_forgotten(tmp_path: Path) -> None:
+    for name in ("checkpoint", "checkpoint.new", "checkpoint.old", "trajectories"):
+        (tmp_path / name).mkdir()
+    forget_checkpoint(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["trajectories"]

@@ -80,7 +80,7 @@ class DistillConfig:
         form: of the student.
         loss: ``l2``, ``l1``, ``huber`` or ``features``: the last compares features of pictures, see `distill`.
         weights: of the slots: ``equal``, ``snr`` (alpha/sigma, from 1 to 10) or ``paper`` (to 10000: little but the last slot is left).
-        first: share of the training steps that start at the noise, where the student starts anywhere.
+        first: share of each batch that starts at the noise, where the student starts anywhere.
         dropout: in the network's blocks.
         steps, batch, lr, weight_decay, ema, mixed_precision: of the training loop; ``batch`` counts trajectories.
         num: stored trajectories to learn from.
@@ -295,24 +295,31 @@ class _Distilling:
 
     def loss(self, student: OperatorStudent) -> Callable[[nn.Module, int, torch.Generator], Tensor]:
         """See the module's text; ``student`` itself may be wrapped in what is then called."""
-        config, t, schedule = self.config, self.grid.t, self.model.denoiser.schedule
-        nodes = Nodes.at(schedule, t)
+        config, t = self.config, self.grid.t
+        nodes = Nodes.at(self.model.denoiser.schedule, t)
         weight = WEIGHTS[config.weights](torch.exp(nodes.lam))
+
+        def of_start(network: nn.Module, x: Tensor, cond: Cond, j: int) -> Tensor:
+            """The loss of the slots below the time ``t_j``, from the trajectories ``x [b, M+1, *D]``."""
+            states, later = network(x[:, j], t[j + 1 :], cond, t[j]), slice(j + 1, None)
+            of_slot = (weight[later] / weight[later].mean()).to(x.dtype).to(x.device)
+            if config.loss == "features":
+                return (of_slot * self.feature_distance(states, x[:, later], nodes.alpha[later], nodes.sigma[later])).mean()
+            scale = student.coefficients(t[j], t[later])[1].to(x.dtype).to(x.device)
+            error = (states - x[:, later]) / scale.reshape(-1, *(1,) * (x.ndim - 2))
+            return (of_slot * DISTANCES[config.loss](error)).mean()
 
         def loss(network: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
             x, cond = self.batch(batch, generator)
-            j, last = 0, config.slots - 1
-            if config.form.anywhere and last and float(torch.rand((), generator=generator)) >= config.first:
-                j = int(torch.randint(1, last + 1, (), generator=generator))
             device = next(network.parameters()).device  # that of the loop, which may be another
             x, cond = x.to(device), None if cond is None else cond.to(device)
-            states = network(x[:, j], t[j + 1 :], cond, t[j])
-            of_slot = (weight[j + 1 :] / weight[j + 1 :].mean()).to(x.dtype).to(device)
-            if config.loss == "features":
-                return (of_slot * self.feature_distance(states, x[:, j + 1 :], nodes.alpha[j + 1 :], nodes.sigma[j + 1 :])).mean()
-            scale = student.coefficients(t[j], t[j + 1 :])[1].to(x.dtype).to(device)
-            error = (states - x[:, j + 1 :]) / scale.reshape(-1, *(1,) * (x.ndim - 2))
-            return (of_slot * DISTANCES[config.loss](error)).mean()
+            at_noise = max(1, round(batch * config.first)) if config.form.anywhere and config.slots > 1 else batch
+            total = at_noise / batch * of_start(network, x[:at_noise], None if cond is None else cond[:at_noise], 0)
+            if at_noise < batch:  # both in each step: one or the other in turn would shake the weights
+                j = int(torch.randint(1, config.slots, (), generator=generator))
+                rest = of_start(network, x[at_noise:], None if cond is None else cond[at_noise:], j)
+                total = total + (1 - at_noise / batch) * rest
+            return total
 
         return loss
 
@@ -324,7 +331,7 @@ class _Distilling:
         return (ours - theirs).square().unflatten(0, (len(states), -1)).flatten(2).mean((0, 2))
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Cond]:
-        """Trajectories ``[b, M+1, *D]`` at the times of the grid, and labels; the last of them are made now, if any are."""
+        """Trajectories ``[b, M+1, *D]`` at the times of the grid, and labels; some of them made now, if any are."""
         made = round(size * self.config.fresh)
         index = torch.randint(self.config.num, (size - made,), generator=generator)
         x, labels = self.trajectories.states(index, at=self.places), self.trajectories.labels(index)
@@ -332,7 +339,8 @@ class _Distilling:
             return x, labels
         seeds = torch.randint(FIRST_FRESH, 2 * FIRST_FRESH, (made,), generator=generator).tolist()
         fresh, theirs = self.solve(seeds)
-        return torch.cat([x, fresh]), None if labels is None or theirs is None else torch.cat([labels, theirs])
+        mixed = torch.randperm(size, generator=generator)
+        return torch.cat([x, fresh])[mixed], None if labels is None or theirs is None else torch.cat([labels, theirs])[mixed]
 
     def solve(self, seeds: list[int]) -> tuple[Tensor, Tensor | None]:
         """The teacher's trajectories of these seeds at the times of the grid, on the CPU."""

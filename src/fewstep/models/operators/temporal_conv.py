@@ -84,32 +84,36 @@ def _fft(layer: TemporalConv, h: Tensor) -> Tensor:
 
 
 def _real(layer: TemporalConv, h: Tensor) -> Tensor:
+    """Frequency by frequency; one that so few slots do not have is a wave of 0, which keeps its parameters known to all processes."""
     cos, sin = (basis.to(h) for basis in _bases(h.shape[1], layer.modes))
-    real, imag = (matrix.to(h.dtype) for matrix in layer.matrices())
-    c, s = (torch.einsum("mt,btcp->bmcp", basis, h) for basis in (cos, sin))
-    c, s = _right(c, real) + _right(s, imag), _right(s, real) - _right(c, imag)
-    return torch.einsum("mt,bmcp->btcp", cos, c) + torch.einsum("mt,bmcp->btcp", sin, s)
+    y, phases = torch.zeros_like(h), 0 if layer.imag is None else len(layer.imag)
+    for m, (real, imag) in enumerate(zip(*layer.matrices(), strict=True)):
+        turning = 1 <= m <= phases
+        waves = torch.stack([cos[m], sin[m]]) if turning else cos[m : m + 1]
+        matrix = torch.cat([torch.cat([real, -imag], 1), torch.cat([imag, real], 1)]) if turning else real
+        mixed = _right(torch.einsum("wt,btcp->bwcp", waves, h).flatten(1, 2), matrix)
+        y = y + torch.einsum("wt,bwcp->btcp", waves, mixed.unflatten(1, (len(waves), -1)))
+    return y
 
 
 def _one_way(layer: TemporalConv, h: Tensor) -> Tensor:
     """The circulant form with everything that comes from an earlier slot left out; ``d`` counts in the slots it is made for."""
-    count, total, channels = h.shape[1], layer.slots, layer.channels
+    count, total = h.shape[1], layer.slots
     real, imag = layer.matrices()
     cos, sin = (basis.to(real) for basis in _bases(total, layer.modes))
     kernel = torch.einsum("m,mt,mcd->tcd", cos[:, 0], cos, real) - torch.einsum("m,mt,mcd->tcd", cos[:, 0], sin, imag)
     k = torch.arange(count)
-    blocks = kernel.to(h.dtype)[(k[None, :] - k[:, None]) % total]  # [j, k, C, C], from slot j to slot k
+    blocks = kernel[(k[None, :] - k[:, None]) % total]  # [j, k, C, C], from slot j to slot k
     blocks = blocks * (k[:, None] >= k[None, :]).to(blocks)[..., None, None]
-    dense = blocks.permute(0, 2, 1, 3).reshape(count * channels, count * channels)
-    return (dense.mT @ h.flatten(1, 2)).reshape(h.shape)
+    return _right(h.flatten(1, 2), blocks.transpose(1, 2).flatten(2).flatten(0, 1)).reshape(h.shape)
 
 
 FORMS = {"real": _real, "fft": _fft, "one-way": _one_way}
 
 
 def _right(h: Tensor, matrix: Tensor) -> Tensor:
-    """Channel (row) vectors times a matrix, mode by mode: ``[B, K, C, P], [K, C, C]``."""
-    return matrix.mT @ h
+    """Channel (row) vectors ``[B, C, P]`` times a matrix ``[C, D]``."""
+    return nn.functional.conv1d(h, matrix.mT[..., None].to(h.dtype))
 
 
 def _bases(slots: int, modes: int) -> tuple[Tensor, Tensor]:
