@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fewstep import ArtifactError, FewstepError, Model, ModelError, Sampler, VarianceExploding, load_model, make_grid, sample
 from fewstep.core.grid_table import GridTable
 from fewstep.learn import distill as module
+from fewstep.learn import loop
 from fewstep.learn.distill import DISTANCES, WEIGHTS, DistillConfig, Distilled, distill
 from fewstep.learn.loop import LoopConfig
 from fewstep.learn.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
@@ -363,7 +364,7 @@ def test_an_interrupted_run_ends_where_the_other_does(teacher, whole, small_part
 
 
 def test_an_interrupt_while_the_curve_is_written_loses_no_point(teacher, whole, small_parts, tmp_path) -> None:
-    writes, real = [], module.write_whole
+    writes, real = [], loop.write_whole
 
     def interrupted(path: Path, content: bytes) -> None:
         writes.append(path.name)
@@ -372,7 +373,7 @@ def test_an_interrupt_while_the_curve_is_written_loses_no_point(teacher, whole, 
         real(path, content)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "write_whole", interrupted)
+        patch.setattr(loop, "write_whole", interrupted)
         distill(teacher, SHORT, tmp_path)
     distill(teacher, SHORT, tmp_path)
     assert reached(tmp_path) == whole

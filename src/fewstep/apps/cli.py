@@ -257,7 +257,8 @@ def trajectories(
     if done is not None:
         scale = "" if guidance == 1 else f" --guidance {guidance:g}"
         own = "unknown" if done["teacher_error"] is None else f"{done['teacher_error']:.1e}"
-        which = f"--grid {grid} --slots {slots} --num {max(1, num - DISTILL.held_out)}" + (" --method kd" if slots == 1 else "")
+        held = min(DISTILL.held_out, num // 4)
+        which = f"--grid {grid} --slots {slots} --num {num - held} --held-out {held}" + (" --method kd" if slots == 1 else "")
         where = f"trajectories: {out} ({done['bytes'] / 1e6:.0f} MB, own error {own})"
         text = f"{where}\nnext: fewstep distill {model}{scale} --trajectories {out} {which} --out runs/student"
         print_json(done) if json else console.print(text)
@@ -287,6 +288,7 @@ def distill(
     lr: float = DISTILL.lr,
     ema: float = DISTILL.ema,
     num: Annotated[int, typer.Option("--num", "-n", help="Stored trajectories to learn from (under torchrun say -n).")] = DISTILL.num,
+    held_out: Annotated[int, typer.Option(help="Others after them, which measure.")] = DISTILL.held_out,
     fresh: Annotated[float, typer.Option(help="Share of each batch that is solved while training.")] = DISTILL.fresh,
     teacher_nfe: Annotated[int, typer.Option(help="Evaluations of the teacher per trajectory.")] = DISTILL.teacher_nfe,
     guidance: Annotated[float, typer.Option(help="Scale at which the teacher samples; the student is sampled without.")] = 1.0,
@@ -301,23 +303,13 @@ def distill(
     from fewstep.apps.verbs import run_distill
 
     checked(method, ("dsno", "slots", "kd"), "--method")
-    meet = Mixing(mixing if method == "dsno" else "none", modes, places, fan)
+    if method == "kd" and slots not in (None, 1):
+        raise FewstepError(f"kd has one slot, got --slots {slots}: say --method slots, or leave --slots out")
     count = (1 if method == "kd" else DISTILL.slots) if slots is None else slots
-    config = DistillConfig(
-        *(count, grid, OperatorForm(output, time, not one_pass, meet), loss, weights),
-        **{
-            "dropout": dropout,
-            "steps": steps,
-            "batch": batch,
-            "lr": lr,
-            "ema": ema,
-            "num": num,
-            "fresh": fresh,
-            "seed": seed,
-            "half": half,
-        },
-        **{"teacher_nfe": teacher_nfe, "guidance": guidance, "mixed_precision": mixed_precision},
-    )
+    form = OperatorForm(output, time, not one_pass, Mixing(mixing if method == "dsno" else "none", modes, places, fan))
+    training = {"dropout": dropout, "steps": steps, "batch": batch, "lr": lr, "ema": ema, "mixed_precision": mixed_precision}
+    taught = {"num": num, "held_out": held_out, "fresh": fresh, "teacher_nfe": teacher_nfe, "guidance": guidance, "seed": seed}
+    config = DistillConfig(count, grid, form, loss, weights, half=half, **training, **taught)
     done = run_distill(model, config, out, trajectories, begin, command())
     if done is None or json:
         print_json(done) if done is not None else None

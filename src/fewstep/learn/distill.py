@@ -16,7 +16,6 @@ import copy
 import itertools
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.artifact import check_writable, read_json, write_whole
+from fewstep.core.artifact import check_writable, write_whole
 from fewstep.core.errors import ArtifactError, FewstepError, ModelError, look_up
 from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.grid_table import GridTable
 from fewstep.core.process import process, wait_for_all
 from fewstep.core.sampling import Cond, start_noise
 from fewstep.core.tableau import Nodes
-from fewstep.learn.loop import LoopConfig, check_checkpoint, forget_checkpoint, run_loop
+from fewstep.learn.loop import LoopConfig, LossCurve, check_checkpoint, forget_checkpoint, run_loop
 from fewstep.learn.trajectories import Trajectories, TrajectoryConfig, TrajectorySolver, generate_trajectories
 from fewstep.models.loaders import Model, load_folder, save_like
 from fewstep.models.operators.student import OperatorForm, OperatorStudent
@@ -276,22 +275,20 @@ class _Distilling:
         student, config = self.new_student(), self.config
         identity = f"{self.identity} {self.trajectories.identity}"
         if begin is not None:
-            theirs, ours = begin.denoiser.network, student.state_dict()
-            weights = theirs.state_dict() if isinstance(theirs, OperatorStudent) else {}
-            kept = {name: value for name, value in weights.items() if ours.get(name, value).shape == value.shape}
-            if not kept:
-                raise ModelError(f"{begin.name} is no operator student to begin with: name one of fewstep distill")
-            student.load_state_dict({name: value for name, value in kept.items() if name in ours}, strict=False)
+            assert isinstance(begin.denoiser.network, OperatorStudent)  # as was checked
+            theirs, ours = begin.denoiser.network.state_dict(), student.state_dict()
+            fitting = {name: value for name, value in theirs.items() if name in ours and ours[name].shape == value.shape}
+            student.load_state_dict(fitting, strict=False)
             identity += f" from {begin.fingerprint}"
-        log = _Log(self.work / "curve.json", identity)
+        curve = LossCurve(self.work / "curve.json", identity)
         student.requires_grad_(True)
 
         def observe(step: int, value: float) -> None:
-            log.add(step, value)
+            curve.add(step, value)
             self.say(step, f"loss {value:.3e}")
 
         student = run_loop(student, self.loss(student), config.loop, self.work, identity=identity, observe=observe).to(self.device)
-        return student.requires_grad_(False), log.curve, log.seconds
+        return student.requires_grad_(False), curve.points, curve.seconds
 
     def loss(self, student: OperatorStudent) -> Callable[[nn.Module, int, torch.Generator], Tensor]:
         """See the module's text; ``student`` itself may be wrapped in what is then called."""
@@ -377,34 +374,6 @@ class _Distilling:
         size = torch.sqrt(nodes.alpha[1:] ** 2 + nodes.sigma[1:] ** 2)
         costs = {n: student.arithmetic(passes[n][0]) for n in sorted(passes)}
         return Distilled(curve, (slot_error.sqrt() / size).tolist(), {n: passes[n] for n in sorted(passes)}, costs, seconds)
-
-
-class _Log:
-    """The loss curve of a run, kept as it grows; a run that continues writes over what it does again."""
-
-    def __init__(self, path: Path, identity: str) -> None:
-        self.path, self.identity, self.began = path, identity, time.monotonic()
-        self.points, self.before = dict[int, float](), 0.0
-        if path.exists():
-            meta = read_json(path)
-            if meta.get("identity") == identity:
-                self.points, self.before = {int(step): value for step, value in meta["loss"]}, float(meta["seconds"])
-
-    @property
-    def seconds(self) -> float:
-        """Of all runs together."""
-        return self.before + time.monotonic() - self.began
-
-    @property
-    def curve(self) -> list[tuple[int, float]]:
-        """``(step, loss)``."""
-        return sorted(self.points.items())
-
-    def add(self, step: int, value: float) -> None:
-        """One more point; all after it were of a run that was killed."""
-        self.points = {known: loss for known, loss in self.points.items() if known < step} | {step: value}
-        meta = {"identity": self.identity, "seconds": self.seconds, "loss": self.curve}
-        write_whole(self.path, json.dumps(meta).encode())
 
 
 def _save(work: _Distilling, student: OperatorStudent, made: Distilled, out: Path, teacher: str, command: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from fewstep.core.artifact import read_json, write_whole
 from fewstep.core.errors import ArtifactError, FewstepError, look_up
 
-__all__ = ["LoopConfig", "check_checkpoint", "forget_checkpoint", "run_loop"]
+__all__ = ["LoopConfig", "LossCurve", "check_checkpoint", "forget_checkpoint", "run_loop"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or not (self.lr > 0 and math.isfinite(self.lr)):
             raise FewstepError(f"training needs steps and batch of at least 1 and a positive lr, got {self.steps}, {self.batch}, {self.lr}")
-
+        if not 0 <= self.ema < 1:
+            raise FewstepError(f"the decay of averaged weights lies in [0, 1), got {self.ema}")
         look_up(self.mixed_precision, dict.fromkeys(("no", "bf16", "fp16")), "mixed precision", FewstepError)
         if abs(self.seed) >= 2**31:
             raise FewstepError(f"a seed of training lies below 2^31, got {self.seed}")
@@ -132,6 +134,29 @@ def run_loop(
     ema.copy_to(bare.parameters())
     accelerator.wait_for_everyone()
     return accelerator.unwrap_model(bare, keep_fp32_wrapper=False).eval()
+
+
+class LossCurve:
+    """The losses of a run, kept on disk as they come; a run that continues writes over what it does again."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path, self.identity, self.began = path, identity, time.monotonic()
+        self.points, self.before = list[tuple[int, float]](), 0.0  # (step, mean loss since the one before)
+        if path.exists():
+            meta = read_json(path)
+            if meta.get("identity") == identity:
+                self.points, self.before = [(int(step), float(value)) for step, value in meta["loss"]], float(meta["seconds"])
+
+    @property
+    def seconds(self) -> float:
+        """Of all runs together."""
+        return self.before + time.monotonic() - self.began
+
+    def add(self, step: int, value: float) -> None:
+        """One more point; all from it on were of a run that was killed."""
+        self.points = [point for point in self.points if point[0] < step] + [(step, value)]
+        meta = {"identity": self.identity, "seconds": self.seconds, "loss": self.points}
+        write_whole(self.path, json.dumps(meta).encode())
 
 
 def check_checkpoint(folder: Path, begins: str) -> None:

@@ -140,6 +140,10 @@ class Model:
         found = sorted(self.folder.glob("optimized*/*/grids.json")) if self.folder is not None else []
         tables = [GridTable.load(path.parent) for path in found]
         table = next((table for table in tables if (table.solver, table.guidance) == (solver, guidance)), None)
+        if table is None and self.is_operator:
+            raise GridError(
+                f"{self.name} is an operator student, sampled by ddim at guidance 1 along its own times: leave --solver and --grid out"
+            )
         if table is None:
             known = ", ".join(f"{table.solver} at {table.guidance:g}" for table in tables)
             there = f"there are some for {known}" if tables else "there are none in its folder"
@@ -160,6 +164,8 @@ class Model:
             SolverError: there is none with so many evaluations at this guidance scale (and what there is).
             ArtifactError: it is damaged, or was made for other weights.
         """
+        if self.is_operator:
+            raise SolverError(f"{self.name} is an operator student, which has passes and no fitted samplers: leave --solver out")
         paths = sorted(self.folder.glob(f"{FITTED}*/nfe-*/sampler.json")) if self.folder is not None else []
         samplers = [Sampler.load(path.parent) for path in paths]
         for sampler in samplers:
