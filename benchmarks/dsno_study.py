@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -21,26 +22,32 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep import (
     DistillConfig,
     Mixing,
     Model,
     OperatorForm,
+    Sampler,
     TimeGrid,
     Trajectories,
     distill,
     generate_trajectories,
     load_model,
     make_grid,
+    make_solver,
 )
 from fewstep.core.artifact import write_whole
+from fewstep.evaluate.generation import generate
 from fewstep.evaluate.metrics import frechet_distance, rmse
 from fewstep.learn.trajectories import TrajectoryConfig
 from fewstep.models.data import load_images
 from fewstep.models.features import load_digits_features
 from fewstep.models.operators.student import OperatorStudent
+from fewstep.solvers.reference import reference_sampler
 
+FRESH = range(1024)
 NUM, HELD_OUT, SEED, STEPS, BATCH, CHOICE_STEPS = 12288, 1024, 6_000_000, 250, 64, 100
 GRIDS = ("angle", "angle:power=2", "optimized")
 BASE = DistillConfig(form=OperatorForm(anywhere=False), steps=STEPS, batch=BATCH, num=NUM, held_out=HELD_OUT)
@@ -144,10 +151,37 @@ class Study:
         x, labels = given.states(index, at=[0, -1]), given.labels(index)
         assert labels is not None
         made = torch.cat([network.denoise_once(*part) for part in zip(x[:, 0].split(256), labels.split(256), strict=True)])
-        error = (made - x[:, 1]).flatten(1).double().square().mean(1).sqrt()
+        return self.figures(made, x[:, 1], labels)
+
+    def figures(self, made: Tensor, exact: Tensor, labels: Tensor) -> dict[str, float]:
+        error = (made - exact).flatten(1).double().square().mean(1).sqrt()
         agree = float((self.features.labels(made) == labels).double().mean())
         fd = frechet_distance(load_images("digits").x, made, self.features)
-        return {"rmse": rmse(made, x[:, 1]), "mean_error": float(error.mean()), "fd": fd, "label_agreement": agree}
+        return {"rmse": rmse(made, exact), "mean_error": float(error.mean()), "fd": fd, "label_agreement": agree}
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """The teacher's ends from the noises of a benchmark."""
+        return self.ends(self.model, reference_sampler(self.model.denoiser.schedule))
+
+    def ends(self, model: Model, sampler: Sampler) -> Tensor:
+        labels, cpu = model.labels(FRESH), torch.device("cpu")
+        assert labels is not None
+        parts = zip(torch.tensor(FRESH).split(256), labels.split(256), strict=True)
+        return torch.cat([generate(model.denoiser, sampler, seeds.tolist(), model.shape, part, cpu) for seeds, part in parts])
+
+    def bundled(self, passes: int) -> dict[str, Any]:
+        """digits-dsno, or for no passes its teacher, from the noises of a benchmark."""
+        path = self.work / "rows" / f"bundled--{passes}.json"
+        if not path.exists():
+            student, labels = load_model("digits-dsno"), self.model.labels(FRESH)
+            assert labels is not None
+            made = self.exact
+            if passes:
+                sampler = Sampler.build(make_solver("ddim"), student.optimized("ddim", passes), student.denoiser.schedule)
+                made = self.ends(student, sampler)
+            write_whole(path, json.dumps({"row": f"bundled/{passes}", **self.figures(made, self.exact, labels)}).encode())
+        return json.loads(path.read_text())
 
 
 def rows(study: Study) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
@@ -164,6 +198,8 @@ def rows(study: Study) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     for name, config in CHOICES.items():
         row = f"choices/{name}"
         yield row, lambda row=row, config=config: study.row(row, config)
+    for passes in range(5):
+        yield f"bundled/{passes}", lambda passes=passes: study.bundled(passes)
     begin, row = "controls/0/iterations/dsno", "choices/kd from dsno"
     yield row, lambda: study.row(row, CONTROLS["kd"], begin=load_model(study.work / "students" / begin.replace("/", "--")))
 
@@ -185,11 +221,8 @@ def main() -> None:
     for name, make in rows(study):
         if name.startswith(args.only) and name not in found:
             make()
-    kept = {
-        name: json.loads(path.read_text())
-        for name, _ in rows(study)
-        if (path := args.work / "rows" / f"{name.replace('/', '--')}.json").exists()
-    }
+    files = {name: args.work / "rows" / f"{name.replace('/', '--')}.json" for name, _ in rows(study)}
+    kept = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
     command = f"python benchmarks/dsno_study.py --out {args.out}"
     results = {"command": command, "model": "digits-edm", "trajectories": NUM, "held_out": HELD_OUT, "batch": BATCH}
     write_whole(args.out, (json.dumps({**results, "rows": [*{**found, **kept}.values()]}, indent=1) + "\n").encode())
