@@ -1,7 +1,7 @@
 """The tables of the README and the docs, as Markdown, from a results.json of fewstep bench.
 
 python benchmarks/tables.py benchmarks/results/digits-edm/results.json [--solver unipc-2,ipndm] [--grid angle] [--library fewstep]
-    [--best] [--optimized] [--fitted] [--study] [--dsno]
+    [--best] [--optimized] [--fitted] [--study] [--dsno] [--student]
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ def main() -> None:
     parser.add_argument("--fitted", action="store_true", help="the fitted samplers beside the best of all others, diffusers' too")
     parser.add_argument("--study", action="store_true", help="those of fit_study.json")
     parser.add_argument("--dsno", action="store_true", help="those of dsno_study.json")
+    parser.add_argument(
+        "--student", action="store_true", help="a student's rows (the first file) beside its teacher's best on standard grids"
+    )
     args = parser.parse_args()
+    if args.student:
+        first, *others = (json.loads(path.read_text()) for path in args.results)
+        student(first["model"], first["rows"], [row for results in others for row in results["rows"]])
+        return
     if args.dsno:
         dsno(json.loads(args.results[0].read_text())["rows"])
         return
@@ -98,6 +105,10 @@ def dsno(rows: list[dict[str, Any]]) -> None:
             cells = [name, f"{mean(steps):.0f}", f"{time:.2f}", f"{found[0]['arithmetic']:.2f}"]
             cells += [f"{mean(error):.4f} ({min(error):.4f} to {max(error):.4f})", f"{mean(fd):.2f} ({min(fd):.2f} to {max(fd):.2f})"]
             print(f"| {' | '.join(cells)} | {100 * mean(agree):.1f} % |")
+    print("\nbundled:\n\n| | RMSE | Frechet | labels as asked |\n|---|---|---|---|")
+    for row in (row for row in rows if row["row"].startswith("bundled/")):
+        name = row["row"].removeprefix("bundled/").replace("0", "teacher, exact")
+        print(f"| {name} | {row['rmse']:.4f} | {row['fd']:.2f} | {100 * row['label_agreement']:.1f} % |")
     print("\nchoices:\n\n| | RMSE | mean error | Frechet | labels as asked |\n|---|---|---|---|---|")
     for row in (row for row in rows if row["row"].startswith("choices/")):
         figures = f"{row['rmse']:.4f} | {row['mean_error']:.4f} | {row['fd']:.2f} | {100 * row['label_agreement']:.1f} %"
@@ -126,6 +137,22 @@ def fitted(rows: list[dict[str, Any]]) -> None:
         print(f"| {title} | " + " | ".join(cells) + " |")
         print("| ratio | " + " | ".join(ratios) + " |")
         print("| evaluations it needs for the same error | " + " | ".join(saved) + " |")
+
+
+def student(name: str, rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    """Its passes beside as many evaluations of its teacher, and how many those would have to be."""
+    ours, others = {row["nfe"]: row for row in rows}, [row for row in others if row["grid"] in STANDARD and row["solver"] != "fitted"]
+    best = {n: min((row for row in others if row["nfe"] == n), key=lambda row: row["rmse"]) for n in ours}
+    enough = {n: min(row["nfe"] for row in others if row["rmse"] <= ours[n]["rmse"]) for n in ours}
+    closer = {n: min(row["nfe"] for row in others if row["fd"] <= ours[n]["fd"]) for n in ours}
+    print("| | " + " | ".join(f"{n}" for n in ours) + " |\n|---|" + "---|" * len(ours))
+    print(f"| `{name}`, passes | " + " | ".join(f"**{row['rmse']:.4f}** ({row['fd']:.2f})" for row in ours.values()) + " |")
+    cells = [f"{row['rmse']:.4f} ({row['fd']:.2f}) `{row['solver']}` `{row['grid']}`" for row in best.values()]
+    print("| the teacher by the best hand-made solver, evaluations | " + " | ".join(cells) + " |")
+    print("| ratio | " + " | ".join(f"{ours[n]['rmse'] / best[n]['rmse']:.2f}" for n in ours) + " |")
+    print("| evaluations that needs for no more error | " + " | ".join(map(str, enough.values())) + " |")
+    print("| and for no more Frechet distance | " + " | ".join(map(str, closer.values())) + " |")
+    print("| arithmetic of the passes, in evaluations | " + " | ".join(f"{row['arithmetic']:.2f}" for row in ours.values()) + " |")
 
 
 def best_grids(rows: list[dict[str, Any]], columns: list[int], best: dict[int, float]) -> None:

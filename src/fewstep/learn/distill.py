@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +128,8 @@ class DistillConfig:
     @property
     def loop(self) -> LoopConfig:
         """That of the training."""
-        warmup = min(200, self.steps // 10)
-        return LoopConfig(
-            self.steps,
-            self.batch,
-            self.lr,
-            warmup=warmup,
-            weight_decay=self.weight_decay,
-            ema=self.ema,
-            seed=self.seed,
-            mixed_precision=self.mixed_precision,
-        )
+        options = {"weight_decay": self.weight_decay, "ema": self.ema, "seed": self.seed, "mixed_precision": self.mixed_precision}
+        return LoopConfig(self.steps, self.batch, self.lr, min(200, self.steps // 10), **options)
 
     @property
     def trajectories(self) -> TrajectoryConfig:
@@ -248,24 +240,19 @@ class _Distilling:
         config, model = self.config, self.model
         check_checkpoint(self.work, self.identity)
         if given is None:
-            wanted = config.trajectories
-            told: Callable[[int, str], None] = lambda done, note: self.say(0, f"{done} of {wanted.num} teacher trajectories")  # noqa: E731
-            folder = self.work / "trajectories"
-            generate_trajectories(model, self.grid, wanted, folder, device=self.device, command=command, observe=told)
+            request, folder = config.trajectories, self.work / "trajectories"
+            told: Callable[[int, str], None] = lambda done, note: self.say(0, f"{done} of {request.num} teacher trajectories")  # noqa: E731
+            generate_trajectories(model, self.grid, request, folder, device=self.device, command=command, observe=told)
             wait_for_all()  # the first process writes the manifest last
             given = Trajectories.load(folder)
-        shape, schedule = model.shape, model.denoiser.schedule
-        given.check(model=model.fingerprint, schedule=schedule, shape=shape, guidance=config.guidance)
+        given.check(model=model.fingerprint, schedule=model.denoiser.schedule, shape=model.shape, guidance=config.guidance)
         if len(given) < config.num + config.held_out:
-            raise ArtifactError(
-                f"{given.folder} has {len(given)} trajectories, not {config.num} and {config.held_out} held out: ask for fewer"
-            )
+            wanted = f"{config.num} and {config.held_out} held out"
+            raise ArtifactError(f"{given.folder} has {len(given)} trajectories, not {wanted}: ask for fewer")
         near = torch.isclose(self.grid.t[:, None], given.t, rtol=1e-9, atol=1e-12)
         if not bool(near.any(1).all()):
             lacking = ", ".join(f"{t:.6g}" for t in self.grid.t[~near.any(1)].tolist())
-            raise ArtifactError(
-                f"the trajectories in {given.folder} were not kept at t = {lacking}: name a grid of theirs, or make them again"
-            )
+            raise ArtifactError(f"those in {given.folder} were not kept at t = {lacking}: name a grid of theirs, or make them again")
         self.trajectories, self.places = given, near.double().argmax(1).tolist()
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -339,13 +326,16 @@ class _Distilling:
         mixed = torch.randperm(size, generator=generator)
         return torch.cat([x, fresh])[mixed], None if labels is None or theirs is None else torch.cat([labels, theirs])[mixed]
 
+    @cached_property
+    def solver(self) -> TrajectorySolver:
+        """Makes trajectories while training."""
+        config = self.config.trajectories
+        return TrajectorySolver(self.model.guided(config.guidance), make_solver(config.solver), self.grid, config.nfe)
+
     def solve(self, seeds: list[int]) -> tuple[Tensor, Tensor | None]:
         """The teacher's trajectories of these seeds at the times of the grid, on the CPU."""
-        config = self.config.trajectories
-        solver = TrajectorySolver(self.model.guided(config.guidance), make_solver(config.solver), self.grid, config.nfe)
-        labels = self.model.labels(seeds)
-        start = start_noise(Nodes.at(self.model.denoiser.schedule, self.grid.t), seeds, self.model.shape)
-        states = solver.run(start.to(self.device), None if labels is None else labels.to(self.device))
+        labels, start = self.model.labels(seeds), start_noise(self.solver.tableau.nodes, seeds, self.model.shape)
+        states = self.solver.run(start.to(self.device), None if labels is None else labels.to(self.device))
         return torch.cat([start[:, None], states], 1), labels
 
     # -- what is measured -------------------------------------------------------------------------------------------

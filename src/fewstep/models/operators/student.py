@@ -121,6 +121,9 @@ class OperatorStudent(nn.Module):
             cond: class labels ``[B]``, or None.
             start: one of `times`, ``[]`` on the CPU; by default the first.
             last_only: leave out what the last one does not need.
+
+        Raises:
+            ModelError: the network refused its inputs (what it said).
         """
         start = self.times[0] if start is None else start
         a, b = (coefficient[-1:] if last_only else coefficient for coefficient in self.coefficients(start, t))
@@ -130,7 +133,11 @@ class OperatorStudent(nn.Module):
         given, other = (start.expand(len(t)), t) if self.form.time == "start" else (t, start.expand(len(t)))
         time = self.time(given).to(torch.promote_types(dtype, torch.float32)).to(x.device)
         told = None if self.operator.told is None else _features(self.schedule, other).to(dtype).to(x.device)
-        output = self.operator(scaled.to(dtype), time, cond, told, last_only).to(x.dtype)
+        try:
+            output = self.operator(scaled.to(dtype), time, cond, told, last_only).to(x.dtype)
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"the network refused a state of shape {tuple(x.shape)}: {reason}") from error
         a, b = (coefficient.to(x.dtype).to(x.device).reshape(-1, *(1,) * (x.ndim - 1)) for coefficient in (a, b))
         return a * x[:, None] + b * output
 
