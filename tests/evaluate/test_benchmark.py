@@ -19,7 +19,7 @@ from fewstep.models.tuned import Tuned
 from fewstep.solvers.reference import reference_sampler
 
 COLUMNS = {"solver", "library", "grid", "nfe", "num", "guidance", "rmse", "fd", "fd_features", "seconds", "solver_seconds"}
-COLUMNS |= {"statistics", "artifact"}
+COLUMNS |= {"statistics", "artifact", "arithmetic"}
 SMALL = {"num": 16, "batch": 8}
 
 

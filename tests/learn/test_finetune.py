@@ -256,7 +256,7 @@ def test_the_loss_is_the_distance_to_the_teacher_after_each_step(law: str) -> No
             schedule=schedule,
             grid=grid,
             config=replace(TINY, states=states_of),
-            model=SimpleNamespace(denoiser=AdaptedDenoiser(network, schedule, "sample")),
+            model=SimpleNamespace(adapted=AdaptedDenoiser(network, schedule, "sample")),
             _batch=lambda index: (states, None),
         )
         return float(module._Tuning.landing(stub, index)(network, 5, torch.Generator().manual_seed(0)).detach())

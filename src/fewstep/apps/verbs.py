@@ -87,7 +87,8 @@ class SampleRequest:
 
     def build(self, model: Model) -> Sampler:
         """The sampler asked for: from a folder, or a solver on explicit times, on explicit noise levels, or on a named grid."""
-        model.guided(self.guidance)  # whether it can be
+        if model.is_operator:
+            model.guided(self.guidance)  # says that it cannot be
         if sum(option is not None for option in (self.sampler, self.times, self.sigmas)) > 1:
             raise FewstepError("give one of --sampler, --times and --sigmas")
         if self.sampler is not None:
