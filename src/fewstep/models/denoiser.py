@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from fewstep.core.prediction import Prediction, aligned, prediction, to_x0
 from fewstep.core.sampling import Cond
 from fewstep.core.schedule import NoiseSchedule
 
-__all__ = ["AdaptedDenoiser", "edm_time", "unet_call"]
+__all__ = ["AdaptedDenoiser", "edm_time", "image_size", "unet_call"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,12 @@ def unet_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond = None) ->
     """How diffusers' ``UNet2DModel`` is called; ``cond`` are class labels ``[B]``."""
     labels = {} if cond is None else {"class_labels": cond}
     return network(x, time, return_dict=False, **labels)[0]
+
+
+def image_size(unet: Any) -> tuple[int, int]:  # noqa: ANN401 - diffusers is not always there
+    """Height and width of the images of a ``UNet2DModel``, as its configuration says."""
+    size = unet.config.sample_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _plain_call(network: Callable[..., Tensor], x: Tensor, time: Tensor, cond: Cond) -> Tensor:

@@ -23,7 +23,7 @@ from fewstep.core.sampler import Sampler
 from fewstep.core.sampling import Denoiser
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding, schedule_from_config
 from fewstep.core.statistics import ModelStatistics
-from fewstep.models.denoiser import AdaptedDenoiser, edm_time, unet_call
+from fewstep.models.denoiser import AdaptedDenoiser, edm_time, image_size, unet_call
 from fewstep.models.guidance import classifier_free
 from fewstep.models.operators.student import OperatorDenoiser, OperatorStudent
 from fewstep.models.tuned import Tuned
@@ -301,7 +301,7 @@ def _load_diffusers(source: str) -> Model:
         raise ModelError(f"{source}/scheduler/scheduler_config.json does not describe a noise schedule: {error!r}") from error
     if network.config.sample_size is None:
         raise ModelError(f"{source}/unet/config.json has no sample_size: write the height and width of the images there")
-    shape = (network.config.in_channels, *_pair(network.config.sample_size))
+    shape = (network.config.in_channels, *image_size(network))
     folder = Path(source) if Path(source).is_dir() else None
     return Model(Path(source).name, denoiser, shape, network.config.num_class_embeds, folder=folder)
 
@@ -351,7 +351,3 @@ def _scheduler_config(source: str) -> dict[str, Any]:
         return dict(config)
     except Exception as error:
         raise ModelError(f"cannot read {source}/scheduler/scheduler_config.json: {str(error).splitlines()[0]}") from error
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -31,7 +31,7 @@ from fewstep.core.prediction import Prediction, aligned, prediction
 from fewstep.core.sampling import Cond
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Tableau, advance
-from fewstep.models.denoiser import AdaptedDenoiser, unet_call
+from fewstep.models.denoiser import AdaptedDenoiser, image_size, unet_call
 from fewstep.models.operators.dsno import Mixing, TemporalUNet
 
 __all__ = ["OperatorDenoiser", "OperatorForm", "OperatorStudent"]
@@ -169,7 +169,7 @@ class OperatorStudent(nn.Module):
         from torch.utils.flop_counter import FlopCounterMode
 
         unet, times = self.operator.unet, torch.as_tensor(passes, dtype=torch.float64)
-        x = torch.zeros(1, unet.config.in_channels, *_pair(unet.config.sample_size), device=next(unet.parameters()).device)
+        x = torch.zeros(1, unet.config.in_channels, *image_size(unet), device=next(unet.parameters()).device)
         cond = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.int64, device=x.device)
 
         def operations(slots: Tensor, start: Tensor) -> int:
@@ -311,7 +311,3 @@ class _Aimed:
         ratio = there.sigma / here.sigma
         landed = self.network.jump(x, here.t, there.t, cond)
         return (landed - aligned(ratio, x) * x) / aligned(there.alpha - ratio * here.alpha, x)
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
