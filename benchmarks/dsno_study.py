@@ -35,7 +35,6 @@ from fewstep import (
     distill,
     generate_trajectories,
     load_model,
-    make_grid,
     make_solver,
 )
 from fewstep.core.artifact import write_whole
@@ -103,8 +102,7 @@ class Study:
         """Kept at the times of all grids."""
         model, times = self.model, set[float]()
         for grid in GRIDS:
-            kept = model.optimized("ddim", BASE.slots) if grid == "optimized" else make_grid(grid, model.denoiser.schedule, BASE.slots)
-            times |= set(kept.t.tolist())
+            times |= set(model.slot_grid(grid, BASE.slots).t.tolist())
         config = TrajectoryConfig(NUM + HELD_OUT, BASE.teacher_nfe, seed=SEED)
         grid = TimeGrid(torch.tensor(sorted(times, reverse=True), dtype=torch.float64))
         made = generate_trajectories(

@@ -352,8 +352,8 @@ def test_many_slots_fit_in_the_memory(made, tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("words", "better"), [(("--method", "slots", "--one-pass"), False), (("--method", "dsno"), True)])
-def test_two_processes_learn_what_one_does(tmp_path, made, words: tuple[str, ...], better: bool) -> None:
+@pytest.mark.parametrize("words", [("--method", "slots", "--one-pass"), ("--method", "dsno")])
+def test_two_processes_learn_what_one_does(tmp_path, made, words: tuple[str, ...]) -> None:
     line = ["-m", "fewstep", "distill", made.teacher, *words, "--steps", 120, "--batch", 32, "-n", 512, "--lr", 0.003]
     line += ["--teacher-nfe", 8, "--fresh", 0.25, "--ema", 0.95, "--slots", 2, "--out"]
     reach, environment = {}, {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -373,4 +373,4 @@ def test_two_processes_learn_what_one_does(tmp_path, made, words: tuple[str, ...
     assert {name: data for name, data in one.items() if "shard" in name} == {name: data for name, data in two.items() if "shard" in name}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
     for ours, theirs in zip(reach["2"], reach["1"], strict=True):
-        assert (0.5 if better else 0.9) * theirs < ours < 1.1 * theirs, reach  # each process draws a start of its own: less noise
+        assert 0.9 * theirs < ours < 1.1 * theirs, reach

@@ -311,7 +311,7 @@ def run_fit(
 def run_trajectories(model_name: str, grid: str, slots: int, config: TrajectoryConfig, out: Path, command: str) -> dict[str, Any] | None:
     """Make trajectories; None in all processes but the first."""
     model = load_model(model_name)
-    kept = model.optimized("ddim", slots, config.guidance) if grid == OPTIMIZED else make_grid(grid, model.denoiser.schedule, slots)
+    kept = model.slot_grid(grid, slots, config.guidance)
     with progress(f"solving {config.num} trajectories of {model.name}", config.num) as report:
         made = generate_trajectories(model, kept, config, out, device=default_device(), command=command, observe=report)
     if made is None:

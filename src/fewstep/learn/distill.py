@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fewstep.core.artifact import check_writable, write_whole
 from fewstep.core.errors import ArtifactError, FewstepError, ModelError, look_up
-from fewstep.core.grid import TimeGrid, make_grid
+from fewstep.core.grid import TimeGrid
 from fewstep.core.grid_table import GridTable
 from fewstep.core.process import process, wait_for_all
 from fewstep.core.sampling import Cond, start_noise
@@ -220,9 +220,7 @@ class _Distilling:
         features: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.model, self.config, self.work, self.device, self.say, self.features = model, config, out / "work", device, say, features
-        schedule = model.denoiser.schedule
-        named = config.grid == "optimized"
-        self.grid = model.optimized("ddim", config.slots, config.guidance) if named else make_grid(config.grid, schedule, config.slots)
+        self.grid = model.slot_grid(config.grid, config.slots, config.guidance)
         self.identity = f"{model.fingerprint} {asdict(replace(config, half=False))}"
         self.new_student()  # what cannot be made is said before long work
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from fewstep.core.prediction import Prediction, aligned, prediction, to_x0
 from fewstep.core.sampling import Cond
 from fewstep.core.schedule import NoiseSchedule
 
-__all__ = ["AdaptedDenoiser", "edm_time", "image_size", "unet_call"]
+__all__ = ["AdaptedDenoiser", "edm_time", "image_size", "refusals", "unet_call"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +58,24 @@ class AdaptedDenoiser:
         scaled = x if kind.input_scale is None else x * aligned(kind.input_scale(alpha, sigma), x)
         time = self.time(t).to(torch.promote_types(dtype, torch.float32)).to(x.device).expand(len(x))
         call = self.call or _plain_call
-        try:
+        with refusals(x):
             output = call(self.network, scaled.to(dtype), time, cond)
-        except (RuntimeError, ValueError, TypeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"the network refused a state of shape {tuple(x.shape)}: {reason}") from error
         if not isinstance(output, Tensor):
             what = type(output).__name__
             raise ModelError(f"the network answered a {what}, not a tensor: pass call=lambda net, x, t, cond: net(x, t).sample, or alike")
         if output.shape != x.shape:
             raise ModelError(f"the network answered shape {tuple(output.shape)} to a state of shape {tuple(x.shape)}")
         return to_x0(kind, output, x, alpha, sigma)
+
+
+@contextmanager
+def refusals(x: Tensor) -> Iterator[None]:
+    """What a network says that it cannot take the state ``x [B, *D]``, as a `ModelError`."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the network refused a state of shape {tuple(x.shape)}: {reason}") from error
 
 
 def edm_time(t: Tensor) -> Tensor:

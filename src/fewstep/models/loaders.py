@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.core.artifact import read_json, write_whole
 from fewstep.core.errors import ArtifactError, GridError, ModelError, SolverError
-from fewstep.core.grid import TimeGrid
+from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.grid_table import GridTable
 from fewstep.core.prediction import EDM, Prediction, prediction
 from fewstep.core.sampler import Sampler
@@ -156,6 +156,14 @@ class Model:
         if self.is_operator and nfe not in table.grids:
             raise GridError(f"{self.name} makes {', '.join(map(str, sorted(table.grids)))} passes, not {nfe}")
         return table.grid(nfe)
+
+    def slot_grid(self, name: str, slots: int, guidance: float = 1.0) -> TimeGrid:
+        """The times that trajectories are kept at: a spacing by name, or ``optimized``, the model's own for DDIM.
+
+        Raises:
+            GridError: an unknown spacing, or no optimised grid of so many steps.
+        """
+        return self.optimized("ddim", slots, guidance) if name == "optimized" else make_grid(name, self.denoiser.schedule, slots)
 
     def fitted(self, nfe: int, guidance: float = 1.0) -> Sampler:
         """The sampler fitted to the model that lies in its folder, below ``fitted*/``.

@@ -31,7 +31,7 @@ from fewstep.core.prediction import Prediction, aligned, prediction
 from fewstep.core.sampling import Cond
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Tableau, advance
-from fewstep.models.denoiser import AdaptedDenoiser, image_size, unet_call
+from fewstep.models.denoiser import AdaptedDenoiser, image_size, refusals, unet_call
 from fewstep.models.operators.dsno import Mixing, TemporalUNet
 
 __all__ = ["OperatorDenoiser", "OperatorForm", "OperatorStudent"]
@@ -133,11 +133,8 @@ class OperatorStudent(nn.Module):
         given, other = (start.expand(len(t)), t) if self.form.time == "start" else (t, start.expand(len(t)))
         time = self.time(given).to(torch.promote_types(dtype, torch.float32)).to(x.device)
         told = None if self.operator.told is None else _features(self.schedule, other).to(dtype).to(x.device)
-        try:
+        with refusals(x):
             output = self.operator(scaled.to(dtype), time, cond, told, last_only).to(x.dtype)
-        except (RuntimeError, ValueError, TypeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"the network refused a state of shape {tuple(x.shape)}: {reason}") from error
         a, b = (coefficient.to(x.dtype).to(x.device).reshape(-1, *(1,) * (x.ndim - 1)) for coefficient in (a, b))
         return a * x[:, None] + b * output
 
