@@ -330,7 +330,9 @@ USABLE = {
     "dpm-solver-pp-3m:third_order=corrected": 3,
     "unipc-3:corrector=false": 3,
 }  # with the outputs that they read
-OTHERS = ("heun", "dpm-solver-2s", "dpm-solver-3s", "sde-dpm-solver-pp-2m", "unipc-2", "unipc-3", "deis-3", "ipndm", "ddim:eta=1")
+SINGLESTEP = ("heun", "dpm-solver-2s", "dpm-solver-3s")
+IN_NOISE = ("dpm-solver-2m", "dpm-solver-3m", "sde-dpm-solver-2m", "deis-3", "ipndm")
+OTHERS = (*SINGLESTEP, *IN_NOISE, "sde-dpm-solver-pp-2m", "unipc-2", "unipc-3", "ddim:eta=1")
 REFUSED = "steps from where it evaluates, by at most {} outputs and without noise"
 
 

@@ -10,7 +10,7 @@ from fewstep.core.schedule import NoiseSchedule, VPLinear
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver
 from fewstep.models.analytic import GaussianDenoiser, MixtureDenoiser
-from fewstep.solvers import DDIM, DEIS, IPNDM, SOLVERS, DPMSolverPP, DPMSolverV3, SDEDPMSolverPP2M, UniPC, takes_statistics
+from fewstep.solvers import DDIM, DEIS, IPNDM, SOLVERS, DPMSolverM, DPMSolverPP, DPMSolverV3, SDEDPMSolverPP2M, UniPC, takes_statistics
 from fewstep.solvers.stencil import NEVER
 
 LAM = (-8.0, 14.0)  # covers every grid of these tests
@@ -38,6 +38,8 @@ def any_statistics() -> ModelStatistics:
 STOCHASTIC: dict[str, Solver] = {
     "sde-dpm-solver-pp-2m": make_solver("sde-dpm-solver-pp-2m"),
     "sde-dpm-solver-pp-2m-taylor": SDEDPMSolverPP2M(form="taylor"),
+    "sde-dpm-solver-2m": make_solver("sde-dpm-solver-2m"),
+    "sde-dpm-solver-1m": DPMSolverM(steps=1, sde=True),
     "ddim-eta-0.5": DDIM(eta=0.5),
     "ddim-eta-1": DDIM(eta=1.0),
 }
@@ -49,6 +51,9 @@ ODE: dict[str, Solver] = {
     "dpm-solver-pp-3m-taylor": DPMSolverPP(steps=3, form="taylor"),
     "dpm-solver-pp-3m-corrected": DPMSolverPP(steps=3, third_order="corrected"),
     "dpm-solver-pp-3m-corrected-taylor": DPMSolverPP(steps=3, form="taylor", third_order="corrected"),
+    "dpm-solver-1m": DPMSolverM(steps=1),
+    "dpm-solver-2m-taylor": DPMSolverM(steps=2, form="taylor"),
+    "dpm-solver-3m-corrected": DPMSolverM(steps=3, third_order="corrected"),
     **{f"unipc-{p}-{weights}": UniPC(p, weights) for p, weights in product((1, 2, 3), ("bh1", "bh2", "exact"))},
     **{f"unip-{p}-{weights}": UniPC(p, weights, corrector=False) for p, weights in product((2, 3), ("bh1", "bh2", "exact"))},
     **{f"deis-{p}": DEIS(steps=p) for p in (1, 2, 4)},

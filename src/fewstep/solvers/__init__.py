@@ -14,7 +14,7 @@ from fewstep.core.spec import check_options, parse_spec
 from fewstep.core.tableau import Solver
 from fewstep.solvers.ddim import DDIM
 from fewstep.solvers.deis import DEIS, IPNDM
-from fewstep.solvers.dpm_solver import DPMSolver2S, DPMSolver3S
+from fewstep.solvers.dpm_solver import DPMSolver2S, DPMSolver3S, DPMSolverM
 from fewstep.solvers.dpm_solver_pp import DPMSolverPP, SDEDPMSolverPP2M
 from fewstep.solvers.dpm_solver_v3 import DPMSolverV3
 from fewstep.solvers.heun import Euler, Heun
@@ -27,6 +27,7 @@ __all__ = [
     "SOLVERS",
     "DPMSolver2S",
     "DPMSolver3S",
+    "DPMSolverM",
     "DPMSolverPP",
     "DPMSolverV3",
     "Euler",
@@ -43,9 +44,12 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "heun": Heun,
     "dpm-solver-2s": DPMSolver2S,
     "dpm-solver-3s": DPMSolver3S,
+    "dpm-solver-2m": partial(DPMSolverM, steps=2),
+    "dpm-solver-3m": partial(DPMSolverM, steps=3),
     "dpm-solver-pp-2m": partial(DPMSolverPP, steps=2),
     "dpm-solver-pp-3m": partial(DPMSolverPP, steps=3),
     "sde-dpm-solver-pp-2m": SDEDPMSolverPP2M,
+    "sde-dpm-solver-2m": partial(DPMSolverM, steps=2, sde=True),
     "unipc-2": partial(UniPC, steps=2),
     "unipc-3": partial(UniPC, steps=3),
     "deis-3": partial(DEIS, steps=3),
@@ -90,5 +94,5 @@ def takes_statistics(name: str) -> bool:
 def _factory(bare: str) -> Callable[..., Solver]:
     factory = SOLVERS.get(bare) or next((entry.load() for entry in entry_points(group="fewstep.solvers", name=bare)), None)
     if factory is None:
-        raise SolverError(f"unknown solver {bare!r}: {nearest(bare, SOLVERS)}")
+        raise SolverError(f"unknown solver {bare!r}: {nearest(bare.replace('++', '-pp'), SOLVERS)}")  # as the papers write it
     return factory

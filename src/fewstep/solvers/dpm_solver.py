@@ -1,4 +1,6 @@
-r"""DPM-Solver, singlestep (Lu et al., arXiv 2206.00927): Runge-Kutta in ``lam`` on the noise form, evaluations inside the step."""
+r"""DPM-Solver (Lu et al., arXiv 2206.00927) on the noise form: singlestep, Runge-Kutta in ``lam`` with evaluations inside the step, and
+multistep, polynomials for ``eps`` from past evaluations.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewstep.core.errors import SolverError
 from fewstep.core.grid import TimeGrid
 from fewstep.core.prediction import to_x0
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Solver
 from fewstep.solvers.ddim import first_order
+from fewstep.solvers.dpm_solver_pp import Form, ThirdOrder, multistep_integral
 from fewstep.solvers.phi import noise_moment
-from fewstep.solvers.stencil import noise_or_data
+from fewstep.solvers.stencil import effective_order, noise_or_data
 
-__all__ = ["DPMSolver2S", "DPMSolver3S"]
+__all__ = ["DPMSolver2S", "DPMSolver3S", "DPMSolverM"]
 
 
 class _Singlestep(Solver):
@@ -119,3 +123,59 @@ class DPMSolver3S(_Singlestep):
     def from_zero_alpha(self, nodes: Nodes, stage: int, s: int, t: int, x_s: Tensor, x0: Tensor, history: list[Tensor]) -> Tensor:
         x0 = x0 if stage == 1 else (history[2] + 3 * x0) / 4  # Heun's third-order rule
         return nodes.sigma[t] / nodes.sigma[s] * x_s + nodes.alpha[t] * x0
+
+
+@dataclass(frozen=True)
+class DPMSolverM(Solver):
+    """DPM-Solver of ``steps`` 1, 2 or 3 past evaluations, as diffusers' ``algorithm_type="dpmsolver"``; ``sde`` is ``sde-dpmsolver``.
+
+    The SDE form weighs ``eps`` twice and adds noise. A step from ``alpha = 0`` or to ``sigma = 0`` is DDIM's.
+
+    Args:
+        steps: how many evaluations the polynomial passes through; at most 2 of the SDE form.
+        form, third_order, lower_order_below, euler_at_final: as of `DPMSolverPP`.
+        sde: solve the reverse-time SDE.
+    """
+
+    steps: int = 2
+    form: Form = "midpoint"
+    third_order: ThirdOrder = "published"
+    lower_order_below: int = 15
+    euler_at_final: bool = False
+    sde: bool = False
+    references = ("2206.00927",)
+
+    def __post_init__(self) -> None:
+        if self.steps not in (1, 2, 3) or self.form not in ("midpoint", "taylor") or self.third_order not in ("published", "corrected"):
+            raise SolverError(f"DPM-Solver has steps 1, 2, 3, form midpoint or taylor, third_order published or corrected; got {self}")
+        if self.sde and self.steps == 3:
+            raise SolverError("the SDE form of DPM-Solver has steps 1 or 2, got 3")
+
+    @property
+    def order(self) -> int:
+        return 2 if self.steps == 3 and self.third_order == "published" else self.steps
+
+    @property
+    def memory(self) -> int:
+        return self.steps
+
+    def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
+        return noise_or_data(nodes, i, x, x0)
+
+    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        s, t = i, i + 1
+        if bool(nodes.alpha[s] == 0):
+            x_t = first_order(nodes, s, t, x, history[0])
+        else:
+            p = effective_order(nodes, i, self.steps, self.lower_order_below, euler_at_final=self.euler_at_final)
+            integral = multistep_integral(nodes, i, p, history, noise_moment, self.form, self.third_order)
+            twice = 2 if self.sde and bool(nodes.sigma[t] > 0) else 1
+            x_t = nodes.alpha[t] / nodes.alpha[s] * (x - twice * nodes.sigma[s] * integral)
+        return x_t, x_t
+
+    def noise(self, nodes: Nodes, i: int) -> Tensor:
+        s, t = i, i + 1
+        if not self.sde or bool(nodes.alpha[s] == 0) or bool(nodes.sigma[t] == 0):
+            return torch.zeros((), dtype=torch.float64)
+        h = nodes.lam[t] - nodes.lam[s]
+        return nodes.sigma[t] * torch.sqrt(torch.expm1(2 * h))

@@ -1,7 +1,11 @@
-r"""DPM-Solver++, multistep, and its SDE form (Lu et al., arXiv 2211.01095): polynomials for ``D`` from past evaluations."""
+r"""DPM-Solver++, multistep, and its SDE form (Lu et al., arXiv 2211.01095): polynomials for ``D`` from past evaluations.
+
+The same polynomials for ``eps`` make the multistep DPM-Solver, whose file imports them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,11 +14,40 @@ from torch import Tensor
 
 from fewstep.core.errors import SolverError
 from fewstep.core.tableau import Nodes, Solver
-from fewstep.solvers.ddim import first_order
-from fewstep.solvers.phi import phi
+from fewstep.solvers.phi import data_moment, phi
 from fewstep.solvers.stencil import effective_order
 
-__all__ = ["DPMSolverPP", "SDEDPMSolverPP2M"]
+__all__ = ["DPMSolverPP", "SDEDPMSolverPP2M", "multistep_integral"]
+
+Form = Literal["midpoint", "taylor"]
+ThirdOrder = Literal["published", "corrected"]
+
+
+def multistep_integral(
+    nodes: Nodes,
+    i: int,
+    p: int,
+    values: list[Tensor],
+    moment: Callable[[int, Tensor], Tensor],
+    form: Form = "midpoint",
+    third_order: ThirdOrder = "published",
+) -> Tensor:
+    """The integral, over the step after evaluation ``i``, of a kernel times the polynomial through the last ``p`` values, newest first.
+
+    ``moment(k, h)`` is that of ``r^k/k!`` under the kernel (see `phi`): the data or the noise one.
+    """
+    h = nodes.lam[i + 1] - nodes.lam[i]
+    total = moment(0, h) * values[0]
+    if p == 1:
+        return total
+    r0 = (nodes.lam[i] - nodes.lam[i - 1]) / h
+    slope = (values[0] - values[1]) / r0  # times h
+    if p == 2:
+        return total + (moment(0, h) / 2 if form == "midpoint" else moment(1, h) / h) * slope
+    r1 = (nodes.lam[i - 1] - nodes.lam[i - 2]) / h
+    second = (slope - (values[1] - values[2]) / r1) / (r0 + r1)  # a divided difference: half of h^2 times the second derivative
+    factor = 2 if third_order == "corrected" else 1
+    return total + moment(1, h) / h * (slope + r0 * second) + factor * moment(2, h) / h**2 * second
 
 
 @dataclass(frozen=True)
@@ -27,12 +60,14 @@ class DPMSolverPP(Solver):
         third_order: the published 3M weighs its second divided difference as if it were half a derivative and so converges with
             order 2; ``corrected`` doubles that term. ``published`` is the default, for parity with every other library.
         lower_order_below: grids of fewer steps end with orders ..., 2, 1 (see `stencil.effective_order`).
+        euler_at_final: the last step is of first order on every grid.
     """
 
     steps: int = 2
-    form: Literal["midpoint", "taylor"] = "midpoint"
-    third_order: Literal["published", "corrected"] = "published"
+    form: Form = "midpoint"
+    third_order: ThirdOrder = "published"
     lower_order_below: int = 15
+    euler_at_final: bool = False
     references = ("2211.01095",)
 
     def __post_init__(self) -> None:
@@ -48,21 +83,10 @@ class DPMSolverPP(Solver):
         return self.steps
 
     def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
-        p = effective_order(nodes, i, self.steps, self.lower_order_below)
+        p = effective_order(nodes, i, self.steps, self.lower_order_below, euler_at_final=self.euler_at_final)
         s, t = i, i + 1
-        x_t = first_order(nodes, s, t, x, history[0])
-        if p > 1:
-            h = nodes.lam[t] - nodes.lam[s]
-            r0 = (nodes.lam[s] - nodes.lam[s - 1]) / h
-            slope = (history[0] - history[1]) / r0  # times h
-            if p == 2:
-                weight = -torch.expm1(-h) / 2 if self.form == "midpoint" else h * phi(2, -h)
-                x_t = x_t + nodes.alpha[t] * weight * slope
-            else:
-                r1 = (nodes.lam[s - 1] - nodes.lam[s - 2]) / h
-                second = (slope - (history[1] - history[2]) / r1) / (r0 + r1)  # a divided difference: half of h^2 D''
-                factor = 2 if self.third_order == "corrected" else 1
-                x_t = x_t + nodes.alpha[t] * h * (phi(2, -h) * (slope + r0 * second) + factor * phi(3, -h) * second)
+        integral = multistep_integral(nodes, i, p, history, data_moment, self.form, self.third_order)
+        x_t = nodes.sigma[t] / nodes.sigma[s] * x + nodes.alpha[t] * integral
         return x_t, x_t
 
 
@@ -70,8 +94,9 @@ class DPMSolverPP(Solver):
 class SDEDPMSolverPP2M(Solver):
     """SDE-DPM-Solver++(2M): the same polynomial for the reverse-time SDE, whose kernel is ``e^{-2(h-r)}`` and which adds noise."""
 
-    form: Literal["midpoint", "taylor"] = "midpoint"
+    form: Form = "midpoint"
     lower_order_below: int = 15
+    euler_at_final: bool = False
     references = ("2211.01095",)
 
     @property
@@ -91,7 +116,7 @@ class SDEDPMSolverPP2M(Solver):
         h = nodes.lam[t] - nodes.lam[s]
         gain = -nodes.alpha[t] * torch.expm1(-2 * h)
         x_t = nodes.sigma[t] / nodes.sigma[s] * torch.exp(-h) * x + gain * history[0]
-        if effective_order(nodes, i, 2, self.lower_order_below) == 2:
+        if effective_order(nodes, i, 2, self.lower_order_below, euler_at_final=self.euler_at_final) == 2:
             slope = (history[0] - history[1]) * h / (nodes.lam[s] - nodes.lam[s - 1])
             weight = gain / 2 if self.form == "midpoint" else nodes.alpha[t] * 2 * h * phi(2, -2 * h)
             x_t = x_t + weight * slope

@@ -31,6 +31,7 @@ class UniPC(Solver):
         steps: ``p``, the predictor's order.
         weights: ``bh1``, ``bh2`` or ``exact``.
         corrector: without it this is UniP.
+        uncorrected: steps that are left as predicted, counted from 0 (diffusers' ``disable_corrector``: early ones, at large guidance).
         lower_order_below: grids of fewer steps end with orders ..., 2, 1 (see `stencil.effective_order`); here by default all.
     """
 
@@ -38,9 +39,13 @@ class UniPC(Solver):
     weights: Literal["bh1", "bh2", "exact"] = "bh2"
     corrector: bool = True
     lower_order_below: int = ALWAYS
+    uncorrected: tuple[int, ...] = ()
     references = ("2302.04867",)
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.uncorrected, tuple | list) and all(isinstance(i, int) for i in self.uncorrected)):
+            raise SolverError(f"uncorrected is a list of steps, counted from 0, got {self.uncorrected!r}")
+        object.__setattr__(self, "uncorrected", tuple(self.uncorrected))
         if self.steps not in (1, 2, 3) or self.weights not in ("bh1", "bh2", "exact"):
             raise SolverError(f"UniPC has steps 1, 2, 3 and weights bh1, bh2 or exact; got {self}")
 
@@ -53,7 +58,7 @@ class UniPC(Solver):
         return self.steps + self.corrector
 
     def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
-        if self.corrector and i > 0 and bool(torch.isfinite(nodes.lam[i - 1])):
+        if self.corrector and i > 0 and i - 1 not in self.uncorrected and bool(torch.isfinite(nodes.lam[i - 1])):
             p = effective_order(nodes, i - 1, self.steps, self.lower_order_below)
             past = {i - 1 - k: history[1 + k] for k in range(p)}
             x = self.step(nodes, i - 1, i, anchor, past, new=history[0])
