@@ -184,6 +184,8 @@ GRIDS: dict[str, Callable[..., TimeGrid]] = {
 def make_grid(name: str, schedule: NoiseSchedule, steps: int, **options: float) -> TimeGrid:
     """A grid by the name of its spacing, with options (``karras:rho=5``); on a discrete schedule it is snapped to the model's own times.
 
+    Where a discrete schedule ends at the clean image, the spacing is that to its last time, and the last step is prolonged.
+
     Raises:
         GridError: an unknown name or option, or times that coincide after snapping.
     """
@@ -191,11 +193,15 @@ def make_grid(name: str, schedule: NoiseSchedule, steps: int, **options: float) 
     options = {**written, **options}
     spacing = look_up(bare, GRIDS, "grid", GridError)
     check_options(options, spacing, f"grid {bare!r}", GridError, hidden=("schedule", "steps"))
+    to_clean = isinstance(schedule, DiscreteVP) and schedule.t_min < schedule.t_last and "t_min" not in options
+    if isinstance(schedule, DiscreteVP) and to_clean:
+        options["t_min"] = schedule.t_last
     try:
         grid = spacing(schedule, steps, **options)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise GridError(f"grid {bare!r} cannot take {options}: {error}") from error
-    return grid.snap(schedule.times) if isinstance(schedule, DiscreteVP) else grid
+    grid = grid.snap(schedule.times) if isinstance(schedule, DiscreteVP) else grid
+    return grid.to_clean(schedule) if to_clean else grid
 
 
 def _whole(steps: int) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep.core.errors import ModelError, look_up
 
-__all__ = ["EDM", "PREDICTIONS", "Prediction", "aligned", "convert", "from_x0", "prediction", "to_x0"]
+__all__ = ["EDM", "PREDICTIONS", "Prediction", "aligned", "convert", "from_x0", "prediction", "to_x0", "x0_coefficients"]
 
 Coefficients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -81,7 +81,13 @@ def prediction(name: str | Prediction) -> Prediction:
     return look_up({"v_prediction": "v", "flow_prediction": "flow"}.get(name, name), PREDICTIONS, "prediction type", ModelError)
 
 
-def _coefficients(p: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def x0_coefficients(kind: str | Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """``a, b`` of ``x0 = a x + b output``, each of the shape of ``alpha`` and ``sigma``, ``[*]``.
+
+    Raises:
+        ModelError: the output says nothing about x0 at one of these, where ``alpha = 0``.
+    """
+    p = prediction(kind)
     if p.undefined_at_zero_alpha and bool((alpha == 0).any()):
         raise ModelError(
             f"a network that predicts {p.name!r} says nothing about x0 where alpha = 0: start the grid later, or use v or flow"
@@ -107,13 +113,13 @@ def to_x0(kind: str | Prediction, output: Tensor, x: Tensor, alpha: Tensor, sigm
         x: the state it was evaluated at ``[B, *D]``.
         alpha, sigma: scales at that time, ``[]`` or ``[B]``.
     """
-    a, b = _coefficients(prediction(kind), alpha, sigma)
+    a, b = x0_coefficients(kind, alpha, sigma)
     return torch.addcmul(aligned(a, x) * x, aligned(b, x), output.to(x.dtype))
 
 
 def from_x0(kind: str | Prediction, x0: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """The network output that would give ``x0`` at the state ``x``: the inverse of `to_x0`. Shapes as there."""
-    a, b = _coefficients(prediction(kind), alpha, sigma)
+    a, b = x0_coefficients(kind, alpha, sigma)
     return (x0 - aligned(a, x) * x) / aligned(b, x)
 
 

@@ -181,11 +181,14 @@ class DiscreteVP:
     """
 
     theta: Tensor  # [T+1] float64, theta[0] = 0 is the clean image, theta[k+1] belongs to time k
+    t_min: float = 0.0  # where grids end: the network's last time, or -1, the clean image
 
     def __post_init__(self) -> None:
         step = torch.diff(self.theta)
         if self.theta.ndim != 1 or len(self.theta) < 3 or not bool(torch.isfinite(self.theta).all()) or bool((step <= 0).any()):
             raise ModelError("alphas_cumprod must be a 1-d table of at least 2 numbers, strictly decreasing within [0, 1)")
+        if self.t_min not in (0.0, self.t_clean):
+            raise ModelError(f"grids of a discrete law end at time 0 or at the clean image, -1, not at {self.t_min}")
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> DiscreteVP:
@@ -222,17 +225,22 @@ class DiscreteVP:
         alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
         return DiscreteVP.from_alphas_cumprod(alpha**2)
 
+    def to_clean(self) -> DiscreteVP:
+        """The same law, whose grids end at the clean image: the step from their last evaluation leads to ``sigma = 0``."""
+        return DiscreteVP(self.theta, self.t_clean)
+
     @property
     def t_max(self) -> float:
         return float(len(self.theta) - 2)
 
     @property
-    def t_min(self) -> float:
-        return 0.0
-
-    @property
     def t_clean(self) -> float:
         return -1.0
+
+    @property
+    def t_last(self) -> float:
+        """The last time that the network knows."""
+        return 0.0
 
     @property
     def times(self) -> Tensor:
@@ -261,7 +269,7 @@ class DiscreteVP:
         return index - 1 + (theta - table[index]) / (table[index + 1] - table[index])
 
     def to_config(self) -> dict[str, Any]:
-        return {"law": "discrete-vp", "theta": self.theta.tolist()}
+        return {"law": "discrete-vp", "theta": self.theta.tolist()} | ({} if self.t_min == 0 else {"t_min": self.t_min})
 
 
 _LAWS = {"vp-linear": VPLinear, "vp-cosine": VPCosine, "edm": VarianceExploding, "flow": RectifiedFlow}
@@ -276,7 +284,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     fields = dict(config)
     law = str(fields.pop("law", None))
     if law == "discrete-vp":
-        return DiscreteVP(torch.tensor(fields["theta"], dtype=torch.float64))
+        return DiscreteVP(torch.tensor(fields["theta"], dtype=torch.float64), float(fields.get("t_min", 0.0)))
     try:
         return look_up(law, _LAWS, "noise schedule", ModelError)(**fields)
     except TypeError as error:

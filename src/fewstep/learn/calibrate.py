@@ -17,7 +17,7 @@ from torch import Tensor
 from fewstep.core.errors import FewstepError, ModelError
 from fewstep.core.prediction import aligned
 from fewstep.core.sampling import Cond, Denoiser, seeded_noise
-from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.schedule import DiscreteVP, NoiseSchedule
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, advance, tabulate
 from fewstep.learn.accumulate import Store, accumulate, seed_batches
@@ -68,7 +68,8 @@ class CalibrationConfig:
 
     def lam(self, schedule: NoiseSchedule) -> Tensor:
         """The grid of the statistics, ``[levels+1]``, uniform, both ends of sampling included."""
-        ends = [schedule.t_max if self.t_max is None else self.t_max, schedule.t_min if self.t_min is None else self.t_min]
+        last = schedule.t_last if isinstance(schedule, DiscreteVP) else schedule.t_min
+        ends = [schedule.t_max if self.t_max is None else self.t_max, last if self.t_min is None else self.t_min]
         lam = schedule.lam(torch.tensor(ends, dtype=torch.float64)).clamp(*FINITE)
         if not lam[0] < lam[1]:
             raise FewstepError(f"statistics run from t_max down to a smaller t_min, got {ends}")

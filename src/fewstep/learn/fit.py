@@ -14,6 +14,7 @@ import torch
 from fewstep.core.artifact import check_writable, write_whole
 from fewstep.core.errors import ArtifactError, FewstepError, SolverError
 from fewstep.core.grid import TimeGrid
+from fewstep.core.prediction import prediction
 from fewstep.core.process import process, wait_for_all
 from fewstep.core.sampler import Sampler
 from fewstep.learn.fit_search import FitConfig, FitSearch, Found, best_hand_made
@@ -149,6 +150,7 @@ def _sampler(found: Found, model: Model, guidance: float, config: FitConfig, ide
         "name": FITTED,
         "of": model.name,
         "model": model.fingerprint,
+        "prediction": prediction(model.denoiser.prediction).name,
         "guidance": guidance,
         "identity": identity,
         "chosen": found.chosen,

@@ -151,7 +151,8 @@ class GramConfig:
 def fine_grid(schedule: NoiseSchedule, levels: int) -> TimeGrid:
     """``levels + 1`` times uniform in ``lam`` from ``t_max`` to ``t_min``; of a discrete model its own times, so fewer at the clean end."""
     ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
-    outer = schedule.lam(ends)
+    known = torch.tensor([schedule.t_max, schedule.t_last], dtype=torch.float64) if isinstance(schedule, DiscreteVP) else ends
+    outer = schedule.lam(known)
     first, last = outer.clamp(-FINITE, FINITE).tolist()
     lam = torch.linspace(first, last, levels + 1, dtype=torch.float64)
     gap = float(lam[1] - lam[0]) / 2
@@ -160,6 +161,8 @@ def fine_grid(schedule: NoiseSchedule, levels: int) -> TimeGrid:
         times = schedule.times.double()
         t = times[(times[:, None] - t).abs().argmin(0)].unique().flip(0)
         t = t[(t < ends[0]) & (t > ends[1])]
+        if schedule.t_min < schedule.t_last:
+            t = torch.cat([t, known[1:]]).unique().flip(0)
     return TimeGrid(torch.cat([ends[:1], t, ends[1:]]))
 
 

@@ -17,6 +17,7 @@ from fewstep.core.artifact import check_writable, write_whole
 from fewstep.core.errors import ArtifactError, FewstepError, GridError, SolverError
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid
 from fewstep.core.grid_table import GridTable
+from fewstep.core.prediction import prediction
 from fewstep.core.sampler import Sampler
 from fewstep.core.tableau import Solver
 from fewstep.learn.ends import sizes
@@ -194,6 +195,7 @@ class _Search:
             "name": name,
             "of": self.model.name,
             "model": self.model.fingerprint,
+            "prediction": prediction(self.model.denoiser.prediction).name,
             "guidance": self.guidance,
             "identity": identity,
             **card,

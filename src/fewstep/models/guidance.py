@@ -15,7 +15,7 @@ from fewstep.core.prediction import aligned
 from fewstep.core.sampling import Cond, Denoiser
 from fewstep.core.schedule import NoiseSchedule
 
-__all__ = ["classifier_free", "classifier_guided", "dynamic_threshold", "static_threshold"]
+__all__ = ["classifier_free", "classifier_guided", "dynamic_threshold", "static_threshold", "thresholded"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +103,16 @@ def dynamic_threshold(denoiser: Denoiser, quantile: float = 0.995, *, bound: flo
         raise ModelError(f"dynamic thresholding wants 0 < quantile <= 1 and 0 < bound <= most, got {quantile}, {bound}, {most}")
 
     def clipped(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        x0 = denoiser(x, t, cond)
-        limit = torch.quantile(x0.flatten(1).abs().float(), quantile, dim=1).clamp(bound, most).to(x0.dtype)
-        limit = limit.reshape((-1,) + (1,) * (x0.ndim - 1))
-        return x0.clamp(-limit, limit) * (bound / limit)
+        return thresholded(denoiser(x, t, cond), quantile, bound, most)
 
     return _Wrapped(denoiser.schedule, clipped)
+
+
+def thresholded(x0: Tensor, quantile: float, bound: float = 1.0, most: float = math.inf) -> Tensor:
+    """What `dynamic_threshold` makes of one answer ``x0 [B, *D]``."""
+    limit = torch.quantile(x0.flatten(1).abs().float(), quantile, dim=1).clamp(bound, most).to(x0.dtype)
+    limit = limit.reshape((-1,) + (1,) * (x0.ndim - 1))
+    return x0.clamp(-limit, limit) * (bound / limit)
 
 
 def _like_batch(uncond: Any, cond: Any) -> Any:  # noqa: ANN401 - conditions are whatever the network takes

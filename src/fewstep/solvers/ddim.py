@@ -43,7 +43,7 @@ class DDIM(Solver):
 
     def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
         s, t = i, i + 1
-        if self.eta == 0:
+        if self.eta == 0 or bool(nodes.sigma[t] == 0):  # no noise is left at the clean image, and the root below has no slope there
             x_t = first_order(nodes, s, t, x, history[0])
         else:
             kept = torch.sqrt(nodes.sigma[t] ** 2 - self.noise(nodes, i) ** 2) / nodes.sigma[s]
