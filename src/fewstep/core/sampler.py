@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewstep.core.artifact import load_artifact, save_artifact
 from fewstep.core.grid import TimeGrid
+from fewstep.core.hub import fetch, header, loading, push
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
 
@@ -53,6 +54,9 @@ class Sampler:
         Raises:
             ArtifactError: the folder cannot be written, or the options or the card are not JSON-able.
         """
+        return self._write(Path(folder), self._readme('load("path/to/this/folder")'))
+
+    def _write(self, folder: Path, readme: str) -> Path:
         tensors = {f"nodes.{name}": value for name, value in self.tableau.nodes._asdict().items()}
         tensors |= {name: getattr(self.tableau, name) for name in TABLES}
         tensors["grid"] = self.grid.t
@@ -63,7 +67,7 @@ class Sampler:
             "schedule": self.schedule.to_config(),
             "card": dict(self.card),
         }
-        return save_artifact(Path(folder), "sampler", meta, tensors, self._readme())
+        return save_artifact(folder, "sampler", meta, tensors, readme)
 
     @classmethod
     def load(cls, folder: str | Path) -> Sampler:
@@ -81,24 +85,74 @@ class Sampler:
 
         return load_artifact(Path(folder), "sampler", build)
 
-    def _readme(self) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        subfolder: str | None = None,
+        pictures: Sequence[str | Path] = (),
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a fewstep sampler",
+        token: str | bool | None = None,
+    ) -> str:
+        """Put the artifact into a repository ``owner/name`` of the Hugging Face hub, made where there is none, as one commit.
+
+        Args:
+            subfolder: where in the repository; by default its top folder, whose card is the repository's.
+            pictures: files to put beside it, shown in the card.
+            private, revision, token: as ``huggingface_hub`` has them; ``revision`` is a branch, made where there is none.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ArtifactError: without ``huggingface_hub``, or what the hub says against it, and what to do.
+        """
+        readme = self._readme(loading(repo_id, subfolder, revision), [Path(picture).name for picture in pictures])
+        options = {"private": private, "revision": revision, "commit_message": commit_message, "token": token}
+        return push(lambda folder: self._write(folder, readme), repo_id, subfolder=subfolder, pictures=pictures, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id_or_folder: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Sampler:
+        """Read a sampler from a folder, or from a repository of the Hugging Face hub, through the hub's cache.
+
+        Raises:
+            ArtifactError: as `load`; without ``huggingface_hub``; nothing there by that name, or the hub cannot be reached.
+        """
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        return cls.load(fetch(repo_id_or_folder, "sampler", subfolder=subfolder, **options))
+
+    def _readme(self, load: str, pictures: Sequence[str] = ()) -> str:
         sigmas = ", ".join(f"{s:.4g}" for s in torch.exp(-self.tableau.nodes.lam).tolist())
         facts = "\n".join(f"- {key}: {value}" for key, value in self.card.items())
-        return f"""# A fewstep sampler: {self.solver}, {self.nfe} evaluations
+        shown = "".join(f"\n![{name}]({name})\n" for name in pictures)
+        return f"""{header(self.card, "sampler")}# A fewstep sampler: {self.solver}, {self.nfe} evaluations
 
 - options: {json.dumps(dict(self.options))}
 - noise levels sigma/alpha: {sigmas}
 {facts}
-
+{shown}
 ```python
 import fewstep
 
-sampler = fewstep.Sampler.load("path/to/this/folder")
+sampler = fewstep.Sampler.{load}
 images = fewstep.sample(denoiser, sampler, x_T)
 ```
 """
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
-    """A solver's option as JSON: what has a fingerprint by that, a function by its name."""
+    """A solver's option as JSON will give it back: what has a fingerprint by that, a function by its name, a tuple as a list."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
     return getattr(value, "fingerprint", None) or getattr(value, "__qualname__", value)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 from fewstep.core.artifact import load_artifact, save_artifact
 from fewstep.core.errors import ArtifactError, GridError
 from fewstep.core.grid import TimeGrid
+from fewstep.core.hub import fetch, header, loading, push
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
 
 __all__ = ["Integrals", "ModelStatistics", "Rule"]
@@ -228,6 +229,9 @@ class ModelStatistics:
         Raises:
             ArtifactError: the folder cannot be written.
         """
+        return self._write(Path(folder), self._readme('load("path/to/this/folder")', ["statistics.png"]))
+
+    def _write(self, folder: Path, readme: str) -> Path:
         meta = {
             "model": self.model,
             "guidance": self.guidance,
@@ -237,7 +241,7 @@ class ModelStatistics:
             "card": dict(self.card),
         }
         tensors = {name: getattr(self, name).float() for name in ("l", "s", "b")}
-        return save_artifact(Path(folder), "statistics", meta, tensors, self._readme())
+        return save_artifact(folder, "statistics", meta, tensors, readme)
 
     @classmethod
     def load(cls, folder: str | Path) -> ModelStatistics:
@@ -256,21 +260,60 @@ class ModelStatistics:
 
         return load_artifact(Path(folder), "statistics", build)
 
-    def _readme(self) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        subfolder: str | None = None,
+        pictures: Sequence[str | Path] = (),
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model statistics for DPM-Solver-v3",
+        token: str | bool | None = None,
+    ) -> str:
+        """Put the artifact into a repository of the Hugging Face hub, as `Sampler.push_to_hub` does; gives the address of the commit.
+
+        Raises:
+            ArtifactError: without ``huggingface_hub``, or what the hub says against it, and what to do.
+        """
+        readme = self._readme(loading(repo_id, subfolder, revision), [Path(picture).name for picture in pictures])
+        options = {"private": private, "revision": revision, "commit_message": commit_message, "token": token}
+        return push(lambda folder: self._write(folder, readme), repo_id, subfolder=subfolder, pictures=pictures, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id_or_folder: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> ModelStatistics:
+        """Read statistics from a folder, or from a repository of the Hugging Face hub, through the hub's cache.
+
+        Raises:
+            ArtifactError: as `load`; without ``huggingface_hub``; nothing there by that name, or the hub cannot be reached.
+        """
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        return cls.load(fetch(repo_id_or_folder, "statistics", subfolder=subfolder, **options))
+
+    def _readme(self, load: str, pictures: Sequence[str] = ()) -> str:
         facts = "\n".join(f"- {key}: {value}" for key, value in self.card.items())
-        return f"""# Empirical model statistics for DPM-Solver-v3
+        told = "l, s and b along the noise level, as fewstep calibrate plots them"
+        shown = "".join(f"\n![{told}]({name})\n" for name in pictures)
+        return f"""{header(self.card, "model-statistics")}# Empirical model statistics for DPM-Solver-v3
 
 - model fingerprint {self.model or "not known"}, guidance {self.guidance:g}, samples of shape {self.shape}
 - {len(self.lam)} levels, lam from {self.lam[0]:.4g} to {self.lam[-1]:.4g}; l {tuple(self.l.shape[1:])}, s {tuple(self.s.shape[1:])}, \
 b {tuple(self.b.shape[1:])}
 {facts}
-
-![l, s and b along the noise level, as fewstep calibrate plots them](statistics.png)
-
+{shown}
 ```python
 import fewstep
 
-statistics = fewstep.ModelStatistics.load("path/to/this/folder")
+statistics = fewstep.ModelStatistics.{load}
 solver = fewstep.make_solver("dpm-solver-v3", statistics=statistics)
 ```
 """
