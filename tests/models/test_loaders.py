@@ -1,7 +1,9 @@
 """Models from folders: the bundled ones, diffusers' of every family, and folders that are no model."""
 
+import hashlib
 import json
 import shutil
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,10 +34,14 @@ from fewstep import (
     start_noise,
 )
 from fewstep.core.grid_table import GridTable
+from fewstep.core.prediction import to_x0
 from fewstep.core.statistics import ModelStatistics
 from fewstep.evaluate.metrics import rmse
-from fewstep.models.loaders import save_like, save_ours
+from fewstep.models.denoiser import AdaptedDenoiser
+from fewstep.models.loaders import NetworkTime, save_described, save_like, save_ours
+from fewstep.models.operators.student import OperatorForm, OperatorStudent
 from fewstep.models.tuned import Tuned
+from fewstep.models.unets import SongUNet, build_network
 from fewstep.models.zoo import BUNDLED, WEIGHTS
 from fewstep.solvers.reference import reference_sampler
 
@@ -119,6 +125,78 @@ def test_schedulers_that_are_not_understood_are_refused(tmp_path: Path) -> None:
         config.write_text(text)
         with pytest.raises(ModelError):
             load_model(folder)
+
+
+def _in_the_cache(cache: Path, folder: Path, name: str) -> None:
+    """Lay a folder out as huggingface_hub keeps a repository: blobs by their hash, links to them, and what ``main`` is."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        blob = repository / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        blob.write_bytes(file.read_bytes())
+        link = repository / "snapshots" / commit / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # diffusers' own call
+def test_a_hub_id_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    def no_network(*args: object) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what the variable of this name sets when the hub is imported
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    folder = _save(tmp_path / "model", DDIMScheduler(prediction_type="v_prediction"))
+    _in_the_cache(tmp_path / "hub", folder, "somebody/small-ddim")
+    model = load_model("somebody/small-ddim")
+    assert (model.name, model.folder, model.denoiser.prediction.name) == ("small-ddim", None, "v")
+    assert model.fingerprint == load_model(folder).fingerprint
+    with pytest.raises(ModelError, match="cannot load somebody/other/unet as a UNet2DModel"):
+        load_model("somebody/other")
+    with pytest.raises(ModelError, match="somebody/small-ddim is no file: format and config are for checkpoint files"):
+        load_model("somebody/small-ddim", config={"sde": "vp"})
+
+
+def _song(folder: Path) -> Model:
+    """A folder of version 2."""
+    torch.manual_seed(0)
+    options = {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "label_dim": 3, "model_channels": 8, "channel_mult": [1, 2]}
+    options |= {"num_blocks": 1, "attn_resolutions": [4]}
+    network = build_network("SongUNet", options, SongUNet(**options).state_dict())
+    denoiser = AdaptedDenoiser(network, VarianceExploding(0.01, 50.0), "edm(0.5)", NetworkTime("log", 0.25))
+    save_described(Model("song", denoiser, (1, 8, 8), 3, 3), folder)
+    return load_model(folder)
+
+
+def test_a_folder_with_another_network(tmp_path: Path) -> None:
+    model = _song(tmp_path / "one")
+    assert (model.name, model.shape, model.classes, model.null_label, model.folder) == ("one", (1, 8, 8), 3, 3, tmp_path / "one")
+    x, t, labels = torch.randn(2, 1, 8, 8), T, torch.tensor([0, 2])
+    expected = to_x0("edm(0.5)", model.denoiser.network(x / 1.25**0.5, torch.zeros(2), labels), x, T, T)
+    torch.testing.assert_close(model.denoiser(x, t, labels), expected)
+    with pytest.raises(ModelError, match="the network refused a state"):
+        model.denoiser(x, t, labels + 2)
+    with torch.no_grad():
+        next(iter(model.denoiser.network.parameters())).add_(1)
+    save_like(model, model.denoiser.network, tmp_path / "two")
+    assert load_model(tmp_path / "two").fingerprint == model.fingerprint != load_model(tmp_path / "one").fingerprint
+    with pytest.raises(ModelError, match="an operator is made of a diffusers UNet2DModel, not of a SongUNet"):
+        OperatorStudent(model.adapted, make_grid("angle", model.denoiser.schedule, 2).t, OperatorForm())
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(prediction_type="v_prediction"), FlowMatchEulerDiscreteScheduler(shift=3.0)])
+def test_any_diffusers_folder_can_be_written_as_ours(tmp_path: Path, scheduler: object) -> None:
+    model = load_model(_save(tmp_path / "one", scheduler))
+    save_described(model, tmp_path / "two")
+    assert load_model(tmp_path / "two").fingerprint == model.fingerprint
+    x, t = torch.randn(2, 1, 8, 8), T * model.denoiser.schedule.t_max * 0.5
+    assert torch.equal(load_model(tmp_path / "two").denoiser(x, t), model.denoiser(x, t))
 
 
 def test_labels_and_guidance(tmp_path: Path) -> None:

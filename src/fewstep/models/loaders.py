@@ -1,215 +1,33 @@
-"""Trained models from folders: ours (``fewstep.json``) and diffusers' (a ``UNet2DModel`` with a scheduler). Never a pickle."""
+"""Trained models from folders: ours (``fewstep.json``) and diffusers' (a ``UNet2DModel`` with a scheduler). Never a pickle.
+
+A folder of ours is of version 1 (a ``UNet2DModel`` with EDM preconditioning) or 2 (which says all that a `Model` is, see `describe`).
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from fewstep.core.artifact import read_json, write_whole
-from fewstep.core.errors import ArtifactError, GridError, ModelError, SolverError
-from fewstep.core.grid import TimeGrid, make_grid
-from fewstep.core.grid_table import GridTable
-from fewstep.core.prediction import EDM, Prediction, prediction
-from fewstep.core.sampler import Sampler
-from fewstep.core.sampling import Denoiser
-from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding, schedule_from_config
-from fewstep.core.statistics import ModelStatistics
+from fewstep.core.errors import ArtifactError, ModelError
+from fewstep.core.prediction import Prediction, prediction
+from fewstep.core.schedule import NoiseSchedule, schedule_from_config
 from fewstep.models.denoiser import AdaptedDenoiser, edm_time, image_size, unet_call
-from fewstep.models.guidance import classifier_free
+from fewstep.models.model import FITTED, Model, NetworkTime
+from fewstep.models.noise_law import noise_law
 from fewstep.models.operators.student import OperatorDenoiser, OperatorStudent
-from fewstep.models.tuned import Tuned
+from fewstep.models.unets import NETWORKS, build_network
 
-__all__ = ["FITTED", "Model", "load_folder", "save_like", "save_ours"]
+__all__ = ["FITTED", "Model", "NetworkTime", "described", "load_folder", "read_tensors", "save_described", "save_like", "save_ours"]
 
-FITTED = "fitted"  # the name of fitted samplers, where a solver's would stand
-
-
-@dataclass(frozen=True, eq=False)
-class Model:
-    """A trained network as a sampling problem.
-
-    Attributes:
-        name: how it was asked for.
-        denoiser: the network with its noise schedule.
-        shape: of one sample, ``(C, H, W)``.
-        classes: number of class labels, or None if it takes none.
-        null_label: the label that stands for no condition, or None if it has none.
-        data: the data set it was trained on, by the name `load_images` knows, or None.
-        folder: where it was loaded from.
-    """
-
-    name: str
-    denoiser: AdaptedDenoiser | OperatorDenoiser
-    shape: tuple[int, ...]
-    classes: int | None = None
-    null_label: int | None = None
-    data: str | None = None
-    folder: Path | None = None
-
-    @property
-    def is_operator(self) -> bool:
-        """Whether it is an operator student, whose evaluations are passes along times of its own."""
-        return isinstance(self.denoiser, OperatorDenoiser)
-
-    @property
-    def passes(self) -> tuple[int, ...]:
-        """The numbers of passes that an operator student can make, as its folder says; none of any other model."""
-        path = None if self.folder is None else self.folder / "optimized" / "ddim"
-        return tuple(sorted(GridTable.load(path).grids)) if self.is_operator and path is not None else ()
-
-    @property
-    def adapted(self) -> AdaptedDenoiser:
-        """The denoiser of a network that answers for one time.
-
-        Raises:
-            ModelError: it is an operator student.
-        """
-        if not isinstance(self.denoiser, AdaptedDenoiser):
-            raise ModelError(f"{self.name} is an operator student, which is sampled as it is: name its teacher")
-        return self.denoiser
-
-    def guided(self, scale: float = 1.0) -> Denoiser:
-        """The denoiser with classifier-free guidance; scale 1 is the model as it is.
-
-        Raises:
-            ModelError: the model has no null label to guide away from.
-        """
-        if scale == 1:
-            return self.denoiser
-        if self.is_operator:
-            raise ModelError(f"{self.name} is an operator student: its guidance is in its weights; use guidance 1")
-        if self.null_label is None:
-            raise ModelError(f"{self.name} cannot be guided: it is not class-conditional with a null label; use guidance 1")
-        return classifier_free(self.denoiser, scale, torch.tensor(self.null_label))
-
-    def labels(self, seeds: Sequence[int], label: int | None = None) -> Tensor | None:
-        """One class label per sample, ``[len(seeds)]``: ``label``, or the seed modulo the number of classes; None without classes.
-
-        Raises:
-            ModelError: a label the model does not have.
-        """
-        if self.classes is None:
-            if label is not None:
-                raise ModelError(f"{self.name} takes no labels")
-            return None
-        if label is not None and not 0 <= label < self.classes:
-            raise ModelError(f"{self.name} has labels 0 to {self.classes - 1}, got {label}")
-        return torch.tensor([seed % self.classes if label is None else label for seed in seeds])
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of the weights, the noise law, the prediction type and the network's time: the same for the same model anywhere."""
-        denoiser, digest = self.denoiser, hashlib.sha256()
-        network, schedule = denoiser.network, denoiser.schedule
-        probes = torch.linspace(schedule.t_min + 1e-3, schedule.t_max, 5, dtype=torch.float64)
-        definition: tuple[Any, ...] = (schedule.to_config(), prediction(denoiser.prediction).name, denoiser.time(probes).tolist())
-        if isinstance(denoiser, OperatorDenoiser):
-            definition += (denoiser.network.form, denoiser.network.times.tolist())
-        digest.update(repr(definition).encode())
-        for key, value in sorted(network.state_dict().items() if isinstance(network, nn.Module) else ()):
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else str(value).encode())
-        return digest.hexdigest()[:16]
-
-    def statistics(self, guidance: float = 1.0) -> ModelStatistics | None:
-        """The statistics that lie in the model's folder, below ``statistics*/``, for this guidance scale; None if there are none.
-
-        Raises:
-            ArtifactError: they are damaged.
-        """
-        found = sorted(self.folder.glob("statistics*/statistics.json")) if self.folder is not None else []
-        loaded = (ModelStatistics.load(path.parent) for path in found)
-        return next((statistics for statistics in loaded if statistics.guidance == guidance), None)
-
-    def optimized(self, solver: str, nfe: int, guidance: float = 1.0) -> TimeGrid:
-        """The optimised time grid of a solver that lies in the model's folder, below ``optimized*/``.
-
-        Raises:
-            GridError: there is none for this solver, number of evaluations and guidance scale (and what there is).
-            ArtifactError: it is damaged, or was made for other weights.
-        """
-        found = sorted(self.folder.glob("optimized*/*/grids.json")) if self.folder is not None else []
-        tables = [GridTable.load(path.parent) for path in found]
-        table = next((table for table in tables if (table.solver, table.guidance) == (solver, guidance)), None)
-        if table is None and self.is_operator:
-            raise GridError(
-                f"{self.name} is an operator student, sampled by ddim at guidance 1 along its own times: leave --solver and --grid out"
-            )
-        if table is None:
-            known = ", ".join(f"{table.solver} at {table.guidance:g}" for table in tables)
-            there = f"there are some for {known}" if tables else "there are none in its folder"
-            raise GridError(
-                f"no optimized grid of {self.name} for {solver} at guidance {guidance:g}, {there}: make a sampler with "
-                f"'fewstep optimize {self.command_name(guidance)} --solver {solver} --out DIR'"
-            )
-        if table.model != self.fingerprint:
-            raise ArtifactError(f"the optimized grids in {self.folder} were made for other weights ({table.model}, not {self.fingerprint})")
-        if self.is_operator and nfe not in table.grids:
-            raise GridError(f"{self.name} makes {', '.join(map(str, sorted(table.grids)))} passes, not {nfe}")
-        return table.grid(nfe)
-
-    def slot_grid(self, name: str, slots: int, guidance: float = 1.0) -> TimeGrid:
-        """The times that trajectories are kept at: a spacing by name, or ``optimized``, the model's own for DDIM.
-
-        Raises:
-            GridError: an unknown spacing, or no optimised grid of so many steps.
-        """
-        return self.optimized("ddim", slots, guidance) if name == "optimized" else make_grid(name, self.denoiser.schedule, slots)
-
-    def fitted(self, nfe: int, guidance: float = 1.0) -> Sampler:
-        """The sampler fitted to the model that lies in its folder, below ``fitted*/``.
-
-        Raises:
-            SolverError: there is none with so many evaluations at this guidance scale (and what there is).
-            ArtifactError: it is damaged, or was made for other weights.
-        """
-        if self.is_operator:
-            raise SolverError(f"{self.name} is an operator student, which has passes and no fitted samplers: leave --solver out")
-        paths = sorted(self.folder.glob(f"{FITTED}*/nfe-*/sampler.json")) if self.folder is not None else []
-        samplers = [Sampler.load(path.parent) for path in paths]
-        for sampler in samplers:
-            if (sampler.nfe, sampler.card.get("guidance")) == (nfe, guidance):
-                if sampler.card.get("model") != self.fingerprint:
-                    raise ArtifactError(f"the fitted samplers in {self.folder} were made for other weights, not {self.fingerprint}")
-                return sampler
-        known = ", ".join(f"{sampler.nfe} at {sampler.card.get('guidance'):g}" for sampler in samplers)
-        there = f"there are some of {known}" if known else "there are none in its folder"
-        raise SolverError(
-            f"no fitted sampler of {self.name} with {nfe} evaluations at guidance {guidance:g}, {there}: make one with "
-            f"'fewstep fit {self.command_name(guidance)} --nfe {nfe} --out DIR' and use it with --sampler DIR"
-        )
-
-    def command_name(self, guidance: float) -> str:
-        """How a command names this model and a guidance scale."""
-        return f"{self.name if self.data or self.folder is None else self.folder}" + ("" if guidance == 1 else f" --guidance {guidance:g}")
-
-    @cached_property
-    def tuned(self) -> Tuned | None:
-        """What the model was tuned for, if it was.
-
-        Raises:
-            ArtifactError: its ``tuned.json`` is damaged.
-        """
-        return None if self.folder is None else Tuned.load(self.folder)
-
-    def to(self, device: torch.device) -> Model:
-        """The same model, its network moved."""
-        if isinstance(self.denoiser.network, nn.Module):
-            self.denoiser.network.to(device)
-        return self
-
-    def named(self, name: str, data: str | None) -> Model:
-        """The same model under another name, with its data set."""
-        return replace(self, name=name, data=data)
+WEIGHTS = "unet/model.safetensors"
 
 
 def load_folder(source: str | Path) -> Model:
@@ -241,10 +59,12 @@ def _load_network(path: Path, source: str | Path) -> Model:
 
 def _load_ours(path: Path) -> Model:
     meta = read_json(path / "fewstep.json")
-    if meta.get("format") != "fewstep-model" or meta.get("version") != 1:
+    if meta.get("format") != "fewstep-model" or meta.get("version") not in (1, 2):
         raise ModelError(
-            f"{path / 'fewstep.json'} is {meta.get('format')!r} version {meta.get('version')!r}, not 'fewstep-model' version 1"
+            f"{path / 'fewstep.json'} is {meta.get('format')!r} version {meta.get('version')!r}, not 'fewstep-model' version 1 or 2"
         )
+    if meta["version"] == 2:
+        return replace(described(meta, read_tensors(path / WEIGHTS)[1], path.name, path / "fewstep.json"), folder=path)
     try:
         if not str(meta["prediction"]).startswith("edm("):
             raise ModelError(f"{path / 'fewstep.json'} has prediction {meta['prediction']!r}; version 1 holds edm(sigma_data) models only")
@@ -252,6 +72,78 @@ def _load_ours(path: Path) -> Model:
         return Model(path.name, denoiser, tuple(meta["shape"]), meta["null_label"], meta["null_label"], folder=path)
     except KeyError as error:
         raise ModelError(f"{path / 'fewstep.json'} lacks {error}") from error
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """All that a model is beside its weights, JSON-able; `described` reads it back.
+
+    Raises:
+        ModelError: its network, or its network's time, is none that can be written down.
+    """
+    denoiser = model.adapted
+    network, time = denoiser.network, denoiser.time
+    times = {edm_time: NetworkTime("log", 0.25), AdaptedDenoiser.time: NetworkTime()}
+    time = time if isinstance(time, NetworkTime) else times.get(time)
+    config = getattr(network, "options", None) if type(network).__name__ in NETWORKS else getattr(network, "config", None)
+    if time is None or config is None:
+        raise ModelError(f"{model.name} cannot be written down: its {'time' if time is None else 'network'} is a function of your own")
+    return {
+        "format": "fewstep-model",
+        "version": 2,
+        "network": {"class": type(network).__name__, "options": {key: value for key, value in config.items() if not key.startswith("_")}},
+        "prediction": prediction(denoiser.prediction).name,
+        "schedule": denoiser.schedule.to_config(),
+        "time": {"form": time.form, "scale": time.scale, "factor": time.factor},
+        **{key: getattr(model, key) for key in ("shape", "classes", "null_label")},
+    }
+
+
+def described(meta: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, where: Path) -> Model:
+    """The model of a description and its weights.
+
+    Raises:
+        ModelError: the description (that lies at ``where``) lacks something, or the weights do not fit it.
+    """
+    try:
+        network = build_network(str(meta["network"]["class"]), meta["network"]["options"], weights)
+        schedule = schedule_from_config(meta["schedule"])
+        time = NetworkTime(**meta["time"], schedule=schedule if meta["time"]["form"] == "sigma" else None)
+        call = None if type(network).__name__ in NETWORKS else unet_call
+        denoiser = AdaptedDenoiser(network, schedule, str(meta["prediction"]), time, call)
+        return Model(name, denoiser, tuple(meta["shape"]), meta["classes"], meta["null_label"])
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{where} does not describe a model: {error!r}; make it again") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a safetensors file.
+
+    Raises:
+        ModelError: it is not there, or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read {path} as safetensors: {error}; fetch or make it again") from error
+
+
+def save_described(model: Model, path: Path, network: Any = None) -> None:  # noqa: ANN401
+    """Write a model as a folder of version 2, or as one file where ``path`` ends in ``.safetensors``; each file whole or not at all.
+
+    Raises:
+        ModelError: see `describe`.
+        ArtifactError: it cannot be written.
+    """
+    meta, single = json.dumps(describe(model)), path.suffix == ".safetensors"
+    network = model.adapted.network if network is None else network
+    weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    header = {"format": "pt", **({"fewstep": meta} if single else {})}
+    write_whole(path if single else path / WEIGHTS, lambda target: save_file(weights, target, header))
+    if not single:
+        write_whole(path / "fewstep.json", (json.dumps(json.loads(meta), indent=1) + "\n").encode())
 
 
 def save_ours(
@@ -291,6 +183,9 @@ def save_like(model: Model, network: Any, folder: Path) -> None:  # noqa: ANN401
     _ = model.adapted
     if model.folder is None:
         raise ModelError(f"{model.name} was not loaded from a folder: save it to one first")
+    if isinstance(model.denoiser.network, tuple(NETWORKS.values())):
+        save_described(model, folder, network)
+        return
     if (model.folder / "fewstep.json").exists():
         save_ours(folder, network, model.denoiser.prediction, model.denoiser.schedule, model.shape, model.null_label)
         return
@@ -304,7 +199,8 @@ def _load_diffusers(source: str) -> Model:
     network = _unet(source)
     config = _scheduler_config(source)
     try:
-        denoiser = _by_scheduler(network, config)
+        law = noise_law(config)
+        denoiser = AdaptedDenoiser(network, law.schedule, law.prediction, law.time, unet_call)
     except (KeyError, TypeError, ValueError, NotImplementedError) as error:
         raise ModelError(f"{source}/scheduler/scheduler_config.json does not describe a noise schedule: {error!r}") from error
     if network.config.sample_size is None:
@@ -312,31 +208,6 @@ def _load_diffusers(source: str) -> Model:
     shape = (network.config.in_channels, *image_size(network))
     folder = Path(source) if Path(source).is_dir() else None
     return Model(Path(source).name, denoiser, shape, network.config.num_class_embeds, folder=folder)
-
-
-def _by_scheduler(network: Any, config: dict[str, Any]) -> AdaptedDenoiser:  # noqa: ANN401
-    """The noise law that a diffusers scheduler's configuration describes; betas are built by diffusers itself."""
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-    kind, name = config.get("prediction_type", "epsilon"), str(config.get("_class_name", ""))
-    if "FlowMatch" in name:
-        if config.get("use_dynamic_shifting"):
-            raise ModelError(f"{name} shifts its schedule by the image size (use_dynamic_shifting), which a folder does not say: set shift")
-        schedule = RectifiedFlow(shift=float(config.get("shift", 1.0)))
-        steps = float(config.get("num_train_timesteps", 1000))
-        return AdaptedDenoiser(network, schedule, "flow", lambda t: steps * schedule.sigma(t), unet_call)
-    if name.startswith("EDM"):
-        schedule = VarianceExploding(float(config["sigma_min"]), float(config["sigma_max"]))
-        if kind != "epsilon":
-            raise ModelError(f"an EDM scheduler with prediction type {kind!r} is not known here, only epsilon (EDM's own F)")
-        return AdaptedDenoiser(network, schedule, EDM(float(config["sigma_data"])), edm_time, unet_call)
-    if "beta_schedule" not in config or name in ("CMStochasticIterativeScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler"):
-        raise ModelError(
-            f"the noise schedule of a {name or 'scheduler without a class name'} is not known here: a table of betas, FlowMatch or EDM is"
-        )
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    betas: Any = DDPMScheduler.from_config({key: config[key] for key in keys if config.get(key) is not None})
-    return AdaptedDenoiser(network, DiscreteVP.from_alphas_cumprod(betas.alphas_cumprod), kind, call=unet_call)
 
 
 def _unet(source: str) -> Any:  # noqa: ANN401

@@ -1,10 +1,13 @@
-"""The trained models that ship with the package, and the one function that loads a model by name or folder."""
+"""The trained models that ship with the package, and the one function that loads a model by name, folder or file."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fewstep.core.errors import ModelError, nearest
+from fewstep.models.checkpoints import load_checkpoint
 from fewstep.models.loaders import Model, load_folder
 
 __all__ = ["BUNDLED", "load_model"]
@@ -19,12 +22,26 @@ BUNDLED = {  # name -> (what it is, the data it was trained on)
 }
 
 
-def load_model(name: str | Path) -> Model:
-    """A bundled model by its name, or one from a folder, see `load_folder`.
+def load_model(
+    name: str | Path,
+    *,
+    format: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    trust: bool = False,
+) -> Model:
+    """A bundled model by its name, one from a folder or the hub (see `load_folder`), or one from a file (see `load_checkpoint`).
+
+    Args:
+        name: the name, folder or file.
+        format, config, trust: of a file, see `load_checkpoint`.
 
     Raises:
-        ModelError: neither a bundled name nor a readable folder.
+        ModelError: neither a bundled name nor a readable folder or file; options of a file for what is none.
     """
+    if str(name) not in BUNDLED and Path(name).is_file():
+        return load_checkpoint(name, format=format, config=config, trust=trust)
+    if format is not None or config:
+        raise ModelError(f"{name} is no file: format and config are for checkpoint files; a folder or a bundled model says them itself")
     if str(name) in BUNDLED:
         return load_folder(WEIGHTS / str(name)).named(str(name), BUNDLED[str(name)][1])
     if "/" not in str(name) and not Path(name).exists():
