@@ -19,6 +19,7 @@ from fewstep.core.sampling import Denoiser, Step, sample, seeded_noise, start_no
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding, VPCosine, VPLinear
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, Solver, State, Tableau, advance, tabulate
+from fewstep.integrations.pipelines import from_pipeline
 from fewstep.learn.calibrate import CalibrationConfig, calibrate
 from fewstep.learn.distill import DistillConfig, distill
 from fewstep.learn.finetune import FinetuneConfig, finetune
@@ -86,6 +87,7 @@ __all__ = [
     "finetune",
     "fit",
     "fit_in_sequence",
+    "from_pipeline",
     "from_x0",
     "generate_trajectories",
     "load_model",

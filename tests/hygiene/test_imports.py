@@ -5,7 +5,7 @@ import sys
 
 import fewstep
 
-OPTIONAL = ("accelerate", "diffusers", "jinja2", "matplotlib", "scipy", "sklearn", "torchmetrics", "torchvision", "transformers")
+OPTIONAL = ("accelerate", "diffusers", "huggingface_hub", "jinja2", "matplotlib", "scipy", "sklearn", "torchmetrics", "transformers")
 LOADED = "import sys, fewstep, fewstep.solvers; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
 
 
