@@ -17,7 +17,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from PIL import Image
 
 from fewstep import Sampler, TimeGrid, VarianceExploding, load_model, make_solver
-from fewstep.apps import cli, verbs
+from fewstep.apps import cli, training, verbs
 from fewstep.core.grid_table import GridTable
 from fewstep.core.statistics import ModelStatistics
 from fewstep.evaluate import benchmark, generation
@@ -352,7 +352,7 @@ def tiny(tmp_path_factory) -> Path:
 def hurry(monkeypatch) -> None:
     """Less work than optimize and finetune do by those defaults that no option changes."""
     monkeypatch.setattr(cli, "OptimizeConfig", partial(OptimizeConfig, iterations=1))
-    monkeypatch.setattr(cli, "FinetuneConfig", partial(FinetuneConfig, held_out=8, levels=8, teacher_nfe=16))
+    monkeypatch.setattr(training, "FinetuneConfig", partial(FinetuneConfig, held_out=8, levels=8, teacher_nfe=16))
     monkeypatch.setattr(finetune, "GramConfig", lambda num: GramConfig(levels=16, num=16))
 
 

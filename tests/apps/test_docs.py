@@ -9,7 +9,7 @@ import torch
 import fewstep
 
 ROOT = Path(__file__).parents[2]
-GUIDES = ("index", "own-network", "statistics", "schedules", "dsno", "manual-stepping", "extending")
+GUIDES = ("index", "own-network", "comfyui", "statistics", "schedules", "dsno", "manual-stepping", "extending")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in GUIDES))
 
 

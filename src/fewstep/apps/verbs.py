@@ -16,7 +16,7 @@ import torch
 
 from fewstep.apps.console import progress
 from fewstep.core.artifact import write_whole
-from fewstep.core.errors import FewstepError, GridError
+from fewstep.core.errors import FewstepError, GridError, ModelError
 from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.process import default_device, process
 from fewstep.core.sampler import Sampler
@@ -26,6 +26,7 @@ from fewstep.evaluate.generation import check_seeds, generate_to, solver_for
 from fewstep.evaluate.pictures import save_comparison, save_grid, save_singles, to_uint8
 from fewstep.evaluate.plan import OPTIMIZED, BenchmarkConfig, check_made_for, planned_keys, saved_samplers
 from fewstep.evaluate.plots import save_schedules, save_statistics
+from fewstep.integrations.pipelines import from_pipeline, is_pipeline, load_pipeline
 from fewstep.learn.calibrate import CalibrationConfig, calibrate
 from fewstep.learn.distill import DistillConfig, distill
 from fewstep.learn.finetune import FinetuneConfig, finetune
@@ -217,11 +218,24 @@ def _comparison(results: dict[str, Any], out: Path) -> None:
     save_comparison(cells, out / "pictures.png", title=f"{results['model']}: the same seeds by every sampler")
 
 
+def open_model(name: str, prompts: Path | None = None) -> Model:
+    """A model by name, folder or checkpoint; the network of a whole pipeline's folder, conditioned on prompts.
+
+    Raises:
+        ModelError: no such model, prompts missing or not wanted, or a pipeline that is not known.
+    """
+    if not is_pipeline(name):
+        if prompts is not None:
+            raise ModelError(f"{name} is not a pipeline that takes prompts: leave --prompts out, or name the folder of one")
+        return load_model(name)
+    return from_pipeline(load_pipeline(name), prompts)
+
+
 def run_calibrate(
-    model_name: str, config: CalibrationConfig, out: Path, data: str | None, guidance: float, unguided: bool, command: str
+    model: Model, config: CalibrationConfig, out: Path, data: str | None, guidance: float, unguided: bool, command: str
 ) -> dict[str, Any] | None:
     """Calibrate, save the statistics and their plot; None in all processes but the first."""
-    model, images = load_model(model_name), load_images(data) if data else None
+    images = load_images(data) if data else None
     total = len(config.batches[process()[0] :: process()[1]]) * config.batch * (config.levels + 1)
     title = f"calibrating {model.name}: {config.num} data x {config.levels + 1} levels"
     begin = time.perf_counter()
@@ -244,7 +258,7 @@ def run_calibrate(
 
 
 def run_optimize(
-    model_name: str,
+    model: Model,
     names: tuple[str, ...],
     nfe: tuple[int, ...],
     config: OptimizeConfig,
@@ -254,7 +268,6 @@ def run_optimize(
     command: str,
 ) -> dict[str, Any]:
     """Optimise the schedules of each solver and draw them."""
-    model = load_model(model_name)
     solvers = {name: solver_for(name, model, guidance=guidance, statistics=statistics) for name in names}
     if not solvers:
         raise FewstepError("optimize needs at least one solver")
@@ -265,7 +278,8 @@ def run_optimize(
         rows += [{key: found[n].sampler.card[key] for key in SHOWN} | {"solver": name, "nfe": n} for n in found]
         if find_spec("matplotlib"):
             plots = str(_schedule_plot(model, name, gram, found, solver_folder(out, name)))
-    return {"model": model.name, "samplers": str(out), "plots": plots, "rows": rows}
+    folders = [str(solver_folder(out, name)) for name in made]
+    return {"model": model.name, "samplers": str(out), "folders": folders, "plots": plots, "rows": rows}
 
 
 def _schedule_plot(model: Model, name: str, gram: Gram, found: Mapping[int, Optimized], folder: Path) -> Path:
@@ -293,10 +307,10 @@ def run_finetune(model_name: str, config: FinetuneConfig, out: Path, data: str |
 
 
 def run_fit(
-    model_name: str, nfe: tuple[int, ...], config: FitConfig, out: Path, guidance: float, stored: Path | None, command: str
+    model: Model, nfe: tuple[int, ...], config: FitConfig, out: Path, guidance: float, stored: Path | None, command: str
 ) -> dict[str, Any] | None:
     """Fit samplers; None in all processes but the first."""
-    model, counts, begin = load_model(model_name), sorted(set(nfe)), time.perf_counter()
+    counts, begin = sorted(set(nfe)), time.perf_counter()
     title = f"fitting {len(counts)} samplers of {model.name}, about {config.evaluations(counts) / 1e6:.2f} M network evaluations"
     given = None if stored is None else Trajectories.load(stored)
     with progress(title, len(counts)) as report:
