@@ -2,9 +2,11 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.integrations.tiny_pipelines import load, make
 
 import fewstep
 
@@ -13,6 +15,26 @@ GUIDES = ("index", "own-network", "comfyui", "statistics", "schedules", "dsno", 
 PAGES = ("README.md", *(f"docs/{name}.md" for name in GUIDES))
 
 
+def run_blocks(page: str, names: dict[str, Any]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of diffusers and transformers, while they load and save
+def test_the_guide_to_pipelines_runs_and_its_fit_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    load(make("sd", tmp_path)).save_pretrained("path/to/pipeline")
+    names: dict[str, Any] = {}
+    run_blocks("docs/diffusers.md", names)
+    errors = names["errors"]
+    best = min(error for kind, error in errors.items() if kind != "fitted")
+    assert errors["fitted"] <= 0.6 * best  # measured 0.1 to 0.3
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -37,9 +59,10 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
         "empty_prompt_embedding": torch.zeros(7, 5),
         "prompt_embeddings": torch.randn(4, 7, 5),
     }
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, page, "exec"), names)
+    if page == "README.md":
+        make("sd", tmp_path)
+        names["pipe"] = load(tmp_path / "sd")
+        fewstep.Sampler.build(fewstep.make_solver("unipc-2"), fewstep.make_grid("angle", schedule, 5), schedule).save("fitted")
+    run_blocks(page, names)
     if page == "docs/extending.md":
         assert fewstep.tabulate(names["TwoStep"](), sampler.tableau.nodes).memory == 2

@@ -12,16 +12,18 @@ import json
 import re
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from fewstep.core.errors import ArtifactError
 
-__all__ = ["HUB_ID", "fetch", "header", "loading", "push", "snapshot"]
+__all__ = ["HUB_ID", "Shared", "fetch", "header", "loading", "push", "snapshot"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+T = TypeVar("T", bound="Shared")
 PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".webp")
 
 
@@ -167,3 +169,68 @@ def _why(error: BaseException, errors: Any, revision: str | None) -> str:  # noq
     if status is not None:
         return f"the hub says {first}"
     return f"{first}; check the network, and HF_ENDPOINT if you set it" if not isinstance(error, ValueError) else first
+
+
+class Shared(ABC):
+    """An artifact that can be put on the hub and fetched from there."""
+
+    kind: ClassVar[str]  # of its files
+
+    @classmethod
+    @abstractmethod
+    def load(cls: type[T], folder: str | Path) -> T:
+        """Read it from a folder."""
+
+    @abstractmethod
+    def _write(self, folder: Path, readme: str) -> Path: ...
+
+    @abstractmethod
+    def _readme(self, load: str, pictures: Sequence[str] = ()) -> str: ...
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        subfolder: str | None = None,
+        pictures: Sequence[str | Path] = (),
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Put the artifact into a repository ``owner/name`` of the Hugging Face hub, made where there is none, as one commit.
+
+        Args:
+            subfolder: where in the repository; by default its top folder, whose card is the repository's.
+            pictures: files to put beside it, shown in the card.
+            private, revision, token: as ``huggingface_hub`` has them; ``revision`` is a branch, made where there is none.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ArtifactError: without ``huggingface_hub``, or what the hub says against it, and what to do.
+        """
+        readme = self._readme(loading(repo_id, subfolder, revision), [Path(picture).name for picture in pictures])
+        message = commit_message or f"Upload fewstep {self.kind}"
+        options = {"private": private, "revision": revision, "commit_message": message, "token": token}
+        return push(lambda folder: self._write(folder, readme), repo_id, subfolder=subfolder, pictures=pictures, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[T],
+        repo_id_or_folder: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> T:
+        """Read the artifact from a folder, or from a repository of the Hugging Face hub, through the hub's cache.
+
+        Raises:
+            ArtifactError: as `load`; without ``huggingface_hub``; nothing there by that name, or the hub cannot be reached.
+        """
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        return cls.load(fetch(repo_id_or_folder, cls.kind, subfolder=subfolder, **options))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.core.artifact import load_artifact, save_artifact
 from fewstep.core.grid import TimeGrid
-from fewstep.core.hub import fetch, header, loading, push
+from fewstep.core.hub import Shared, header
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
 
@@ -23,7 +23,7 @@ TABLES = ("record", "update", "bias", "noise")
 
 
 @dataclass(frozen=True, eq=False)
-class Sampler:
+class Sampler(Shared):
     """A tableau with its grid and where it came from.
 
     ``solver`` and ``options`` name the formulas, for the reader and for whoever rebuilds it on another grid;
@@ -36,6 +36,7 @@ class Sampler:
     solver: str
     options: Mapping[str, Any] = field(default_factory=dict)
     card: Mapping[str, Any] = field(default_factory=dict)
+    kind = "sampler"
 
     @classmethod
     def build(cls, solver: Solver, grid: TimeGrid, schedule: NoiseSchedule, **card: Any) -> Sampler:  # noqa: ANN401
@@ -84,53 +85,6 @@ class Sampler:
             return cls(tableau, TimeGrid(tensors["grid"]), schedule, meta["solver"], dict(meta["options"]), dict(meta["card"]))
 
         return load_artifact(Path(folder), "sampler", build)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        subfolder: str | None = None,
-        pictures: Sequence[str | Path] = (),
-        private: bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload a fewstep sampler",
-        token: str | bool | None = None,
-    ) -> str:
-        """Put the artifact into a repository ``owner/name`` of the Hugging Face hub, made where there is none, as one commit.
-
-        Args:
-            subfolder: where in the repository; by default its top folder, whose card is the repository's.
-            pictures: files to put beside it, shown in the card.
-            private, revision, token: as ``huggingface_hub`` has them; ``revision`` is a branch, made where there is none.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            ArtifactError: without ``huggingface_hub``, or what the hub says against it, and what to do.
-        """
-        readme = self._readme(loading(repo_id, subfolder, revision), [Path(picture).name for picture in pictures])
-        options = {"private": private, "revision": revision, "commit_message": commit_message, "token": token}
-        return push(lambda folder: self._write(folder, readme), repo_id, subfolder=subfolder, pictures=pictures, **options)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        repo_id_or_folder: str | Path,
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-    ) -> Sampler:
-        """Read a sampler from a folder, or from a repository of the Hugging Face hub, through the hub's cache.
-
-        Raises:
-            ArtifactError: as `load`; without ``huggingface_hub``; nothing there by that name, or the hub cannot be reached.
-        """
-        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        return cls.load(fetch(repo_id_or_folder, "sampler", subfolder=subfolder, **options))
 
     def _readme(self, load: str, pictures: Sequence[str] = ()) -> str:
         sigmas = ", ".join(f"{s:.4g}" for s in torch.exp(-self.tableau.nodes.lam).tolist())

@@ -26,7 +26,7 @@ from torch import Tensor
 from fewstep.core.artifact import load_artifact, save_artifact
 from fewstep.core.errors import ArtifactError, GridError
 from fewstep.core.grid import TimeGrid
-from fewstep.core.hub import fetch, header, loading, push
+from fewstep.core.hub import Shared, header
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
 
 __all__ = ["Integrals", "ModelStatistics", "Rule"]
@@ -48,7 +48,7 @@ class Integrals(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class ModelStatistics:
+class ModelStatistics(Shared):
     """``l, s, b`` on a grid uniform in ``lam``, between whose points they are linear, and whose they are.
 
     Attributes:
@@ -73,6 +73,7 @@ class ModelStatistics:
     model: str = ""
     guidance: float = 1.0
     card: Mapping[str, Any] = field(default_factory=dict)
+    kind = "statistics"
 
     def __post_init__(self) -> None:
         for name in ("lam", "l", "s", "b"):
@@ -259,45 +260,6 @@ class ModelStatistics:
             return cls(lam, l, s, b, meta["shape"], schedule, meta["model"], meta["guidance"], dict(meta["card"]))
 
         return load_artifact(Path(folder), "statistics", build)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        subfolder: str | None = None,
-        pictures: Sequence[str | Path] = (),
-        private: bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload model statistics for DPM-Solver-v3",
-        token: str | bool | None = None,
-    ) -> str:
-        """Put the artifact into a repository of the Hugging Face hub, as `Sampler.push_to_hub` does; gives the address of the commit.
-
-        Raises:
-            ArtifactError: without ``huggingface_hub``, or what the hub says against it, and what to do.
-        """
-        readme = self._readme(loading(repo_id, subfolder, revision), [Path(picture).name for picture in pictures])
-        options = {"private": private, "revision": revision, "commit_message": commit_message, "token": token}
-        return push(lambda folder: self._write(folder, readme), repo_id, subfolder=subfolder, pictures=pictures, **options)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        repo_id_or_folder: str | Path,
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-    ) -> ModelStatistics:
-        """Read statistics from a folder, or from a repository of the Hugging Face hub, through the hub's cache.
-
-        Raises:
-            ArtifactError: as `load`; without ``huggingface_hub``; nothing there by that name, or the hub cannot be reached.
-        """
-        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        return cls.load(fetch(repo_id_or_folder, "statistics", subfolder=subfolder, **options))
 
     def _readme(self, load: str, pictures: Sequence[str] = ()) -> str:
         facts = "\n".join(f"- {key}: {value}" for key, value in self.card.items())

@@ -102,7 +102,12 @@ class FewstepScheduler(StoredScheduler):
         rescale_betas_zero_snr: bool = False,
     ) -> None:
         given = {key: self.config[key] for key in DESCRIPTIVE}
-        name = solver_of(given) if solver is None else MENUS.get(solver, solver)
+        name = solver_of(given) if solver is None else MENUS.get(str(solver), str(solver))
+        if not 0 <= dynamic_thresholding_ratio <= 1 or not sample_max_value > 0:
+            raise FewstepError(
+                "thresholding wants a dynamic_thresholding_ratio between 0 and 1 and a sample_max_value above 0, got "
+                f"{dynamic_thresholding_ratio} and {sample_max_value}"
+            )
         self._samplers, self._statistics = held(sampler, SavedSamplers), held(statistics, ModelStatistics)
         self._settle(name, sampler, statistics)
         if self._samplers is None:
@@ -180,6 +185,7 @@ class FewstepScheduler(StoredScheduler):
         times = self._law.time(nodes.t[:-1])
         whole = torch.equal(times, times.round()) and isinstance(self._law.schedule, DiscreteVP)
         self.timesteps = times.to(torch.int64 if whole else torch.float32).to(device)
+        self._whole = self.timesteps  # pipelines may put a part of it in its place
         self._times: list[float] = times.float().tolist()
         level = nodes.sigma if self.config["use_flow_sigmas"] else torch.exp(-nodes.lam)
         self.sigmas = level.float()
@@ -263,7 +269,7 @@ class FewstepScheduler(StoredScheduler):
         chain.state, chain.at = advance(plan.rows[i], chain.state._replace(x=x), x0, noise), chain.at + 1
         result, self._last = chain.state.x.to(sample.dtype), chain.at
         self._chains.step_done(chain, result, last=chain.at == len(self._times))
-        x0 = x0.to(sample.dtype)
+        x0 = x0.clone() if x0.dtype == sample.dtype else x0.to(sample.dtype)  # the solver may remember it
         return FewstepSchedulerOutput(result, x0) if return_dict else (result, x0)
 
     def _mean(self, output: Tensor, sample: Tensor) -> Tensor:
@@ -281,7 +287,8 @@ class FewstepScheduler(StoredScheduler):
         """The sample's own history, or a new one."""
         places = self._places(timestep)
         known = self._chains.find(sample, places)
-        if known is not None:
+        starting = places is not None and self._begin_index in places  # an older loop may wait where a new one starts
+        if known is not None and (known.output() is sample or not starting):
             return known
         plan = self._plan(self._first(timestep, places), torch.promote_types(sample.dtype, torch.float32), sample.device)
         return self._chains.begin(plan, sample)
@@ -289,8 +296,8 @@ class FewstepScheduler(StoredScheduler):
     def _places(self, timestep: Any) -> list[int] | None:  # noqa: ANN401
         """Which evaluations a timestep may be, without waiting for a device; None if that cannot be said."""
         if isinstance(timestep, Tensor):
-            if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():  # a view: its place says it
-                return [int(timestep.storage_offset() - self.timesteps.storage_offset())]
+            if timestep.untyped_storage().data_ptr() == self._whole.untyped_storage().data_ptr():  # a view: its place says it
+                return [int(timestep.storage_offset() - self._whole.storage_offset())]
             if timestep.device.type != "cpu":
                 return None
             timestep = timestep.flatten()[0]

@@ -49,11 +49,18 @@ def asked_grid(
     if not given or "timesteps" in given and len(given) > 1:
         raise GridError(f"set_timesteps wants one of num_inference_steps, timesteps or sigmas, got {' and '.join(given) or 'none'}")
     wanted = None if sigmas is None else torch.as_tensor(sigmas).detach().cpu().double().flatten()
+    if steps is not None and (isinstance(steps, bool) or steps != int(steps)):
+        raise GridError(f"the number of steps is a whole number, got {steps}")
+    if wanted is not None and not len(wanted):
+        raise GridError("sigmas are empty: give at least one, or num_inference_steps")
     if wanted is not None and steps is not None and len(wanted) - int(bool(wanted[-1] == 0)) != steps:
         raise GridError(f"{steps} steps were asked for with {len(wanted)} sigmas: leave one of the two out")
     if timesteps is not None:
-        times = law.t_of_time(torch.as_tensor(timesteps).detach().cpu().double().flatten())
-        return _ended(config, law, times)
+        asked = torch.as_tensor(timesteps).detach().cpu().double().flatten()
+        most = float(config.get("num_train_timesteps", 1000)) - isinstance(law.schedule, DiscreteVP)
+        if not len(asked) or not bool(((asked >= 0) & (asked <= most)).all()):
+            raise GridError(f"timesteps lie between 0 and {most:g}, got {asked.tolist()}")
+        return _ended(config, law, law.t_of_time(asked))
     if config.get("grid"):
         if wanted is not None:
             raise GridError(f"this scheduler has a grid of its own, {config['grid']}: leave sigmas out, or make it without grid=")
@@ -70,6 +77,8 @@ def asked_grid(
         return _ended(config, law, _spaced(config, law.schedule, int(steps or 0)))
     ends = torch.exp(-law.schedule.lam(torch.tensor([law.schedule.t_max, 0.0], dtype=torch.float64))).clamp(max=LARGEST)
     high, low = (float(config.get(key) or end) for key, end in zip(("sigma_max", "sigma_min"), ends, strict=True))
+    if not 0 < low < high:
+        raise GridError(f"noise levels run from sigma_max down to a smaller sigma_min above 0, got {high:g} and {low:g}")
     return _ended(config, law, law.schedule.t_of_lam(-torch.log(_levels(name, high, low, int(steps or 0)))))
 
 

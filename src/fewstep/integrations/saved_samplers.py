@@ -15,7 +15,7 @@ from fewstep.core.hub import HUB_ID, snapshot
 from fewstep.core.sampler import Sampler
 from fewstep.core.schedule import DiscreteVP, RectifiedFlow
 from fewstep.core.spec import parse_spec
-from fewstep.solvers import SOLVERS, takes_statistics
+from fewstep.solvers import SOLVERS, make_solver, takes_statistics
 
 __all__ = ["SavedSamplers"]
 
@@ -29,7 +29,7 @@ class SavedSamplers:
         self.by_steps = dict(sorted(samplers.items()))
         if len({repr(sampler.schedule.to_config()) for sampler in samplers.values()}) != 1:
             raise ArtifactError("these samplers are of models with different noise laws, or there are none: give those of one model")
-        if len({sampler.nfe // steps for steps, sampler in samplers.items()}) != 1:
+        if len({_stages(sampler) for steps, sampler in samplers.items() if steps > 1}) > 1:
             raise ArtifactError("these samplers differ in how many evaluations they make in a step: give those of one solver")
 
     @classmethod
@@ -66,8 +66,7 @@ class SavedSamplers:
     @property
     def stages(self) -> int:
         """Evaluations in a step."""
-        steps, sampler = next(iter(self.by_steps.items()))
-        return max(sampler.nfe // steps, 1)
+        return _stages(list(self.by_steps.values())[-1])
 
     def of(self, steps: int | None) -> Sampler:
         """The one with so many steps; the only one, if None.
@@ -89,9 +88,10 @@ class SavedSamplers:
             SolverError: neither is known here.
         """
         sampler = self.by_steps[steps]
-        names = [str(name) for name in (sampler.card.get("name"), sampler.options.get("parent"), "unipc-2") if name]
+        names = [str(name) for name in (sampler.card.get("name"), sampler.options.get("parent"), _described(sampler), "unipc-2") if name]
         for name in names:
-            if parse_spec(name, SolverError)[0] in SOLVERS and (with_statistics or not takes_statistics(name)):
+            known = parse_spec(name, SolverError)[0] in SOLVERS and (with_statistics or not takes_statistics(name))
+            if known and (takes_statistics(name) or make_solver(name).stages == self.stages):
                 return name
         raise SolverError(f"none of {', '.join(names)} can be put on the rest of this sampler's times")
 
@@ -115,3 +115,27 @@ class SavedSamplers:
             betas = (1 - bar[1:] / bar[:-1]).tolist()
             return {"trained_betas": betas, "num_train_timesteps": len(betas), "prediction_type": kind}
         raise ArtifactError(f"diffusers' pipelines have discrete times or flows, and this sampler's law is {law}: use fewstep.sample")
+
+
+def _stages(sampler: Sampler) -> int:
+    """Evaluations in a step; the last step to ``sigma = 0`` may have fewer, so it is the first that is counted."""
+    if sampler.grid.steps == 1:
+        return sampler.nfe
+    second = (sampler.tableau.nodes.t[:-1] == sampler.grid.t[1]).nonzero()  # Heun's first step ends with an evaluation there too
+    return int(second[-1]) if len(second) else 1
+
+
+def _described(sampler: Sampler) -> str | None:
+    """The name and options of the solver whose class a sampler names; None if there is no such name."""
+    found = []
+    for name in SOLVERS:
+        if takes_statistics(name) or type(made := make_solver(name)).__name__ != sampler.solver:
+            continue
+        others = {key: value for key, value in sampler.options.items() if value != _listed(getattr(made, key, value))}
+        words = (f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in others.items())
+        found.append((len(others), ":".join([name, *words])))
+    return min(found)[1] if found else None
+
+
+def _listed(value: Any) -> Any:  # noqa: ANN401 - as JSON gives a tuple back
+    return list(value) if isinstance(value, tuple) else value

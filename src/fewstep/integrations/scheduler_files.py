@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fewstep.core.artifact import read_json
 from fewstep.core.errors import ArtifactError, ModelError
 from fewstep.core.hub import HUB_ID, snapshot
 from fewstep.core.statistics import ModelStatistics
 from fewstep.integrations.saved_samplers import SavedSamplers
 from fewstep.integrations.solver_names import DESCRIPTIVE, options_of
+from fewstep.models.noise_law import is_edm, is_flow
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -65,12 +67,16 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(config, Mapping):
             changed, of = dict(config), str(config.get("_class_name", ""))
             if "solver" not in changed:  # it was never ours
-                if of.startswith("EDM") or changed.get("stochastic_sampling") or changed.get("invert_sigmas"):
+                changed.pop("_use_default_values", None)  # what its class has by default is meant, not what this one has
+                other = changed.get("snr_shift_scale", 1.0) != 1 or changed.get("timestep_type", "discrete") != "discrete"
+                if other or is_edm(changed) or changed.get("stochastic_sampling") or changed.get("invert_sigmas"):
                     raise ModelError(f"a FewstepScheduler cannot be made from this {of}: its state or its steps are of another kind")
-                if "FlowMatch" in of:
+                if is_flow(changed) and not changed.get("use_flow_sigmas"):
                     changed |= {"use_flow_sigmas": True, "flow_shift": changed.get("shift", 1.0), "prediction_type": "flow_prediction"}
             if set(DESCRIPTIVE) & set(kwargs) and "solver" not in kwargs:
                 changed.pop("solver", None)  # what is asked for now wins over what the name said
+            if {*DESCRIPTIVE, "solver"} & set(kwargs) and "sampler" not in kwargs:
+                changed.pop("sampler", None)  # and over a saved sampler
             config = changed
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
@@ -100,8 +106,8 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
             self._statistics.save(folder / STATISTICS)
             kept[STATISTICS] = STATISTICS
         if self._samplers is not None:
-            self._samplers.save(folder / SAMPLERS)
-            kept["sampler"] = SAMPLERS
+            kept["sampler"] = f"{SAMPLERS}-{self._samplers.fingerprint}"  # those that were saved here before may stay
+            self._samplers.save(folder / kept["sampler"])
         before = {key: self.config[key] for key in kept}
         self.register_to_config(**kept)
         try:
@@ -125,7 +131,9 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
         place = root / (subfolder or "")
         beside: dict[str, Any] = {}
         if (place / cls.config_name).is_file():
-            beside = {key: str(place / name) for key, name in ((STATISTICS, STATISTICS), ("sampler", SAMPLERS)) if (place / name).is_dir()}
+            named = read_json(place / cls.config_name)
+            here = [key for key in (STATISTICS, "sampler") if named.get(key) and (place / named[key]).is_dir()]
+            beside = {key: str(place / named[key]) for key in here}
         return super().from_pretrained(str(root), subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **{**beside, **kwargs})
 
 
@@ -133,6 +141,8 @@ def held(value: Any, kind: Any) -> Any:  # noqa: ANN401 - an artifact class and 
     """An artifact: itself, one in memory that a configuration refers to, or that of a folder or hub id."""
     if value is None or isinstance(value, kind):
         return value
+    if not isinstance(value, str | Path):
+        raise ArtifactError(f"{value!r} is no {kind.__name__}: give one, its folder or its hub id")
     if str(value).startswith("memory:"):
         if str(value) not in _KNOWN:
             raise ArtifactError(

@@ -44,7 +44,7 @@ def solver_of(options: Mapping[str, Any]) -> str:
     Raises:
         SolverError: an unknown word, or a variant that does not exist here.
     """
-    order, algorithm, kind = int(options["solver_order"]), str(options["algorithm_type"]), str(options["solver_type"])
+    order, algorithm, kind = options["solver_order"], str(options["algorithm_type"]), str(options["solver_type"])
     if not options.get("predict_x0", True):
         raise SolverError("UniPC in noise prediction (predict_x0=False) is not offered: use the default, or deis-3")
     known = {"dpmsolver": "", "dpmsolver++": "", "sde-dpmsolver": "", "sde-dpmsolver++": "", "deis": ""}
@@ -56,7 +56,8 @@ def solver_of(options: Mapping[str, Any]) -> str:
     if algorithm == "deis" or kind == "logrho":
         return f"deis-3{'' if order == 3 else f':steps={order}'}{below}"
     if algorithm == "dpmsolver++" and kind in ("bh1", "bh2"):
-        skipped = list(options.get("disable_corrector") or ())
+        given = options.get("disable_corrector") or ()
+        skipped = list(given) if isinstance(given, list | tuple) else [given]
         return (
             _steps("unipc-{}", order) + (":weights=bh1" if kind == "bh1" else "") + below + (f":uncorrected={skipped}" if skipped else "")
         )

@@ -16,7 +16,7 @@ from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, Vari
 from fewstep.models.denoiser import edm_time
 from fewstep.models.model import NetworkTime
 
-__all__ = ["NoiseLaw", "flow_shift", "noise_law"]
+__all__ = ["NoiseLaw", "flow_shift", "is_edm", "is_flow", "noise_law"]
 
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 OTHER_LAWS = ("CMStochasticIterativeScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler")
@@ -55,16 +55,16 @@ def noise_law(config: Mapping[str, Any], *, mu: float | None = None, to_clean: b
         KeyError, ValueError, NotImplementedError: a configuration that diffusers refuses.
     """
     name, kind = str(config.get("_class_name", "")), config.get("prediction_type", "epsilon")
-    if "FlowMatch" in name or config.get("use_flow_sigmas"):
+    if is_flow(config):
         steps, law = float(config.get("num_train_timesteps", 1000)), RectifiedFlow(flow_shift(config, mu))
 
         def t_of_time(time: Tensor) -> Tensor:
             u = time / steps
             return law.t_of_lam(torch.log1p(-u) - torch.log(u))
 
-        kind = kind if "prediction_type" in config and "FlowMatch" not in name else "flow"
+        kind = kind if "prediction_type" in config and config.get("use_flow_sigmas") else "flow"
         return NoiseLaw(law, prediction(kind), NetworkTime("sigma", steps, schedule=law), t_of_time)
-    if name.startswith("EDM"):
+    if is_edm(config):
         if kind != "epsilon":
             raise ModelError(f"an EDM scheduler with prediction type {kind!r} is not known here, only epsilon (EDM's own F)")
         schedule = VarianceExploding(float(config["sigma_min"]), float(config["sigma_max"]))
@@ -76,6 +76,17 @@ def noise_law(config: Mapping[str, Any], *, mu: float | None = None, to_clean: b
     if config.get("snr_shift_scale", 1.0) != 1 or config.get("timestep_type", "discrete") != "discrete":
         raise ModelError(f"a {name} with snr_shift_scale or continuous timesteps is not known here: its table or its times are others")
     return _discrete(config, prediction(kind), to_clean)
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's configuration is a flow's. One that was not read from a file does not name its class."""
+    named = "FlowMatch" in str(config.get("_class_name", "")) or ("shift" in config and "beta_schedule" not in config)
+    return bool(config.get("use_flow_sigmas")) or named
+
+
+def is_edm(config: Mapping[str, Any]) -> bool:
+    """Whether it is that of one of the EDM schedulers."""
+    return str(config.get("_class_name", "")).startswith("EDM") or "sigma_data" in config
 
 
 def _discrete(config: Mapping[str, Any], kind: Prediction, to_clean: bool) -> NoiseLaw:
@@ -102,4 +113,7 @@ def flow_shift(config: Mapping[str, Any], mu: float | None = None) -> float:
             f"{config.get('_class_name', 'this scheduler')} shifts its schedule by the image size (use_dynamic_shifting), which a folder "
             "does not say: set shift, or pass mu to set_timesteps"
         )
-    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else float(mu)
+    kind = config.get("time_shift_type", "exponential")
+    if kind not in ("exponential", "linear"):
+        raise ModelError(f"time_shift_type is exponential or linear, got {kind!r}")
+    return math.exp(mu) if kind == "exponential" else float(mu)
