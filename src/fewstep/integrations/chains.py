@@ -43,12 +43,13 @@ class Chains:
         self.waiting: list[Chain] = []
 
     def find(self, sample: Tensor, places: list[int] | None) -> Chain | None:
-        """Whose next evaluation may be at one of these places (anywhere, if None): that whose last output ``sample`` is, or else, since a
-        callback may have put another tensor in its place, the nearest: a loop that was abandoned may wait at the same place.
+        """Whose next evaluation may be at one of these places (anywhere, if None; none, if the time was rounded on its way): that whose
+        last output ``sample`` is, or else, since a callback may have put another tensor in its place, the nearest: a loop that was
+        abandoned may wait at the same place.
         """
+        same = next((chain for chain in self.waiting if chain.output() is sample and (not places or chain.at in places)), None)
         here = [chain for chain in self.waiting if places is None or chain.at in places]
         fitting = [chain for chain in here if chain.state.x.shape == sample.shape and chain.state.x.device == sample.device]
-        same = next((chain for chain in fitting if chain.output() is sample), None)
         if same is not None or len(fitting) < 2:
             return same or (fitting[0] if fitting else None)
         return min(fitting, key=lambda chain: float((chain.state.x - sample).abs().mean()))  # the only look at numbers

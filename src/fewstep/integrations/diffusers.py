@@ -16,11 +16,11 @@ from torch import Tensor
 from fewstep.core.errors import ArtifactError, FewstepError, GridError, SolverError
 from fewstep.core.grid import TimeGrid
 from fewstep.core.prediction import aligned, x0_coefficients
-from fewstep.core.schedule import DiscreteVP
+from fewstep.core.schedule import DiscreteVP, RectifiedFlow
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Row, Solver, Tableau, advance, tabulate
 from fewstep.integrations.chains import Chain, Chains, Plan
-from fewstep.integrations.noise_levels import asked_grid
+from fewstep.integrations.noise_levels import asked_grid, only_a_number
 from fewstep.integrations.saved_samplers import SavedSamplers
 from fewstep.integrations.scheduler_files import BaseOutput, SchedulerMixin, StoredScheduler, held, randn_tensor, register_to_config
 from fewstep.integrations.solver_names import DESCRIPTIVE, MENUS, solver_of
@@ -172,6 +172,9 @@ class FewstepScheduler(StoredScheduler):
             GridError: times that do not decrease, or a saved sampler that has not so many steps.
         """
         self._law = noise_law(self.config, mu=mu, to_clean=self.config["final_sigmas_type"] == "zero")
+        if sigmas is not None and (self._samplers is not None or self.config["grid"]) and isinstance(self._law.schedule, RectifiedFlow):
+            count = only_a_number(sigmas)  # some pipelines say their number of steps so
+            num_inference_steps, sigmas = (num_inference_steps, sigmas) if count is None else (count, None)
         if self._samplers is None:
             self._grid = asked_grid(self.config, self._law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
             self._tableau = tabulate(self._solver, self._solver.nodes(self._grid, self._law.schedule))
@@ -287,6 +290,9 @@ class FewstepScheduler(StoredScheduler):
         """The sample's own history, or a new one."""
         places = self._places(timestep)
         known = self._chains.find(sample, places)
+        if places is None and not (known is not None and known.output() is sample) and timestep.device.type != "meta":
+            places = self._places(timestep.cpu())  # a copy of the times on a device, and a sample that is not known: wait for the number
+            known = self._chains.find(sample, places)
         starting = places is not None and self._begin_index in places  # an older loop may wait where a new one starts
         if known is not None and (known.output() is sample or not starting):
             return known

@@ -18,7 +18,7 @@ from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.schedule import DiscreteVP, RectifiedFlow
 from fewstep.models.noise_law import NoiseLaw
 
-__all__ = ["asked_grid"]
+__all__ = ["asked_grid", "only_a_number"]
 
 LARGEST = 2.0**12  # the noise level that spacings of levels begin at where the table ends without signal
 SHORTEST = 1e-6  # of the way to the clean image: the last step of levels that end where their last evaluation is
@@ -80,6 +80,13 @@ def asked_grid(
     if not 0 < low < high:
         raise GridError(f"noise levels run from sigma_max down to a smaller sigma_min above 0, got {high:g} and {low:g}")
     return _ended(config, law, law.schedule.t_of_lam(-torch.log(_levels(name, high, low, int(steps or 0)))))
+
+
+def only_a_number(sigmas: Any) -> int | None:  # noqa: ANN401 - a list, an array or a tensor
+    """How many steps are meant, where a flow's pipeline always gives noise levels: those uniform from 1 that it has by default."""
+    given = torch.as_tensor(sigmas).detach().cpu().double().flatten()
+    usual = torch.linspace(1, 1 / max(len(given), 1), len(given), dtype=torch.float64)
+    return len(given) if len(given) and torch.allclose(given, usual, rtol=1e-5) else None
 
 
 def _ended(config: Mapping[str, Any], law: NoiseLaw, times: Tensor) -> TimeGrid:

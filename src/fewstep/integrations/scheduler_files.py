@@ -67,8 +67,11 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(config, Mapping):
             changed, of = dict(config), str(config.get("_class_name", ""))
             if "solver" not in changed:  # it was never ours
-                changed.pop("_use_default_values", None)  # what its class has by default is meant, not what this one has
-                other = changed.get("snr_shift_scale", 1.0) != 1 or changed.get("timestep_type", "discrete") != "discrete"
+                made = changed.pop("_use_default_values", None) is not None or of  # by a scheduler, rather than by hand
+                lawless = made and not is_flow(changed) and "beta_schedule" not in changed
+                if str(changed.get("algorithm_type")).endswith("_prediction"):
+                    del changed["algorithm_type"]  # SA-Solver has another meaning for it
+                other = lawless or changed.get("snr_shift_scale", 1.0) != 1 or changed.get("timestep_type", "discrete") != "discrete"
                 if other or is_edm(changed) or changed.get("stochastic_sampling") or changed.get("invert_sigmas"):
                     raise ModelError(f"a FewstepScheduler cannot be made from this {of}: its state or its steps are of another kind")
                 if is_flow(changed) and not changed.get("use_flow_sigmas"):
