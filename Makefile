@@ -66,6 +66,7 @@ benchmarks: $(STAMP)
 		--out benchmarks/results/digits-edm-few
 	$(BIN)/fewstep bench digits-dsno --num 1024 --out benchmarks/results/digits-dsno
 	$(BIN)/python benchmarks/dsno_study.py --out benchmarks/results/dsno_study.json
+	$(BIN)/python benchmarks/pipeline_study.py --out benchmarks/results/pipeline_study.json --picture docs/pipeline.png
 	$(BIN)/python benchmarks/tuned_models.py --out benchmarks/results/tuned_models
 	$(BIN)/fewstep bench digits-edm --solver $(ALL) --grid logsnr,karras,angle --nfe 5,6,8,10 --num 1024 --peers diffusers \
 		--out benchmarks/results/digits-edm

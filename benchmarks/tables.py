@@ -1,7 +1,7 @@
 """The tables of the README and the docs, as Markdown, from a results.json of fewstep bench.
 
 python benchmarks/tables.py benchmarks/results/digits-edm/results.json [--solver unipc-2,ipndm] [--grid angle] [--library fewstep]
-    [--best] [--optimized] [--fitted] [--study] [--dsno] [--student]
+    [--best] [--optimized] [--fitted] [--study] [--dsno] [--student] [--pipeline]
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ def main() -> None:
     parser.add_argument(
         "--student", action="store_true", help="a student's rows (the first file) beside its teacher's best on standard grids"
     )
+    parser.add_argument("--pipeline", action="store_true", help="those of pipeline_study.json")
     args = parser.parse_args()
+    if args.pipeline:
+        pipeline(json.loads(args.results[0].read_text()))
+        return
     if args.student:
         first, *others = (json.loads(path.read_text()) for path in args.results)
         student(first["model"], first["rows"], [row for results in others for row in results["rows"]])
@@ -63,6 +67,26 @@ def main() -> None:
             text = "" if row is None else f"{row['rmse']:.4f} ({row['fd']:.2f})"
             line.append(f"**{text}**" if row is not None and row["rmse"] == best[n] else text)
         print(f"| `{solver}` | `{grid}` | " + " | ".join(line) + " |")
+
+
+def pipeline(results: dict[str, Any]) -> None:
+    """Each scheduler on the spacing that its configuration has (leading), and on the best one for each number of steps."""
+    rows: dict[str, dict[int, dict[str, float]]] = {}
+    for row in results["rows"]:
+        name, _, spacing = row["scheduler"].partition(", ")
+        rows.setdefault(name, {}).setdefault(row["steps"], {})[spacing] = row["rmse"]
+    steps = sorted({row["steps"] for row in results["rows"]})
+    best = {n: min(row["rmse"] for row in results["rows"] if row["steps"] == n) for n in steps}
+    print("| scheduler | " + " | ".join(f"{n} steps" for n in steps) + " | as configured |")
+    print("|---|" + "---|" * (len(steps) + 1))
+    for name, cells in rows.items():
+        line = []
+        for n in steps:
+            spacing, error = min(cells[n].items(), key=lambda cell: cell[1])
+            text = f"{error:.3f}" + (f" {spacing}" if spacing else "")
+            line.append(f"**{text}**" if error == best[n] else text)
+        usual = ", ".join(f"{cells[n]['leading']:.3f}" for n in steps) if "leading" in cells[steps[0]] else ""
+        print(f"| {name} | " + " | ".join(line) + f" | {usual} |")
 
 
 def optimized_grids(rows: list[dict[str, Any]], columns: list[int]) -> None:

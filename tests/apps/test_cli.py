@@ -108,6 +108,7 @@ def test_a_killed_sample_run_continues(monkeypatch, capsys, tmp_path: Path) -> N
     np.testing.assert_array_equal(samples(tmp_path / "whole"), samples(tmp_path / "cut"))
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_pictures_of_one(tmp_path: Path) -> None:
     words = ["-m", "fewstep", "sample", "digits-edm", "--nfe", "3", "-n", "8", "--batch", "2", "--npz", "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -135,6 +136,7 @@ def test_a_sampler_of_another_model_or_scale_is_refused(monkeypatch, capsys, tmp
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.slow
 def test_bench_and_demo(monkeypatch, capsys, tmp_path: Path) -> None:
     words = ("bench", "digits-ddpm", "--solver", "ddim,unipc-2", "--grid", "angle,trailing", "--nfe", "5,6", "--num", 8, "--out", tmp_path)
     assert run(monkeypatch, *words) == 0

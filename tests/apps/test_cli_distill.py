@@ -278,6 +278,7 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", KILLS)
 def test_a_killed_run_ends_where_the_other_does(monkeypatch, made, whole, tmp_path, kill: str) -> None:
     words = ("distill", made.teacher, *SHORT, "--out", tmp_path / "out")
@@ -304,6 +305,7 @@ FULL: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", FULL)
 def test_a_full_disk_is_said_in_one_line_and_the_next_run_completes(monkeypatch, capfd, made, whole, tmp_path, what: str) -> None:
     words = ("distill", made.teacher, *SHORT, "--out", tmp_path / "out")

@@ -367,6 +367,7 @@ def test_optimized_and_fitted_samplers_in_the_pipeline(name, folder, tmp_path, h
     assert distance(one, two) > 1e-3 and distance(two, three) < 10 * SAME
 
 
+@pytest.mark.slow
 def test_fit_from_the_command_line(folder, tmp_path, monkeypatch, capsys, hurry):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     place = folder("sd3")

@@ -182,6 +182,7 @@ def test_trained_betas_survive(tmp_path):
     np.testing.assert_array_equal(FewstepScheduler.from_config(again.config).alphas_cumprod, scheduler.alphas_cumprod)
 
 
+@pytest.mark.slow
 @theirs_warn
 @pytest.mark.parametrize("config", [DPM, UNIPC], ids=["dpm", "unipc"])
 def test_any_order_of_compatible_classes_gives_the_configuration_back(config):
