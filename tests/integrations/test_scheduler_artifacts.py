@@ -257,7 +257,7 @@ REFUSED = {
     "corrector": (lambda p: made(disable_corrector=["a"]), SolverError, "counted from 0"),
     "prediction": (lambda p: made(prediction_type="eps"), ModelError, "did you mean epsilon"),
     "end": (lambda p: after(final_sigmas_type="one"), GridError, "zero or sigma_min"),
-    "spacing": (lambda p: after(timestep_spacing="trailling"), GridError, "did you mean trailing"),
+    "spacing": (lambda p: after(timestep_spacing="trails"), GridError, "did you mean trailing"),
     "two levels": (lambda p: after(use_karras_sigmas=True, use_beta_sigmas=True), GridError, "karras and beta"),
     "levels upside down": (lambda p: after(use_karras_sigmas=True, sigma_min=5.0, sigma_max=1.0), GridError, "sigma_max down to a smaller"),
     "negative level": (lambda p: after(use_karras_sigmas=True, sigma_min=-1.0), GridError, "above 0"),
