@@ -569,7 +569,8 @@ def test_two_processes_fit_what_one_does(tmp_path: Path) -> None:
     for count in ("1", "2"):
         command = [*torchrun, count, str(tmp_path / "script.py"), str(tmp_path / "made")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-        subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
     alone, first, second = (torch.load(tmp_path / f"made-{name}") for name in ("1-0", "2-0", "2-1"))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, second, strict=True))
     for one, ours in zip(alone[:4], first[:4], strict=True):
