@@ -19,7 +19,8 @@ from fewstep.models.tuned import Tuned
 from fewstep.solvers.reference import reference_sampler
 
 COLUMNS = {"solver", "library", "grid", "nfe", "num", "guidance", "rmse", "fd", "fd_features", "seconds", "solver_seconds"}
-COLUMNS |= {"statistics", "artifact", "arithmetic"}
+COLUMNS |= {"statistics", "artifact", "arithmetic", "planned", "rmse_ci", "error_median", "error_p95", "fd_ci", "kd", "kd_ci"}
+COLUMNS |= {"precision", "recall", "labels", "peak_memory", "failed"}
 SMALL = {"num": 16, "batch": 8}
 
 

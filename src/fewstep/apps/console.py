@@ -59,7 +59,7 @@ def bench_table(results: dict[str, Any]) -> None:
     """RMSE to the reference trajectory and Frechet distance per solver and grid, columns evaluations, best RMSE of a column starred."""
     rows, reference = results["rows"], results["reference"]
     columns = sorted({row["nfe"] for row in rows})
-    best = {n: min(row["rmse"] for row in rows if row["nfe"] == n) for n in columns}
+    best = {n: min((row["rmse"] for row in rows if row["nfe"] == n and row["rmse"] is not None), default=None) for n in columns}
     title = f"{results['model']}, guidance {rows[0]['guidance']:g}, {rows[0]['num']} noises: RMSE (Frechet distance) by network evaluations"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left")
     for heading in ("solver", "grid"):
@@ -80,6 +80,9 @@ def bench_table(results: dict[str, Any]) -> None:
     for nfe, work in {row["nfe"]: row["arithmetic"] for row in rows if row.get("arithmetic") is not None}.items():
         passes = "1 pass" if nfe == 1 else f"{nfe} passes"
         console.print(f"{passes} of {results['model']}: the arithmetic of {work:.2f} evaluations of its network")
+    for row in rows:
+        if row.get("failed") is not None:
+            console.print(f"failed: {row['solver']} ({row['library']}) on {row['grid']} with {row['nfe']}: {row['failed']}")
     for why in dict.fromkeys(skipped["why"] for skipped in results["skipped"]):
         console.print(f"no row: {why}")
 
@@ -138,8 +141,10 @@ def finetune_table(done: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _cell(row: dict[str, Any] | None, best: float) -> str:
+def _cell(row: dict[str, Any] | None, best: float | None) -> str:
     if row is None:
         return "-"
+    if row["rmse"] is None:
+        return "failed"
     distance = "" if row["fd"] is None else f" ({row['fd']:.2f})"
     return f"{row['rmse']:.4f}{'*' if row['rmse'] == best else ' '}{distance}"

@@ -5,93 +5,55 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.core.artifact import check_writable, read_json, write_whole
-from fewstep.core.errors import ArtifactError, ModelError, SolverError
-from fewstep.core.grid import TimeGrid
+from fewstep.core.errors import FewstepError, ModelError, SolverError
 from fewstep.core.process import default_device
 from fewstep.core.sampler import Sampler
 from fewstep.core.sampling import Cond, Denoiser, aimed, sample, start_noise
-from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Solver
-from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
-from fewstep.evaluate.peers import peer_steps, run_peer
-from fewstep.evaluate.plan import OPTIMIZED, BenchmarkConfig, Key, grid_of, impossible, planned_keys, saved_samplers, solvers_of
+from fewstep.evaluate.confidence import rms, rmse_interval, sample_errors
+from fewstep.evaluate.metrics import rmse
+from fewstep.evaluate.peers import LIBRARY, run_peer
+from fewstep.evaluate.plan import OPTIMIZED, BenchmarkConfig, Key, grid_of, impossible, planned_keys, saved_samplers, solvers_of, steps_of
+from fewstep.evaluate.quality import NOTHING, Quality
+from fewstep.evaluate.rows import Row, has_errors, keep_samples, picture_file, read_errors, read_samples
+from fewstep.evaluate.third_party import is_entry, load_third_party, run_third_party
+from fewstep.evaluate.work import PeakMemory, Timed, now
 from fewstep.models.data import load_images
 from fewstep.models.loaders import Model
 from fewstep.models.operators.student import OperatorDenoiser
 from fewstep.models.zoo import load_model
 from fewstep.solvers.reference import REFERENCE_NFE, reference_sampler
 
-__all__ = ["Row", "benchmark", "picture_file", "read_samples"]
-
-KEPT = 16  # samples of each row kept for pictures
+__all__ = ["Row", "benchmark", "picture_file", "read_errors", "read_samples"]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One sampler on one model. ``rmse`` is the distance to the reference trajectory's end, ``fd`` the Frechet distance to the data."""
+class _Run(NamedTuple):
+    """What running a sampler gave: samples ``[num, *D]``, seconds in all and without the network, evaluations a sample, bytes."""
 
-    solver: str
-    library: str
-    grid: str
-    nfe: int
-    num: int
-    guidance: float
-    rmse: float
-    fd: float | None
-    fd_features: str | None
+    samples: Tensor
     seconds: float
-    solver_seconds: float  # without the network
-    statistics: str | None = None  # the fingerprint of those that the solver used
-    artifact: str | None = None  # that of an optimised grid or a saved sampler
-    arithmetic: float | None = None  # of an operator student: its operations, in evaluations of its network alone
-
-    @property
-    def key(self) -> Key:
-        """What tells rows of one benchmark apart."""
-        return self.library, self.solver, self.grid, self.nfe
-
-
-class _Timed:
-    """A denoiser that knows how long it took."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser, self.seconds = denoiser, 0.0
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.denoiser.schedule
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        begin = _now(x.device)
-        x0 = self.denoiser(x, t, cond)
-        self.seconds += _now(x.device) - begin
-        return x0
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    solver_seconds: float
+    evaluations: int
+    peak_memory: int | None
 
 
 def benchmark(
     model: Model, config: BenchmarkConfig, out: Path, *, command: str, observe: Callable[[int, str], None] | None = None
 ) -> dict[str, Any]:
     """Run all rows and keep them in ``out/results.json``, which is written after each row; rows already there are not run again.
+
+    A sampler that fails, by an error or by samples that are not finite, is a row that says why; the others go on.
 
     ``observe`` is called with the number of rows done and the name of the next. Returns what ``results.json`` holds.
 
@@ -109,11 +71,11 @@ def benchmark(
     results = problem.results(command)
     results["skipped"] = [{"key": list(key), "why": why} for key, why in skipped.items()]  # said, and the others go on
     rows: dict[Key, Row] = {row.key: row for row in (Row(**r) for r in results["rows"])}
+    problem.write(results)  # before any samples of another problem are overwritten
     for number, key in enumerate(planned):
         if observe is not None:
             observe(number, " ".join(map(str, key[1:])))
-        made_of = (problem.statistics(key), problem.artifact(key)) if key not in skipped else None
-        if made_of is None or (key in rows and (rows[key].statistics, rows[key].artifact) == made_of and picture_file(out, key).exists()):
+        if key in skipped or (key in rows and problem.is_up_to_date(rows[key])):
             continue
         rows[key] = problem.row(key)
         results["rows"] = [asdict(row) for row in rows.values()]
@@ -122,23 +84,6 @@ def benchmark(
     if observe is not None:
         observe(len(planned), "")
     return results
-
-
-def picture_file(out: Path, key: Key) -> Path:
-    """Where the first samples of a row are kept."""
-    return out / "samples" / f"{re.sub('[:/]', '_', '-'.join(map(str, key)))}.safetensors"
-
-
-def read_samples(path: Path) -> Tensor:
-    """Samples that a benchmark kept, ``[n, *D]``.
-
-    Raises:
-        ArtifactError: the file is damaged.
-    """
-    try:
-        return load_file(path)["x"]
-    except (OSError, KeyError, SafetensorError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}): remove it and run the benchmark again") from error
 
 
 def _teacher(model: Model) -> Model | None:
@@ -194,11 +139,19 @@ class _Problem:
         }
         if teacher is not None:
             self.identity["reference"]["teacher"] = teacher.fingerprint
-        data = model.data or (None if teacher is None else teacher.data)
-        self.data = load_images(data).x if data else None
-        self.features_name = "digits" if data == "digits" else "pixels"
-        self.features = load_features(self.features_name, model.shape) if self.data is not None else None
+        self.third_parties = {(one.module, one.name): one for one in map(load_third_party, filter(is_entry, config.peers))}
+        self.quality = self._quality(model.data or (None if teacher is None else teacher.data))
         self.exact, self.reference_error = self._reference(observe)
+
+    def _quality(self, data: str | None) -> Quality | None:
+        if data is None:
+            if self.config.features is not None:
+                raise FewstepError(
+                    f"{self.model.name} does not know its data, so there is nothing to compare features with: leave them out"
+                )
+            return None
+        default = "digits" if data == "digits" else "pixels"
+        return Quality.of(load_images(data).x, default if self.config.features is None else self.config.features, self.device)
 
     # -- samples ----------------------------------------------------------------------------------------------------
 
@@ -208,18 +161,48 @@ class _Problem:
             yield self.seeds[part], None if self.labels is None else self.labels[part].to(self.device)
 
     def row(self, key: Key) -> Row:
-        """Run one sampler, measure it, and keep its first samples."""
-        samples, seconds, solver_seconds = self.run(*key)
-        library, solver, grid, nfe = key
-        num, guidance, fd = self.config.num, self.config.guidance, self.frechet(samples)
-        features = None if fd is None else self.features_name
-        first = {"x": samples[:KEPT].contiguous()}
-        write_whole(picture_file(self.out, key), lambda temporary: save_file(first, temporary))
-        error = rmse(samples, self.exact)
-        made_of = (self.statistics(key), self.artifact(key))
+        """Run one sampler, measure it, and keep its first samples and its errors; a row that says why if that fails."""
+        path = picture_file(self.out, key)
+        try:
+            made = self.run(key)
+            measured = self.measure(made.samples)
+        except Exception as error:
+            if key[0] == "fewstep" and not isinstance(error, FewstepError | RuntimeError):
+                raise  # not the sampler's failure but a mistake in this library
+            path.unlink(missing_ok=True)
+            why = str(error) if isinstance(error, FewstepError) else f"{type(error).__name__}: {error}"
+            return self._row(key, {**NOTHING, "rmse": None, "seconds": None, "solver_seconds": None, "failed": why})
+        errors = sample_errors(made.samples, self.exact)
+        keep_samples(path, made.samples, errors)
+        cost = {"seconds": made.seconds, "solver_seconds": made.solver_seconds, "peak_memory": made.peak_memory}
         operator = self.model.denoiser.network if isinstance(self.model.denoiser, OperatorDenoiser) else None
-        work = None if operator is None else operator.arithmetic(self._sampler(key).grid.t)
-        return Row(solver, library, grid, nfe, num, guidance, error, fd, features, seconds, solver_seconds, *made_of, work)
+        if operator is not None:
+            cost["arithmetic"] = operator.arithmetic(self._sampler(key).grid.t)
+        if made.evaluations != key[3]:
+            cost |= {"nfe": made.evaluations, "planned": key[3]}
+        return self._row(key, {**self.errors(errors), **measured, **cost})
+
+    def _row(self, key: Key, fields: dict[str, Any]) -> Row:
+        library, solver, grid, nfe = key
+        known = {"library": library, "solver": solver, "grid": grid, "nfe": nfe, "num": self.config.num, "guidance": self.config.guidance}
+        return Row(**{**known, "statistics": self.statistics(key), "artifact": self.artifact(key), **fields})
+
+    def is_up_to_date(self, row: Row) -> bool:
+        """Whether a row of this problem has not failed, was made of what it would be made of now, and its samples are there."""
+        features = None if self.quality is None else self.quality.name
+        made_of = (self.statistics(row.key), self.artifact(row.key), features)
+        same = row.failed is None and (row.statistics, row.artifact, row.fd_features) == made_of
+        return same and has_errors(picture_file(self.out, row.key))
+
+    @staticmethod
+    def errors(errors: Tensor) -> dict[str, Any]:
+        """What a row says of its errors ``[num]``."""
+        median, p95 = torch.quantile(errors, torch.tensor([0.5, 0.95], dtype=errors.dtype)).tolist()
+        return {"rmse": rms(errors), "rmse_ci": rmse_interval(errors), "error_median": median, "error_p95": p95}
+
+    def measure(self, samples: Tensor) -> dict[str, Any]:
+        """What a row says of its samples as a set of images, if the model's data is known."""
+        return NOTHING if self.quality is None else self.quality.measure(samples, self.labels)
 
     def statistics(self, key: Key) -> str | None:
         """The fingerprint of the statistics that a row's solver uses, if any."""
@@ -227,7 +210,11 @@ class _Problem:
         return None if used is None else used.fingerprint
 
     def artifact(self, key: Key) -> str | None:
-        """The fingerprint of the optimised grid or saved sampler of a row, if it has one."""
+        """The fingerprint of the optimised grid, saved sampler or source of a row, if it has one; the version of a peer."""
+        if key[0] == LIBRARY:
+            return f"{LIBRARY}-{version(LIBRARY)}"
+        if key[:2] in self.third_parties:
+            return self.third_parties[key[:2]].fingerprint
         if key not in self.saved and key[2] != OPTIMIZED:
             return None
         if key in self.saved:
@@ -238,20 +225,27 @@ class _Problem:
         return hashlib.sha256(repr([table.tolist() for table in tables]).encode()).hexdigest()[:16]
 
     @torch.no_grad()
-    def run(self, library: str, solver: str, grid_name: str, nfe: int) -> tuple[Tensor, float, float]:
-        """Samples ``[num, *D]`` of one row, its seconds, and its seconds without the network."""
-        key, sampler, denoiser = (library, solver, grid_name, nfe), None, self.denoiser
-        if library == "fewstep":
-            sampler = self._sampler(key)
-            denoiser = aimed(denoiser, sampler.tableau)
-        timed, begin = _Timed(denoiser), _now(self.device)
-        if sampler is not None:
-            samples = [self._ours(timed, sampler, seeds, cond) for seeds, cond in self._batches()]
-        else:
-            grid = grid_of(key, self.model, self.config, peer_steps(solver, nfe))
-            samples = [self._theirs(timed, solver, grid, seeds, cond) for seeds, cond in self._batches()]
-        seconds = _now(self.device) - begin
-        return torch.cat(samples).cpu(), seconds, seconds - timed.seconds
+    def run(self, key: Key) -> _Run:
+        """Run the sampler of one row.
+
+        Raises:
+            FewstepError: it cannot, or its samples are not finite or of another shape; whatever another library raises.
+        """
+        sampler = self._sampler(key) if key[0] == "fewstep" else None
+        memory = PeakMemory(self.device)
+        timed = Timed(self.denoiser if sampler is None else aimed(self.denoiser, sampler.tableau))
+        begin, samples = now(self.device), []
+        for seeds, cond in self._batches():
+            made = self._theirs(timed, key, seeds, cond) if sampler is None else self._ours(timed, sampler, seeds, cond)
+            if made.shape != (len(seeds), *self.model.shape):
+                raise FewstepError(f"samples should have shape {(len(seeds), *self.model.shape)}, these have {tuple(made.shape)}")
+            samples.append(made)
+        seconds, together = now(self.device) - begin, torch.cat(samples).cpu()
+        peak = memory.bytes()
+        bad = int((~torch.isfinite(together)).flatten(1).any(1).sum())
+        if bad:
+            raise FewstepError(f"{bad} of {len(together)} samples are not finite")
+        return _Run(together, seconds, seconds - timed.seconds, -(-timed.evaluated // len(together)), peak)
 
     def _sampler(self, key: Key) -> Sampler:
         if key in self.saved:
@@ -264,9 +258,12 @@ class _Problem:
         x = start_noise(sampler.tableau.nodes, seeds, self.model.shape).to(self.device)
         return sample(denoiser, sampler, x, cond, seeds=seeds)
 
-    def _theirs(self, denoiser: Denoiser, name: str, grid: TimeGrid, seeds: list[int], cond: Cond) -> Tensor:
+    def _theirs(self, denoiser: Denoiser, key: Key, seeds: list[int], cond: Cond) -> Tensor:
+        grid = grid_of(key, self.model, self.config, steps_of(key, denoiser.schedule))
         x = start_noise(Nodes.at(denoiser.schedule, grid.t), seeds, self.model.shape).to(self.device)
-        return run_peer(name, denoiser, grid, x, cond)
+        if key[:2] in self.third_parties:
+            return run_third_party(self.third_parties[key[:2]], denoiser, grid, x, cond, seeds)
+        return run_peer(key[1], denoiser, grid, x, cond)
 
     @torch.no_grad()
     def _reference(self, observe: Callable[[int, str], None] | None) -> tuple[Tensor, float]:
@@ -291,12 +288,6 @@ class _Problem:
         write_whole(self.out / "reference.json", json.dumps({"stamp": stamp, "error": error}).encode())
         return samples, error
 
-    def frechet(self, samples: Tensor) -> float | None:
-        """Frechet distance of samples to the model's data, if that is known."""
-        if self.data is None or self.features is None:
-            return None
-        return frechet_distance(self.data, samples, self.features)
-
     # -- results ----------------------------------------------------------------------------------------------------
 
     def results(self, command: str) -> dict[str, Any]:
@@ -306,23 +297,25 @@ class _Problem:
             found = read_json(path)
             if (found.get("problem"), found.get("version"), found.get("machine")) == (self.identity, version("fewstep"), _machine()):
                 commands = list(dict.fromkeys([*str(found["command"]).split(" && "), command]))  # all that made its rows
-                return {**found, "command": " && ".join(commands)}
-        exact_fd = self.frechet(self.exact)
-        halves = None
-        if self.data is not None and self.features is not None:
-            order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))
-            first, second = self.data[order].chunk(2)
-            halves = frechet_distance(first, second, self.features)
+                reference, features = found["reference"], None if self.quality is None else self.quality.name
+                if "recall" not in reference or reference["fd_features"] != features:
+                    reference = self.reference()
+                return {**found, "command": " && ".join(commands), "reference": reference}
         return {
             "version": version("fewstep"),
             "command": command,
             "model": self.model.name,
             "machine": _machine(),
             "problem": self.identity,
-            "reference": {**self.identity["reference"], "error": self.reference_error, "fd": exact_fd, "fd_data_halves": halves},
+            "reference": self.reference(),
             "rows": [],
             "skipped": [],
         }
+
+    def reference(self) -> dict[str, Any]:
+        """The reference trajectory: how it was made, its own error, and how good the samples at its end are."""
+        halves = None if self.quality is None else self.quality.halves
+        return {**self.identity["reference"], "error": self.reference_error, **self.measure(self.exact), "fd_data_halves": halves}
 
     def write(self, results: dict[str, Any]) -> None:
         """Keep the table as it stands."""

@@ -7,18 +7,34 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from fewstep.core.errors import ArtifactError, FewstepError, GridError, SolverError, look_up
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid
 from fewstep.core.sampler import Sampler
 from fewstep.core.sampling import aimed
+from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.spec import parse_spec
 from fewstep.core.tableau import Solver, tabulate
 from fewstep.evaluate.generation import check_seeds, solver_for
-from fewstep.evaluate.peers import PEERS, peer_steps
+from fewstep.evaluate.peers import LIBRARY, PEERS, peer_steps
+from fewstep.evaluate.third_party import is_entry, load_third_party
 from fewstep.models.loaders import FITTED, Model
 from fewstep.solvers import make_solver, takes_statistics
 
-__all__ = ["OPTIMIZED", "BenchmarkConfig", "Key", "check_made_for", "grid_of", "impossible", "planned_keys", "saved_samplers", "solvers_of"]
+__all__ = [
+    "OPTIMIZED",
+    "BenchmarkConfig",
+    "Key",
+    "check_made_for",
+    "grid_of",
+    "impossible",
+    "planned_keys",
+    "saved_samplers",
+    "solvers_of",
+    "steps_of",
+]
 
 Key = tuple[str, str, str, int]  # library, solver, grid, nfe
 OPTIMIZED = "optimized"  # the name of the grids in a model's own folder
@@ -31,9 +47,11 @@ class BenchmarkConfig:
     Args:
         solvers: by name; ``fitted`` stands for the fitted samplers in the model's own folder, which have levels of their own.
         grids: spacings by name, or ``optimized``: the grids in the model's own folder.
-        peers: empty or ``diffusers``.
+        peers: ``diffusers``, or samplers of third parties as ``module:function``, see `third_party`.
         statistics, any_statistics: see `solver_for`.
         samplers: folders below which saved samplers of this model lie; each is a row.
+        features: in which the samples are compared with the data, by name (see `load_features`) or as a network; by default ``digits``
+            for models of the digits and ``pixels`` for others.
     """
 
     solvers: tuple[str, ...]
@@ -47,6 +65,7 @@ class BenchmarkConfig:
     statistics: Path | None = None
     any_statistics: bool = False
     samplers: tuple[Path, ...] = ()
+    features: str | nn.Module | None = None
 
     def __post_init__(self) -> None:
         for name in self.solvers:
@@ -55,7 +74,10 @@ class BenchmarkConfig:
         for name in self.grids:
             look_up(parse_spec(name, GridError)[0], {**GRIDS, OPTIMIZED: None}, "grid", GridError)
         for peer in self.peers:
-            look_up(peer, {"diffusers": None}, "library", FewstepError)
+            if is_entry(peer):
+                load_third_party(peer)
+            else:
+                look_up(peer, {LIBRARY: None}, "library", FewstepError)
         for nfe in self.nfe:
             if nfe < 1:
                 raise SolverError(f"nfe must be a whole number of at least 1, got {nfe}")
@@ -73,9 +95,12 @@ def planned_keys(config: BenchmarkConfig) -> Iterator[Key]:
             for solver in config.solvers:
                 if solver != FITTED:
                     yield "fewstep", solver, grid, nfe
-            for library in config.peers:
-                for solver in PEERS:
-                    yield library, solver, grid, nfe
+            for peer in config.peers:
+                if is_entry(peer):
+                    module, _, name = peer.partition(":")
+                    yield module, name, grid, nfe
+                else:
+                    yield from ((peer, solver, grid, nfe) for solver in PEERS)
         if FITTED in config.solvers:
             yield "fewstep", FITTED, OPTIMIZED, nfe
 
@@ -148,6 +173,19 @@ def grid_of(key: Key, model: Model, config: BenchmarkConfig, steps: int) -> Time
     return model.optimized(solver, nfe, config.guidance) if name == OPTIMIZED else make_grid(name, model.denoiser.schedule, steps)
 
 
+def steps_of(key: Key, schedule: NoiseSchedule) -> int:
+    """Grid intervals of a row of another library on a grid that ends at the schedule's ``t_min``.
+
+    A third party's sampler is given as many intervals as there should be evaluations: how many it makes is for it to say.
+
+    Raises:
+        SolverError: the sampler cannot make this number of evaluations.
+    """
+    library, solver, _, nfe = key
+    end = torch.tensor(schedule.t_min, dtype=torch.float64)
+    return peer_steps(solver, nfe, to_clean=bool(schedule.sigma(end) == 0)) if library == LIBRARY else nfe
+
+
 def impossible(key: Key, model: Model, config: BenchmarkConfig, solvers: dict[str, Solver | SolverError]) -> str:
     """Why a sampler cannot do what is asked of it, or nothing."""
     library, solver, _, nfe = key
@@ -165,7 +203,7 @@ def impossible(key: Key, model: Model, config: BenchmarkConfig, solvers: dict[st
             if model.is_operator:
                 aimed(model.denoiser, tabulate(method, nodes))
         else:
-            grid_of(key, model, config, peer_steps(solver, nfe))
+            grid_of(key, model, config, steps_of(key, model.denoiser.schedule))
     except (GridError, SolverError) as error:
         return str(error)
     return ""

@@ -1,16 +1,19 @@
-"""The digits feature network that ships with the package: for Frechet distances and label checks on 8x8 digits."""
+"""Feature networks by name, in which sets of images are compared: that of the digits, which ships with the package, pixels, Inception."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fewstep.core.errors import FewstepError, look_up
 from fewstep.models.data import DIGIT_LEVELS
+from fewstep.models.inception import load_inception
 
-__all__ = ["DigitsFeatures", "load_digits_features"]
+__all__ = ["FEATURES", "DigitsFeatures", "load_digits_features", "load_features"]
 
 WEIGHTS = Path(__file__).parent / "weights" / "digits-features"
 
@@ -59,3 +62,38 @@ def load_digits_features() -> DigitsFeatures:
     network = DigitsFeatures()
     network.load_state_dict(load_file(WEIGHTS / "features.safetensors"))
     return network.eval().requires_grad_(False)
+
+
+class _Pixels(nn.Module):
+    """The image itself as its features, ``[B, C*H*W]``."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.num_features = int(torch.Size(shape).numel())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1).clamp(-1, 1)
+
+
+FEATURES: dict[str, Callable[[tuple[int, ...]], nn.Module]] = {"digits": lambda shape: load_digits_features(), "pixels": _Pixels}
+
+
+def load_features(name: str, shape: tuple[int, ...]) -> nn.Module:
+    """A feature network by name, ``digits``, ``pixels`` or ``inception:PATH``, for samples of one shape.
+
+    Raises:
+        FewstepError: an unknown name, digits features for images that are not 8x8 grey, Inception for something that is no picture, or
+            a weights file that cannot be used.
+    """
+    if name == "digits" and tuple(shape) != (1, 8, 8):
+        raise FewstepError(f"the digits features are for shape (1, 8, 8), these samples have {tuple(shape)}; use pixels")
+    kind, _, path = name.partition(":")
+    if kind == "inception":
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            raise FewstepError(
+                f"Inception features are for pictures of 1 or 3 channels, these samples have shape {tuple(shape)}; use pixels"
+            )
+        if not path:
+            raise FewstepError("say where the weights are: inception:PATH, a file in the format of pt_inception-2015-12-05-6726825d.pth")
+        return load_inception(Path(path))
+    return look_up(name, FEATURES, "features", FewstepError)(shape)
