@@ -11,7 +11,7 @@ from tests.integrations.tiny_pipelines import load, make
 import fewstep
 
 ROOT = Path(__file__).parents[2]
-GUIDES = ("index", "own-network", "comfyui", "statistics", "schedules", "dsno", "manual-stepping", "extending")
+GUIDES = ("index", "own-network", "comfyui", "statistics", "schedules", "dsno", "report", "manual-stepping", "extending")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in GUIDES))
 
 

@@ -97,21 +97,44 @@ def bench(
     num: Annotated[int, typer.Option(help="How many noises.")] = 1024,
     seed: int = 0,
     guidance: Guidance = 1.0,
-    peers: Annotated[str, typer.Option(help="Also the samplers of: diffusers.")] = "",
+    peers: Annotated[
+        str, typer.Option(help="Also: diffusers (its ODE solvers), module:function (a sampler of k-diffusion's signature), with commas.")
+    ] = "",
+    features: Annotated[
+        str | None, typer.Option(help="Compare with the data in: digits, pixels, inception:PATH. Default: by the model's data.")
+    ] = None,
     batch: int = 256,
     statistics: StatisticsFolder = None,
     any_statistics: AnyStatistics = False,
+    report: Annotated[bool, typer.Option("--report", help="Also write report.html: the rows as plots, tables and pictures.")] = False,
     json: AsJson = False,
 ) -> None:
     """Compare solvers on the same noises: error to a tight trajectory, Frechet distance, time."""
     from fewstep.apps.verbs import BenchRequest, run_bench
 
     which = (words(solver), words(grid), None if nfe is None else integers(nfe, "--nfe"), words(sampler) or ())
-    request = BenchRequest(model, *which, num, seed, guidance, words(peers) or (), batch, statistics, any_statistics)
+    request = BenchRequest(model, *which, num, seed, guidance, words(peers) or (), batch, statistics, any_statistics, features, report)
     results = run_bench(request, out, command())
     print_json(results) if json else bench_table(results)
     if not json:
         console.print(f"rows: {out / 'results.json'}\npictures: {out / 'pictures.png'}")
+        console.print(f"report: {out / 'report.html'}" if report else f"next: fewstep report {out} --out {out}")
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of fewstep bench; earlier runs first.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, results.csv, results.md and plots/.")],
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model of the runs, to draw its schedules; bundled ones are found.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Show benchmarks as one page; a row that is in several runs is compared, and marked if it got worse."""
+    from fewstep.evaluate.report import write_report
+    from fewstep.models.zoo import load_model
+
+    page = write_report(folders, out, title=title, model=None if model is None else load_model(model))
+    print_json({"report": str(page)}) if json else console.print(f"report: {page}\nnext: open it in a browser; it needs no network")
 
 
 @app.command()
@@ -262,6 +285,8 @@ def demo(
         return
     bench_table(results)
     console.print(f"rows: {out / 'results.json'}\npictures, rows solvers, columns evaluations, same seeds: {out / 'pictures.png'}")
+    page = out / "report.html"
+    console.print(f"report: {page}" if page.exists() else "report: none: pip install 'fewstep[report]'")
     console.print("next: fewstep sample digits-edm --solver fitted --nfe 6 --out runs/sample")
 
 

@@ -26,6 +26,7 @@ from fewstep.evaluate.generation import check_seeds, generate_to, solver_for
 from fewstep.evaluate.pictures import save_comparison, save_grid, save_singles, to_uint8
 from fewstep.evaluate.plan import OPTIMIZED, BenchmarkConfig, check_made_for, planned_keys, saved_samplers
 from fewstep.evaluate.plots import save_schedules, save_statistics
+from fewstep.evaluate.report import check_packages, write_report
 from fewstep.integrations.pipelines import from_pipeline, is_pipeline, load_pipeline
 from fewstep.learn.calibrate import CalibrationConfig, calibrate
 from fewstep.learn.distill import DistillConfig, distill
@@ -176,6 +177,8 @@ class BenchRequest:
     batch: int = 256
     statistics: Path | None = None
     any_statistics: bool = False
+    features: str | None = None
+    report: bool = False
 
     def build(self, model: Model) -> BenchmarkConfig:
         """What to compare: saved samplers alone if only they are named; a tuned model is tried with what it was tuned for."""
@@ -188,11 +191,13 @@ class BenchRequest:
         grids = grids if self.grids is None else self.grids
         nfe = nfe if self.nfe is None else self.nfe
         rest = (self.num, self.seed, self.guidance, self.peers, self.batch, self.statistics, self.any_statistics)
-        return BenchmarkConfig(solvers, grids, nfe, *rest, tuple(map(Path, self.samplers)))
+        return BenchmarkConfig(solvers, grids, nfe, *rest, tuple(map(Path, self.samplers)), self.features)
 
 
 def run_bench(request: BenchRequest, out: Path, command: str) -> dict[str, Any]:
-    """Benchmark, then a picture of all samplers of our own on the same seeds."""
+    """Benchmark, then a picture of all samplers of our own on the same seeds, and the report if it was asked for."""
+    if request.report:
+        check_packages()
     model = load_model(request.model)
     config = request.build(model)
     planned = {*planned_keys(config), *saved_samplers(model, config)}
@@ -201,12 +206,14 @@ def run_bench(request: BenchRequest, out: Path, command: str) -> dict[str, Any]:
     with progress(title, len(planned)) as report:
         results = benchmark(model, config, out, command=command, observe=report)
     _comparison(results, out)
+    if request.report:
+        write_report([out], out, model=model)
     return results
 
 
 def _comparison(results: dict[str, Any], out: Path) -> None:
     """The picture of a benchmark: our own samplers, rows grouped by grid, below the ends of the exact trajectories."""
-    rows = [row for row in results["rows"] if row["library"] == "fewstep"]
+    rows = [row for row in results["rows"] if row["library"] == "fewstep" and row.get("failed") is None]
     if not rows:
         return
     exact, columns = read_samples(out / "reference.safetensors"), sorted({row["nfe"] for row in rows})
@@ -382,4 +389,5 @@ def run_demo(out: Path, num: int, command: str) -> dict[str, Any]:
     """The benchmark that the README shows, on the bundled class-conditional model."""
     nfe = (5, 6, 8, 10)
     run_bench(BenchRequest("digits-edm", DEMO, ("karras", "angle"), nfe, num=num), out, command)
-    return run_bench(BenchRequest("digits-edm", (*DEMO_OPTIMIZED, FITTED), (OPTIMIZED,), nfe, num=num), out, command)
+    shown = all(map(find_spec, ("jinja2", "matplotlib")))
+    return run_bench(BenchRequest("digits-edm", (*DEMO_OPTIMIZED, FITTED), (OPTIMIZED,), nfe, num=num, report=shown), out, command)
