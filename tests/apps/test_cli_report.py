@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from fewstep.apps import cli
+from fewstep.apps import cli, verbs
 
 
 def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
@@ -42,3 +44,11 @@ def test_a_folder_without_rows_is_named(monkeypatch, capsys, tmp_path: Path, wha
     code, _, err = run(monkeypatch, capsys, "report", folder, "--out", tmp_path / "out")
     assert code == 2 and str(folder) in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_samples_that_are_no_pictures_make_none(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(4, 2)}, tmp_path / "reference.safetensors")
+    verbs._comparison(
+        {"model": "points", "rows": [{"library": "fewstep", "solver": "ddim", "grid": "angle", "nfe": 3, "rmse": 0.1}]}, tmp_path
+    )
+    assert not (tmp_path / "pictures.png").exists()
