@@ -13,11 +13,11 @@ from fewstep.solvers.ddim import first_order
 from fewstep.solvers.phi import interpolation_weights, noise_moment
 from fewstep.solvers.stencil import effective_order, noise_or_data
 
-__all__ = ["DEIS", "IPNDM"]
+__all__ = ["DEIS", "IPNDM", "NoiseMultistep"]
 
 
 @dataclass(frozen=True)
-class _Multistep(Solver):
+class NoiseMultistep(Solver):
     """``x_t = alpha_t/alpha_s (x_s - sigma_s integral)`` with an estimate of ``int_0^h e^{-r} eps dr`` from past evaluations.
 
     From ``alpha = 0`` the step is of first order.
@@ -52,7 +52,7 @@ class _Multistep(Solver):
 
 
 @dataclass(frozen=True)
-class DEIS(_Multistep):
+class DEIS(NoiseMultistep):
     """tAB-DEIS: ``eps`` as the polynomial through the last ``steps`` evaluations, integrated exactly (eq. 14 and 15 there).
 
     The polynomial is in ``lam``, the choice that diffusers calls ``logrho``.
@@ -80,7 +80,7 @@ ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 2
 
 
 @dataclass(frozen=True)
-class IPNDM(_Multistep):
+class IPNDM(NoiseMultistep):
     """iPNDM: DDIM's step with ``eps`` replaced by the Adams-Bashforth mean of the last ``steps`` evaluations.
 
     The weights are those of equal steps whatever the grid, so on a smooth grid the order is 2 however many are used.

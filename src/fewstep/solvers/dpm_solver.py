@@ -16,6 +16,7 @@ from fewstep.core.prediction import to_x0
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Solver
 from fewstep.solvers.ddim import first_order
+from fewstep.solvers.deis import NoiseMultistep
 from fewstep.solvers.dpm_solver_pp import Form, ThirdOrder, multistep_integral
 from fewstep.solvers.phi import noise_moment
 from fewstep.solvers.stencil import effective_order, noise_or_data
@@ -126,7 +127,7 @@ class DPMSolver3S(_Singlestep):
 
 
 @dataclass(frozen=True)
-class DPMSolverM(Solver):
+class DPMSolverM(NoiseMultistep):
     """DPM-Solver of ``steps`` 1, 2 or 3 past evaluations, as diffusers' ``algorithm_type="dpmsolver"``; ``sde`` is ``sde-dpmsolver``.
 
     The SDE form weighs ``eps`` twice and adds noise. A step from ``alpha = 0`` or to ``sigma = 0`` is DDIM's.
@@ -155,23 +156,10 @@ class DPMSolverM(Solver):
     def order(self) -> int:
         return 2 if self.steps == 3 and self.third_order == "published" else self.steps
 
-    @property
-    def memory(self) -> int:
-        return self.steps
-
-    def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
-        return noise_or_data(nodes, i, x, x0)
-
-    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
-        s, t = i, i + 1
-        if bool(nodes.alpha[s] == 0):
-            x_t = first_order(nodes, s, t, x, history[0])
-        else:
-            p = effective_order(nodes, i, self.steps, self.lower_order_below, euler_at_final=self.euler_at_final)
-            integral = multistep_integral(nodes, i, p, history, noise_moment, self.form, self.third_order)
-            twice = 2 if self.sde and bool(nodes.sigma[t] > 0) else 1
-            x_t = nodes.alpha[t] / nodes.alpha[s] * (x - twice * nodes.sigma[s] * integral)
-        return x_t, x_t
+    def integral(self, nodes: Nodes, i: int, eps: list[Tensor]) -> Tensor:
+        p = effective_order(nodes, i, self.steps, self.lower_order_below, euler_at_final=self.euler_at_final)
+        twice = 2 if self.sde and bool(nodes.sigma[i + 1] > 0) else 1
+        return twice * multistep_integral(nodes, i, p, eps, noise_moment, self.form, self.third_order)
 
     def noise(self, nodes: Nodes, i: int) -> Tensor:
         s, t = i, i + 1
