@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import torch
@@ -39,3 +40,10 @@ def sum_over_processes(value: Tensor) -> Tensor:
 def _meet() -> None:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
+        atexit.register(_part)
+
+
+def _part() -> None:
+    """At the end: a process that exits while threads of the group still run is aborted now and then."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
