@@ -371,22 +371,8 @@ def test_optimized_and_fitted_samplers_in_the_pipeline(name, folder, tmp_path, h
 def test_fit_from_the_command_line(folder, tmp_path, monkeypatch, capsys, hurry):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     place = folder("sd3")
-    words = (
-        "fit",
-        place,
-        "--prompts",
-        tmp_path / "prompts.txt",
-        "--nfe",
-        3,
-        "--num",
-        32,
-        "--held-out",
-        16,
-        "--iterations",
-        1,
-        "--guidance",
-        5,
-    )
+    options = ["--nfe", "3", "--num", "32", "--held-out", "16", "--iterations", "1", "--guidance", "5"]
+    words = ("fit", place, "--prompts", tmp_path / "prompts.txt", *options)
     assert command(monkeypatch, *words, "--batch", 32, "--out", tmp_path / "out") == 0
     said = capsys.readouterr().out
     assert "FewstepScheduler.from_sampler" in said and (tmp_path / "out" / "nfe-03" / "sampler.json").exists()

@@ -13,6 +13,7 @@ weights load name by name. What acts in training only (dropout of units and of l
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -137,7 +138,7 @@ def _positional(time: Tensor, channels: int, *, closed: bool) -> tuple[Tensor, T
     return angle.sin(), angle.cos()
 
 
-class _UNet(nn.Module):
+class _UNet(nn.Module, ABC):
     """What both have: an encoder and a decoder of blocks, with skips between them; subclasses embed, inject and emit."""
 
     options: dict[str, Any]  # it was built with, by `build_network`
@@ -211,14 +212,14 @@ class _UNet(nn.Module):
             return x.new_zeros(len(x), self.label_dim)
         return one_hot(labels.long(), self.label_dim + 1)[:, :-1].to(x.dtype)
 
-    def _embed(self, time: Tensor, classes: Tensor | None) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _embed(self, time: Tensor, classes: Tensor | None) -> Tensor: ...
 
     def _inject(self, key: str, x: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
         return x, aux
 
-    def _emit(self, key: str, x: Tensor, out: Tensor | None) -> Tensor | None:
-        raise NotImplementedError
+    @abstractmethod
+    def _emit(self, key: str, x: Tensor, out: Tensor | None) -> Tensor | None: ...
 
 
 class SongUNet(_UNet):
@@ -389,8 +390,7 @@ def build_network(name: str, options: Mapping[str, Any], weights: Mapping[str, T
         network.options = dict(options)
     own = network.state_dict()
     weights = {**{key: value for key, value in own.items() if key.endswith("resample_filter")}, **weights}
-    bad = [f"lacks {key}" for key in own if key not in weights]
-    bad += [f"has {key}, which is not known" for key in weights if key not in own]
+    bad = [f"lacks {key}" for key in own if key not in weights] + [f"has {key}, which is not known" for key in weights if key not in own]
     shapes = {key: (list(weights[key].shape), list(own[key].shape)) for key in own if key in weights}
     bad += [f"has {key} of shape {there}, not {here}" for key, (there, here) in shapes.items() if there != here]
     if bad:
