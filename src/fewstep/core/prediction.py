@@ -114,7 +114,7 @@ def to_x0(kind: str | Prediction, output: Tensor, x: Tensor, alpha: Tensor, sigm
         alpha, sigma: scales at that time, ``[]`` or ``[B]``.
     """
     a, b = x0_coefficients(kind, alpha, sigma)
-    return torch.addcmul(aligned(a, x) * x, aligned(b, x), output.to(x.dtype))
+    return (aligned(a, x) * x).addcmul_(aligned(b, x), output.to(x.dtype))
 
 
 def from_x0(kind: str | Prediction, x0: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from fewstep.core.sampler import Sampler
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Tableau, advance
 
-__all__ = ["Aimable", "Cond", "Denoiser", "Step", "aimed", "sample", "seeded_noise", "start_noise"]
+__all__ = ["Aimable", "Cond", "Denoiser", "FiniteCheck", "Step", "aimed", "sample", "seeded_noise", "start_noise"]
 
 Cond = Any  # whatever the network is conditioned on: labels [B], a dict of tensors [B, ...], or None
 
@@ -113,32 +113,47 @@ def sample(
     if tableau.stochastic and (seeds is None or len(seeds) != len(x)):
         raise SolverError(f"this sampler adds noise: pass seeds=, one for each of the {len(x)} samples")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    state, finite = tableau.start(x), []
+    state, finite = tableau.start(x), FiniteCheck()
     for i, row in enumerate(tableau.rows(x)):
         x0 = denoiser(state.x, nodes.t[i], cond)
         if x0.shape != x.shape:
             raise ModelError(f"the denoiser answered shape {tuple(x0.shape)} to a state of shape {tuple(x.shape)}")
         x0 = x0.to(x.dtype)
-        finite.append(torch.isfinite(x0).all())
+        finite.note(x0)
         noise = None
         if row.noise is not None and seeds is not None:
             noise = seeded_noise(seeds, x.shape[1:], stream=i + 1).to(x.dtype).to(x.device)
         before, state = state, advance(row, state, x0, noise)
         if observe is not None:
             observe(Step(i, nodes.t[i], before.x, x0, state.x))
-    _check_finite(torch.stack(finite), nodes)
+    finite.done(lambda i: f"t = {nodes.t[i]:g}, sigma = {nodes.sigma[i]:g}")
     return state.x
 
 
-def _check_finite(finite: Tensor, nodes: Nodes) -> None:
-    """One look at the end, so that no step waits for the device."""
-    bad = (~finite).nonzero()
-    if len(bad):
-        i = int(bad[0])
-        raise ModelError(
-            f"the network's output is not finite (NaN or infinite) at evaluation {i + 1} of {nodes.evaluations}, t = {nodes.t[i]:g}, "
-            f"sigma = {nodes.sigma[i]:g}: check its weights and dtype, or clip its inputs"
-        )
+class FiniteCheck:
+    """Whether all answers of a network were finite: noted after each, looked at once at the end, so that no step waits for the device."""
+
+    def __init__(self) -> None:
+        self.extremes: list[Tensor] = []
+
+    def note(self, answer: Tensor) -> None:
+        """An answer ``[B, *D]``. Its least and greatest value are kept: that reads it once, where ``isfinite`` writes three copies."""
+        if answer.numel():
+            self.extremes.append(torch.stack(answer.detach().aminmax()))
+
+    def done(self, place: Callable[[int], str]) -> None:
+        """See that all were finite; ``place`` says where evaluation ``i`` was made.
+
+        Raises:
+            ModelError: one was not (the first).
+        """
+        bad = (~torch.isfinite(torch.stack(self.extremes)).all(1)).nonzero() if self.extremes else ()
+        if len(bad):
+            i = int(bad[0])
+            raise ModelError(
+                f"the network's output is not finite (NaN or infinite) at evaluation {i + 1} of {len(self.extremes)}, {place(i)}: "
+                f"check its weights and dtype, or clip its inputs"
+            )
 
 
 def _check_schedule(nodes: Nodes, schedule: NoiseSchedule) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from fewstep.core.errors import ArtifactError, GridError, ModelError, SolverError, look_up
 from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.sampler import Sampler
-from fewstep.core.sampling import seeded_noise
+from fewstep.core.sampling import FiniteCheck, seeded_noise
 from fewstep.core.schedule import NoiseSchedule, RectifiedFlow, VarianceExploding
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, Tableau, advance, tabulate
@@ -114,16 +114,16 @@ def _run(
     wide = _wide(x)
     scale, sigma = bridge.scale.to(wide).to(x.device), bridge.sigma.to(x.dtype).to(x.device)
     state = bridge.tableau.start(x.to(wide) / scale[0])
-    ones, finite = x.new_ones(len(x)), []
+    ones, finite = x.new_ones(len(x)), FiniteCheck()
     for i, row in enumerate(bridge.tableau.rows(state.x)):
         seen = (scale[i] * state.x).to(x.dtype)
         denoised = model(seen, sigma[i] * ones)
         if denoised.shape != x.shape:
             raise ModelError(f"the model answered shape {tuple(denoised.shape)} to a state of shape {tuple(x.shape)}")
-        finite.append(torch.isfinite(denoised).all())
+        finite.note(denoised)
         observe(i, seen, denoised)
         state = advance(row, state, denoised.to(wide), noise(i))
-    _check_finite(torch.stack(finite), bridge.sigma)
+    finite.done(lambda i: f"sigma = {float(bridge.sigma[i]):g}")
     return (scale[-1] * state.x).to(x.dtype)
 
 
@@ -292,17 +292,6 @@ def _check_shape(tableau: Tableau, x: Tensor) -> None:
     fits = len(element) <= len(shape) and all(e in (1, d) for e, d in zip(reversed(element), reversed(shape), strict=False))
     if not fits:
         raise ModelError(f"this sampler has numbers for samples of shape {tuple(element)}, which {shape} is not: fit one for this model")
-
-
-def _check_finite(finite: Tensor, sigma: Tensor) -> None:
-    """One look at the end, so that no step waits for the device."""
-    bad = (~finite).nonzero()
-    if len(bad):
-        i = int(bad[0])
-        raise ModelError(
-            f"the model's answer is not finite (NaN or infinite) at evaluation {i + 1} of {len(finite)}, sigma = {float(sigma[i]):g}: "
-            f"check its weights and dtype"
-        )
 
 
 # -- noise, callbacks, progress --------------------------------------------------------------------------------------------------------

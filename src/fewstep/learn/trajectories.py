@@ -19,10 +19,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fewstep.core.artifact import check_writable, read_json, write_whole
-from fewstep.core.errors import ArtifactError, FewstepError, ModelError, SolverError, look_up
+from fewstep.core.errors import ArtifactError, FewstepError, SolverError, look_up
 from fewstep.core.grid import TimeGrid
 from fewstep.core.process import process, wait_for_all
-from fewstep.core.sampling import Cond, Denoiser, start_noise
+from fewstep.core.sampling import Cond, Denoiser, FiniteCheck, start_noise
 from fewstep.core.schedule import NoiseSchedule, VPLinear, schedule_from_config
 from fewstep.core.tableau import Nodes, Solver, Tableau, advance, tabulate
 from fewstep.models.loaders import Model
@@ -102,20 +102,16 @@ class TrajectorySolver:
     @torch.no_grad()
     def run(self, x: Tensor, cond: Cond, observe: Callable[[float], None] | None = None) -> Tensor:
         """The states ``[B, T-1, *D]`` at all kept times but the first, on the CPU; ``observe`` is given each noise level."""
-        nodes, state, finite, kept = self.tableau.nodes, self.tableau.start(x), [], []
+        nodes, state, finite, kept = self.tableau.nodes, self.tableau.start(x), FiniteCheck(), []
         for i, row in enumerate(self.tableau.rows(x)):
             x0 = self.denoiser(state.x, nodes.t[i], cond).to(x.dtype)
-            finite.append(torch.isfinite(x0).all())
+            finite.note(x0)
             here, state = state.x, advance(row, state, x0)
             if i in self.from_anchor:
                 kept.append((state.anchor if self.from_anchor[i] and state.anchor is not None else here).cpu())
                 if observe is not None:
                     observe(float(torch.exp(-nodes.lam[i])))
-        bad = (~torch.stack(finite)).nonzero()
-        if len(bad):
-            i = int(bad[0])
-            where = f"evaluation {i + 1} of {nodes.evaluations}, t = {nodes.t[i]:g}, noise level {torch.exp(-nodes.lam[i]):.4g}"
-            raise ModelError(f"the network's output is not finite (NaN or infinite) at {where}: check its weights and dtype")
+        finite.done(lambda i: f"t = {nodes.t[i]:g}, noise level {torch.exp(-nodes.lam[i]):.4g}")
         return torch.stack([*kept, state.x.cpu()], 1)
 
     def error(self, start: Tensor, cond: Cond, states: Tensor) -> dict[str, float | None]:
