@@ -43,6 +43,7 @@ V3 := dpm-solver-v3,dpm-solver-v3:steps=1,dpm-solver-v3:steps=3,dpm-solver-v3:st
 
 benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/step_overhead.py --out benchmarks/results/step_overhead.json
+	$(BIN)/python benchmarks/kernel_traffic.py --out benchmarks/results/kernel_traffic.json
 	$(BIN)/python benchmarks/teacher_quality.py --out benchmarks/results/teacher_quality.json
 	$(BIN)/python benchmarks/calibration_cost.py --out benchmarks/results/calibration_cost.json
 	$(BIN)/python benchmarks/local_errors.py --out benchmarks/results/local_errors.json

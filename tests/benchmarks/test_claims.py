@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import step_overhead
+from benchmarks import kernel_traffic, step_overhead
 from fewstep import Sampler, TimeGrid, VarianceExploding, advance, load_model, make_grid, make_solver
 from fewstep.evaluate.generation import generate, solver_for
 from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
@@ -118,6 +118,15 @@ def test_the_kernel_compiled_by_inductor_is_the_kernel() -> None:
     for row in rows:
         eager, fast = advance(row, eager, eager.x.tanh()), compiled(row, fast, fast.x.tanh())
     torch.testing.assert_close(fast.x, eager.x, rtol=1e-5, atol=1e-5)  # float32, fused in another order
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, inside inductor
+@pytest.mark.parametrize("solver", ["dpm-solver-pp-2m", "unipc-3", "ipndm"])
+def test_the_compiled_kernel_reads_and_writes_each_tensor_once(solver: str) -> None:
+    with torch.no_grad():
+        row = kernel_traffic.traffic(solver, rounds=1)
+    assert row["compiled_to_least"] == 1
+    assert row["eager_to_least"] <= 4 and row["new_tensors"] <= 2
 
 
 def test_the_wheel_holds_the_models_and_stays_small(tmp_path: Path) -> None:

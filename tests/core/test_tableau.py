@@ -159,7 +159,7 @@ def used(row):
         ("dpm-solver-pp-3m", {"x", "h0", "h1", "h2"}, False, False, False),
         ("sde-dpm-solver-pp-2m", {"x", "h0", "h1"}, False, False, True),
         ("deis-3", {"x", "h0", "h1", "h2"}, False, True, False),
-        ("unipc-2", {"anchor", "x", "h0", "h1", "h2"}, True, False, False),
+        ("unipc-2", {"anchor", "h0", "h1", "h2"}, True, False, False),
         ("heun", {"anchor", "x", "h0", "h1"}, True, True, False),
     ],
 )

@@ -255,4 +255,7 @@ def tabulate(solver: Solver, nodes: Nodes) -> Tableau:
             )
         if bool((remembered[0] != 0).any()):
             raise SolverError(f"{type(solver).__name__}.record must be linear in x and x0, but remembers a constant at evaluation {i}")
+    if any(bool((row[:, 0] != 0).any()) for row in update[1:]):  # the anchor is read later: at the start it is x, so read it alone there
+        first = update[0]
+        update[0] = torch.cat([first[:, :1] + first[:, 1:2], torch.zeros_like(first[:, 1:2]), first[:, 2:]], 1)
     return Tableau(nodes, *map(torch.stack, (record, update, bias, noise)))
