@@ -22,7 +22,7 @@ from fewstep.evaluate.benchmark import benchmark, picture_file
 from fewstep.evaluate.plan import BenchmarkConfig
 from fewstep.evaluate.report import to_csv, to_markdown, write_report
 from fewstep.evaluate.report_plots import DARK, LIGHT, Point, strip, svg, work_precision
-from fewstep.evaluate.report_rows import key_of
+from fewstep.evaluate.report_verdict import key_of
 
 OLD = {"library": "fewstep", "num": 64, "guidance": 1.0, "fd": 0.5, "fd_features": "digits", "seconds": 1.0, "solver_seconds": 0.1}
 NEW = ("rmse_ci", "error_median", "error_p95", "fd_ci", "kd", "kd_ci", "precision", "recall", "labels", "peak_memory", "failed")
@@ -334,6 +334,8 @@ def test_csv_gives_back_every_number(measured: Path) -> None:
                 if name.endswith("_ci"):
                     ends = [flat[f"{name}_{end}"] for end in ("low", "high")]
                     assert ends == (["", ""] if value is None else list(map(repr, value)))
+                elif name == "levels":
+                    assert flat[name] == " ".join(map(repr, value))
                 elif isinstance(value, int | float):
                     assert json.loads(flat[name]) == value
                 else:

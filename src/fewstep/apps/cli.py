@@ -94,7 +94,7 @@ def bench(
     grid: Annotated[str | None, typer.Option(help="Grids; optimized is the model's own. Default: logsnr,karras,angle.")] = None,
     nfe: Annotated[str | None, typer.Option(help="Network evaluations, separated by commas. Default: 5,6,8,10.")] = None,
     sampler: Annotated[str, typer.Option(help="Folders of saved samplers, separated by commas: of fewstep optimize, for example.")] = "",
-    num: Annotated[int, typer.Option(help="How many noises.")] = 1024,
+    num: Annotated[int, typer.Option(help="How many noises.")] = 512,
     seed: int = 0,
     guidance: Guidance = 1.0,
     peers: Annotated[
@@ -126,14 +126,12 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of fewstep bench; earlier runs first.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html, results.csv, results.md and plots/.")],
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
-    model: Annotated[str | None, typer.Option(help="The model of the runs, to draw its schedules; bundled ones are found.")] = None,
     json: AsJson = False,
 ) -> None:
     """Show benchmarks as one page; a row that is in several runs is compared, and marked if it got worse."""
     from fewstep.evaluate.report import write_report
-    from fewstep.models.zoo import load_model
 
-    page = write_report(folders, out, title=title, model=None if model is None else load_model(model))
+    page = write_report(folders, out, title=title)
     print_json({"report": str(page)}) if json else console.print(f"report: {page}\nnext: open it in a browser; it needs no network")
 
 

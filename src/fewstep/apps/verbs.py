@@ -170,7 +170,7 @@ class BenchRequest:
     grids: tuple[str, ...] | None
     nfe: tuple[int, ...] | None
     samplers: tuple[str, ...] = ()
-    num: int = 1024
+    num: int = 512
     seed: int = 0
     guidance: float = 1.0
     peers: tuple[str, ...] = ()
@@ -207,7 +207,7 @@ def run_bench(request: BenchRequest, out: Path, command: str) -> dict[str, Any]:
         results = benchmark(model, config, out, command=command, observe=report)
     _comparison(results, out)
     if request.report:
-        write_report([out], out, model=model)
+        write_report([out], out)
     return results
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -39,13 +40,14 @@ __all__ = ["Row", "benchmark", "picture_file", "read_errors", "read_samples"]
 
 
 class _Run(NamedTuple):
-    """What running a sampler gave: samples ``[num, *D]``, seconds in all and without the network, evaluations a sample, bytes."""
+    """What running a sampler gave: samples ``[num, *D]``, seconds in all and without the network, evaluations a sample, bytes, levels."""
 
     samples: Tensor
     seconds: float
     solver_seconds: float
     evaluations: int
     peak_memory: int | None
+    levels: list[float | None]
 
 
 def benchmark(
@@ -174,7 +176,7 @@ class _Problem:
             return self._row(key, {**NOTHING, "rmse": None, "seconds": None, "solver_seconds": None, "failed": why})
         errors = sample_errors(made.samples, self.exact)
         keep_samples(path, made.samples, errors)
-        cost = {"seconds": made.seconds, "solver_seconds": made.solver_seconds, "peak_memory": made.peak_memory}
+        cost = {"seconds": made.seconds, "solver_seconds": made.solver_seconds, "peak_memory": made.peak_memory, "levels": made.levels}
         operator = self.model.denoiser.network if isinstance(self.model.denoiser, OperatorDenoiser) else None
         if operator is not None:
             cost["arithmetic"] = operator.arithmetic(self._sampler(key).grid.t)
@@ -234,18 +236,27 @@ class _Problem:
         sampler = self._sampler(key) if key[0] == "fewstep" else None
         memory = PeakMemory(self.device)
         timed = Timed(self.denoiser if sampler is None else aimed(self.denoiser, sampler.tableau))
-        begin, samples = now(self.device), []
+        begin, samples, times = now(self.device), [], []
         for seeds, cond in self._batches():
             made = self._theirs(timed, key, seeds, cond) if sampler is None else self._ours(timed, sampler, seeds, cond)
             if made.shape != (len(seeds), *self.model.shape):
                 raise FewstepError(f"samples should have shape {(len(seeds), *self.model.shape)}, these have {tuple(made.shape)}")
             samples.append(made)
+            times = times or list(timed.times)
         seconds, together = now(self.device) - begin, torch.cat(samples).cpu()
         peak = memory.bytes()
         bad = int((~torch.isfinite(together)).flatten(1).any(1).sum())
         if bad:
             raise FewstepError(f"{bad} of {len(together)} samples are not finite")
-        return _Run(together, seconds, seconds - timed.seconds, -(-timed.evaluated // len(together)), peak)
+        grid = grid_of(key, self.model, self.config, steps_of(key, self.denoiser.schedule)) if sampler is None else sampler.grid
+        levels = self._levels([*times, float(grid.t[-1])])
+        return _Run(together, seconds, seconds - timed.seconds, -(-timed.evaluated // len(together)), peak, levels)
+
+    def _levels(self, times: list[float]) -> list[float | None]:
+        """``sigma/alpha`` at some times of the schedule; None where it is infinite."""
+        schedule, t = self.denoiser.schedule, torch.tensor(times, dtype=torch.float64)
+        levels = (schedule.sigma(t) / schedule.alpha(t)).tolist()
+        return [level if math.isfinite(level) else None for level in levels]
 
     def _sampler(self, key: Key) -> Sampler:
         if key in self.saved:

@@ -57,7 +57,7 @@ class BenchmarkConfig:
     solvers: tuple[str, ...]
     grids: tuple[str, ...]
     nfe: tuple[int, ...]
-    num: int = 1024
+    num: int = 512
     seed: int = 0
     guidance: float = 1.0
     peers: tuple[str, ...] = ()

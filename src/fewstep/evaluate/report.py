@@ -20,14 +20,14 @@ from fewstep.core.artifact import check_writable, write_whole
 from fewstep.core.errors import FewstepError
 from fewstep.evaluate import report_plots as plots
 from fewstep.evaluate.report_page import problem_view
-from fewstep.evaluate.report_rows import Format, Name, Number, Problem, Row, Run, pivot, problems_of, read_runs
-from fewstep.models.loaders import Model
+from fewstep.evaluate.report_rows import Format, Name, Number, Problem, Run, pivot, problems_of, read_runs
+from fewstep.evaluate.report_verdict import Row
 
 __all__ = ["check_packages", "to_csv", "to_markdown", "write_report"]
 
 FIELDS = ("model", "run", "library", "solver", "grid", "nfe", "num", "guidance", "rmse", "rmse_ci", "error_median", "error_p95", "fd")
 FIELDS += ("fd_ci", "fd_features", "kd", "kd_ci", "precision", "recall", "labels", "seconds", "solver_seconds", "peak_memory")
-FIELDS += ("statistics", "artifact", "arithmetic", "planned", "failed")
+FIELDS += ("statistics", "artifact", "arithmetic", "planned", "levels", "failed")
 INTERVALS = ("rmse_ci", "fd_ci", "kd_ci")
 
 
@@ -42,7 +42,7 @@ def check_packages() -> None:
         raise FewstepError(f"a report needs {' and '.join(missing)}: pip install 'fewstep[report]'")
 
 
-def write_report(folders: Sequence[Path], out: Path, *, title: str | None = None, model: Model | None = None) -> Path:
+def write_report(folders: Sequence[Path], out: Path, *, title: str | None = None) -> Path:
     """Write ``report.html``, ``results.csv``, ``results.md`` and ``plots/`` into ``out``, from the ``results.json`` of benchmarks.
 
     Runs of the same model, weights and guidance scale are merged: of a row in several of them the last is shown, and compared with
@@ -50,7 +50,6 @@ def write_report(folders: Sequence[Path], out: Path, *, title: str | None = None
 
     Args:
         folders: as ``fewstep bench`` made them; earlier runs first.
-        model: of the runs, to draw its schedules; the bundled models are found by their names.
 
     Returns:
         The page.
@@ -63,7 +62,7 @@ def write_report(folders: Sequence[Path], out: Path, *, title: str | None = None
     check_writable(out)
     runs = read_runs(folders)
     problems = problems_of(runs)
-    views = [problem_view(problem, number, model) for number, problem in enumerate(problems)]
+    views = [problem_view(problem, number) for number, problem in enumerate(problems)]
     for view in views:
         for figure in view.pop("figures"):
             name = figure["name"] if len(problems) > 1 else figure["name"].split(".")[1]
@@ -120,6 +119,8 @@ def _flat(row: Row) -> dict[str, Any]:
     for name, value in row.items():
         if name in INTERVALS:
             flat[f"{name}_low"], flat[f"{name}_high"] = value if value is not None else (None, None)
+        elif isinstance(value, list):
+            flat[name] = " ".join("" if one is None else repr(one) for one in value)
         else:
             flat[name] = value
     return {name: repr(value) if isinstance(value, float) else value for name, value in flat.items()}

@@ -5,38 +5,30 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fewstep.core.errors import GridError, SolverError
-from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.evaluate import report_plots as plots
-from fewstep.evaluate.generation import solver_for
 from fewstep.evaluate.plan import OPTIMIZED
 from fewstep.evaluate.report_rows import (
     Change,
     Format,
     Number,
     Problem,
-    Row,
     Run,
     Sampler,
-    has_error,
     interval_of,
-    key_of,
     pivot,
     reference_of,
     sampler_of,
     summary,
     title_of,
 )
+from fewstep.evaluate.report_verdict import Row, has_error, key_of
 from fewstep.evaluate.rows import has_errors, picture_file, read_errors, read_samples
-from fewstep.models.loaders import FITTED, Model
-from fewstep.models.zoo import BUNDLED, load_model
+from fewstep.models.loaders import FITTED
 
 __all__ = ["problem_view"]
 
@@ -58,7 +50,7 @@ GROUPS, ROWS, ACROSS = 4, 6, 12  # of sample grids: numbers of evaluations, samp
 PIXELS = 500_000  # of all sample grids together
 
 
-def problem_view(problem: Problem, number: int, model: Model | None) -> dict[str, Any]:
+def problem_view(problem: Problem, number: int) -> dict[str, Any]:
     """All that the page shows of a problem. ``figures`` are its plots by name, for files of their own."""
     rows = list(problem.rows.values())
     form, name, guidance = Format(rows), problem.runs[-1].problem[0], problem.runs[-1].problem[2]
@@ -85,7 +77,7 @@ def problem_view(problem: Problem, number: int, model: Model | None) -> dict[str
         "pivot": pivot(problem, form, sorted({row["nfe"] for row in rows})),
         "samples": _samples(problem, form),
         "histograms": _histograms(problem, keep),
-        "schedules": _schedules(problem, keep, model),
+        "schedules": _schedules(problem, keep),
         "changes": [_change(change, form) for change in _worst_first(problem.changes)],
         "compared": len(problem.changes),
         "details": _details(problem, form),
@@ -289,40 +281,21 @@ def _strips(found: Sequence[tuple[Row, Tensor]], exact: Tensor | None, across: i
 # -- schedules --------------------------------------------------------------------------------------------------------
 
 
-def _schedules(problem: Problem, keep: Keep, given: Model | None) -> list[dict[str, Any]]:
-    """Where grids evaluate, at the fewest and at the most evaluations; nothing if the model is not there."""
-    model = _model(problem, given)
-    if model is None:
-        return []
-    found = {nfe: levels for nfe in problem.counts if (levels := _levels(problem, model, nfe))}
+def _schedules(problem: Problem, keep: Keep) -> list[dict[str, Any]]:
+    """Where samplers evaluate, at the fewest and at the most evaluations; nothing of rows that do not say."""
+    found = {nfe: levels for nfe in problem.counts if (levels := _levels(problem, nfe))}
     return [keep(f"schedules-{nfe}", plots.schedules(found[nfe], nfe), "") for nfe in _spread(list(found), 2)]
 
 
-def _model(problem: Problem, given: Model | None) -> Model | None:
-    name, fingerprint, _ = problem.runs[-1].problem
-    model = given if given is not None and given.fingerprint == fingerprint else load_model(name) if name in BUNDLED else None
-    return model if model is not None and model.fingerprint == fingerprint else None
-
-
-def _levels(problem: Problem, model: Model, nfe: int) -> dict[str, list[float]]:
-    """Noise levels of the grids of our own rows, the best first; those of saved samplers are not known here."""
-    schedule, found = model.denoiser.schedule, dict[str, list[float]]()
+def _levels(problem: Problem, nfe: int) -> dict[str, list[float]]:
+    """Noise levels of the grids of our own rows, the best first."""
+    found = dict[str, list[float]]()
     for row in sorted((row for row in problem.good if row["nfe"] == nfe and row["library"] == "fewstep"), key=lambda row: row["rmse"]):
         special = row["solver"] if row["solver"] == FITTED else f"opt. {row['solver']}"
         name = special if row["grid"] == OPTIMIZED else row["grid"]
-        if name not in found and len(found) < ROWS + 1:
-            with suppress(GridError, SolverError):  # a saved sampler, or a grid or solver that this version does not know
-                found[name] = torch.exp(-schedule.lam(_grid(row, model, problem.runs[-1].problem[2]).t)).tolist()
+        if name not in found and len(found) < ROWS + 1 and row.get("levels") is not None:
+            found[name] = [level for level in row["levels"] if level is not None]
     return found
-
-
-def _grid(row: Row, model: Model, guidance: float) -> TimeGrid:
-    if row["grid"] == OPTIMIZED:
-        fitted = row["solver"] == FITTED
-        return model.fitted(row["nfe"], guidance).grid if fitted else model.optimized(row["solver"], row["nfe"], guidance)
-    schedule = model.denoiser.schedule
-    solver = solver_for(row["solver"], model, guidance=guidance, any_statistics=True)
-    return make_grid(row["grid"], schedule, solver.steps_on(schedule, row["nfe"]))
 
 
 # -- how it was made --------------------------------------------------------------------------------------------------

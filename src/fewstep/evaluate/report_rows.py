@@ -16,16 +16,15 @@ from fewstep.core.artifact import read_json
 from fewstep.core.errors import ArtifactError, FewstepError
 from fewstep.evaluate.confidence import ROUNDING
 from fewstep.evaluate.plan import OPTIMIZED, Key
+from fewstep.evaluate.report_verdict import Row, Verdict, Version, has_error, key_of, verdict
 from fewstep.models.loaders import FITTED
 
-__all__ = ["Change", "Format", "Name", "Need", "Number", "Problem", "Row", "Run", "Sampler", "Sentence", "described", "has_error"]
-__all__ += ["interval_of", "key_of", "pivot", "problems_of", "read_runs", "reference_of", "sampler_of", "summary", "title_of"]
+__all__ = ["Change", "Format", "Name", "Need", "Number", "Problem", "Run", "Sampler", "Sentence", "described", "interval_of", "pivot"]
+__all__ += ["problems_of", "read_runs", "reference_of", "sampler_of", "summary", "title_of"]
 
-Row = Mapping[str, Any]  # of a results.json, of whatever version
 Sampler = tuple[str, str]  # library, solver
 DISTANCES = ("fd", "fd_ci", "fd_features", "kd", "kd_ci", "precision", "recall", "labels")
 NEEDED = {"library", "solver", "grid", "nfe", "rmse"}
-WORSE = 1.02  # of rows without intervals
 
 
 class Number(NamedTuple):
@@ -56,7 +55,7 @@ class Change(NamedTuple):
     before: Row
     after: Row
     runs: tuple[str, str]
-    verdict: str
+    verdict: Verdict
 
 
 Sentence = tuple[str | Number | Name, ...]
@@ -107,9 +106,13 @@ class Problem:
                 self.rows[key_of(row)], self.homes[key_of(row)] = row, run
         for key, (row, run) in first.items():
             if self.homes[key] is not run:
-                same = run.noises == self.homes[key].noises
                 names = (run.name, self.homes[key].name)
-                self.changes.append(Change(row, self.rows[key], names, verdict(row, self.rows[key], same_noises=same)))
+                said = verdict(self._version(self.rows[key]), Version(row, run.folder, run.noises))
+                self.changes.append(Change(row, self.rows[key], names, said))
+
+    def _version(self, row: Row) -> Version:
+        home = self.homes[key_of(row)]
+        return Version(row, home.folder, home.noises)
 
     @property
     def features(self) -> str | None:
@@ -152,6 +155,12 @@ class Problem:
         rows = [row for (sampler, n), row in self.lowest.items() if n == nfe and sampler not in won]
         return sorted(rows, key=lambda row: row["rmse"])
 
+    def uncertain(self, nfe: int) -> list[Row]:
+        """Those of the `others` that may be as good as the winner: the difference is not more than chance explains."""
+        least = self._version(self.winners(nfe)[0])
+        sure = least.row.get("rmse_ci") is not None
+        return [row for row in self.others(nfe) if sure and row.get("rmse_ci") and verdict(self._version(row), least) != "worse"]
+
     def winners(self, nfe: int) -> list[Row]:
         """The rows with the least error with so many evaluations; several if they are equal but for rounding."""
         return tied([self.lowest[sampler, nfe] for sampler in self.samplers if (sampler, nfe) in self.lowest])
@@ -184,11 +193,6 @@ class Problem:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def key_of(row: Row) -> Key:
-    """What tells rows of one problem apart."""
-    return row["library"], row["solver"], row["grid"], row["nfe"] if row.get("planned") is None else row["planned"]
-
-
 def sampler_of(row: Row) -> Sampler:
     """Rows of one sampler differ in the grid and the evaluations."""
     return row["library"], row["solver"]
@@ -197,11 +201,6 @@ def sampler_of(row: Row) -> Sampler:
 def title_of(sampler: Sampler) -> str:
     """How a sampler is called where the reader knows that they are ours."""
     return sampler[1] if sampler[0] == "fewstep" else f"{sampler[1]} ({sampler[0]})"
-
-
-def has_error(row: Row) -> bool:
-    """Whether a row did not fail."""
-    return row.get("failed") is None and row["rmse"] is not None and math.isfinite(row["rmse"])
 
 
 def tied(rows: Sequence[Row]) -> list[Row]:
@@ -214,18 +213,6 @@ def prepared(row: Row) -> bool:
     """Whether a row needs something that was made for this very model: statistics, an optimised grid, a fit, a saved sampler."""
     ours = row["library"] == "fewstep" and row.get("artifact") is not None
     return ours or row["grid"] == OPTIMIZED or row["solver"] == FITTED or row.get("statistics") is not None
-
-
-def verdict(before: Row, after: Row, *, same_noises: bool) -> str:
-    """Whether a row got worse or better: by more than both intervals allow or, if it has none, by more than 2 percent."""
-    if not has_error(before) or not has_error(after):
-        return "equal" if has_error(before) == has_error(after) else ("better" if has_error(after) else "worse")
-    old, new = before.get("rmse_ci"), after.get("rmse_ci")
-    if old is not None and new is not None:
-        return "worse" if new[0] > old[1] else "better" if new[1] < old[0] else "equal"
-    if not same_noises:
-        return "equal"  # other noises, no intervals: nothing can be said
-    return "worse" if after["rmse"] > WORSE * before["rmse"] else "better" if WORSE * after["rmse"] < before["rmse"] else "equal"
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -322,12 +309,9 @@ def headline(problem: Problem, form: Format) -> list[Sentence]:
 def asides(problem: Problem, form: Format, at: int, won: Sequence[Row]) -> list[Sentence]:
     """How sure that is, what is best without preparation, and how far from the data the samples are."""
     said: list[Sentence] = []
-    interval = won[0].get("rmse_ci")
-    close = [row for row in problem.others(at) if interval and row.get("rmse_ci") and row["rmse_ci"][0] <= interval[1]]
+    close = problem.uncertain(at)
     if close:
-        verb = " overlap with its own." if len(close) > 1 else " overlaps with its own."
-        begin = "That order is not certain: the intervals of " if len(close) > 1 else "That order is not certain: the interval of "
-        said.append((begin, *listed([described(row) for row in close]), verb))
+        said.append(("That order is not certain: with other noises ", *listed([described(row) for row in close]), " may be as good."))
     plain = [row for row in problem.good if row["nfe"] == at and not prepared(row)]
     if all(map(prepared, won)) and plain:
         least = min(plain, key=lambda row: row["rmse"])

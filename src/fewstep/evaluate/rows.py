@@ -53,6 +53,7 @@ class Row:
     recall: float | None = None
     labels: float | None = None  # share of samples whose label is the one asked for
     peak_memory: int | None = None  # bytes
+    levels: list[float | None] | None = None  # sigma/alpha at each evaluation and at the end; None where alpha is 0
     failed: str | None = None  # why
 
     @property

@@ -26,10 +26,11 @@ def now(device: torch.device) -> float:
 
 
 class Timed:
-    """A denoiser that knows how long it took, and how many samples it was evaluated on."""
+    """A denoiser that knows how long it took, on how many samples it was evaluated, and at which times."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser, self.seconds, self.evaluated = denoiser, 0.0, 0
+        self.times: list[float] = []  # of a batch the first sample's
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -40,6 +41,7 @@ class Timed:
         x0 = self.denoiser(x, t, cond)
         self.seconds += now(x.device) - begin
         self.evaluated += len(x)
+        self.times.append(float(t.flatten()[0]))
         return x0
 
 
