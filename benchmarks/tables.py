@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -45,14 +46,15 @@ def main() -> None:
         study(json.loads(args.results[0].read_text())["rows"])
         return
     if args.fitted:
-        fitted([row for path in args.results for row in json.loads(path.read_text())["rows"]])
+        fitted([row for path in args.results for row in json.loads(path.read_text())["rows"] if row["rmse"] is not None])
         return
     rows = [row for path in args.results for row in json.loads(path.read_text())["rows"] if row["library"] == args.library]
     rows = [row for row in rows if (not args.solver or row["solver"] in args.solver) and (not args.grid or row["grid"] in args.grid)]
     columns = sorted({row["nfe"] for row in rows if not args.optimized or row["grid"] == "optimized"})
-    best = {n: min(row["rmse"] for row in rows if row["nfe"] == n) for n in columns}
+    whole = [row for row in rows if row["rmse"] is not None]  # others failed
+    best = {n: min((row["rmse"] for row in whole if row["nfe"] == n), default=None) for n in columns}
     if args.optimized:
-        optimized_grids(rows, columns)
+        optimized_grids(whole, columns)
         return
     if args.best:
         best_grids(rows, columns, best)
@@ -64,9 +66,17 @@ def main() -> None:
         line = []
         for n in columns:
             row = cells.get((grid, solver, n))
-            text = "" if row is None else f"{row['rmse']:.4f} ({row['fd']:.2f})"
-            line.append(f"**{text}**" if row is not None and row["rmse"] == best[n] else text)
+            line.append("" if row is None else figures(row, best[n]))
         print(f"| `{solver}` | `{grid}` | " + " | ".join(line) + " |")
+
+
+def figures(row: dict[str, Any], best: float | None, grid: str = "") -> str:
+    """One cell: error, and the Frechet distance if it is known; the best of a column in bold."""
+    if row["rmse"] is None:
+        return "failed"
+    distance = "" if row["fd"] is None else f" ({row['fd']:.2f})"
+    text = f"{row['rmse']:.4f}{distance}" + (f" `{grid}`" if grid else "")
+    return f"**{text}**" if row["rmse"] == best else text
 
 
 def pipeline(results: dict[str, Any]) -> None:
@@ -179,15 +189,15 @@ def student(name: str, rows: list[dict[str, Any]], others: list[dict[str, Any]])
     print("| arithmetic of the passes, in evaluations | " + " | ".join(f"{row['arithmetic']:.2f}" for row in ours.values()) + " |")
 
 
-def best_grids(rows: list[dict[str, Any]], columns: list[int], best: dict[int, float]) -> None:
+def best_grids(rows: list[dict[str, Any]], columns: list[int], best: dict[int, float | None]) -> None:
     print("| solver | " + " | ".join(f"{n}" for n in columns) + " |")
     print("|---|" + "---|" * len(columns))
     for solver in dict.fromkeys(row["solver"] for row in rows):
         line = []
         for n in columns:
-            row = min((r for r in rows if r["solver"] == solver and r["nfe"] == n), key=lambda r: r["rmse"], default=None)
-            text = "" if row is None else f"{row['rmse']:.4f} ({row['fd']:.2f}) `{row['grid']}`"
-            line.append(f"**{text}**" if row is not None and row["rmse"] == best[n] else text)
+            found = [row for row in rows if row["solver"] == solver and row["nfe"] == n]
+            row = min(found, key=lambda row: math.inf if row["rmse"] is None else row["rmse"], default=None)
+            line.append("" if row is None else figures(row, best[n], row["grid"]))
         print(f"| `{solver}` | " + " | ".join(line) + " |")
 
 
