@@ -103,6 +103,9 @@ def bench(
     features: Annotated[
         str | None, typer.Option(help="Compare with the data in: digits, pixels, inception:PATH. Default: by the model's data.")
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Images to compare with: digits, an .npz, a folder of pictures. Default: the model's own, if known.")
+    ] = None,
     batch: int = 256,
     statistics: StatisticsFolder = None,
     any_statistics: AnyStatistics = False,
@@ -113,7 +116,9 @@ def bench(
     from fewstep.apps.verbs import BenchRequest, run_bench
 
     which = (words(solver), words(grid), None if nfe is None else integers(nfe, "--nfe"), words(sampler) or ())
-    request = BenchRequest(model, *which, num, seed, guidance, words(peers) or (), batch, statistics, any_statistics, features, report)
+    request = BenchRequest(
+        model, *which, num, seed, guidance, words(peers) or (), batch, statistics, any_statistics, features, data, report
+    )
     results = run_bench(request, out, command())
     print_json(results) if json else bench_table(results)
     if not json:

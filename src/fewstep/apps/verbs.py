@@ -178,6 +178,7 @@ class BenchRequest:
     statistics: Path | None = None
     any_statistics: bool = False
     features: str | None = None
+    data: str | None = None
     report: bool = False
 
     def build(self, model: Model) -> BenchmarkConfig:
@@ -191,7 +192,7 @@ class BenchRequest:
         grids = grids if self.grids is None else self.grids
         nfe = nfe if self.nfe is None else self.nfe
         rest = (self.num, self.seed, self.guidance, self.peers, self.batch, self.statistics, self.any_statistics)
-        return BenchmarkConfig(solvers, grids, nfe, *rest, tuple(map(Path, self.samplers)), self.features)
+        return BenchmarkConfig(solvers, grids, nfe, *rest, tuple(map(Path, self.samplers)), self.features, self.data)
 
 
 def run_bench(request: BenchRequest, out: Path, command: str) -> dict[str, Any]:

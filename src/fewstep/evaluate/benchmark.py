@@ -142,18 +142,25 @@ class _Problem:
         if teacher is not None:
             self.identity["reference"]["teacher"] = teacher.fingerprint
         self.third_parties = {(one.module, one.name): one for one in map(load_third_party, filter(is_entry, config.peers))}
-        self.quality = self._quality(model.data or (None if teacher is None else teacher.data))
+        self.quality = self._quality(config.data or model.data or (None if teacher is None else teacher.data))
         self.exact, self.reference_error = self._reference(observe)
 
     def _quality(self, data: str | None) -> Quality | None:
         if data is None:
             if self.config.features is not None:
                 raise FewstepError(
-                    f"{self.model.name} does not know its data, so there is nothing to compare features with: leave them out"
+                    f"{self.model.name} does not know its data, so there is nothing to compare features with: name the data, or leave "
+                    f"the features out"
                 )
             return None
+        images = load_images(data).x
+        if images.shape[1:] != self.model.shape:
+            raise FewstepError(f"{data} has images of shape {tuple(images.shape[1:])}, {self.model.name} makes {self.model.shape}")
+        if self.config.data is not None:
+            fingerprint = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
+            self.identity["data"] = {"name": Path(data).stem, "num": len(images), "fingerprint": fingerprint}
         default = "digits" if data == "digits" else "pixels"
-        return Quality.of(load_images(data).x, default if self.config.features is None else self.config.features, self.device)
+        return Quality.of(images, default if self.config.features is None else self.config.features, self.device)
 
     # -- samples ----------------------------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ class BenchmarkConfig:
         samplers: folders below which saved samplers of this model lie; each is a row.
         features: in which the samples are compared with the data, by name (see `load_features`) or as a network; by default ``digits``
             for models of the digits and ``pixels`` for others.
+        data: images that the samples are compared with, as `load_images` takes them; by default the model's own data, if it is known.
     """
 
     solvers: tuple[str, ...]
@@ -66,6 +67,7 @@ class BenchmarkConfig:
     any_statistics: bool = False
     samplers: tuple[Path, ...] = ()
     features: str | nn.Module | None = None
+    data: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.solvers:

@@ -1,0 +1,53 @@
+"""Samples of any model compared with images that the user names."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.evaluate.test_third_party import toy
+
+from fewstep import FewstepError, load_model
+from fewstep.evaluate.benchmark import benchmark
+from fewstep.evaluate.plan import BenchmarkConfig
+
+pytestmark = pytest.mark.usefixtures("short_reference")
+SMALL = {"num": 12, "batch": 12}
+
+
+def pictures(path: Path, side: int = 8, brightness: int = 128) -> str:
+    images = np.random.default_rng(0).integers(0, brightness, (40, side, side), dtype=np.uint8)
+    np.savez(path, images=images)
+    return str(path)
+
+
+def run(out: Path, data: str | None, **more: object) -> dict:
+    return benchmark(load_model("digits-edm"), BenchmarkConfig(("ddim",), ("angle",), (3,), data=data, **SMALL, **more), out, command="")
+
+
+def test_other_data_gives_other_distances_the_same_errors_and_another_table(tmp_path: Path) -> None:
+    own = run(tmp_path / "own", None)
+    dark = run(tmp_path / "named", pictures(tmp_path / "dark.npz"))
+    assert "data" not in own["problem"] and dark["problem"]["data"]["name"] == "dark" and dark["problem"]["data"]["num"] == 40
+    mine, theirs = own["rows"][0], dark["rows"][0]
+    assert mine["rmse"] == theirs["rmse"] and mine["fd_features"] == "digits" and theirs["fd_features"] == "pixels"
+    named = run(tmp_path / "digits", "digits")["rows"][0]
+    assert (named["fd"], named["fd_features"]) == (mine["fd"], "digits")
+    light = run(tmp_path / "named", pictures(tmp_path / "light.npz", brightness=256), features="pixels")
+    assert len(light["rows"]) == 1 and light["rows"][0]["fd"] != theirs["fd"]
+    assert json.loads((tmp_path / "named" / "results.json").read_text())["problem"]["data"]["name"] == "light"
+
+
+def test_a_model_without_data_of_its_own(tmp_path: Path) -> None:
+    model = toy()
+    assert model.data is None
+    side = model.shape[-1]
+    config = BenchmarkConfig(("ddim",), ("angle",), (3,), data=pictures(tmp_path / "x.npz", side), **SMALL)
+    assert benchmark(model, config, tmp_path / "out", command="")["rows"][0]["fd"] > 0
+
+
+def test_images_of_another_shape_and_features_without_data_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FewstepError, match=r"large.npz has images of shape \(1, 9, 9\), digits-edm makes \(1, 8, 8\)"):
+        run(tmp_path, pictures(tmp_path / "large.npz", 9))
+    with pytest.raises(FewstepError, match="name the data"):
+        benchmark(toy(), BenchmarkConfig(("ddim",), ("angle",), (3,), features="pixels", **SMALL), tmp_path, command="")
