@@ -1,4 +1,4 @@
-"""The noise levels that a row names are those at which its network was asked, whoever's the sampler is; they are enough to make it again."""
+"""The noise levels of a row are those at which its network was asked, whoever wrote the sampler; they are enough to make it again."""
 
 import json
 import sys
