@@ -20,7 +20,7 @@ from fewstep import Sampler, TimeGrid, VarianceExploding, load_model, make_solve
 from fewstep.apps import cli, training, verbs
 from fewstep.core.grid_table import GridTable
 from fewstep.core.statistics import ModelStatistics
-from fewstep.evaluate import benchmark, generation
+from fewstep.evaluate import generation
 from fewstep.learn import calibrate, finetune
 from fewstep.learn.finetune import FinetuneConfig
 from fewstep.learn.fit import FitConfig
@@ -28,9 +28,11 @@ from fewstep.learn.gram import GramConfig
 from fewstep.learn.optimize import OptimizeConfig
 from fewstep.models.loaders import save_ours
 from fewstep.models.zoo import WEIGHTS
-from fewstep.solvers.reference import reference_sampler
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode of some PyTorch releases says so
+pytestmark = [
+    pytest.mark.usefixtures("short_reference"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # forward mode of some PyTorch releases says so
+]
 
 
 def run(monkeypatch, *words: object) -> int:
@@ -171,11 +173,17 @@ CALIBRATE = ("calibrate", "digits-edm", "--levels", 4, "--num", 8, "--batch", 4)
 V3 = ("sample", "digits-edm", "--nfe", 5, "--num", 2, "--npz", "--solver")
 
 
+def without_plots(monkeypatch) -> None:
+    """No picture is drawn, where other tests look at it."""
+    monkeypatch.setattr("fewstep.evaluate.plots._write", lambda figure, path: path)
+
+
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory) -> Path:
     """Statistics of digits-edm."""
     out = tmp_path_factory.mktemp("statistics")
     with pytest.MonkeyPatch.context() as monkeypatch:
+        without_plots(monkeypatch)
         assert run(monkeypatch, *CALIBRATE, "--out", out) == 0
     return out
 
@@ -187,11 +195,11 @@ def bare(tmp_path: Path) -> Path:
 
 
 def test_calibrate_saves_statistics_a_card_and_a_plot(monkeypatch, capsys, tmp_path: Path) -> None:
-    words = (*CALIBRATE, "--pool", "scalar/element", "--data", "digits", "--guidance", 2, "--out", tmp_path)
+    words = (*CALIBRATE, "--num", 4, "--pool", "scalar/element", "--data", "digits", "--guidance", 2, "--out", tmp_path)
     assert run(monkeypatch, *words, "--json") == 0
     done = json.loads(capsys.readouterr().out)
     assert done["statistics"] == str(tmp_path) and Path(done["plot"]).exists() and done["seconds"] > 0
-    assert (done["data"], done["pool"], done["states"]) == (8, "scalar/element", "digits, 1797 images, diffused")
+    assert (done["data"], done["pool"], done["states"]) == (4, "scalar/element", "digits, 1797 images, diffused")
     made = {path.name for path in tmp_path.iterdir() if not path.name.startswith("moments-")}
     assert made == {"statistics.json", "statistics.safetensors", "README.md", "statistics.png"}
     loaded = ModelStatistics.load(tmp_path)
@@ -202,6 +210,7 @@ def test_calibrate_saves_statistics_a_card_and_a_plot(monkeypatch, capsys, tmp_p
 
 
 def test_a_killed_calibration_continues(monkeypatch, capsys, tmp_path: Path, statistics: Path) -> None:
+    without_plots(monkeypatch)
     real, calls = calibrate.Moments.of, []
 
     def mortal(*args: object) -> object:
@@ -471,6 +480,7 @@ def test_the_grids_of_the_models_own_folder(monkeypatch, capsys, tmp_path: Path,
 
 def test_a_killed_optimisation_continues(monkeypatch, capsys, tmp_path: Path, tiny: Path, optimized: Path) -> None:
     hurry(monkeypatch)
+    without_plots(monkeypatch)
     with monkeypatch.context() as mortal:
         counted(mortal, stop=300)  # among the schedules
         assert run(mortal, "optimize", tiny, *OPTIMIZE, "--out", tmp_path / "cut") == 130
@@ -574,8 +584,7 @@ FIT = ("--nfe", "3,2", "--num", 32, "--held-out", 16, "--iterations", 1, "--batc
 
 
 def hurry_fit(monkeypatch) -> None:
-    """Less work than fit does by those defaults that no option changes, and a reference that is good enough."""
-    monkeypatch.setattr(benchmark, "reference_sampler", lambda schedule, nfe=24: reference_sampler(schedule, 24))
+    """Less work than fit does by those defaults that no option changes."""
     monkeypatch.setattr(cli, "FitConfig", partial(FitConfig, levels=12, noises=16, window=8))
 
 

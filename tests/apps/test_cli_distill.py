@@ -23,7 +23,6 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 
 from fewstep import VarianceExploding, load_model
 from fewstep.apps import cli
-from fewstep.evaluate import benchmark
 from fewstep.learn import distill as module
 from fewstep.learn import loop
 from fewstep.learn import trajectories as stored_module
@@ -31,7 +30,6 @@ from fewstep.learn.loop import LoopConfig
 from fewstep.learn.trajectories import Trajectories, TrajectoryConfig
 from fewstep.models.loaders import save_ours
 from fewstep.models.tuned import Tuned
-from fewstep.solvers.reference import reference_sampler
 
 UNET = {"sample_size": 4, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
 UNET |= {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
@@ -58,7 +56,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(autouse=True)
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
+def few(monkeypatch: pytest.MonkeyPatch, short_reference: None) -> None:
     """Less work where no option says so: shards of 16, checkpoints every 3 steps, a quick reference."""
     hurry(monkeypatch)
 
@@ -66,7 +64,6 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LoopConfig", partial(LoopConfig, checkpoint_every=3))
     monkeypatch.setattr(module, "TrajectoryConfig", partial(TrajectoryConfig, batch=16))
-    monkeypatch.setattr(benchmark, "reference_sampler", lambda schedule, nfe=24: reference_sampler(schedule, 24))
 
 
 @pytest.fixture(scope="module")

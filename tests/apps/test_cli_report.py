@@ -22,6 +22,7 @@ def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
     return code, said.out, said.err
 
 
+@pytest.mark.usefixtures("short_reference")
 def test_a_benchmark_is_shown_and_two_are_compared(monkeypatch, capsys, tmp_path: Path) -> None:
     bench = ("bench", "digits-edm", "--num", "4", "--grid", "angle", "--nfe", "3")
     code, out, _ = run(monkeypatch, capsys, *bench, "--solver", "ddim,unipc-2", "--report", "--out", tmp_path / "one")

@@ -34,6 +34,7 @@ def test_the_guide_to_pipelines_runs_and_its_fit_pays(tmp_path: Path, monkeypatc
     assert errors["fitted"] <= 0.6 * best  # measured 0.1 to 0.3
 
 
+@pytest.mark.usefixtures("short_reference")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

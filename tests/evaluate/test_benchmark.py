@@ -16,12 +16,13 @@ from fewstep.evaluate.benchmark import benchmark, picture_file, read_samples
 from fewstep.evaluate.plan import OPTIMIZED, BenchmarkConfig
 from fewstep.models.loaders import save_ours
 from fewstep.models.tuned import Tuned
-from fewstep.solvers.reference import reference_sampler
+from fewstep.solvers.reference import REFERENCE_NFE, reference_sampler
 
 COLUMNS = {"solver", "library", "grid", "nfe", "num", "guidance", "rmse", "fd", "fd_features", "seconds", "solver_seconds"}
 COLUMNS |= {"statistics", "artifact", "arithmetic", "planned", "rmse_ci", "error_median", "error_p95", "fd_ci", "kd", "kd_ci"}
-COLUMNS |= {"precision", "recall", "labels", "peak_memory", "failed"}
-SMALL = {"num": 16, "batch": 8}
+COLUMNS |= {"precision", "recall", "labels", "peak_memory", "failed", "levels"}
+SMALL = {"num": 8, "batch": 4}
+short = pytest.mark.usefixtures("short_reference")
 
 
 def test_rows_are_complete_resumed_and_plausible(tmp_path: Path) -> None:
@@ -39,8 +40,9 @@ def test_rows_are_complete_resumed_and_plausible(tmp_path: Path) -> None:
     assert again["rows"][:4] == results["rows"] and len(again["rows"]) == 6  # the old rows were not run again: same seconds
 
 
+@short
 def test_a_damaged_reference_is_named(tmp_path: Path) -> None:
-    model, config = load_model("digits-edm"), BenchmarkConfig(("ddim",), ("angle",), (5,), **SMALL)
+    model, config = tiny(tmp_path / "model"), BenchmarkConfig(("ddim",), ("angle",), (5,), **SMALL)
     benchmark(model, config, tmp_path, command="")
     reference = tmp_path / "reference.safetensors"
     reference.write_bytes(reference.read_bytes()[:100])
@@ -48,16 +50,18 @@ def test_a_damaged_reference_is_named(tmp_path: Path) -> None:
         benchmark(model, config, tmp_path, command="")
 
 
+@short
 def test_peers_equal_ours_and_impossible_rows_are_said(tmp_path: Path) -> None:
     config = BenchmarkConfig(("ddim", "heun"), ("angle",), (5,), peers=("diffusers",), **SMALL)
-    results = benchmark(load_model("digits-edm"), config, tmp_path, command="fewstep bench")
+    results = benchmark(tiny(tmp_path / "model"), config, tmp_path, command="fewstep bench")
     rmse = {(row["library"], row["solver"]): row["rmse"] for row in results["rows"]}
     assert rmse["diffusers", "ddim"] == pytest.approx(rmse["fewstep", "ddim"], rel=1e-4)  # float32 tables of theirs
     assert ("fewstep", "heun") not in rmse and any("2 evaluations a step" in skipped["why"] for skipped in results["skipped"])
 
 
+@short
 def test_guidance_changes_the_problem_so_rows_are_not_mixed(tmp_path: Path) -> None:
-    model = load_model("digits-edm")
+    model = tiny(tmp_path / "model")
     plain = benchmark(model, BenchmarkConfig(("ddim",), ("angle",), (5,), **SMALL), tmp_path, command="")
     guided = benchmark(model, BenchmarkConfig(("ddim",), ("angle",), (5,), guidance=2.0, **SMALL), tmp_path, command="")
     assert len(guided["rows"]) == 1 and guided["rows"][0]["rmse"] != plain["rows"][0]["rmse"]
@@ -73,6 +77,7 @@ def linear_part(model: Model, l: float, folder: Path) -> tuple[Path, str]:
     return statistics.save(folder), statistics.fingerprint
 
 
+@short
 def test_other_statistics_run_their_own_rows_again_and_no_others(tmp_path: Path) -> None:
     model, out = load_model("digits-edm"), tmp_path / "out"
     (one, first), (two, second) = (linear_part(model, l, tmp_path / str(l)) for l in (1.0, 0.9))
@@ -105,7 +110,7 @@ def test_a_benchmark_without_any_row_is_an_error(tmp_path: Path) -> None:
 
 UNET = {"sample_size": 4, "in_channels": 1, "out_channels": 1, "block_out_channels": (16,), "norm_num_groups": 4, "layers_per_block": 1}
 UNET |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False, "num_class_embeds": 3}
-LAW, SHAPE, FLOAT32 = VarianceExploding(0.05, 20.0), (1, 4, 4), 1e-5  # two sums of some 100 steps in float32
+LAW, SHAPE, FLOAT32 = VarianceExploding(0.05, 20.0), (1, 4, 4), 1e-5  # two sums of some 30 steps in float32
 FEW = {"num": 8, "batch": 4}
 
 
@@ -125,7 +130,7 @@ def tuned(folder: Path, teacher: Model, guidance: float = 1.0, weights: Model | 
     save_ours(folder, network.half() if half else network, "edm(0.5)", LAW, SHAPE, 2)
     network.float()
     student = load_model(folder)
-    grids = {2: TimeGrid(torch.tensor([20.0, 0.5, 0.05])), 96: reference_sampler(LAW, 96).grid}
+    grids = {2: TimeGrid(torch.tensor([20.0, 0.5, 0.05])), 96: TimeGrid.karras(LAW, 96)}
     GridTable("ddim", student.fingerprint, 1.0, LAW, grids).save(folder / "optimized" / "ddim")
     GridTable("unipc-3", student.fingerprint, 1.0, LAW, grids).save(folder / "optimized" / "unipc-3")
     Tuned(str(teacher.folder), teacher.fingerprint, guidance, "ddim", 2, "mean").save(folder)
@@ -134,11 +139,12 @@ def tuned(folder: Path, teacher: Model, guidance: float = 1.0, weights: Model | 
 
 def exact_ends(model: Model, scale: float) -> torch.Tensor:
     """Computed here: the ends of the model's trajectories from the seeds of ``FEW``."""
-    sampler, seeds = reference_sampler(LAW), range(FEW["num"])
+    sampler, seeds = reference_sampler(LAW, REFERENCE_NFE // 4), range(FEW["num"])
     with torch.no_grad():
         return sample(model.guided(scale), sampler, start_noise(sampler.tableau.nodes, seeds, SHAPE), model.labels(seeds))
 
 
+@short
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_tuned_model_is_measured_against_its_guided_teacher(tmp_path: Path, guidance: float) -> None:
     teacher = tiny(tmp_path / "teacher")
@@ -164,6 +170,7 @@ def test_a_student_that_is_its_teacher_arrives_with_many_steps(tmp_path: Path) -
     assert many < 1e-4 < 0.01 * few  # measured 2e-6 and 0.3
 
 
+@short
 def test_half_weights_are_measured_as_float32(tmp_path: Path) -> None:
     teacher = tiny(tmp_path / "teacher")
     config, rows = BenchmarkConfig(("ddim",), (OPTIMIZED,), (2,), **FEW), []
@@ -175,6 +182,7 @@ def test_half_weights_are_measured_as_float32(tmp_path: Path) -> None:
     assert rows[0] != rows[1] and rows[1] == pytest.approx(rows[0], rel=5e-3)  # float16 has 11 bits
 
 
+@short
 def test_a_teacher_that_is_gone_or_has_other_weights_is_named(tmp_path: Path) -> None:
     teacher, config = tiny(tmp_path / "teacher"), BenchmarkConfig(("ddim",), (OPTIMIZED,), (2,), **FEW)
     student = tuned(tmp_path / "student", teacher)
@@ -188,6 +196,7 @@ def test_a_teacher_that_is_gone_or_has_other_weights_is_named(tmp_path: Path) ->
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+@short
 def test_solvers_without_grids_of_the_models_own_are_listed(tmp_path: Path) -> None:
     student = tuned(tmp_path / "student", tiny(tmp_path / "teacher"))
     config = BenchmarkConfig(("ddim", "unipc-2"), (OPTIMIZED, "angle"), (1, 2), **FEW)
@@ -200,6 +209,7 @@ def test_solvers_without_grids_of_the_models_own_are_listed(tmp_path: Path) -> N
     assert "only of 2, 96" in skipped["ddim", OPTIMIZED, 1] and "there are some for ddim" in skipped["unipc-2", OPTIMIZED, 2]
 
 
+@short
 def test_a_row_is_run_again_when_its_grid_or_sampler_changed_and_not_before(tmp_path: Path) -> None:
     model = tuned(tmp_path / "student", tiny(tmp_path / "teacher"))
     card = {"name": "ddim", "model": model.fingerprint, "guidance": 1.0}
@@ -228,12 +238,6 @@ def test_a_row_is_run_again_when_its_grid_or_sampler_changed_and_not_before(tmp_
     assert all(back[grid]["artifact"] == first[grid]["artifact"] and back[grid]["rmse"] == first[grid]["rmse"] for grid in (own, saved))
 
 
-@pytest.fixture
-def short_reference(monkeypatch) -> None:
-    """Where what is tested needs no better one."""
-    monkeypatch.setattr("fewstep.evaluate.benchmark.reference_sampler", lambda schedule, nfe=24: reference_sampler(schedule, 24))
-
-
 def fitted_row(folder: Path, middle: float, nfe: int = 2) -> TimeGrid:
     """A sampler in a model's folder, as if fitted to it."""
     grid = TimeGrid(torch.tensor([20.0, *([middle] if nfe == 2 else [middle, 0.2]), 0.05]))
@@ -242,7 +246,8 @@ def fitted_row(folder: Path, middle: float, nfe: int = 2) -> TimeGrid:
     return grid
 
 
-def test_fitted_samplers_are_rows_like_saved_ones(tmp_path: Path, short_reference: None) -> None:
+@short
+def test_fitted_samplers_are_rows_like_saved_ones(tmp_path: Path) -> None:
     model = tiny(tmp_path / "model")
     grid = fitted_row(tmp_path / "model", 0.5)
     config = BenchmarkConfig(("unipc-2", "fitted"), ("angle", "karras"), (2, 3), samplers=(tmp_path / "model" / "fitted",), **FEW)
@@ -269,7 +274,8 @@ def test_fitted_samplers_are_rows_like_saved_ones(tmp_path: Path, short_referenc
         benchmark(model, replace(config, solvers=("fitted",), nfe=(5,), samplers=()), tmp_path / "none", command="")
 
 
-def test_a_fitted_row_is_run_again_when_the_sampler_changed_and_not_before(tmp_path: Path, short_reference: None) -> None:
+@short
+def test_a_fitted_row_is_run_again_when_the_sampler_changed_and_not_before(tmp_path: Path) -> None:
     model, config = tiny(tmp_path / "model"), BenchmarkConfig(("ddim", "fitted"), ("angle",), (2, 3), **FEW)
 
     def rows() -> dict[tuple[str, int], dict]:
@@ -289,6 +295,7 @@ def test_a_fitted_row_is_run_again_when_the_sampler_changed_and_not_before(tmp_p
         assert again["fitted", 2][part] != first["fitted", 2][part]
 
 
+@short
 def test_saved_samplers_make_the_samples_that_they_hold(tmp_path: Path) -> None:
     model = tiny(tmp_path / "model")
     grid = TimeGrid(torch.tensor([20.0, 1.5, 0.05]))

@@ -1,5 +1,6 @@
 """Intervals by resampling against what they estimate, and verdicts on two samplers."""
 
+import functools
 import time
 from dataclasses import replace
 
@@ -74,17 +75,28 @@ def test_the_interval_of_a_frechet_distance_is_as_wide_as_it_scatters(shift: flo
 # -- verdicts -----------------------------------------------------------------------------------------------------------
 
 
+def start() -> Tensor:
+    return seeded_noise(range(COUNT), SHAPE).double() * 80
+
+
+def mixture() -> MixtureDenoiser:
+    return MixtureDenoiser(LAW, seeded_noise(range(2), SHAPE).double(), torch.full((2,), 0.3, dtype=torch.float64))
+
+
+@functools.cache
+def exact_ends() -> Tensor:
+    return sample(mixture(), reference_sampler(LAW), start())
+
+
 def ends(solver: str, steps: int, wrong: float = 0.0) -> Tensor:
     """Errors of a solver on a mixture of two; ``wrong`` is a relative error of the newest answer's weight in the last step but two."""
-    denoiser = MixtureDenoiser(LAW, seeded_noise(range(2), SHAPE).double(), torch.full((2,), 0.3, dtype=torch.float64))
-    x = seeded_noise(range(COUNT), SHAPE).double() * 80
     method = make_solver(solver)
     tableau = tabulate(method, method.nodes(make_grid("karras", LAW, steps), LAW))
     update = tableau.update.clone()
     update[-3, 1, 2] *= 1 + wrong
     if torch.equal(tableau.update[:, 0], tableau.update[:, 1]):  # the anchor is the state
         update[-3, 0] = update[-3, 1]
-    return sample_errors(sample(denoiser, replace(tableau, update=update), x), sample(denoiser, reference_sampler(LAW), x))
+    return sample_errors(sample(mixture(), replace(tableau, update=update), start()), exact_ends())
 
 
 @pytest.mark.parametrize(("solver", "steps"), [("dpm-solver-pp-2m", 20), ("unipc-2", 40), ("unipc-3", 40)])

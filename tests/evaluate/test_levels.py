@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import shorten_reference
 
 from fewstep import Sampler, TimeGrid, load_model, make_grid, make_solver, sample
 from fewstep.core.sampling import start_noise
@@ -30,7 +31,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sys.path.insert(0, str(folder))
     peers = ("diffusers", "levels_script:two_stages")
     config = BenchmarkConfig(("ddim", "heun", "unipc-2"), ("angle",), (4,), num=4, batch=3, peers=peers)
-    benchmark(load_model("digits-edm"), config, folder, command="levels")
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_reference(patch)
+        benchmark(load_model("digits-edm"), config, folder, command="levels")
     sys.path.remove(str(folder))
     return folder
 

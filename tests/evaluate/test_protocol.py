@@ -14,18 +14,13 @@ from fewstep.evaluate.benchmark import Row, benchmark, picture_file, read_errors
 from fewstep.evaluate.confidence import compare, rmse_interval
 from fewstep.evaluate.plan import BenchmarkConfig
 from fewstep.evaluate.work import PeakMemory, Timed
-from fewstep.solvers.reference import reference_sampler
 
+pytestmark = pytest.mark.usefixtures("short_reference")
 SMALL = {"num": 12, "batch": 12}
 FIRST_ORDER = 3  # columns of its tableau
 MEASURED = ("seconds", "solver_seconds", "peak_memory")  # what no two runs share
 OLD = {"solver": "ddim", "library": "fewstep", "grid": "angle", "nfe": 5, "num": 16, "guidance": 1.0, "rmse": 0.1, "fd": 2.0}
 OLD |= {"fd_features": "digits", "seconds": 1.0, "solver_seconds": 0.1}
-
-
-@pytest.fixture(autouse=True)
-def short_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewstep.evaluate.benchmark.reference_sampler", lambda schedule, nfe=24: reference_sampler(schedule, 24))
 
 
 def same(results: dict) -> dict:
@@ -61,7 +56,7 @@ def test_a_row_says_all_of_it(tmp_path: Path) -> None:
 
 
 def test_interrupted_and_resumed_is_the_same_as_never_interrupted(tmp_path: Path) -> None:
-    model, config = load_model("digits-edm"), BenchmarkConfig(("unipc-2", "ddim", "heun"), ("angle",), (3, 4), **SMALL)
+    model, config = load_model("digits-edm"), BenchmarkConfig(("unipc-2", "heun"), ("angle",), (3, 4), **SMALL)
     whole = benchmark(model, config, tmp_path / "whole", command="bench")
     assert same(benchmark(model, config, tmp_path / "again", command="bench")) == same(whole)
 

@@ -27,7 +27,6 @@ from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow
 from fewstep.evaluate.benchmark import benchmark, picture_file, read_errors
 from fewstep.evaluate.plan import BenchmarkConfig
 from fewstep.evaluate.third_party import load_third_party, run_third_party
-from fewstep.solvers.reference import reference_sampler
 
 SOURCE = """
 import torch
@@ -189,8 +188,8 @@ def test_rows_are_run_again_when_the_source_changed_or_they_failed_and_not_befor
     assert all(back[name]["rmse"] == first[name]["rmse"] for name in first)  # those of a random sampler too
 
 
-def test_class_labels_reach_the_model_unseen(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewstep.evaluate.benchmark.reference_sampler", lambda schedule, nfe=24: reference_sampler(schedule, 24))
+@pytest.mark.usefixtures("short_reference")
+def test_class_labels_reach_the_model_unseen(module: str, tmp_path: Path) -> None:
     config = BenchmarkConfig(("euler",), ("angle",), (3,), peers=("theirs:euler",), num=8, batch=8)
     mine, theirs = benchmark(load_model("digits-edm"), config, tmp_path / "out", command="")["rows"]
     assert theirs["rmse"] == pytest.approx(mine["rmse"], rel=FLOAT32) and theirs["labels"] == mine["labels"]

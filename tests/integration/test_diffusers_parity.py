@@ -38,6 +38,7 @@ from fewstep.models.denoiser import unet_call
 from fewstep.solvers import SOLVERS
 
 STEPS = (5, 8, 10, 20)  # on both sides of 15, where diffusers changes its order rule
+RUNS = [(torch.float32, (5, 20)), pytest.param(torch.float32, (8, 10), marks=pytest.mark.slow), (torch.float64, (8,))]
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -314,11 +315,11 @@ quiet = pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning", "
 
 
 @quiet
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("dtype", "counts"), RUNS, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_diffusers_as_its_users_run_it(name: str, dtype: torch.dtype, ddpm_unet: nn.Module) -> None:
+def test_diffusers_as_its_users_run_it(name: str, dtype: torch.dtype, counts: tuple[int, ...], ddpm_unet: nn.Module) -> None:
     network, noise = ddpm_unet.to(dtype), seeded_noise([0], (1, 8, 8)).to(dtype)
-    for steps in STEPS if dtype == torch.float32 else STEPS[1:2]:
+    for steps in counts:
         scheduler, expected = theirs(CASES[name], network, noise, steps)
         assert relative(ours(CASES[name], network, noise, steps, scheduler), expected) < TOLERANCE[dtype]
 
@@ -327,11 +328,11 @@ def test_diffusers_as_its_users_run_it(name: str, dtype: torch.dtype, ddpm_unet:
 @pytest.mark.parametrize(
     "name", ["ddim-leading", "dpm2-zero", "dpm2-sigma-min", "dpm3-zero", "unipc2-zero", "deis3", "euler-linspace", "heun-linspace"]
 )
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_the_same_on_the_bundled_trained_model(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "counts"), RUNS, ids=str)
+def test_the_same_on_the_bundled_trained_model(name: str, dtype: torch.dtype, counts: tuple[int, ...]) -> None:
     """A trained network amplifies what rounding remains: DEIS's (see TOLERANCE) to 2e-5 in 20 steps, so its tables are widened."""
     network, noise = load_model("digits-ddpm").denoiser.network.to(dtype), seeded_noise([0, 1], (1, 8, 8)).to(dtype)
-    for steps in STEPS if dtype == torch.float32 else STEPS[1:2]:
+    for steps in counts:
         scheduler, expected = theirs(CASES[name], network, noise, steps, widen=name == "deis3")
         assert relative(ours(CASES[name], network, noise, steps, scheduler), expected) < TRAINED_TOLERANCE[dtype]
 

@@ -102,10 +102,17 @@ def distance(one, two):
 # -- the same latents -----------------------------------------------------------------------------------------------------------------
 
 
+SAMPLED = [("unipc-3", None), ("heun", "uniform"), ("dpm-solver-pp-2m", "angle"), ("dpm-solver-2s", None)]
+
+
 @pytest.mark.parametrize(
-    ("solver", "grid"), [("unipc-3", None), ("dpm-solver-pp-2m", "angle"), ("heun", "uniform"), ("dpm-solver-2s", None)]
+    ("name", "solver", "grid"),
+    [
+        pytest.param(name, *how, marks=[pytest.mark.slow] if how in SAMPLED[2:] and name not in ("sd", "flux") else [])
+        for name in NAMES
+        for how in SAMPLED
+    ],
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_latents_are_those_of_sample(name, solver, grid, folder):
     pipe = loaded(folder(name), solver=solver, grid=grid)
     model = model_of(pipe, name)
@@ -354,7 +361,8 @@ def test_calibrated_statistics_in_the_pipeline(folder, tmp_path):
     brought_back(pipe, model, scheduler)
 
 
-@pytest.mark.parametrize("name", ["sd", pytest.param("sd3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_optimized_and_fitted_samplers_in_the_pipeline(name, folder, tmp_path, hurry):
     pipe = loaded(folder(name))
     model, config = model_of(pipe, name), pipe.scheduler.config

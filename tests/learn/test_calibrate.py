@@ -103,10 +103,11 @@ def same(one: Statistics, two: Statistics, tolerance: float) -> bool:
 # -- against exact numbers -------------------------------------------------------------------------------------------
 
 
-def test_an_independent_gaussian_is_found_without_error() -> None:
+@pytest.mark.parametrize("levels", [100, pytest.param(400, marks=pytest.mark.slow)])
+def test_an_independent_gaussian_is_found_without_error(levels: int) -> None:
     """``D = mean + c (X - mean)``, ``c = v/(v + e^(-2 lam))``: ``l = 1 - c``, and F is the constant ``(c - 1) mean``: ``s F + b = F'``."""
     mean, std = torch.linspace(-1, 1, 12, dtype=F64).reshape(SHAPE), torch.linspace(0.3, 0.9, 12, dtype=F64).reshape(SHAPE)
-    config = CalibrationConfig(levels=400, num=64)
+    config = CalibrationConfig(levels=levels, num=64)
     moments, method = collect(GaussianDenoiser(LAW, mean, std), SHAPE, config, clean)
     lam = config.lam(LAW)
     l, s, b = moments.fit(lam, "element")

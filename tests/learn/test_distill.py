@@ -350,7 +350,7 @@ def whole(teacher: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return reached(out)
 
 
-@pytest.mark.parametrize("step", [0, 2, 4, 8])
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_an_interrupted_run_ends_where_the_other_does(teacher, whole, small_parts, tmp_path, step: int) -> None:
     def interrupt(done: int, note: str) -> None:
         if done == step:

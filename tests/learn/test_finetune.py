@@ -45,7 +45,7 @@ SHAPE = (1, 4, 4)
 UNET = {"sample_size": 4, "in_channels": 1, "out_channels": 1, "block_out_channels": (16,), "norm_num_groups": 4, "layers_per_block": 1}
 UNET |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False}
 TINY = FinetuneConfig(nfe=2, rounds=2, steps=30, batch=32, lr=3e-3, num=64, held_out=32, levels=8, teacher_nfe=16, enough=-1.0)
-BRIEF = replace(TINY, rounds=1, steps=2, batch=4, num=8, held_out=2)
+BRIEF = replace(TINY, rounds=1, steps=2, batch=4, num=8, held_out=2, teacher_nfe=8)
 SHORT = replace(BRIEF, rounds=2, steps=5)
 DECREASE = 0.95  # of the bound by 30 steps of training, at most; measured 0.46 in the first round and 0.85 in the second
 ROUNDING = 1 + 1e-9  # two ways to the same float64 sum
@@ -214,7 +214,7 @@ def test_what_measures_is_not_trained_on(made: SimpleNamespace) -> None:
 def test_a_round_that_gains_too_little_is_the_last(tmp_path: Path) -> None:
     model = load_model(ours(tmp_path / "teacher"))
     assert len(finetune(model, replace(BRIEF, rounds=3, enough=0.9), tmp_path / "out")) == 1
-    assert len(finetune(model, replace(TINY, rounds=3, steps=8, lr=1e-3), tmp_path / "more")) == 3
+    assert len(finetune(model, replace(TINY, rounds=3, steps=8, lr=1e-3, num=32, teacher_nfe=8), tmp_path / "more")) == 3
 
 
 # -- the loss --------------------------------------------------------------------------------------------------------
@@ -305,7 +305,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory, made: SimpleNamespace) -> tu
 
 
 @pytest.mark.parametrize(
-    ("words", "count"), [("for the levels", 0), ("teacher trajectories", 0), ("loss", 3), ("loss", 5), ("loss", 5 + 3)]
+    ("words", "count"),
+    [
+        pytest.param("for the levels", 0, marks=pytest.mark.slow),
+        ("teacher trajectories", 0),
+        pytest.param("loss", 3, marks=pytest.mark.slow),
+        pytest.param("loss", 5, marks=pytest.mark.slow),
+        ("loss", 5 + 3),
+    ],
 )
 def test_a_killed_run_continues_to_the_same_bits(
     tmp_path: Path, made: SimpleNamespace, whole: tuple[dict[str, bytes], list[dict[str, Any]]], words: str, count: int
@@ -333,18 +340,25 @@ def test_a_continued_run_repeats_no_finished_round(tmp_path: Path, made: SimpleN
     assert [note for done, note in spied.notes if "loss" in note][0].startswith("loss")
 
 
+@pytest.fixture(scope="module", params=["loss", "nothing"])
+def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, made: SimpleNamespace) -> Path:
+    """A run of two rounds, killed in the first or with the first done."""
+    out = tmp_path_factory.mktemp("stopped") / request.param
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(module, "GramConfig", few_levels)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(made.teacher, replace(BRIEF, rounds=2), out, observe=killed_at("loss", 1 if request.param == "loss" else 3))
+    return out
+
+
 @pytest.mark.parametrize(
     "change", [{"lr": 1e-3}, {"steps": 3}, {"states": "teacher"}, {"nfe": 3}, {"levels": 7}, {"seed": 5}, {"teacher_nfe": 32}]
 )
-def test_another_configuration_in_the_same_folder_is_refused(tmp_path: Path, made: SimpleNamespace, change: dict[str, Any]) -> None:
-    for stop in ("loss", "nothing"):
-        out = tmp_path / stop
-        with pytest.raises(KeyboardInterrupt):
-            finetune(made.teacher, replace(BRIEF, rounds=2), out, observe=killed_at("loss", 1 if stop == "loss" else 3))
-        before = contents(out)
-        with pytest.raises(ArtifactError, match=r"remove|another folder"):
-            finetune(made.teacher, replace(BRIEF, rounds=2, **change), out)
-        assert contents(out) == before
+def test_another_configuration_in_the_same_folder_is_refused(made: SimpleNamespace, stopped: Path, change: dict[str, Any]) -> None:
+    before = contents(stopped)
+    with pytest.raises(ArtifactError, match=r"remove|another folder"):
+        finetune(made.teacher, replace(BRIEF, rounds=2, **change), stopped)
+    assert contents(stopped) == before
 
 
 def test_another_model_in_the_same_folder_is_refused(tmp_path: Path, made: SimpleNamespace) -> None:

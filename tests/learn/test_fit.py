@@ -117,7 +117,7 @@ PROBLEMS: Mapping[str, Callable[[], NoiseSchedule]] = {
 }
 
 
-@pytest.mark.parametrize("law", PROBLEMS)
+@pytest.mark.parametrize("law", [pytest.param(law, marks=[pytest.mark.slow] if law == "edm" else []) for law in PROBLEMS])
 def test_samplers_are_kept_with_figures_that_are_true_and_better(tmp_path: Path, law: str) -> None:
     schedule, told, before = PROBLEMS[law](), [], set[float]()
     model = toy(schedule)
@@ -301,7 +301,7 @@ def no_scratch(folder: Path) -> bool:
     ("note", "kept"),
     [
         ("32 of 48 trajectories", set()),
-        ("2 evaluations: fit in sequence", {"trajectories"}),
+        pytest.param("2 evaluations: fit in sequence", {"trajectories"}, marks=pytest.mark.slow),
         ("3 evaluations: sweep 1 of at most 2", {"trajectories", "nfe-02", "README.md"}),
     ],
 )
@@ -318,7 +318,7 @@ def test_a_killed_run_continues_to_the_same_files(tmp_path: Path, whole: tuple[P
     assert contents(tmp_path) == contents(whole[0]) and network(model).calls < whole[1]
 
 
-@pytest.mark.parametrize("where", [0.02, 0.8])  # trajectories, the second sampler
+@pytest.mark.parametrize("where", [pytest.param(0.02, marks=pytest.mark.slow), 0.8])  # trajectories, the second sampler
 def test_a_run_killed_in_the_network_leaves_nothing_half_made(tmp_path: Path, whole: tuple[Path, int], where: float) -> None:
     with pytest.raises(KeyboardInterrupt):
         made(tmp_path, toy(stop=int(where * whole[1])), (2, 3))

@@ -107,7 +107,7 @@ PROBLEMS: Mapping[str, Callable[[], NoiseSchedule]] = {
 }
 
 
-@pytest.mark.parametrize("law", PROBLEMS)
+@pytest.mark.parametrize("law", [pytest.param(law, marks=[pytest.mark.slow] if law == "edm" else []) for law in PROBLEMS])
 def test_schedules_are_kept_and_no_worse_than_standard_grids(tmp_path: Path, law: str) -> None:
     """By the mean error of the samples held out, measured here once more from the artifacts."""
     schedule, told = PROBLEMS[law](), []
@@ -201,7 +201,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     return folder, calls(model)
 
 
-@pytest.mark.parametrize("where", [0.02, 0.12, 0.5, 0.97])  # moments, exact ends, schedules
+@pytest.mark.parametrize(
+    "where", [0.02, pytest.param(0.12, marks=pytest.mark.slow), pytest.param(0.5, marks=pytest.mark.slow), 0.97]
+)  # moments, exact ends, schedules
 def test_a_run_killed_in_the_network_continues_to_the_same_files(tmp_path: Path, whole: tuple[Path, int], where: float) -> None:
     with pytest.raises(KeyboardInterrupt):
         made(tmp_path, toy(stop=int(where * whole[1])))

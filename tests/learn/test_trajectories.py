@@ -112,8 +112,14 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize(("solver", "allowed"), [("unipc-3", 3e-4), ("heun", 4e-3), ("dpm-solver-3s", 4e-3)])
+@pytest.mark.parametrize(
+    ("solver", "allowed", "problem"),
+    [
+        pytest.param(solver, allowed, problem, marks=[pytest.mark.slow] if solver != "unipc-3" and problem != "flow" else [])
+        for solver, allowed in (("unipc-3", 3e-4), ("heun", 4e-3), ("dpm-solver-3s", 4e-3))
+        for problem in PROBLEMS
+    ],
+)
 def test_states_are_the_exact_ones_at_the_kept_times(tmp_path, problem: str, solver: str, allowed: float) -> None:
     schedule, grid = PROBLEMS[problem]
     denoiser = GaussianDenoiser(schedule, MEAN, STD)

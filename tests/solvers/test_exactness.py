@@ -26,6 +26,8 @@ from fewstep.models.analytic import MixtureDenoiser
 from fewstep.solvers import DDIM, DEIS, IPNDM, DPMSolverPP, DPMSolverV3, Euler, UniPC
 from fewstep.solvers.stencil import NEVER
 
+pytestmark = pytest.mark.usefixtures("each_integral_once")
+
 ROUND_OFF = 1e-10  # relative to the largest element: tens of float64 steps, weights up to 1e3 on grids that start at sigma = 80
 SAME_SUMS = 1e-12  # the same few terms in another order
 SEEDS = range(3)

@@ -13,6 +13,8 @@ from fewstep.models.analytic import MixtureDenoiser
 from fewstep.solvers import DPMSolverPP, DPMSolverV3, UniPC
 from fewstep.solvers.stencil import ALWAYS, NEVER
 
+pytestmark = pytest.mark.usefixtures("each_integral_once")
+
 GOLDEN_STEP = 1e-10  # two float64 implementations of the same formulas over 20 steps from sigma = 80; measured 6e-13
 ROUNDED_TIMES = 5e-6  # the reference rounds the times of past evaluations to float32; measured 1.8e-6
 EXACT = 1e-5  # 300 steps of third and fourth order, against a tight Runge-Kutta solution; measured 1e-6

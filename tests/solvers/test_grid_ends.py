@@ -23,6 +23,8 @@ from fewstep import (
 from fewstep.models.analytic import GaussianDenoiser
 from fewstep.solvers import DDIM, DEIS, IPNDM, SOLVERS, DPMSolverPP, DPMSolverV3, SDEDPMSolverPP2M, UniPC, takes_statistics
 
+pytestmark = pytest.mark.usefixtures("each_integral_once")
+
 SCHEDULES = {
     "flow": RectifiedFlow(),
     "flow-shift-3": RectifiedFlow(shift=3.0),

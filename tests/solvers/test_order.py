@@ -19,6 +19,8 @@ from fewstep import Nodes, Solver, State, Tableau, TimeGrid, VarianceExploding, 
 from fewstep.models.analytic import GaussianDenoiser
 from fewstep.solvers import DPMSolverV3, UniPC
 
+pytestmark = pytest.mark.usefixtures("each_integral_once")
+
 ORDER_SLACK = 0.35  # how far from its limit a slope may still be at these numbers of steps
 TABLE_SLACK = 0.05  # cold-start slopes are deterministic; this leaves room for another processor's rounding
 STEPS = (24, 48, 96)
