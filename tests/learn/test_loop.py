@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep import ArtifactError
+from fewstep import ArtifactError, FewstepError
 from fewstep.learn.loop import LoopConfig, forget_checkpoint, run_loop
 
 CONFIG = LoopConfig(steps=30, batch=8, lr=0.05, warmup=5, checkpoint_every=10, ema=0.9)
@@ -105,3 +105,62 @@ def test_nothing_of_a_checkpoint_is_left_when_it_is_forgotten(tmp_path: Path) ->
         (tmp_path / name).mkdir()
     forget_checkpoint(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["trajectories"]
+
+
+class Convolution(nn.Module):
+    """Of pictures, as `torch.compile` and the layout in memory matter for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 1, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x, self.body[0](x)
+        return self.body(x)
+
+
+def picture_loss(net: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
+    x = torch.randn(batch, 2, 6, 6, generator=generator)
+    return (net(x).float() - x.mean(1, keepdim=True)).square().mean()
+
+
+def test_a_layout_in_memory_changes_rounding_alone(tmp_path: Path) -> None:
+    plain = run_loop(Convolution(), picture_loss, CONFIG, tmp_path / "a")
+    other = run_loop(Convolution(), picture_loss, replace(CONFIG, channels_last=True), tmp_path / "b")
+    assert other.seen[1].is_contiguous(memory_format=torch.channels_last) and not plain.seen[1].is_contiguous(
+        memory_format=torch.channels_last
+    )
+    for a, b in zip(plain.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        assert b.is_contiguous()
+
+
+def test_a_compiled_network_is_trained_and_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, compiled = nn.Module.compile, []
+
+    def compile(net: nn.Module) -> None:  # without code generation, which takes long
+        compiled.append(net)
+        real(net, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    plain = run_loop(network(), loss, CONFIG, tmp_path / "plain")
+    assert not compiled
+    with pytest.raises(KilledError):
+        run_loop(network(), killed_at(17), replace(CONFIG, compile=True), tmp_path / "cut")
+    made = run_loop(network(), loss, replace(CONFIG, compile=True), tmp_path / "cut")
+    assert len(compiled) == 2 and compiled[1] is made and made._compiled_call_impl is None
+    for (name, a), (other, b) in zip(plain.state_dict().items(), made.state_dict().items(), strict=True):
+        assert name == other and torch.equal(a, b)
+
+
+def test_a_precision_that_the_machine_has_not_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(FewstepError, match="no training in fp16 on this machine"):
+        run_loop(network(), loss, replace(CONFIG, mixed_precision="fp16"), tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"warmup": -1}, {"checkpoint_every": 0}])
+def test_loops_that_cannot_be_are_refused(options: dict) -> None:
+    with pytest.raises(FewstepError, match="warm-up takes 0 steps or more, checkpoints 1 or more"):
+        LoopConfig(5, **options)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import monotonic
 from typing import Annotated
 
 import typer
 
 from fewstep.apps.console import console, distill_table, finetune_table, print_json, progress
-from fewstep.apps.options import AsJson, Guidance, ModelName, checked, command
+from fewstep.apps.options import AsJson, Guidance, ModelName, checked, command, integers
 from fewstep.core.errors import FewstepError
 from fewstep.learn.distill import DistillConfig
 from fewstep.learn.finetune import FinetuneConfig
+from fewstep.learn.loop import LoopConfig
+from fewstep.learn.train import TrainConfig
+from fewstep.learn.train import train as train_model
 from fewstep.learn.trajectories import TrajectoryConfig
 from fewstep.models.operators.dsno import Mixing
 from fewstep.models.operators.student import OperatorForm
 
 FINETUNE, TRAJECTORIES, DISTILL = FinetuneConfig(), TrajectoryConfig(), DistillConfig()
+TRAIN, LOOP = TrainConfig("edm"), LoopConfig(steps=8000)
+CHANNELS = ",".join(map(str, TRAIN.channels))
 
 
 def finetune(
@@ -134,21 +140,63 @@ def distill(
 def train(
     out: Annotated[Path, typer.Option(help="Folder for the model.")],
     data: Annotated[str, typer.Option(help="digits, an .npz with images, or a folder of pictures.")] = "digits",
-    kind: Annotated[str, typer.Option(help="edm or ddpm.")] = "edm",
+    kind: Annotated[str, typer.Option(help="edm or ddpm.")] = TRAIN.kind,
     conditional: Annotated[bool, typer.Option("--conditional", help="Condition on class labels, with a null label.")] = False,
-    steps: int = 8000,
-    batch: int = 96,
-    lr: float = 1e-3,
-    seed: int = 0,
+    channels: Annotated[str, typer.Option(help="Of each level, separated by commas; the next has half the size.")] = CHANNELS,
+    layers: Annotated[int, typer.Option(help="Residual blocks of a level.")] = TRAIN.layers,
+    attention: Annotated[
+        str | None, typer.Option(help="Heights of the feature maps that attend, as 16,8, or none. Default: the last level's.")
+    ] = None,
+    dropout: float = TRAIN.dropout,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the images, left to right.")] = False,
+    p_mean: Annotated[float, typer.Option(help="Of edm: mean of the log of the noise levels in training.")] = TRAIN.p_mean,
+    p_std: Annotated[float, typer.Option(help="Their standard deviation.")] = TRAIN.p_std,
+    steps: int = LOOP.steps,
+    batch: Annotated[int, typer.Option(help="Images in a step, of all processes.")] = LOOP.batch,
+    lr: float = LOOP.lr,
+    warmup: Annotated[int, typer.Option(help="Steps in which lr rises; then it falls to 0.")] = LOOP.warmup,
+    ema: Annotated[float, typer.Option(help="Decay of the averaged weights, which are saved.")] = LOOP.ema,
+    mixed_precision: Annotated[str, typer.Option(help="no, bf16, fp16.")] = LOOP.mixed_precision,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network.")] = False,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Lay images out with their channels last.")] = False,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = LOOP.checkpoint_every,
+    seed: int = LOOP.seed,
 ) -> None:
-    """Train a small diffusion model; a killed run continues where it was."""
+    """Train a small diffusion model; a killed run continues where it was, several processes share the batches under torchrun."""
     from fewstep.core.process import process
-    from fewstep.learn.loop import LoopConfig
-    from fewstep.learn.train import TrainConfig, train
     from fewstep.models.data import load_images
 
-    config, loop = TrainConfig(kind, conditional), LoopConfig(steps=steps, batch=batch, lr=lr, seed=seed)
+    levels = () if attention == "none" else None if attention is None else integers(attention, "--attention")
+    network = {"channels": integers(channels, "--channels"), "layers": layers, "dropout": dropout, "attention": levels}
+    config = TrainConfig(kind, conditional, p_mean=p_mean, p_std=p_std, flip=flip, **network)
+    speed = {"mixed_precision": mixed_precision, "compile": compile, "channels_last": channels_last}
+    loop = LoopConfig(steps, batch, lr, warmup, ema=ema, seed=seed, checkpoint_every=checkpoint_every, **speed)
+    rate = Rate(batch)
     with progress(f"training {kind} on {data}", steps) as report:
-        train(load_images(data), config, loop, out, command=command(), observe=lambda step, loss: report(step, f"loss {loss:.4f}"))
+
+        def observe(step: int, loss: float) -> None:
+            rate.add(step)
+            report(step, f"loss {loss:.4f}{rate}")
+
+        train_model(load_images(data), config, loop, out, command=command(), observe=observe)
     if process()[0] == 0:
-        console.print(f"model: {out}\nnext: fewstep bench {out} --out {out}/bench")
+        console.print(f"model: {out}{rate}\nnext: fewstep bench {out} --out {out}/bench")
+
+
+class Rate:
+    """Images per second of a run, from its first report on: what comes before is paid once."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.first: tuple[int, float] | None = None
+        self.last = (0, 0.0)
+
+    def add(self, step: int) -> None:
+        """So many steps are done."""
+        self.last = (step, monotonic())
+        self.first = self.first or self.last
+
+    def __str__(self) -> str:
+        if self.first is None or self.last[0] == self.first[0]:
+            return ""
+        return f", {(self.last[0] - self.first[0]) * self.batch / (self.last[1] - self.first[1]):.0f} images/s"

@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from fewstep.core.artifact import read_json, write_whole
 from fewstep.core.errors import ArtifactError, FewstepError, look_up
 
-__all__ = ["LoopConfig", "LossCurve", "check_checkpoint", "forget_checkpoint", "run_loop"]
+__all__ = ["LoopConfig", "LossCurve", "check_checkpoint", "forget_checkpoint", "identity_of", "run_loop"]
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How to train. ``batch`` counts samples over all processes."""
+    """How to train. ``batch`` counts samples over all processes; ``compile`` is for the network alone, by ``torch.compile``, and
+    ``channels_last`` for how its images lie in memory: both are for speed, and dropout may draw otherwise.
+    """
 
     steps: int
     batch: int = 96
@@ -35,10 +37,14 @@ class LoopConfig:
     seed: int = 0
     checkpoint_every: int = 500
     mixed_precision: str = "no"  # accelerate's names: no, bf16, fp16
+    compile: bool = field(default=False, repr=False)
+    channels_last: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or not (self.lr > 0 and math.isfinite(self.lr)):
             raise FewstepError(f"training needs steps and batch of at least 1 and a positive lr, got {self.steps}, {self.batch}, {self.lr}")
+        if self.warmup < 0 or self.checkpoint_every < 1:
+            raise FewstepError(f"warm-up takes 0 steps or more, checkpoints 1 or more, got {self.warmup}, {self.checkpoint_every}")
         if not 0 <= self.ema < 1:
             raise FewstepError(f"the decay of averaged weights lies in [0, 1), got {self.ema}")
         look_up(self.mixed_precision, dict.fromkeys(("no", "bf16", "fp16")), "mixed precision", FewstepError)
@@ -50,6 +56,15 @@ class LoopConfig:
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+
+def identity_of(config: Any) -> str:  # noqa: ANN401 - any dataclass
+    """What a checkpoint says of the options it was made with: their ``repr``, and fields left out there if they are not the default.
+
+    So an option that comes later, with ``repr=False``, leaves the checkpoints of before valid.
+    """
+    later = [f"{one.name}={value!r}" for one in fields(config) if not one.repr and (value := getattr(config, one.name)) != one.default]
+    return " ".join([repr(config), *later])
 
 
 N = TypeVar("N", bound=nn.Module)
@@ -76,21 +91,24 @@ def run_loop(
 
     Raises:
         ArtifactError: the folder holds a checkpoint of a run with another configuration.
+        FewstepError: this machine has no such precision.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from diffusers.training_utils import EMAModel
 
-    AcceleratorState._reset_state()  # another run of this process may have had another precision
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
+    accelerator = _accelerator(config)
+    if config.channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     bare = network
     prepared: Any = accelerator.prepare(network, optimizer)
     network, optimizer = prepared
-    ema = EMAModel(bare.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75)
+    if config.compile:
+        bare.compile()
+    many = accelerator.device.type == "cuda"  # one kernel for all tensors
+    ema = EMAModel(bare.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75, foreach=many)
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
-    identity = f"{identity} {config!r}".strip()
+    identity = f"{identity} {identity_of(config)}".strip()
     first, resumed = _resume(accelerator, folder, identity)
     local_batch = max(1, config.batch // accelerator.num_processes)
     every, counted = max(1, config.steps // 100), first % max(1, config.steps // 100)
@@ -133,7 +151,23 @@ def run_loop(
         raise
     ema.copy_to(bare.parameters())
     accelerator.wait_for_everyone()
-    return accelerator.unwrap_model(bare, keep_fp32_wrapper=False).eval()
+    bare._compiled_call_impl = None
+    trained = accelerator.unwrap_model(bare, keep_fp32_wrapper=False).eval()
+    return trained.to(memory_format=torch.contiguous_format) if config.channels_last else trained
+
+
+def _accelerator(config: LoopConfig) -> Any:  # noqa: ANN401
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # another run of this process may have had another precision
+    try:
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
+    except ValueError as error:
+        raise FewstepError(f"no training in {config.mixed_precision} on this machine: {str(error).splitlines()[0]}") from error
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in float32 and not say so
+        raise FewstepError("no training in fp16 on this machine: it needs a GPU; use bf16, or no")
+    return accelerator
 
 
 class LossCurve:
