@@ -122,7 +122,7 @@ def loop(rounds: int, batch: int = 64, steps: int = 5) -> dict[str, Any]:
     difference = float((compiled() - run()).abs().max())
     seconds = time.perf_counter() - begin
     eager_time, compiled_time = _turns([run, compiled], rounds)
-    name = f"whole loop of {model.name}, {solver.order} steps back, {steps} evaluations of {batch}"
+    name = f"whole loop of {model.name}, unipc-3, {steps} evaluations of {batch}"
     return {"loop": name, "difference": difference, "compiling_s": seconds, "time_compiled_to_eager": compiled_time / eager_time}
 
 

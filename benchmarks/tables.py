@@ -1,7 +1,7 @@
 """The tables of the README and the docs, as Markdown, from a results.json of fewstep bench.
 
 python benchmarks/tables.py benchmarks/results/digits-edm/results.json [--solver unipc-2,ipndm] [--grid angle] [--library fewstep]
-    [--best] [--optimized] [--fitted] [--study] [--dsno] [--student] [--pipeline]
+    [--best] [--optimized] [--fitted] [--study] [--dsno] [--student] [--pipeline] [--traffic]
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ def main() -> None:
         "--student", action="store_true", help="a student's rows (the first file) beside its teacher's best on standard grids"
     )
     parser.add_argument("--pipeline", action="store_true", help="those of pipeline_study.json")
+    parser.add_argument("--traffic", action="store_true", help="those of kernel_traffic.json")
     args = parser.parse_args()
+    if args.traffic:
+        traffic(json.loads(args.results[0].read_text())["rows"])
+        return
     if args.pipeline:
         pipeline(json.loads(args.results[0].read_text()))
         return
@@ -97,6 +101,14 @@ def pipeline(results: dict[str, Any]) -> None:
             line.append(f"**{text}**" if error == best[n] else text)
         usual = ", ".join(f"{cells[n]['leading']:.3f}" for n in steps) if "leading" in cells[steps[0]] else ""
         print(f"| {name} | " + " | ".join(line) + f" | {usual} |")
+
+
+def traffic(rows: list[dict[str, Any]]) -> None:
+    """Bytes of a step against the least, eager and compiled."""
+    print("| solver | least | eager | compiled | time, compiled : eager |\n|---|---|---|---|---|")
+    for row in (row for row in rows if "solver" in row):
+        times = f"{row['eager_to_least']:.2f} x | {row['compiled_to_least']:.2f} x | {row['time_compiled_to_eager']:.2f}"
+        print(f"| `{row['solver']}` | {row['megabytes']['least']:.0f} MB | {times} |")
 
 
 def optimized_grids(rows: list[dict[str, Any]], columns: list[int]) -> None:

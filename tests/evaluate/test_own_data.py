@@ -1,4 +1,4 @@
-"""Samples of any model compared with images that the user names."""
+"""Samples of any model compared with images, and in features, that the user names."""
 
 import json
 from pathlib import Path
@@ -44,6 +44,29 @@ def test_a_model_without_data_of_its_own(tmp_path: Path) -> None:
     side = model.shape[-1]
     config = BenchmarkConfig(("ddim",), ("angle",), (3,), data=pictures(tmp_path / "x.npz", side), **SMALL)
     assert benchmark(model, config, tmp_path / "out", command="")["rows"][0]["fd"] > 0
+
+
+SCRIPT = """
+import torch
+from torch import nn
+
+def network(shape):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 4))
+
+def nothing(shape):
+    return shape
+"""
+
+
+def test_features_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_features.py").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    row = run(tmp_path / "out", None, features="own_features:network")["rows"][0]
+    assert row["fd"] > 0 and row["fd_features"].startswith("Sequential:")
+    for wrong, said in (("nothing", "made a tuple"), ("missing", "cannot import own_features:missing"), ("", "names no function")):
+        with pytest.raises(FewstepError, match=said):
+            run(tmp_path / "out", None, features=f"own_features:{wrong}")
 
 
 def test_images_of_another_shape_and_features_without_data_are_refused(tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ def bench(
         str, typer.Option(help="Also: diffusers (its ODE solvers), module:function (a sampler of k-diffusion's signature), with commas.")
     ] = "",
     features: Annotated[
-        str | None, typer.Option(help="Compare with the data in: digits, pixels, inception:PATH. Default: by the model's data.")
+        str | None,
+        typer.Option(help="Of the comparison with data: digits, pixels, inception:PATH, module:function. Default: by the data."),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Images to compare with: digits, an .npz, a folder of pictures. Default: the model's own, if known.")

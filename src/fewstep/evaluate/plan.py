@@ -50,8 +50,8 @@ class BenchmarkConfig:
         peers: ``diffusers``, or samplers of third parties as ``module:function``, see `third_party`.
         statistics, any_statistics: see `solver_for`.
         samplers: folders below which saved samplers of this model lie; each is a row.
-        features: in which the samples are compared with the data, by name (see `load_features`) or as a network; by default ``digits``
-            for models of the digits and ``pixels`` for others.
+        features: in which the samples are compared with the data, by name (see `load_features`), as ``module:function`` (which makes a
+            network for samples of a shape), or as a network; by default ``digits`` for models of the digits and ``pixels`` for others.
         data: images that the samples are compared with, as `load_images` takes them; by default the model's own data, if it is known.
     """
 

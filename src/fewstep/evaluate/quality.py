@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fewstep.core.errors import FewstepError
 from fewstep.evaluate.confidence import half_subsets, subset_interval
 from fewstep.evaluate.metrics import NEIGHBOURS, Gaussian, Kernel, Manifold, features_of, precision_recall
+from fewstep.evaluate.third_party import imported, is_entry
 from fewstep.models.features import load_features
 
 __all__ = ["Quality", "features_name"]
@@ -42,6 +43,21 @@ def features_name(features: str | nn.Module) -> str:
         raise FewstepError(f"no Inception weights at {path}: {error.strerror}") from error
 
 
+def _is_theirs(features: str) -> bool:
+    """Whether features are named as ``module:function``."""
+    return is_entry(features) and not features.startswith("inception:")
+
+
+def _network(features: str | nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """The network of features by name; a third party's function is called with the shape of a sample and makes it."""
+    if isinstance(features, nn.Module) or not _is_theirs(features):
+        return features if isinstance(features, nn.Module) else load_features(features, shape)
+    made = imported(features)(shape)
+    if not isinstance(made, nn.Module):
+        raise FewstepError(f"{features} made a {type(made).__name__}: it should return a torch.nn.Module that makes [B, F] of images")
+    return made
+
+
 @dataclass(frozen=True, eq=False)
 class Quality:
     """Data ``[n, *D]`` that samples are compared with, in the features of a network."""
@@ -59,10 +75,10 @@ class Quality:
         """That of images ``[n, *D]`` in features by name or of any network.
 
         Raises:
-            FewstepError: as `load_features`, `features_of`.
+            FewstepError: as `load_features`, `imported`, `features_of`.
         """
-        name = features_name(features)
-        network = features if isinstance(features, nn.Module) else load_features(features, tuple(images.shape[1:]))
+        network = _network(features, tuple(images.shape[1:]))
+        name = features_name(features if isinstance(features, str) and not _is_theirs(features) else network)
         network = network.to(device).eval()
         data = features_of(images, network, device)
         first, second = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))].chunk(2)

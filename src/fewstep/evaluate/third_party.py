@@ -28,7 +28,7 @@ from fewstep.core.prediction import aligned
 from fewstep.core.sampling import Cond, Denoiser
 from fewstep.core.tableau import Nodes
 
-__all__ = ["Guest", "is_entry", "load_third_party", "run_third_party"]
+__all__ = ["Guest", "imported", "is_entry", "load_third_party", "run_third_party"]
 
 SAME_LEVEL = 1e-6  # relative: a level of the grid that was rounded to float32
 
@@ -55,8 +55,21 @@ def load_third_party(entry: str) -> Guest:
         FewstepError: the module cannot be imported, or has no such function (and why).
     """
     module, _, name = entry.partition(":")
-    if not module or not name or module in ("fewstep", "diffusers"):
+    if module in ("fewstep", "diffusers"):
         raise FewstepError(f"{entry!r} names no sampler: say module:function, as my_samplers:sample_euler")
+    function = imported(entry)
+    return Guest(module, name, function, _source_fingerprint(function, module))
+
+
+def imported(entry: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names.
+
+    Raises:
+        FewstepError: the module cannot be imported, or has no such function (and why).
+    """
+    module, _, name = entry.partition(":")
+    if not module or not name:
+        raise FewstepError(f"{entry!r} names no function: say module:function, as my_samplers:sample_euler")
     try:
         with _working_directory_on_path():
             function = getattr(importlib.import_module(module), name)
@@ -64,7 +77,7 @@ def load_third_party(entry: str) -> Guest:
         raise FewstepError(f"cannot import {entry}: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise FewstepError(f"{entry} is not a function but a {type(function).__name__}")
-    return Guest(module, name, function, _source_fingerprint(function, module))
+    return function
 
 
 @contextmanager
