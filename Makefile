@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-slow check docs benchmarks clean
+.PHONY: venv demo test test-slow check docs benchmarks cifar10-study clean
 
 venv: $(STAMP)
 
@@ -85,6 +85,11 @@ benchmarks: $(STAMP)
 	$(BIN)/fewstep bench digits-ddpm --solver $(V3) --grid logsnr,angle --nfe 5,6,8 --num 512 --out benchmarks/results/digits-ddpm-v3
 	$(BIN)/fewstep bench digits-edm --solver $(V3) --grid logsnr,angle --nfe 5,6,8 --num 512 --guidance 2 \
 		--out benchmarks/results/digits-edm-guidance-2-v3
+
+# The study on CIFAR-10 from ../shared/data: PRESET=cpu (about 6 hours on 2 cores) or gpu. A killed one continues.
+PRESET ?= cpu
+cifar10-study: $(STAMP)
+	$(BIN)/python -m benchmarks.cifar10.study --preset $(PRESET)
 
 clean:
 	rm -rf $(VENV) site runs dist build .pytest_cache .ruff_cache .hypothesis

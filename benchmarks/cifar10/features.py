@@ -53,6 +53,7 @@ class FeaturesConfig:
 
 
 PRESETS = {
+    "smoke": FeaturesConfig(16, (16,), 1, epochs=1, features=8, batch=1000),
     "cpu": FeaturesConfig(16, (32, 64, 128), 1, epochs=12, bf16=True),
     "gpu": FeaturesConfig(32, (64, 128, 256), 2, epochs=60, features=128, batch=512, lr=0.4, shift=4, bf16=True),
 }
@@ -118,6 +119,20 @@ def load_cifar_features(folder: Path) -> CifarFeatures:
     network = CifarFeatures(FeaturesConfig(**{**options, "widths": tuple(options["widths"])}))
     network.load_state_dict(load_file(folder / "features.safetensors"))
     return network.eval().requires_grad_(False)
+
+
+def network(shape: tuple[int, ...]) -> CifarFeatures:
+    """That of the study, for ``fewstep bench --features benchmarks.cifar10.features:network``.
+
+    Raises:
+        FewstepError: it was not trained yet.
+    """
+    return load_cifar_features(ROOT / "assets" / f"cifar10-{shape[-1]}" / "features")
+
+
+def smoke(shape: tuple[int, ...]) -> CifarFeatures:
+    """That of a study that is not kept."""
+    return load_cifar_features(ROOT / "assets" / f"cifar10-{shape[-1]}-smoke" / "features")
 
 
 def augmented(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,123 @@
+"""The study's commands are commands of this version, its tables say what rows say, and artifacts end where the teacher's solvers look."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from benchmarks.cifar10.features import PRESETS as FEATURES
+from benchmarks.cifar10.study import PRESETS, Stage, keep_grids, keep_samplers, main, run, stages, typed
+from benchmarks.cifar10.tables import fill
+
+from fewstep.apps.cli import app
+from fewstep.apps.training import TRAIN
+from fewstep.core.artifact import read_json
+
+
+def planned(name: str) -> list[Stage]:
+    return list(stages(PRESETS[name], Path("shared"), Path("work"), Path("docs")))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_command_is_one_of_this_version(name: str) -> None:
+    group = typer.main.get_command(app)
+    commands = [typed(stage.command) for stage in planned(name)]
+    for words in commands:
+        if "fewstep" in words:
+            verb, *options = words[words.index("fewstep") + 1 :]
+            command = group.commands[verb]  # type: ignore[attr-defined]
+            assert command.make_context(verb, options, resilient_parsing=False)
+        else:
+            assert (Path(__file__).parents[2] / (words[2].replace(".", "/") + ".py")).is_file()
+    assert sum("train" in words for words in commands) == 1
+    assert PRESETS[name].features in FEATURES and FEATURES[PRESETS[name].features].size == PRESETS[name].size
+
+
+def test_a_gpu_needs_no_other_code_and_stages_have_one_name_each() -> None:
+    assert TRAIN.kind == "edm"
+    for name in PRESETS:
+        names = [stage.name for stage in planned(name)]
+        assert len(set(names)) == len(names)
+    assert [stage.name for stage in planned("cpu")][:7] == [stage.name for stage in planned("gpu")][:7]
+
+
+def test_a_stage_notes_its_time_whole_or_killed(tmp_path: Path) -> None:
+    log, fails = tmp_path / "stages.json", Stage("one", [sys.executable, "-c", "raise SystemExit(3)"])
+    for _ in range(2):
+        with pytest.raises(Exception, match="status 3"):
+            run(fails, log)
+    killed = read_json(log)["one"]
+    assert killed["whole"] is False and killed["command"] == "python -c 'raise SystemExit(3)'"
+    run(replace(fails, command=[sys.executable, "-c", "pass"]), log)
+    assert read_json(log)["one"]["whole"] and read_json(log)["one"]["seconds"] > killed["seconds"]
+
+
+def test_an_unknown_stage_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["study", "--preset", "cpu", "--until", "nothing"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "no stage 'nothing': there are data, teacher, features" in capsys.readouterr().err
+
+
+def test_artifacts_are_copied_where_they_are_looked_for(tmp_path: Path) -> None:
+    for file in (
+        "optimized/ddim/grids.json",
+        "optimized/ddim/nfe-05/sampler.json",
+        "optimized/ddim/schedules.png",
+        "optimized/work/gram.pt",
+    ):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("x")
+    (tmp_path / "fitted" / "nfe-05").mkdir(parents=True)
+    (tmp_path / "fitted" / "nfe-05" / "sampler.json").write_text("x")
+    keep_grids(tmp_path / "optimized", tmp_path / "model" / "optimized")
+    keep_samplers(tmp_path / "fitted", tmp_path / "model" / "fitted")
+    found = sorted(str(path.relative_to(tmp_path / "model")) for path in (tmp_path / "model").rglob("*") if path.is_file())
+    assert found == ["fitted/nfe-05/sampler.json", "optimized/ddim/grids.json"]
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------------------------
+
+
+def row(solver: str, grid: str, nfe: int, rmse: float | None, **more: Any) -> dict[str, Any]:
+    return {"library": "fewstep", "solver": solver, "grid": grid, "nfe": nfe, "rmse": rmse, "fd": 1.5, **more}
+
+
+ROWS = [
+    row("ddim", "karras", 5, 0.4),
+    row("ddim", "angle", 5, 0.3),
+    row("unipc-2", "karras", 5, 0.2),
+    row("unipc-2", "angle", 5, 0.25),
+    row("dpm-solver-v3", "angle", 5, 0.1),
+    row("dpm-solver-v3", "karras", 5, None, failed="it broke"),
+    row("ddim", "optimized", 5, 0.15),
+    row("unipc-2", "optimized", 5, 0.12),
+    row("fitted", "optimized", 5, 0.05),
+    {**row("unipc-2", "karras", 5, 0.2), "library": "diffusers"},
+]
+
+
+def test_tables_are_filled_from_rows_and_others_left(tmp_path: Path) -> None:
+    folder, page = tmp_path / "rows", tmp_path / "results.md"
+    (folder / "standard").mkdir(parents=True)
+    (folder / "standard" / "results.json").write_text(json.dumps({"rows": ROWS}))
+    names = ("by-solver", "v3", "diffusers", "optimized", "fitted", "guidance-2")
+    page.write_text("# Page\n" + "".join(f"\n<!-- rows {name} -->\nold\n<!-- end -->\nBetween.\n" for name in names))
+    fill(page, folder)
+    text = page.read_text()
+    parts = {name: text.split(f"<!-- rows {name} -->")[1].split("<!-- end -->")[0] for name in names}
+    assert (
+        "| `ddim` | 0.3000 (1.50) `angle` |" in parts["by-solver"]
+        and "| `dpm-solver-v3` | **0.1000 (1.50) `angle`** |" in parts["by-solver"]
+    )
+    assert "| `angle` | 0.1000 : 0.2500 = **0.40** |" in parts["v3"] and "`karras` |  |" in parts["v3"]
+    assert "0.2000 (1.50) `karras`" in parts["diffusers"]
+    assert "| | ratio | **0.50** |" in parts["optimized"] and "| ratio | 0.50 |" in parts["fitted"]
+    assert parts["guidance-2"] == "\nold\n" and text.count("Between.") == len(names)
+    once = text
+    fill(page, folder)
+    assert page.read_text() == once
