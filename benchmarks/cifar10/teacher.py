@@ -80,9 +80,9 @@ def quality_of(made: dict[str, Any]) -> str:
 
 ## Data
 
-CIFAR-10 (Krizhevsky, Nair and Hinton, 2009), re-encoded as JPEG of quality 75 before it came here and, for 16x16, averaged over 2x2 pixels: distances
-to it are comparable with one another only. The authors offer CIFAR-10 for research and ask to be cited; they state no licence. The weights are
-published for research in the same spirit, and the code that made them is Apache-2.0.
+CIFAR-10 (Krizhevsky, Nair and Hinton, 2009), re-encoded as JPEG of quality 75 before it came here and, for 16x16, averaged over 2x2
+pixels: distances to it are comparable with one another only. The authors offer CIFAR-10 for research and ask to be cited; they
+state no licence. The weights are published for research in the same spirit; the code that made them is Apache-2.0.
 """
 
 
