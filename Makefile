@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/fewstep demo --out runs/demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest --quiet -m slow

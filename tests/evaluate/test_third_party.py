@@ -123,7 +123,7 @@ def test_entries_that_cannot_be_are_named(module: str, tmp_path: Path) -> None:
         ("theirs:nope", "cannot import theirs:nope: AttributeError"),
         ("theirs:number", "theirs:number is not a function but a int"),
         ("diffusers:f", "names no sampler"),
-        (":f", "names no sampler"),
+        (":f", "names no function"),
     ):
         with pytest.raises(FewstepError, match=why):
             BenchmarkConfig(("ddim",), ("angle",), (5,), peers=(entry,))
