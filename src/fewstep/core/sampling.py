@@ -147,7 +147,9 @@ class FiniteCheck:
         Raises:
             ModelError: one was not (the first).
         """
-        bad = (~torch.isfinite(torch.stack(self.extremes)).all(1)).nonzero() if self.extremes else ()
+        if not self.extremes:
+            return
+        bad = (~torch.isfinite(torch.stack(self.extremes)).all(1)).nonzero()
         if len(bad):
             i = int(bad[0])
             raise ModelError(
