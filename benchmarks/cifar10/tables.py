@@ -1,9 +1,9 @@
-"""The tables and pictures of docs/results.md, from the rows of the study.
+"""docs/results.md with its tables and its picture of samplers, from ``page.md`` and the rows of the study.
 
-    python -m benchmarks.cifar10.tables benchmarks/results/cifar10-16 --docs docs/results.md --picture docs/cifar10-samplers.png
+    python -m benchmarks.cifar10.tables benchmarks/results/cifar10-16 --docs docs/results.md --picture docs/cifar10-16-samplers.png
 
-Every table of the page stands between ``<!-- rows NAME -->`` and ``<!-- end -->`` and is written anew; a table whose rows are not
-there yet is left as it is.
+In ``page.md`` a line ``TABLE name`` stands for a table, and LABEL for the name of the folder of rows. A table whose rows are not there
+says so.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fewstep.evaluate.benchmark import picture_file, read_samples
 from fewstep.evaluate.pictures import save_comparison
 
 Row = dict[str, Any]
+PAGE = Path(__file__).with_name("page.md")
 SHOWN = 5  # evaluations of the picture
 
 
@@ -131,9 +132,9 @@ def tables(folder: Path) -> dict[str, Callable[[], None]]:
     }
 
 
-def fill(page: Path, folder: Path) -> None:
-    """Write every table of the page that has rows."""
-    known, text = tables(folder), page.read_text(encoding="utf-8")
+def filled(page: str, folder: Path) -> str:
+    """The page with every table that has rows."""
+    known = tables(folder)
 
     def table(match: re.Match[str]) -> str:
         printed = io.StringIO()
@@ -141,10 +142,10 @@ def fill(page: Path, folder: Path) -> None:
             with redirect_stdout(printed):
                 known[match[1]]()
         except FileNotFoundError:
-            return match[0]
-        return f"<!-- rows {match[1]} -->\n\n{printed.getvalue()}\n<!-- end -->"
+            return "(This part of the study was not run.)"
+        return printed.getvalue().rstrip()
 
-    write_whole(page, re.sub(r"<!-- rows ([\w-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL).encode())
+    return re.sub(r"^TABLE ([\w-]+)$", table, page, flags=re.MULTILINE).replace("LABEL", folder.name)
 
 
 def picture(folder: Path, path: Path) -> None:
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, required=True)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
-    fill(args.docs, args.results)
+    write_whole(args.docs, filled(PAGE.read_text(encoding="utf-8"), args.results).encode())
     if args.picture is not None:
         picture(args.results, args.picture)
 

@@ -1,6 +1,7 @@
 """The study's commands are commands of this version, its tables say what rows say, and artifacts end where the teacher's solvers look."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import typer
 from benchmarks.cifar10.features import PRESETS as FEATURES
 from benchmarks.cifar10.study import PRESETS, Stage, keep_grids, keep_samplers, main, run, stages, typed
-from benchmarks.cifar10.tables import fill
+from benchmarks.cifar10.tables import PAGE, filled, tables
 
 from fewstep.apps.cli import app
 from fewstep.apps.training import TRAIN
@@ -101,23 +102,23 @@ ROWS = [
 ]
 
 
-def test_tables_are_filled_from_rows_and_others_left(tmp_path: Path) -> None:
-    folder, page = tmp_path / "rows", tmp_path / "results.md"
+def test_tables_are_filled_from_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar10-0"
     (folder / "standard").mkdir(parents=True)
     (folder / "standard" / "results.json").write_text(json.dumps({"rows": ROWS}))
     names = ("by-solver", "v3", "diffusers", "optimized", "fitted", "guidance-2")
-    page.write_text("# Page\n" + "".join(f"\n<!-- rows {name} -->\nold\n<!-- end -->\nBetween.\n" for name in names))
-    fill(page, folder)
-    text = page.read_text()
-    parts = {name: text.split(f"<!-- rows {name} -->")[1].split("<!-- end -->")[0] for name in names}
-    assert (
-        "| `ddim` | 0.3000 (1.50) `angle` |" in parts["by-solver"]
-        and "| `dpm-solver-v3` | **0.1000 (1.50) `angle`** |" in parts["by-solver"]
-    )
+    text = filled("# LABEL\n" + "".join(f"\n## {name}\n\nTABLE {name}\n" for name in names), folder)
+    assert text.startswith("# cifar10-0\n")
+    parts = {part.split("\n")[0]: part for part in text.split("\n## ")[1:]}
+    assert "| `ddim` | 0.3000 (1.50) `angle` |" in parts["by-solver"]
+    assert "| `dpm-solver-v3` | **0.1000 (1.50) `angle`** |" in parts["by-solver"]
     assert "| `angle` | 0.1000 : 0.2500 = **0.40** |" in parts["v3"] and "`karras` |  |" in parts["v3"]
     assert "0.2000 (1.50) `karras`" in parts["diffusers"]
     assert "| | ratio | **0.50** |" in parts["optimized"] and "| ratio | 0.50 |" in parts["fitted"]
-    assert parts["guidance-2"] == "\nold\n" and text.count("Between.") == len(names)
-    once = text
-    fill(page, folder)
-    assert page.read_text() == once
+    assert "was not run" in parts["guidance-2"]
+
+
+def test_every_table_of_the_page_is_known(tmp_path: Path) -> None:
+    wanted = re.findall(r"^TABLE ([\w-]+)$", PAGE.read_text(), re.MULTILINE)
+    assert sorted(wanted) == sorted(tables(tmp_path))
+    assert filled(PAGE.read_text(), tmp_path / "nothing").count("was not run") == len(wanted)
