@@ -126,7 +126,7 @@ def tables(folder: Path) -> dict[str, Callable[[], None]]:
         "guidance-2": lambda: by_solver(read(folder / "guidance-2" / "results.json")),
         "pooling": lambda: pooling(read(folder / "pooling" / "results.json")),
         "optimized": lambda: optimised(read(rows)),
-        "fitted": lambda: fitted([row for row in read(rows) if row["nfe"] <= 10]),
+        "fitted": lambda: fitted(read(rows)),
         "tuned": lambda: tuned(read(folder / "tuned" / "results.json"), read(rows)),
         "cost": lambda: cost(json_of("stages.json")),
     }
