@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
+from tests.apps.conftest import run as run_command
+from tests.apps.conftest import samples
 
 from fewstep import VarianceExploding, load_model
-from fewstep.apps import cli
 from fewstep.learn import distill as module
 from fewstep.learn import loop
 from fewstep.learn import trajectories as stored_module
@@ -39,16 +40,7 @@ SHORT = ("--method", "slots", "--slots", 2, "--steps", 8, "--batch", 8, "--num",
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     """The exit code of ``fewstep WORDS`` in this process, with few held out where no option says so."""
     words += ("--held-out", 16) if words[0] == "distill" and "--held-out" not in words else ()
-    monkeypatch.setattr(sys, "argv", ["fewstep", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-        sys.exit(0)
-    return int(end.value.code or 0)
-
-
-def samples(folder: Path) -> np.ndarray:
-    with np.load(folder / "samples.npz") as arrays:
-        return arrays["x"]
+    return run_command(monkeypatch, *words)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -2,28 +2,19 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from tests.apps.conftest import run
 
-from fewstep.apps import cli, training
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """The exit code of ``fewstep train WORDS`` in this process."""
-    monkeypatch.setattr(sys, "argv", ["fewstep", "train", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-        sys.exit(0)
-    return int(end.value.code or 0)
+from fewstep.apps import training
 
 
 def test_every_option_reaches_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     words = ("--conditional", "--channels", "16,32", "--layers", 2, "--attention", "8,4", "--dropout", 0.2, "--flip", "--p-mean", -1.2)
     more = ("--p-std", 1.25, "--steps", 3, "--batch", 4, "--lr", 0.002, "--warmup", 2, "--ema", 0.9, "--mixed-precision", "bf16")
     last = ("--channels-last", "--checkpoint-every", 2, "--seed", 5, "--out", tmp_path / "m")
-    assert run(monkeypatch, *words, *more, *last) == 0
+    assert run(monkeypatch, "train", *words, *more, *last) == 0
     card = (tmp_path / "m" / "README.md").read_text()
     for option, value in {
         **{"conditional": True, "channels": (16, 32), "layers": 2, "attention": (8, 4), "dropout": 0.2, "flip": True, "p_mean": -1.2},
@@ -39,8 +30,8 @@ def test_every_option_reaches_the_run(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_compile_reaches_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
     monkeypatch.setattr(training, "train_model", lambda images, config, loop, *rest, **options: seen.append((config, loop)))
-    assert run(monkeypatch, "--compile", "--attention", "none", "--out", tmp_path) == 0
-    assert run(monkeypatch, "--out", tmp_path) == 0
+    assert run(monkeypatch, "train", "--compile", "--attention", "none", "--out", tmp_path) == 0
+    assert run(monkeypatch, "train", "--out", tmp_path) == 0
     assert seen[0][1].compile and seen[0][0].attention == ()
     assert seen[1] == (training.TRAIN, training.LOOP)
 
@@ -60,7 +51,7 @@ def test_compile_reaches_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_mistakes_are_told_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path, words: tuple[object, ...], says: str
 ) -> None:
-    assert run(monkeypatch, *words, "--out", tmp_path / "m") == 2
+    assert run(monkeypatch, "train", *words, "--out", tmp_path / "m") == 2
     told = capsys.readouterr().err.strip()
     assert says in told and "\n" not in told and not (tmp_path / "m").exists()
 

@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 import transformers
-from tests.apps.test_cli import run as command
+from tests.apps.conftest import run as command
 from tests.integrations import tiny_pipelines
 
 import fewstep
