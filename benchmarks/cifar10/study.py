@@ -69,7 +69,7 @@ class Preset:
 PRESETS = {
     "cpu": Preset(
         size=16,
-        train="--channels 32,64,96 --attention 8 --dropout 0 --steps 24000 --batch 128 --warmup 500 --ema 0.9995 --checkpoint-every 250",
+        train="--channels 32,64,96 --attention 8 --dropout 0 --steps 16000 --batch 128 --warmup 500 --ema 0.9995 --checkpoint-every 250",
         processes=2,
         num=512,
         quality=2048,
