@@ -1,6 +1,7 @@
 """What the tests of the command line share: how a command is run, and a small model."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,14 @@ def run(monkeypatch, *words: object) -> int:
         cli.main()
         sys.exit(0)
     return int(end.value.code or 0)
+
+
+def made_by(hurry: Callable[[pytest.MonkeyPatch], None], out: Path, *words: object) -> Path:
+    """The folder that a command wrote, for a fixture of a whole module."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        hurry(monkeypatch)
+        assert run(monkeypatch, *words, "--out", out) == 0
+    return out
 
 
 def samples(folder: Path) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.apps.conftest import counted, run, samples
+from tests.apps.conftest import counted, made_by, run, samples
 
 from fewstep import Sampler
 from fewstep.apps import cli, verbs
@@ -31,11 +31,7 @@ def hurry_fit(monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory, tiny: Path) -> Path:
     """Samplers fitted to the small model."""
-    out = tmp_path_factory.mktemp("fitted") / "samplers"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        hurry_fit(monkeypatch)
-        assert run(monkeypatch, "fit", tiny, *FIT, "--out", out) == 0
-    return out
+    return made_by(hurry_fit, tmp_path_factory.mktemp("fitted") / "samplers", "fit", tiny, *FIT)
 
 
 @pytest.fixture

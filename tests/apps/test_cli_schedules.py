@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.apps.conftest import counted, run, samples, without_plots
+from tests.apps.conftest import counted, made_by, run, samples, without_plots
 
 from fewstep import Sampler, load_model
 from fewstep.apps import cli, training
@@ -38,21 +38,13 @@ def hurry(monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def optimized(tmp_path_factory, tiny: Path) -> Path:
     """Schedules of the small model."""
-    out = tmp_path_factory.mktemp("optimized") / "samplers"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        hurry(monkeypatch)
-        assert run(monkeypatch, "optimize", tiny, *OPTIMIZE, "--out", out) == 0
-    return out
+    return made_by(hurry, tmp_path_factory.mktemp("optimized") / "samplers", "optimize", tiny, *OPTIMIZE)
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, tiny: Path) -> Path:
     """The small model, tuned a little."""
-    out = tmp_path_factory.mktemp("tuned") / "model"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        hurry(monkeypatch)
-        assert run(monkeypatch, "finetune", tiny, *FINETUNE, "--out", out) == 0
-    return out
+    return made_by(hurry, tmp_path_factory.mktemp("tuned") / "model", "finetune", tiny, *FINETUNE)
 
 
 def test_optimize_writes_samplers_grids_and_plots(monkeypatch, capsys, tiny: Path, optimized: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.apps.conftest import run, samples, without_plots
+from tests.apps.conftest import made_by, run, samples, without_plots
 
 from fewstep import load_model
 from fewstep.core.statistics import ModelStatistics
@@ -25,11 +25,7 @@ V3 = ("sample", "digits-edm", "--nfe", 5, "--num", 2, "--npz", "--solver")
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory) -> Path:
     """Statistics of digits-edm."""
-    out = tmp_path_factory.mktemp("statistics")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        without_plots(monkeypatch)
-        assert run(monkeypatch, *CALIBRATE, "--out", out) == 0
-    return out
+    return made_by(without_plots, tmp_path_factory.mktemp("statistics"), *CALIBRATE)
 
 
 @pytest.fixture

@@ -97,7 +97,8 @@ def run_loop(
 
     accelerator = _accelerator(config)
     if config.channels_last:
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        loose: Any = network  # torch's types do not know this form of ``to``
+        network = loose.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     bare = network
     prepared: Any = accelerator.prepare(network, optimizer)
