@@ -31,6 +31,7 @@ SOLVERS = "ddim,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm,d
 GRIDS = "karras,logsnr,angle,uniform,quadratic"
 OPTIMIZED = "ddim,dpm-solver-pp-2m,unipc-2,dpm-solver-v3"
 OWN = "4,5,6,8,10"  # evaluations of optimised grids and fitted samplers
+GUIDED = "5,8"  # of fitted samplers at guidance 2
 TUNED = "4"  # of phase 2
 NETWORK = "--kind edm --conditional --flip --p-mean=-1.2 --p-std 1.2 --lr 0.001 --mixed-precision bf16"
 
@@ -69,7 +70,8 @@ class Preset:
 PRESETS = {
     "cpu": Preset(
         size=16,
-        train="--channels 32,64,96 --attention 8 --dropout 0 --steps 16000 --batch 128 --warmup 500 --ema 0.9995 --checkpoint-every 250",
+        train="--channels 32,64,96 --attention 8 --dropout 0 --steps 10000 --batch 128 --warmup 500 --ema 0.9995 "
+        "--checkpoint-every 250 --compile",
         processes=2,
         num=512,
         quality=2048,
@@ -77,7 +79,7 @@ PRESETS = {
         calibrate="--levels 60 --num 256",
         pooling=[(30, 64, "element"), (30, 256, "element"), (30, 256, "scalar"), (30, 256, "channel"), (60, 256, "element")],
         optimize="--num 128 --noises 128 --held-out 512",
-        fit="-n 512 --held-out 256",
+        fit="--held-out 256",
         finetune="--rounds 2",
         distill=None,
         features="cpu",
@@ -153,10 +155,18 @@ def stages(preset: Preset, shared: Path, work: Path, docs: Path) -> Iterator[Sta
     compared = ["--data", test, *features, "--num", str(preset.num)]
     bench, kept = [*fewstep, "bench", str(teacher), *compared], ["--out", str(rows / "standard")]
     yield Stage("standard grids", [*bench, "--solver", SOLVERS, "--grid", GRIDS, "--nfe", preset.nfe, *kept])
+    if preset.fit is not None:
+        for scale, nfe in (("1", OWN), ("2", GUIDED)):
+            suffix = "" if scale == "1" else f"-guidance-{scale}"
+            made, wanted = work / f"{label}-fitted{suffix}", teacher / f"fitted{suffix}"
+            options = ["--nfe", nfe, "--guidance", scale, *preset.fit.split(), "--out", str(made)]
+            copy = partial(keep_samplers, made, wanted)
+            yield Stage(f"fitted samplers at guidance {scale}", [*fewstep, "fit", str(teacher), *options], wanted, copy)
+    guided, out = [*bench, "--guidance", "2"], ["--out", str(rows / "guidance-2")]
+    yield Stage("guidance 2", [*guided, "--solver", SOLVERS, "--grid", "karras,logsnr,angle", "--nfe", "5,6,8,10", *out])
+    yield Stage("fitted at guidance 2", [*guided, "--solver", "fitted", "--grid", "optimized", "--nfe", GUIDED, *out])
     theirs = ["--solver", "unipc-2", "--grid", "karras,angle", "--nfe", "5,8,10", "--peers", "diffusers"]
     yield Stage("diffusers", [*bench, *theirs, *kept])
-    guided = ["--guidance", "2", "--solver", SOLVERS, "--grid", "karras,logsnr,angle", "--nfe", "5,6,8,10"]
-    yield Stage("guidance 2", [*bench, *guided, "--out", str(rows / "guidance-2")])
 
     names = []
     for levels, data, pool in preset.pooling:
@@ -171,10 +181,6 @@ def stages(preset: Preset, shared: Path, work: Path, docs: Path) -> Iterator[Sta
         made, wanted = work / f"{label}-optimized", teacher / "optimized"
         options = ["--solver", OPTIMIZED, "--nfe", OWN, *preset.optimize.split(), "--out", str(made)]
         yield Stage("optimised grids", [*fewstep, "optimize", str(teacher), *options], wanted, partial(keep_grids, made, wanted))
-    if preset.fit is not None:
-        made, wanted = work / f"{label}-fitted", teacher / "fitted"
-        options = ["--nfe", OWN, *preset.fit.split(), "--out", str(made)]
-        yield Stage("fitted samplers", [*fewstep, "fit", str(teacher), *options], wanted, partial(keep_samplers, made, wanted))
     yield Stage("rows of these", [*bench, "--solver", f"{OPTIMIZED},fitted", "--grid", "optimized", "--nfe", OWN, *kept])
     if preset.finetune is not None:
         made = work / f"{label}-tuned-{TUNED}"
@@ -185,8 +191,7 @@ def stages(preset: Preset, shared: Path, work: Path, docs: Path) -> Iterator[Sta
         made = work / f"{label}-student"
         yield Stage("operator", [*fewstep, "distill", str(teacher), *preset.distill.split(), "--out", str(made)], made / "history.json")
         yield Stage("its rows", [*fewstep, "bench", str(made), *compared, "--out", str(rows / "student")])
-    picture = str(docs / f"{label}-samplers.png")
-    yield Stage("tables", [*python, "benchmarks.cifar10.tables", str(rows), "--docs", str(docs / "results.md"), "--picture", picture])
+    yield Stage("tables", [*python, "benchmarks.cifar10.tables", str(rows), "--docs", str(docs)])
 
 
 def keep_grids(made: Path, wanted: Path) -> None:
@@ -241,9 +246,10 @@ def main() -> None:
     parser.add_argument("--until", help="the last stage to run, by name")
     parser.add_argument("--list", action="store_true", help="say what there is to run")
     args = parser.parse_args()
+    shared = Path(os.path.relpath(args.data, ROOT))
     os.chdir(ROOT)
     preset = PRESETS[args.preset]
-    planned = list(stages(preset, args.data, args.work, args.docs))
+    planned = list(stages(preset, shared, args.work, args.docs))
     if args.until is not None and args.until not in [stage.name for stage in planned]:
         parser.error(f"no stage {args.until!r}: there are {', '.join(stage.name for stage in planned)}")
     for stage in planned:

@@ -1,6 +1,6 @@
-"""docs/results.md with its tables and its picture of samplers, from ``page.md`` and the rows of the study.
+"""docs/results.md with its tables, plots and picture of samplers, from ``page.md`` and the rows of the study.
 
-    python -m benchmarks.cifar10.tables benchmarks/results/cifar10-16 --docs docs/results.md --picture docs/cifar10-16-samplers.png
+    python -m benchmarks.cifar10.tables benchmarks/results/cifar10-16 --docs docs
 
 In ``page.md`` a line ``TABLE name`` stands for a table, and LABEL for the name of the folder of rows. A table whose rows are not there
 says so.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import re
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -19,13 +20,17 @@ from typing import Any
 
 from benchmarks.tables import STANDARD, best_grids, fitted, optimized_grids
 
-from fewstep.core.artifact import write_whole
+from fewstep.core.artifact import read_json, write_whole
 from fewstep.evaluate.benchmark import picture_file, read_samples
 from fewstep.evaluate.pictures import save_comparison
+from fewstep.evaluate.report_plots import Point, png, work_precision
 
 Row = dict[str, Any]
 PAGE = Path(__file__).with_name("page.md")
+DIGITS = Path("benchmarks/results")  # the rows of the README's claims
 SHOWN = 5  # evaluations of the picture
+PLOTTED = ("unipc-2", "dpm-solver-v3")  # on their optimised grids
+RIVALS = ("dpm-solver-pp-2m", "dpm-solver-pp-3m", "unipc-2", "unipc-3")  # of DPM-Solver-v3
 
 
 def read(path: Path) -> list[Row]:
@@ -42,6 +47,13 @@ def standard(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["library"] == "fewstep" and row["grid"] in STANDARD and "statistics=" not in row["solver"]]
 
 
+def exact(reference: dict[str, Any]) -> None:
+    """What every row is measured against."""
+    half, moved = reference["nfe"] // 2, reference["error"]
+    print(f"The exact trajectories themselves: Frechet distance {reference['fd']:.2f}, labels as asked {reference['labels']:.2f}; ", end="")
+    print(f"{half} evaluations of {reference['solver']} instead of {reference['nfe']} move them by {moved:.4f}.")
+
+
 def by_solver(rows: list[Row]) -> None:
     """Each solver on its best grid."""
     rows = standard(rows)
@@ -51,14 +63,13 @@ def by_solver(rows: list[Row]) -> None:
 
 def against(rows: list[Row]) -> None:
     """DPM-Solver-v3 beside DPM-Solver++ 2M and 3M and UniPC 2 and 3 on the same grid."""
-    rivals = ("dpm-solver-pp-2m", "dpm-solver-pp-3m", "unipc-2", "unipc-3")
     cells = {(row["grid"], row["nfe"], row["solver"]): row["rmse"] for row in standard(rows)}
     columns = sorted({nfe for _, nfe, _ in cells})
     print("| grid | " + " | ".join(map(str, columns)) + " |\n|---|" + "---|" * len(columns))
     for grid in dict.fromkeys(grid for grid, _, _ in cells):
         line = []
         for nfe in columns:
-            ours, theirs = cells.get((grid, nfe, "dpm-solver-v3")), [cells[grid, nfe, one] for one in rivals if (grid, nfe, one) in cells]
+            ours, theirs = cells.get((grid, nfe, "dpm-solver-v3")), [cells[grid, nfe, one] for one in RIVALS if (grid, nfe, one) in cells]
             line.append("" if ours is None or not theirs else f"{ours:.4f} : {min(theirs):.4f} = **{ours / min(theirs):.2f}**")
         print(f"| `{grid}` | " + " | ".join(line) + " |")
 
@@ -76,16 +87,18 @@ def optimised(rows: list[Row]) -> None:
     optimized_grids(rows, sorted({row["nfe"] for row in rows if row["grid"] == "optimized"}))
 
 
-def pooling(rows: list[Row]) -> None:
+def pooling(rows: list[Row], stages: dict[str, Any]) -> None:
     """What statistics cost and what they are worth."""
     rows = [row for row in rows if "statistics=" in row["solver"]]
     columns = sorted({row["nfe"] for row in rows})
-    print("| levels | data | pooling | " + " | ".join(map(str, columns)) + " |\n|---|---|---|" + "---|" * len(columns))
+    print("| levels | data | pooling | minutes | " + " | ".join(map(str, columns)) + " |\n|---|---|---|---|" + "---|" * len(columns))
     for solver in dict.fromkeys(row["solver"] for row in rows):
         match = re.search(r"statistics-(\d+)-(\d+)-(\w+)", solver)
         assert match is not None
         cells = {row["nfe"]: row for row in rows if row["solver"] == solver}
-        print(f"| {' | '.join(match.groups())} | " + " | ".join(f"{cells[n]['rmse']:.4f} ({cells[n]['fd']:.2f})" for n in columns) + " |")
+        minutes = stages["statistics of {}, {}, {}".format(*match.groups())]["seconds"] / 60
+        figures = [f"{cells[n]['rmse']:.4f} ({cells[n]['fd']:.2f})" for n in columns]
+        print(f"| {' | '.join([*match.groups(), f'{minutes:.1f}', *figures])} |")
 
 
 def teacher(made: dict[str, Any]) -> None:
@@ -108,23 +121,86 @@ def tuned(own: list[Row], rows: list[Row]) -> None:
         print(f"| {row['nfe']} | **{row['rmse']:.4f}** ({row['fd']:.2f}) | {text} | {row['rmse'] / other['rmse']:.2f} |")
 
 
+def claims(rows: list[Row]) -> dict[str, str]:
+    """What the README claims, of one model at one guidance: each as figures at 5, 6, 8 and 10 evaluations, as far as there are rows."""
+    hand_made, theirs = standard(rows), [row for row in rows if row["library"] == "diffusers"]
+    shared = {row["grid"] for row in theirs}
+
+    def of(solver: str, grid: str = "") -> dict[int, float]:
+        return _least([row for row in (rows if grid else hand_made) if row["solver"] == solver and (not grid or row["grid"] == grid)])
+
+    best, v3, own = _least(hand_made), of("dpm-solver-v3"), of("fitted", "optimized")
+    enough = {n: min((row["nfe"] for row in hand_made if row["rmse"] <= error), default=None) for n, error in own.items()}
+    last, distances = max(row["nfe"] for row in hand_made), _least(hand_made, "fd")
+    at_5 = [row["fd"] / distances[8] for row in rows if row["solver"] == "fitted" and row["nfe"] == 5 and 8 in distances]
+    return {
+        "DPM-Solver-v3 : best of DPM-Solver++ 2M, 3M, UniPC-2, UniPC-3": _ratios(
+            v3, _least([r for r in hand_made if r["solver"] in RIVALS])
+        ),
+        "DPM-Solver-v3 : best of all others here": _ratios(v3, _least([row for row in hand_made if row["solver"] != "dpm-solver-v3"])),
+        "best pair here : best of diffusers', on the same grids": _ratios(
+            _least([r for r in hand_made if r["grid"] in shared]), _least(theirs)
+        ),
+        "UniPC-2 on its optimised grid : on its best standard grid": _ratios(of("unipc-2", "optimized"), of("unipc-2")),
+        "DPM-Solver-v3 on its optimised grid : on its best standard grid": _ratios(of("dpm-solver-v3", "optimized"), v3),
+        "fitted : best pair of a solver and a standard grid": _ratios(own, best),
+        "evaluations that pair needs for no more error": _cells({n: f"{found or f'> {last}'}" for n, found in enough.items()}),
+        "Frechet distance, fitted at 5 : least of all such pairs at 8": ", ".join(f"{ratio:.2f}" for ratio in at_5),
+    }
+
+
+def _least(rows: list[Row], measure: str = "rmse") -> dict[int, float]:
+    return {n: min(row[measure] for row in rows if row["nfe"] == n) for n in sorted({row["nfe"] for row in rows})}
+
+
+def _ratios(ours: dict[int, float], theirs: dict[int, float]) -> str:
+    return _cells({n: f"{ours[n] / theirs[n]:.2f}" for n in ours if n in theirs})
+
+
+def _cells(of: dict[int, str]) -> str:
+    return ", ".join(of[n] for n in (5, 6, 8, 10) if n in of)
+
+
+def held(here: dict[str, Path], digits: dict[str, list[str]]) -> None:
+    """Every claim on digits and here."""
+    print("| RMSE at 5, 6, 8, 10 evaluations | guidance | `digits-edm` | here |\n|---|---|---|---|")
+    for guidance, path in here.items():
+        theirs = claims([row for name in digits[guidance] for row in read(DIGITS / name / "results.json")])
+        ours = claims(read(path))
+        for name, figures in ours.items():
+            if figures:
+                print(f"| {name} | {guidance} | {theirs[name]} | {figures} |")
+
+
 def cost(stages: dict[str, Any]) -> None:
-    """What each stage took."""
-    print("| stage | command | minutes |\n|---|---|---|")
+    """What each stage took, and the commands."""
+    minutes = {name: stage["seconds"] / 60 for name, stage in stages.items()}
+    print("| stage | minutes |\n|---|---|")
+    for name, took in minutes.items():
+        print(f"| {name} | {took:.1f} |")
+    print(f"| **all** | **{sum(minutes.values()):.0f}** |")
+    print("\n```")
     for name, stage in stages.items():
-        print(f"| {name} | `{stage['command']}` | {stage['seconds'] / 60:.0f} |")
+        print(f"# {name}\n{stage['command']}")
+    print("```")
 
 
 def tables(folder: Path) -> dict[str, Callable[[], None]]:
     """What prints each table."""
     rows, json_of = folder / "standard" / "results.json", lambda name: json.loads((folder / name).read_text())
+    digits = {
+        "1": ["digits-edm", "digits-edm-fitted", "digits-edm-optimized"],
+        "2": ["digits-edm-guidance-2", "digits-edm-guidance-2-fitted"],
+    }
     return {
+        "held": lambda: held({"1": rows, "2": folder / "guidance-2" / "results.json"}, digits),
         "teacher": lambda: teacher(json_of("teacher.json")),
+        "exact": lambda: exact(json.loads(rows.read_text())["reference"]),
         "by-solver": lambda: by_solver(read(rows)),
         "v3": lambda: against(read(rows)),
         "diffusers": lambda: peers(read(rows)),
         "guidance-2": lambda: by_solver(read(folder / "guidance-2" / "results.json")),
-        "pooling": lambda: pooling(read(folder / "pooling" / "results.json")),
+        "pooling": lambda: pooling(read(folder / "pooling" / "results.json"), json_of("stages.json")),
         "optimized": lambda: optimised(read(rows)),
         "fitted": lambda: fitted(read(rows)),
         "tuned": lambda: tuned(read(folder / "tuned" / "results.json"), read(rows)),
@@ -160,15 +236,29 @@ def picture(folder: Path, path: Path) -> None:
     save_comparison(cells, path, title=f"The same seeds, {SHOWN} evaluations", across=16)
 
 
+def plot(rows: list[Row], measure: str, path: Path, floor: float | None) -> None:
+    """An error over evaluations: each solver on its best standard grid, UniPC-2 and DPM-Solver-v3 on their own, and fitted samplers."""
+    kinds = {f"{solver}, own": [row for row in rows if (row["solver"], row["grid"]) == (solver, "optimized")] for solver in PLOTTED}
+    kinds |= {"fitted": [row for row in rows if row["solver"] == "fitted"]}
+    kinds |= {
+        solver: [row for row in standard(rows) if row["solver"] == solver] for solver in dict.fromkeys(r["solver"] for r in standard(rows))
+    }
+    series = {name: [Point(n, value, None) for n, value in _least(found, measure).items()] for name, found in kinds.items() if found}
+    at = {name: {point.nfe: point.value for point in points} for name, points in series.items()}
+    ranked = sorted(series, key=lambda name: at[name].get(SHOWN, math.inf))
+    write_whole(path, png(work_precision({name: series[name] for name in ranked}, floor=floor)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--docs", type=Path, required=True)
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--docs", type=Path, required=True, help="the folder of results.md and its pictures")
     args = parser.parse_args()
-    write_whole(args.docs, filled(PAGE.read_text(encoding="utf-8"), args.results).encode())
-    if args.picture is not None:
-        picture(args.results, args.picture)
+    write_whole(args.docs / "results.md", filled(PAGE.read_text(encoding="utf-8"), args.results).encode())
+    file, pictures = args.results / "standard" / "results.json", args.docs / args.results.name
+    picture(args.results, pictures.with_name(f"{pictures.name}-samplers.png"))
+    plot(read(file), "rmse", pictures.with_name(f"{pictures.name}-rmse.png"), None)
+    plot(read(file), "fd", pictures.with_name(f"{pictures.name}-frechet.png"), read_json(file)["reference"]["fd"])
 
 
 if __name__ == "__main__":

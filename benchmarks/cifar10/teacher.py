@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from benchmarks.cifar10.features import load_cifar_features
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep import load_model
 from fewstep.core.artifact import write_whole
@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, required=True)
     args = parser.parse_args()
     model, device = load_model(args.teacher), default_device()
+    network = model.adapted.network
+    assert isinstance(network, nn.Module)
     size = model.shape[-1]
     train, test = (load_images(args.work / f"cifar10-{size}-{split}.npz") for split in ("train", "test"))
     quality = Quality.of(test.x, load_cifar_features(args.teacher / "features"), device)
@@ -56,7 +58,7 @@ def main() -> None:
     made = {
         "command": f"python -m benchmarks.cifar10.teacher {args.teacher} --out {args.out}",
         "model": model.fingerprint,
-        "parameters": sum(p.numel() for p in model.adapted.network.parameters()),  # type: ignore[attr-defined]
+        "parameters": sum(p.numel() for p in network.parameters()),
         "features": quality.name,
         "features_accuracy": json.loads((args.teacher / "features" / "features.json").read_text())["accuracy"],
         "num": args.num,

@@ -11,7 +11,7 @@ import pytest
 import typer
 from benchmarks.cifar10.features import PRESETS as FEATURES
 from benchmarks.cifar10.study import PRESETS, Stage, keep_grids, keep_samplers, main, run, stages, typed
-from benchmarks.cifar10.tables import PAGE, filled, tables
+from benchmarks.cifar10.tables import PAGE, claims, filled, plot, tables
 
 from fewstep.apps.cli import app
 from fewstep.apps.training import TRAIN
@@ -116,6 +116,35 @@ def test_tables_are_filled_from_rows(tmp_path: Path) -> None:
     assert "0.2000 (1.50) `karras`" in parts["diffusers"]
     assert "| | ratio | **0.50** |" in parts["optimized"] and "| ratio | 0.50 |" in parts["fitted"]
     assert "was not run" in parts["guidance-2"]
+
+
+def test_pooling_says_what_each_cost(tmp_path: Path) -> None:
+    name = "dpm-solver-v3:statistics=runs/cifar10-0-statistics-30-64-scalar"
+    (tmp_path / "pooling").mkdir()
+    (tmp_path / "pooling" / "results.json").write_text(json.dumps({"rows": [row(name, "angle", 5, 0.25)]}))
+    (tmp_path / "stages.json").write_text(json.dumps({"statistics of 30, 64, scalar": {"seconds": 90}}))
+    assert filled("TABLE pooling", tmp_path).endswith("| 30 | 64 | scalar | 1.5 | 0.2500 (1.50) |")
+
+
+def test_claims_are_ratios_of_the_least_errors() -> None:
+    found = claims([*(one for one in ROWS if one["rmse"] is not None), row("unipc-2", "angle", 8, 0.04, fd=1.2)])
+    assert found["DPM-Solver-v3 : best of DPM-Solver++ 2M, 3M, UniPC-2, UniPC-3"] == "0.50"
+    assert found["best pair here : best of diffusers', on the same grids"] == "1.00"
+    assert found["UniPC-2 on its optimised grid : on its best standard grid"] == "0.60"
+    assert found["DPM-Solver-v3 on its optimised grid : on its best standard grid"] == ""
+    assert found["fitted : best pair of a solver and a standard grid"] == "0.50"
+    assert found["evaluations that pair needs for no more error"] == "8"
+    assert found["Frechet distance, fitted at 5 : least of all such pairs at 8"] == "1.25"
+
+
+def test_a_plot_has_each_solver_and_what_was_made_for_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr("benchmarks.cifar10.tables.work_precision", lambda series, floor: drawn.update(series, floor=floor))
+    monkeypatch.setattr("benchmarks.cifar10.tables.png", lambda figure: b"picture")
+    plot([one for one in ROWS if one["rmse"] is not None], "rmse", tmp_path / "plot.png", 0.01)
+    assert (tmp_path / "plot.png").read_bytes() == b"picture"
+    assert list(drawn) == ["fitted", "dpm-solver-v3", "unipc-2, own", "unipc-2", "ddim", "floor"]
+    assert drawn["ddim"] == [(5, 0.3, None)] and drawn["floor"] == 0.01
 
 
 def test_every_table_of_the_page_is_known(tmp_path: Path) -> None:

@@ -26,6 +26,12 @@ def test_grid_is_in_reading_order(tmp_path: Path) -> None:
     assert [int(picture[y, x, 0]) for y in (10, 70) for x in (10, 70)] == [0, 85, 170, 255]
 
 
+@pytest.mark.parametrize(("size", "shown"), [(8, 40), (16, 48), (32, 64), (64, 64)])
+def test_small_pictures_are_enlarged_by_whole_pixels(size: int, shown: int, tmp_path: Path) -> None:
+    picture = np.asarray(Image.open(save_grid(torch.zeros(1, 3, size, size), tmp_path / "grid.png")))
+    assert picture.shape == (shown, shown, 3)
+
+
 def test_comparison_keeps_missing_cells_empty(tmp_path: Path) -> None:
     dark = torch.full((10, 1, 8, 8), -1.0)
     cells = {("a", "5"): (dark, "x"), ("b", "5"): (dark, "y"), ("b", "6"): (dark, "z")}

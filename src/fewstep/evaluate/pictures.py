@@ -37,7 +37,7 @@ def _tile(images: np.ndarray, columns: int, scale: int, gap: int = 2) -> Image.I
 
 
 def _scale(height: int) -> int:
-    return max(1, 40 // height)
+    return -(-40 // height)  # tiles are at least 40 pixels high
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int | None = None) -> Path:
