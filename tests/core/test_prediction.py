@@ -1,5 +1,7 @@
 """What a network predicts against its definition, from a clean image and a noise that are known."""
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,6 +104,13 @@ def test_names():
         prediction("epsilom")
     with pytest.raises(ModelError, match="known: epsilon, flow, sample, score, v"):
         prediction("zzz")
+
+
+@pytest.mark.parametrize("name", [*PREDICTIONS, "edm(0.25)"])
+def test_one_of_ours_is_pickled_by_its_name(name):
+    there = pickle.loads(pickle.dumps(prediction(name)))
+    assert there.name == name
+    assert all(torch.equal(a, b) for a, b in zip(there.coefficients(X0, EPS), prediction(name).coefficients(X0, EPS), strict=True))
 
 
 @pytest.mark.parametrize("name", ["edm(half)", "edm()", "edm(0)", "edm(-1)", "edm(nan)"])

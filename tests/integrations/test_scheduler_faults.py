@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -189,6 +190,17 @@ def test_a_copy_goes_its_own_way():
     for t, u in zip(scheduler.timesteps[2:], twin.timesteps[2:], strict=True):
         x, y = scheduler.step(tame(x, t), t, x).prev_sample, twin.step(tame(y, u), u, y).prev_sample
     assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("law", [V, FLOW], ids=["betas", "flow"])
+def test_another_process_may_have_it(law):
+    """Before times are chosen, and after."""
+    chosen = FewstepScheduler.from_config(law, solver="unipc-2")
+    bare = pickle.loads(pickle.dumps(chosen))
+    for one in (bare, chosen):
+        one.set_timesteps(6)
+    samples = [run(one, noise(), tame)[0] for one in (chosen, bare, pickle.loads(pickle.dumps(chosen)))]
+    assert torch.equal(samples[0], samples[1]) and torch.equal(samples[0], samples[2])
 
 
 @pytest.mark.parametrize("solver", [*SOLVERS, "sde-dpm-solver-pp-2m", "ddim:eta=1"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ class Prediction:
     coefficients: Coefficients  # (alpha, sigma) -> (a, b)
     input_scale: Callable[[Tensor, Tensor], Tensor] | None = None
     undefined_at_zero_alpha: bool = False
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """One of this file is pickled by its name, since its formulas are no functions of a module."""
+        named = self.name in PREDICTIONS or self.name.startswith("edm(")
+        return (prediction, (self.name,)) if named else super().__reduce__()
 
 
 def EDM(sigma_data: float = 0.5) -> Prediction:  # noqa: N802 - a constructor, named as the field names it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class NoiseLaw:
         schedule: the law ``alpha(t), sigma(t)``.
         prediction: what the network predicts.
         time: the network's own time, diffusers' "timestep", from ``t``. ``[*] -> [*]``.
-        t_of_time: its inverse.
+        t_of_time: its inverse. (Both are functions of a module, or made of one: a scheduler can be pickled.)
         betas: the variances ``[T]`` of a discrete law, float32 as diffusers has them.
     """
 
@@ -57,18 +58,13 @@ def noise_law(config: Mapping[str, Any], *, mu: float | None = None, to_clean: b
     name, kind = str(config.get("_class_name", "")), config.get("prediction_type", "epsilon")
     if is_flow(config):
         steps, law = float(config.get("num_train_timesteps", 1000)), RectifiedFlow(flow_shift(config, mu))
-
-        def t_of_time(time: Tensor) -> Tensor:
-            u = time / steps
-            return law.t_of_lam(torch.log1p(-u) - torch.log(u))
-
         kind = kind if "prediction_type" in config and config.get("use_flow_sigmas") else "flow"
-        return NoiseLaw(law, prediction(kind), NetworkTime("sigma", steps, schedule=law), t_of_time)
+        return NoiseLaw(law, prediction(kind), NetworkTime("sigma", steps, schedule=law), partial(_of_flow, law, steps))
     if is_edm(config):
         if kind != "epsilon":
             raise ModelError(f"an EDM scheduler with prediction type {kind!r} is not known here, only epsilon (EDM's own F)")
         schedule = VarianceExploding(float(config["sigma_min"]), float(config["sigma_max"]))
-        return NoiseLaw(schedule, EDM(float(config["sigma_data"])), edm_time, lambda time: torch.exp(4 * time))
+        return NoiseLaw(schedule, EDM(float(config["sigma_data"])), edm_time, _of_edm)
     if "beta_schedule" not in config or name in OTHER_LAWS:
         raise ModelError(
             f"the noise schedule of a {name or 'scheduler without a class name'} is not known here: a table of betas, FlowMatch or EDM is"
@@ -97,7 +93,20 @@ def _discrete(config: Mapping[str, Any], kind: Prediction, to_clean: bool) -> No
     if config.get("rescale_betas_zero_snr") and kind.undefined_at_zero_alpha:
         table[-1] = min(ALMOST_NO_SIGNAL, float(table[-2]) / 4)  # DDPM's betas come below that number one time earlier
     law = DiscreteVP.from_alphas_cumprod(table)
-    return NoiseLaw(law.to_clean() if to_clean else law, kind, NetworkTime(), lambda time: time, made.betas)
+    return NoiseLaw(law.to_clean() if to_clean else law, kind, NetworkTime(), _of_table, made.betas)
+
+
+def _of_table(time: Tensor) -> Tensor:
+    return time
+
+
+def _of_edm(time: Tensor) -> Tensor:
+    return torch.exp(4 * time)
+
+
+def _of_flow(law: RectifiedFlow, steps: float, time: Tensor) -> Tensor:
+    u = time / steps
+    return law.t_of_lam(torch.log1p(-u) - torch.log(u))
 
 
 def flow_shift(config: Mapping[str, Any], mu: float | None = None) -> float:
