@@ -146,42 +146,32 @@ def stages(preset: Preset, shared: Path, work: Path, docs: Path) -> Iterator[Sta
     picture = str(docs / f"{label}-teacher.png")
     yield Stage("quality", [*judge, "--out", str(rows / "teacher.json"), "--picture", picture], rows / "teacher.json")
 
-    for scale in ("1", "2"):
-        folder = teacher / ("statistics" if scale == "1" else f"statistics-guidance-{scale}")
-        options = [*preset.calibrate.split(), "--guidance", scale, "--out", str(folder)]
-        yield Stage(f"statistics at guidance {scale}", [*fewstep, "calibrate", str(teacher), *options], folder / "statistics.json")
+    def calibrated(name: str, folder: Path, *options: str) -> Stage:
+        return Stage(name, [*fewstep, "calibrate", str(teacher), *options, "--out", str(folder)], folder / "statistics.json")
 
     features = ["--features", f"benchmarks.cifar10.features:{'smoke' if preset.tag else 'network'}"]
     compared = ["--data", test, *features, "--num", str(preset.num)]
     bench, kept = [*fewstep, "bench", str(teacher), *compared], ["--out", str(rows / "standard")]
+    yield calibrated("statistics", teacher / "statistics", *preset.calibrate.split())
     yield Stage("standard grids", [*bench, "--solver", SOLVERS, "--grid", GRIDS, "--nfe", preset.nfe, *kept])
     if preset.fit is not None:
-        for scale, nfe in (("1", OWN), ("2", GUIDED)):
-            suffix = "" if scale == "1" else f"-guidance-{scale}"
-            made, wanted = work / f"{label}-fitted{suffix}", teacher / f"fitted{suffix}"
-            options = ["--nfe", nfe, "--guidance", scale, *preset.fit.split(), "--out", str(made)]
-            copy = partial(keep_samplers, made, wanted)
-            yield Stage(f"fitted samplers at guidance {scale}", [*fewstep, "fit", str(teacher), *options], wanted, copy)
-    guided, out = [*bench, "--guidance", "2"], ["--out", str(rows / "guidance-2")]
-    yield Stage("guidance 2", [*guided, "--solver", SOLVERS, "--grid", "karras,logsnr,angle", "--nfe", "5,6,8,10", *out])
-    yield Stage("fitted at guidance 2", [*guided, "--solver", "fitted", "--grid", "optimized", "--nfe", GUIDED, *out])
-    theirs = ["--solver", "unipc-2", "--grid", "karras,angle", "--nfe", "5,8,10", "--peers", "diffusers"]
-    yield Stage("diffusers", [*bench, *theirs, *kept])
-
-    names = []
-    for levels, data, pool in preset.pooling:
-        folder = work / f"{label}-statistics-{levels}-{data}-{pool}"
-        options = ["--levels", str(levels), "--num", str(data), "--pool", pool, "--out", str(folder)]
-        yield Stage(f"statistics of {levels}, {data}, {pool}", [*fewstep, "calibrate", str(teacher), *options], folder / "statistics.json")
-        names.append(f"dpm-solver-v3:statistics={folder}")
-    pooled = ["--solver", ",".join(names), "--grid", "angle", "--nfe", "5,6,8,10", "--out", str(rows / "pooling")]
-    yield Stage("pooling", [*bench, *pooled])
-
+        made, wanted = work / f"{label}-fitted", teacher / "fitted"
+        options = ["--nfe", OWN, *preset.fit.split(), "--out", str(made)]
+        yield Stage("fitted samplers", [*fewstep, "fit", str(teacher), *options], wanted, partial(keep_samplers, made, wanted))
     if preset.optimize is not None:
         made, wanted = work / f"{label}-optimized", teacher / "optimized"
         options = ["--solver", OPTIMIZED, "--nfe", OWN, *preset.optimize.split(), "--out", str(made)]
         yield Stage("optimised grids", [*fewstep, "optimize", str(teacher), *options], wanted, partial(keep_grids, made, wanted))
     yield Stage("rows of these", [*bench, "--solver", f"{OPTIMIZED},fitted", "--grid", "optimized", "--nfe", OWN, *kept])
+    theirs = ["--solver", "unipc-2", "--grid", "karras,angle", "--nfe", "5,8,10", "--peers", "diffusers"]
+    yield Stage("diffusers", [*bench, *theirs, *kept])
+
+    folders = {work / f"{label}-statistics-{levels}-{num}-{pool}": (levels, num, pool) for levels, num, pool in preset.pooling}
+    for folder, (levels, num, pool) in folders.items():
+        yield calibrated(f"statistics {levels}, {num}, {pool}", folder, "--levels", str(levels), "--num", str(num), "--pool", pool)
+    names = ",".join(f"dpm-solver-v3:statistics={folder}" for folder in folders)
+    yield Stage("pooling", [*bench, "--solver", names, "--grid", "angle", "--nfe", "5,6,8,10", "--out", str(rows / "pooling")])
+
     if preset.finetune is not None:
         made = work / f"{label}-tuned-{TUNED}"
         options = ["--nfe", TUNED, *preset.finetune.split(), "--out", str(made)]
@@ -191,6 +181,15 @@ def stages(preset: Preset, shared: Path, work: Path, docs: Path) -> Iterator[Sta
         made = work / f"{label}-student"
         yield Stage("operator", [*fewstep, "distill", str(teacher), *preset.distill.split(), "--out", str(made)], made / "history.json")
         yield Stage("its rows", [*fewstep, "bench", str(made), *compared, "--out", str(rows / "student")])
+
+    guided, kept = ["--guidance", "2"], ["--out", str(rows / "guidance-2")]
+    yield calibrated("statistics at guidance 2", teacher / "statistics-guidance-2", *preset.calibrate.split(), *guided)
+    yield Stage("guidance 2", [*bench, *guided, "--solver", SOLVERS, "--grid", "karras,logsnr,angle", "--nfe", "5,6,8,10", *kept])
+    if preset.fit is not None:
+        made, wanted = work / f"{label}-fitted-guidance-2", teacher / "fitted-guidance-2"
+        options = ["--nfe", GUIDED, *preset.fit.split(), *guided, "--out", str(made)]
+        yield Stage("fitted at guidance 2", [*fewstep, "fit", str(teacher), *options], wanted, partial(keep_samplers, made, wanted))
+        yield Stage("rows of that", [*bench, *guided, "--solver", "fitted", "--grid", "optimized", "--nfe", GUIDED, *kept])
     yield Stage("tables", [*python, "benchmarks.cifar10.tables", str(rows), "--docs", str(docs)])
 
 

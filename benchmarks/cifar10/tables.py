@@ -18,7 +18,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import STANDARD, best_grids, fitted, optimized_grids
+from benchmarks.tables import STANDARD, best_grids, fitted, optimized_grids, student
 
 from fewstep.core.artifact import read_json, write_whole
 from fewstep.evaluate.benchmark import picture_file, read_samples
@@ -96,7 +96,7 @@ def pooling(rows: list[Row], stages: dict[str, Any]) -> None:
         match = re.search(r"statistics-(\d+)-(\d+)-(\w+)", solver)
         assert match is not None
         cells = {row["nfe"]: row for row in rows if row["solver"] == solver}
-        minutes = stages["statistics of {}, {}, {}".format(*match.groups())]["seconds"] / 60
+        minutes = stages["statistics {}, {}, {}".format(*match.groups())]["seconds"] / 60
         figures = [f"{cells[n]['rmse']:.4f} ({cells[n]['fd']:.2f})" for n in columns]
         print(f"| {' | '.join([*match.groups(), f'{minutes:.1f}', *figures])} |")
 
@@ -204,6 +204,7 @@ def tables(folder: Path) -> dict[str, Callable[[], None]]:
         "optimized": lambda: optimised(read(rows)),
         "fitted": lambda: fitted(read(rows)),
         "tuned": lambda: tuned(read(folder / "tuned" / "results.json"), read(rows)),
+        "student": lambda: student("student", read(folder / "student" / "results.json"), standard(read(rows))),
         "cost": lambda: cost(json_of("stages.json")),
     }
 

@@ -122,7 +122,7 @@ def test_pooling_says_what_each_cost(tmp_path: Path) -> None:
     name = "dpm-solver-v3:statistics=runs/cifar10-0-statistics-30-64-scalar"
     (tmp_path / "pooling").mkdir()
     (tmp_path / "pooling" / "results.json").write_text(json.dumps({"rows": [row(name, "angle", 5, 0.25)]}))
-    (tmp_path / "stages.json").write_text(json.dumps({"statistics of 30, 64, scalar": {"seconds": 90}}))
+    (tmp_path / "stages.json").write_text(json.dumps({"statistics 30, 64, scalar": {"seconds": 90}}))
     assert filled("TABLE pooling", tmp_path).endswith("| 30 | 64 | scalar | 1.5 | 0.2500 (1.50) |")
 
 
