@@ -24,6 +24,7 @@ from fewstep import (
     load_model,
 )
 from fewstep.learn import fit as module
+from fewstep.learn import fit_search
 from fewstep.learn.fit import FitConfig, nfe_folder
 from fewstep.learn.fit_solver import FitForm
 from fewstep.learn.gram import fine_grid
@@ -209,7 +210,8 @@ def test_configurations_that_cannot_be_are_refused(options: dict, error: type, s
     assert "\n" not in str(caught.value)
 
 
-def test_parents_that_a_fit_can_start_from(tmp_path: Path) -> None:
+def test_parents_that_a_fit_can_start_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_search, "HAND_MADE", ("dpm-solver-pp-2m",))  # what is chosen here is the fit
     for parent, history in (("ddim", None), ("dpm-solver-pp-3m", 3), ("unipc-2:corrector=false", None), ("dpm-solver-pp-2m", 1)):
         config = replace(TINY, parent=parent, form=FitForm(history=history), iterations=0, num=16, levels=8)
         one = made(tmp_path / parent, toy(), (4,), config)[4].sampler

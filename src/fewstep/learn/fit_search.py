@@ -28,7 +28,7 @@ from fewstep.solvers import make_solver
 
 __all__ = ["FitConfig", "FitSearch", "Found", "best_hand_made"]
 
-HAND_MADE = ("dpm-solver-pp-2m", "unipc-2")  # and dpm-solver-v3, if the model has statistics
+HAND_MADE = ("dpm-solver-pp-2m", "unipc-2", "ipndm")  # and dpm-solver-v3, if the model has statistics
 RANKING = 256  # noises that rank levels to begin with
 ABOUT = 1.5  # times the least mean error: levels that may begin
 RIVALS = 32  # and hand-made samplers
