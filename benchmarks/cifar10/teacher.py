@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ def main() -> None:
     rows.append(measured("exact samples", samples, model.labels(seeds), quality))
     save_grid(samples[:100], args.picture)
     made = {
-        "command": f"python -m benchmarks.cifar10.teacher {args.teacher} --out {args.out}",
+        "command": shlex.join(["python", "-m", "benchmarks.cifar10.teacher", *sys.argv[1:]]),
         "model": model.fingerprint,
         "parameters": sum(p.numel() for p in network.parameters()),
         "features": quality.name,

@@ -222,6 +222,7 @@ dequantised while training), {size:,} parameters, EMA weights. Made by
 
 ```python
 import fewstep
+
 model = fewstep.load_model("path/to/this/folder")
 ```
 """
