@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 SOLVERS = "ddim,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3"
 GRIDS = "karras,logsnr,angle,uniform,quadratic"
 OPTIMIZED = "ddim,dpm-solver-pp-2m,unipc-2,dpm-solver-v3"
+VARIANTS = ":steps=1 :steps=3 :steps=3:predictor=pseudo :corrector=none :corrector=same :corrector=true"  # of DPM-Solver-v3
 OWN = "4,5,6,8,10"  # evaluations of optimised grids and fitted samplers
 GUIDED = "5,8"  # of fitted samplers at guidance 2
 TUNED = "4"  # of phase 2
@@ -171,6 +172,9 @@ def stages(preset: Preset, shared: Path, work: Path, docs: Path) -> Iterator[Sta
         yield calibrated(f"statistics {levels}, {num}, {pool}", folder, "--levels", str(levels), "--num", str(num), "--pool", pool)
     names = ",".join(f"dpm-solver-v3:statistics={folder}" for folder in folders)
     yield Stage("pooling", [*bench, "--solver", names, "--grid", "angle", "--nfe", "5,6,8,10", "--out", str(rows / "pooling")])
+
+    names = ",".join(f"dpm-solver-v3{variant}" for variant in ["", *VARIANTS.split()])
+    yield Stage("variants", [*bench, "--solver", names, "--grid", "karras,logsnr,angle", "--nfe", "5,6,8", "--out", str(rows / "variants")])
 
     if preset.finetune is not None:
         made = work / f"{label}-tuned-{TUNED}"

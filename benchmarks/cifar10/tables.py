@@ -201,6 +201,7 @@ def tables(folder: Path) -> dict[str, Callable[[], None]]:
     }
     return {
         "held": lambda: held({"1": read(rows)} | ({"2": read(guided)} if guided.is_file() else {}), digits),
+        "variants": lambda: by_solver(read(folder / "variants" / "results.json")),
         "teacher": lambda: teacher(json_of("teacher.json")),
         "exact": lambda: exact(json.loads(rows.read_text())["reference"]),
         "by-solver": lambda: by_solver(read(rows)),
