@@ -1,0 +1,47 @@
+"""The published teacher of CIFAR-10 and the page of its study: what is committed belongs together."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.cifar10.features import load_cifar_features
+from benchmarks.cifar10.tables import PAGE, filled
+
+from fewstep import load_model
+from fewstep.core.artifact import read_json
+from fewstep.core.sampling import sample, start_noise
+from fewstep.models.model import Model
+
+ROOT = Path(__file__).parents[2]
+TEACHER, ROWS = ROOT / "assets" / "cifar10-16", ROOT / "benchmarks" / "results" / "cifar10-16"
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Model:
+    return load_model(TEACHER)
+
+
+def test_rows_are_of_the_published_weights(teacher: Model) -> None:
+    assert teacher.shape == (3, 16, 16)
+    assert read_json(ROWS / "teacher.json")["model"] == teacher.fingerprint
+    assert teacher.classes == 10
+
+
+@pytest.mark.parametrize("guidance", [1.0])
+def test_what_was_made_for_it_lies_beside_it_and_samples(guidance: float, teacher: Model) -> None:
+    sampler, seeds = teacher.fitted(5, guidance), range(2)
+    assert teacher.statistics(guidance).model == teacher.fingerprint
+    noise = start_noise(sampler.tableau.nodes, seeds, teacher.shape)
+    with torch.no_grad():
+        samples = sample(teacher.guided(guidance), sampler, noise, cond=teacher.labels(seeds))
+    assert samples.shape == (2, 3, 16, 16) and 0.05 < float(samples.std()) < 1 and float(samples.abs().max()) < 2
+
+
+def test_features_see_the_classes() -> None:
+    assert load_cifar_features(TEACHER / "features").num_features == 64
+    assert read_json(TEACHER / "features" / "features.json")["accuracy"] > 0.75
+
+
+def test_the_page_is_what_its_rows_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == filled(PAGE.read_text(encoding="utf-8"), ROWS)
