@@ -230,6 +230,7 @@ def run(stage: Stage, log: Path) -> None:
     finally:
         seconds = time.monotonic() - begin  # of one that was whole already only looking
         seconds = max(seconds, last["seconds"]) if last["whole"] else seconds + last["seconds"]
+        known = read_json(log) if log.is_file() else {}  # another study may have run in between
         known[stage.name] = {"command": command, "seconds": seconds, "whole": whole or last["whole"]}
         write_whole(log, (json.dumps(known, indent=1) + "\n").encode())
 

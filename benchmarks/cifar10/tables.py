@@ -145,6 +145,7 @@ def claims(rows: list[Row]) -> dict[str, str]:
         ),
         "UniPC-2 on its optimised grid : on its best standard grid": _ratios(of("unipc-2", "optimized"), of("unipc-2")),
         "DPM-Solver-v3 on its optimised grid : on its best standard grid": _ratios(of("dpm-solver-v3", "optimized"), v3),
+        "DPM-Solver-v3 : UniPC-2, each on its optimised grid": _ratios(of("dpm-solver-v3", "optimized"), of("unipc-2", "optimized")),
         "fitted : best pair of a solver and a standard grid": _ratios(own, best),
         "evaluations that pair needs for no more error": _cells({n: f"{found or f'> {last}'}" for n, found in enough.items()}),
         "Frechet distance, fitted at 5 : that of the best such pair at 8": _ratios(distance, of_best),
