@@ -134,7 +134,7 @@ def claims(rows: list[Row]) -> dict[str, str]:
     last = max(row["nfe"] for row in hand_made)
     at_5 = next((row["fd"] for row in rows if row["solver"] == "fitted" and row["nfe"] == 5), None)
     distance = {} if at_5 is None else {8: at_5}
-    of_best = {n: min((row for row in hand_made if row["nfe"] == n), key=lambda row: row["rmse"])["fd"] for n in best}
+    of_best = {n: row["fd"] for n, row in _best(hand_made).items()}
     return {
         "DPM-Solver-v3 : best of DPM-Solver++ 2M, 3M, UniPC-2, UniPC-3": _ratios(
             v3, _least([r for r in hand_made if r["solver"] in RIVALS])
@@ -153,8 +153,14 @@ def claims(rows: list[Row]) -> dict[str, str]:
     }
 
 
+def _best(rows: list[Row], measure: str = "rmse") -> dict[int, Row]:
+    """The row of the least error for each number of evaluations."""
+    counts = sorted({row["nfe"] for row in rows})
+    return {n: min((row for row in rows if row["nfe"] == n), key=lambda row: row[measure]) for n in counts}
+
+
 def _least(rows: list[Row], measure: str = "rmse") -> dict[int, float]:
-    return {n: min(row[measure] for row in rows if row["nfe"] == n) for n in sorted({row["nfe"] for row in rows})}
+    return {n: row[measure] for n, row in _best(rows, measure).items()}
 
 
 def _ratios(ours: dict[int, float], theirs: dict[int, float]) -> str:
@@ -249,15 +255,14 @@ def picture(folder: Path, path: Path) -> None:
 
 def plot(rows: list[Row], measure: str, path: Path, floor: float | None) -> None:
     """An error over evaluations: each solver on its best standard grid, UniPC-2 and DPM-Solver-v3 on their own, and fitted samplers."""
-    kinds = {f"{solver}, own": [row for row in rows if (row["solver"], row["grid"]) == (solver, "optimized")] for solver in PLOTTED}
-    kinds |= {"fitted": [row for row in rows if row["solver"] == "fitted"]}
-    kinds |= {
-        solver: [row for row in standard(rows) if row["solver"] == solver] for solver in dict.fromkeys(r["solver"] for r in standard(rows))
-    }
-    series = {name: [Point(n, value, None) for n, value in _least(found, measure).items()] for name, found in kinds.items() if found}
-    at = {name: {point.nfe: point.value for point in points} for name, points in series.items()}
-    ranked = sorted(series, key=lambda name: at[name].get(SHOWN, math.inf))
-    write_whole(path, png(work_precision({name: series[name] for name in ranked}, floor=floor)))
+    made = {f"{solver}, own": [row for row in rows if (row["solver"], row["grid"]) == (solver, "optimized")] for solver in PLOTTED}
+    made["fitted"] = [row for row in rows if row["solver"] == "fitted"]
+    for row in standard(rows):
+        made.setdefault(row["solver"], []).append(row)
+    best = {name: _best(found) for name, found in made.items() if found}
+    ranked = sorted(best, key=lambda name: best[name][SHOWN]["rmse"] if SHOWN in best[name] else math.inf)
+    series = {name: [Point(n, row[measure], None) for n, row in best[name].items()] for name in ranked}
+    write_whole(path, png(work_precision(series, floor=floor)))
 
 
 def main() -> None:
