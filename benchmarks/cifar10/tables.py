@@ -168,7 +168,8 @@ def _ratios(ours: dict[int, float], theirs: dict[int, float]) -> str:
 
 
 def _cells(of: dict[int, str]) -> str:
-    return ", ".join(of[n] for n in (5, 6, 8, 10) if n in of)
+    shown = [of.get(n, "-") for n in (5, 6, 8, 10)]
+    return ", ".join(shown if len(of) > 1 else of.values())
 
 
 def held(here: dict[str, list[Row]], digits: dict[str, list[str]]) -> None:
