@@ -113,7 +113,7 @@ def teacher(made: dict[str, Any]) -> None:
 
 def tuned(own: list[Row], rows: list[Row]) -> None:
     """The network tuned for few evaluations, beside its teacher with as many."""
-    best = {row["nfe"]: min((one for one in rows if one["nfe"] == row["nfe"]), key=lambda one: one["rmse"]) for row in own}
+    best = _best(rows)
     print("| evaluations | tuned | the teacher by the best of all samplers here | ratio |\n|---|---|---|---|")
     for row in own:
         other = best[row["nfe"]]

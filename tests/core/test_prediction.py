@@ -1,5 +1,6 @@
 """What a network predicts against its definition, from a clean image and a noise that are known."""
 
+import copy
 import pickle
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewstep import EDM, ModelError, convert, from_x0, seeded_noise, to_x0
-from fewstep.core.prediction import PREDICTIONS, prediction
+from fewstep.core.prediction import PREDICTIONS, Prediction, prediction
 
 ROUND_OFF = 1e-11  # with scales down to 1e-2, whose quotients lose two digits
 
@@ -111,6 +112,11 @@ def test_one_of_ours_is_pickled_by_its_name(name):
     there = pickle.loads(pickle.dumps(prediction(name)))
     assert there.name == name
     assert all(torch.equal(a, b) for a, b in zip(there.coefficients(X0, EPS), prediction(name).coefficients(X0, EPS), strict=True))
+
+
+def test_one_of_a_user_is_not_mistaken_for_ours():
+    mine = Prediction("epsilon", torch.broadcast_tensors)
+    assert pickle.loads(pickle.dumps(mine)) == copy.deepcopy(mine) == mine != PREDICTIONS["epsilon"]
 
 
 @pytest.mark.parametrize("name", ["edm(half)", "edm()", "edm(0)", "edm(-1)", "edm(nan)"])

@@ -36,7 +36,7 @@ class Prediction:
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         """One of this file is pickled by its name, since its formulas are no functions of a module."""
-        named = self.name in PREDICTIONS or self.name.startswith("edm(")
+        named = PREDICTIONS.get(self.name) is self or self.name.startswith("edm(")
         return (prediction, (self.name,)) if named else super().__reduce__()
 
 
