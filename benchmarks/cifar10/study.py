@@ -27,9 +27,10 @@ from benchmarks.cifar10.data import SHARED
 from fewstep.core.artifact import read_json, write_whole
 
 ROOT = Path(__file__).parents[2]
-SOLVERS = "ddim,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3"
+THIRD = "dpm-solver-v3:steps=3:predictor=pseudo"  # three past evaluations, as the authors take for CIFAR-10
+SOLVERS = f"ddim,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3,{THIRD}"
 GRIDS = "karras,logsnr,angle,uniform,quadratic"
-OPTIMIZED = "ddim,dpm-solver-pp-2m,unipc-2,dpm-solver-v3"
+OPTIMIZED = f"ddim,dpm-solver-pp-2m,unipc-2,dpm-solver-v3,{THIRD}"
 VARIANTS = ":steps=1 :steps=3 :steps=3:predictor=pseudo :corrector=none :corrector=same :corrector=true"  # of DPM-Solver-v3
 OWN = "4,5,6,8,10"  # evaluations of optimised grids and fitted samplers
 GUIDED = "5,8"  # of fitted samplers at guidance 2

@@ -18,6 +18,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cifar10.study import THIRD
 from benchmarks.tables import STANDARD, best_grids, fitted, optimized_grids, student
 
 from fewstep.core.artifact import read_json, write_whole
@@ -31,6 +32,7 @@ DIGITS = Path("benchmarks/results")  # the rows of the README's claims
 SHOWN = 5  # evaluations of the picture
 PLOTTED = ("unipc-2", "dpm-solver-v3")  # on their optimised grids
 RIVALS = ("dpm-solver-pp-2m", "dpm-solver-pp-3m", "unipc-2", "unipc-3")  # of DPM-Solver-v3
+V3 = {"dpm-solver-v3": "DPM-Solver-v3", THIRD: "DPM-Solver-v3-3p"}
 
 
 def read(path: Path) -> list[Row]:
@@ -61,15 +63,15 @@ def by_solver(rows: list[Row]) -> None:
     best_grids(rows, columns, {n: min(row["rmse"] for row in rows if row["nfe"] == n) for n in columns})
 
 
-def against(rows: list[Row]) -> None:
-    """DPM-Solver-v3 beside DPM-Solver++ 2M and 3M and UniPC 2 and 3 on the same grid."""
+def against(rows: list[Row], solver: str) -> None:
+    """A DPM-Solver-v3 beside DPM-Solver++ 2M and 3M and UniPC 2 and 3 on the same grid."""
     cells = {(row["grid"], row["nfe"], row["solver"]): row["rmse"] for row in standard(rows)}
     columns = sorted({nfe for _, nfe, _ in cells})
     print("| grid | " + " | ".join(map(str, columns)) + " |\n|---|" + "---|" * len(columns))
     for grid in dict.fromkeys(grid for grid, _, _ in cells):
         line = []
         for nfe in columns:
-            ours, theirs = cells.get((grid, nfe, "dpm-solver-v3")), [cells[grid, nfe, one] for one in RIVALS if (grid, nfe, one) in cells]
+            ours, theirs = cells.get((grid, nfe, solver)), [cells[grid, nfe, one] for one in RIVALS if (grid, nfe, one) in cells]
             line.append("" if ours is None or not theirs else f"{ours:.4f} : {min(theirs):.4f} = **{ours / min(theirs):.2f}**")
         print(f"| `{grid}` | " + " | ".join(line) + " |")
 
@@ -129,26 +131,26 @@ def claims(rows: list[Row]) -> dict[str, str]:
     def of(solver: str, grid: str = "") -> dict[int, float]:
         return _least([row for row in (rows if grid else hand_made) if row["solver"] == solver and (not grid or row["grid"] == grid)])
 
-    best, v3, own = _least(hand_made), of("dpm-solver-v3"), of("fitted", "optimized")
+    best, own = _best(hand_made), of("fitted", "optimized")
+    rivals, others = [row for row in hand_made if row["solver"] in RIVALS], [row for row in hand_made if row["solver"] not in V3]
     enough = {n: min((row["nfe"] for row in hand_made if row["rmse"] <= error), default=None) for n, error in own.items()}
     last = max(row["nfe"] for row in hand_made)
     at_5 = next((row["fd"] for row in rows if row["solver"] == "fitted" and row["nfe"] == 5), None)
     distance = {} if at_5 is None else {8: at_5}
-    of_best = {n: row["fd"] for n, row in _best(hand_made).items()}
-    return {
-        "DPM-Solver-v3 : best of DPM-Solver++ 2M, 3M, UniPC-2, UniPC-3": _ratios(
-            v3, _least([r for r in hand_made if r["solver"] in RIVALS])
-        ),
-        "DPM-Solver-v3 : best of all others here": _ratios(v3, _least([row for row in hand_made if row["solver"] != "dpm-solver-v3"])),
-        "best pair here : best of diffusers', on the same grids": _ratios(
-            _least([r for r in hand_made if r["grid"] in shared]), _least(theirs)
-        ),
-        "UniPC-2 on its optimised grid : on its best standard grid": _ratios(of("unipc-2", "optimized"), of("unipc-2")),
-        "DPM-Solver-v3 on its optimised grid : on its best standard grid": _ratios(of("dpm-solver-v3", "optimized"), v3),
-        "DPM-Solver-v3 : UniPC-2, each on its optimised grid": _ratios(of("dpm-solver-v3", "optimized"), of("unipc-2", "optimized")),
-        "fitted : best pair of a solver and a standard grid": _ratios(own, best),
-        "evaluations that pair needs for no more error": _cells({n: f"{found or f'> {last}'}" for n, found in enough.items()}),
-        "Frechet distance, fitted at 5 : that of the best such pair at 8": _ratios(distance, of_best),
+    found: dict[str, str] = {}
+    for solver, name in V3.items():
+        found[f"{name} : best of DPM-Solver++ 2M, 3M, UniPC-2, UniPC-3"] = _ratios(of(solver), _least(rivals))
+        found[f"{name} : best of all others here"] = _ratios(of(solver), _least(others))
+    shared_best = _least([row for row in hand_made if row["grid"] in shared])
+    found["best pair here : best of diffusers', on the same grids"] = _ratios(shared_best, _least(theirs))
+    for solver, name in {"unipc-2": "UniPC-2", **V3}.items():
+        found[f"{name} on its optimised grid : on its best standard grid"] = _ratios(of(solver, "optimized"), of(solver))
+    for solver, name in V3.items():
+        found[f"{name} : UniPC-2, each on its optimised grid"] = _ratios(of(solver, "optimized"), of("unipc-2", "optimized"))
+    return found | {
+        "fitted : best pair of a solver and a standard grid": _ratios(own, _least(hand_made)),
+        "evaluations that pair needs for no more error": _cells({n: f"{needed or f'> {last}'}" for n, needed in enough.items()}),
+        "Frechet distance, fitted at 5 : that of the best such pair at 8": _ratios(distance, {n: row["fd"] for n, row in best.items()}),
         "Frechet distance, fitted at 5 : least of any such pair at 8": _ratios(distance, _least(hand_made, "fd")),
     }
 
@@ -204,8 +206,8 @@ def tables(folder: Path) -> dict[str, Callable[[], None]]:
         return json.loads((folder / name).read_text())
 
     digits = {
-        "1": ["digits-edm", "digits-edm-fitted", "digits-edm-optimized"],
-        "2": ["digits-edm-guidance-2", "digits-edm-guidance-2-fitted"],
+        "1": ["digits-edm", "digits-edm-third", "digits-edm-fitted", "digits-edm-optimized"],
+        "2": ["digits-edm-guidance-2", "digits-edm-guidance-2-third", "digits-edm-guidance-2-fitted"],
     }
     return {
         "held": lambda: held({"1": read(rows)} | ({"2": read(guided)} if guided.is_file() else {}), digits),
@@ -213,9 +215,12 @@ def tables(folder: Path) -> dict[str, Callable[[], None]]:
         "teacher": lambda: teacher(json_of("teacher.json")),
         "exact": lambda: exact(json.loads(rows.read_text())["reference"]),
         "by-solver": lambda: by_solver(read(rows)),
-        "v3": lambda: against(read(rows)),
+        "v3": lambda: against(read(rows), "dpm-solver-v3"),
+        "v3-third": lambda: against(read(rows), THIRD),
         "diffusers": lambda: peers(read(rows)),
         "guidance-2": lambda: by_solver(read(guided)),
+        "guidance-2-exact": lambda: exact(json.loads(guided.read_text())["reference"]),
+        "guidance-2-fitted": lambda: fitted(read(guided)),
         "pooling": lambda: pooling(read(folder / "pooling" / "results.json"), json_of("stages.json")),
         "optimized": lambda: optimised(read(rows)),
         "fitted": lambda: fitted(read(rows)),
@@ -249,9 +254,13 @@ def picture(folder: Path, path: Path) -> None:
         row = min((row for row in rows if row["solver"] == solver), key=lambda row: row["rmse"], default=None)
         if row is not None:
             kept = picture_file(folder / "standard", ("fewstep", solver, row["grid"], SHOWN))
-            name = solver if solver == "fitted" else f"{solver}, {row['grid']}"
+            name = solver if solver == "fitted" else f"{_plain(solver)}, {row['grid']}"
             cells[name, ""] = (read_samples(kept), f"rmse {row['rmse']:.3f}, Frechet {row['fd']:.2f}")
     save_comparison(cells, path, title=f"The same seeds, {SHOWN} evaluations", across=16)
+
+
+def _plain(solver: str) -> str:
+    return V3.get(solver, solver).lower()
 
 
 def plot(rows: list[Row], measure: str, path: Path, floor: float | None) -> None:
@@ -259,7 +268,7 @@ def plot(rows: list[Row], measure: str, path: Path, floor: float | None) -> None
     made = {f"{solver}, own": [row for row in rows if (row["solver"], row["grid"]) == (solver, "optimized")] for solver in PLOTTED}
     made["fitted"] = [row for row in rows if row["solver"] == "fitted"]
     for row in standard(rows):
-        made.setdefault(row["solver"], []).append(row)
+        made.setdefault(_plain(row["solver"]), []).append(row)
     best = {name: _best(found) for name, found in made.items() if found}
     ranked = sorted(best, key=lambda name: best[name][SHOWN]["rmse"] if SHOWN in best[name] else math.inf)
     series = {name: [Point(n, row[measure], None) for n, row in best[name].items()] for name in ranked}
