@@ -3,8 +3,8 @@
     python -m benchmarks.cifar10.study --preset cpu [--until "standard grids"] [--list]
 
 A stage that is done is not run again, so a killed study continues by the same command. The teacher, the feature network and what is made
-for the teacher (statistics, grids, samplers) lie in ``assets/cifar10-SIZE``, rows in ``benchmarks/results/cifar10-SIZE``, everything
-else in ``--work``. To train the teacher again, remove its folder.
+for the teacher (statistics, grids, samplers) lie in ``assets/cifar10-SIZE``, the network tuned for few steps beside it, rows in
+``benchmarks/results/cifar10-SIZE``, everything else in ``--work``. To train the teacher again, remove its folder.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ PRESETS = {
         pooling=[(30, 64, "element"), (30, 256, "element"), (30, 256, "scalar"), (30, 256, "channel"), (60, 256, "element")],
         optimize="--num 128 --noises 128 --held-out 512",
         fit="--held-out 256",
-        finetune="--rounds 2",
+        finetune="--rounds 2 --half",
         distill=None,
         features="cpu",
     ),
@@ -98,7 +98,7 @@ PRESETS = {
         pooling=[(30, 256, "element"), (120, 256, "element"), (120, 2048, "element"), (120, 2048, "scalar"), (120, 2048, "channel")],
         optimize="",
         fit="-n 4096 --held-out 1024",
-        finetune="--rounds 3 --steps 2000",
+        finetune="--rounds 3 --steps 2000 --half",
         distill="--slots 4 --steps 20000 -n 50000",
         features="gpu",
     ),
@@ -178,7 +178,7 @@ def stages(preset: Preset, shared: Path, work: Path, docs: Path) -> Iterator[Sta
     yield Stage("variants", [*bench, "--solver", names, "--grid", "karras,logsnr,angle", "--nfe", "5,6,8", "--out", str(rows / "variants")])
 
     if preset.finetune is not None:
-        made = work / f"{label}-tuned-{TUNED}"
+        made = Path("assets") / f"{label}-tuned-{TUNED}"
         options = ["--nfe", TUNED, *preset.finetune.split(), "--out", str(made)]
         yield Stage("phase 2", [*fewstep, "finetune", str(teacher), *options], made / "tuned.json")
         yield Stage("its row", [*fewstep, "bench", str(made), *compared, "--out", str(rows / "tuned")])

@@ -248,12 +248,12 @@ def filled(page: str, folder: Path) -> str:
 
 def picture(folder: Path, path: Path) -> None:
     """The same seeds by the best samplers of each kind at `SHOWN` evaluations, below the ends of exact trajectories."""
-    rows = [row for row in read(folder / "standard" / "results.json") if row["nfe"] == SHOWN and row["library"] == "fewstep"]
-    cells = {("exact trajectory", ""): (read_samples(folder / "standard" / "reference.safetensors"), "128 evaluations")}
+    rows = [row for row in read(folder / "results.json") if row["nfe"] == SHOWN and row["library"] == "fewstep"]
+    cells = {("exact trajectory", ""): (read_samples(folder / "reference.safetensors"), "128 evaluations")}
     for solver in dict.fromkeys(("fitted", "dpm-solver-v3", *(row["solver"] for row in sorted(rows, key=lambda row: row["rmse"])))):
         row = min((row for row in rows if row["solver"] == solver), key=lambda row: row["rmse"], default=None)
         if row is not None:
-            kept = picture_file(folder / "standard", ("fewstep", solver, row["grid"], SHOWN))
+            kept = picture_file(folder, ("fewstep", solver, row["grid"], SHOWN))
             name = solver if solver == "fitted" else f"{_plain(solver)}, {row['grid']}"
             cells[name, ""] = (read_samples(kept), f"rmse {row['rmse']:.3f}, Frechet {row['fd']:.2f}")
     save_comparison(cells, path, title=f"The same seeds, {SHOWN} evaluations", across=16)
@@ -282,7 +282,9 @@ def main() -> None:
     args = parser.parse_args()
     write_whole(args.docs / "results.md", filled(PAGE.read_text(encoding="utf-8"), args.results).encode())
     file, pictures = args.results / "standard" / "results.json", args.docs / args.results.name
-    picture(args.results, pictures.with_name(f"{pictures.name}-samplers.png"))
+    for name, suffix in (("standard", ""), ("guidance-2", "-guidance-2")):
+        if (args.results / name / "results.json").is_file():
+            picture(args.results / name, pictures.with_name(f"{pictures.name}-samplers{suffix}.png"))
     plot(read(file), "rmse", pictures.with_name(f"{pictures.name}-rmse.png"), None)
     plot(read(file), "fd", pictures.with_name(f"{pictures.name}-frechet.png"), read_json(file)["reference"]["fd"])
 

@@ -27,7 +27,7 @@ def test_rows_are_of_the_published_weights(teacher: Model) -> None:
     assert teacher.classes == 10
 
 
-@pytest.mark.parametrize("guidance", [1.0])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_what_was_made_for_it_lies_beside_it_and_samples(guidance: float, teacher: Model) -> None:
     sampler, seeds = teacher.fitted(5, guidance), range(2)
     assert teacher.statistics(guidance).model == teacher.fingerprint
@@ -35,6 +35,13 @@ def test_what_was_made_for_it_lies_beside_it_and_samples(guidance: float, teache
     with torch.no_grad():
         samples = sample(teacher.guided(guidance), sampler, noise, cond=teacher.labels(seeds))
     assert samples.shape == (2, 3, 16, 16) and 0.05 < float(samples.std()) < 1 and float(samples.abs().max()) < 2
+
+
+def test_the_tuned_network_lies_beside_its_teacher_and_is_the_one_of_its_row(teacher: Model) -> None:
+    student = load_model(TEACHER.with_name("cifar10-16-tuned-4"))
+    assert student.tuned is not None
+    assert (student.tuned.teacher, student.tuned.fingerprint) == (str(TEACHER), teacher.fingerprint)
+    assert read_json(ROWS / "tuned" / "results.json")["problem"]["fingerprint"] == student.fingerprint
 
 
 def test_features_see_the_classes() -> None:

@@ -22,6 +22,21 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["tuned.json"]  # nothing half-written beside it
 
 
+def test_a_teacher_beside_it_moves_with_it(tmp_path: Path) -> None:
+    here, there = tmp_path.resolve() / "here", tmp_path.resolve() / "there"
+    replace(TUNED, teacher=str(here / "teacher")).save(here / "model")
+    assert json.loads((here / "model" / "tuned.json").read_text())["teacher"] == "../teacher"
+    here.rename(there)
+    assert Tuned.load(there / "model") == replace(TUNED, teacher=str(there / "teacher"))
+
+
+def test_a_teacher_elsewhere_stays_where_it_is(tmp_path: Path) -> None:
+    elsewhere = replace(TUNED, teacher=str(tmp_path.resolve() / "others" / "teacher"))
+    elsewhere.save(tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    assert Tuned.load(tmp_path / "moved") == elsewhere
+
+
 def test_a_model_that_was_not_tuned_has_none(tmp_path: Path) -> None:
     assert Tuned.load(tmp_path) is None
 

@@ -368,7 +368,7 @@ def _save(work: _Distilling, student: OperatorStudent, made: Distilled, out: Pat
     """The model folder: weights, what it was distilled from, its passes, and a card. ``tuned.json`` comes last."""
     model, config = work.model, work.config
     card = {
-        "teacher": teacher,
+        "teacher": model.name,
         "fingerprint": model.fingerprint,
         "guidance": config.guidance,
         "trajectories": config.num,

@@ -341,11 +341,11 @@ def _save(tuning: _Tuning, history: list[Round], out: Path, teacher: str, comman
     Sampler.build(DDIM(), grid, tuning.schedule, **card).save(out / "sampler")
     GridTable("ddim", student.fingerprint, 1.0, tuning.schedule, {config.nfe: grid}, card).save(out / "optimized" / "ddim")
     write_whole(out / "history.json", (json.dumps([asdict(made) for made in history], indent=1) + "\n").encode())
-    write_whole(out / "README.md", _card(model, config, history, out.name, teacher, command).encode())
+    write_whole(out / "README.md", _card(model, config, history, out.name, command).encode())
     tuned.save(out)
 
 
-def _card(model: Model, config: FinetuneConfig, history: list[Round], name: str, teacher: str, command: str) -> str:
+def _card(model: Model, config: FinetuneConfig, history: list[Round], name: str, command: str) -> str:
     rows = "\n".join(
         f"| {r.number} | {', '.join(f'{s:.4g}' for s in r.noise_levels)} | {r.bound_before:.4f} | {r.bound_trained:.4f} | {r.bound:.4f} | "
         f"{r.rmse:.4f} |"
@@ -354,7 +354,7 @@ def _card(model: Model, config: FinetuneConfig, history: list[Round], name: str,
     options = "\n".join(f"| {key} | {value} |" for key, value in asdict(config).items())
     return f"""# {name}
 
-`{teacher}` (fingerprint {model.fingerprint}) tuned to sample in {config.nfe} first-order steps: its network lands where the
+`{model.name}` (fingerprint {model.fingerprint}) tuned to sample in {config.nfe} first-order steps: its network lands where the
 teacher would be after each step. Made by
 
 ```

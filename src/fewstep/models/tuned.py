@@ -12,6 +12,7 @@ from fewstep.core.errors import ArtifactError
 __all__ = ["Tuned"]
 
 FORMAT, VERSION = "fewstep-tuned", 1
+BESIDE = "../"
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Tuned:
     """``tuned.json`` in a model's folder.
 
     Attributes:
-        teacher: a bundled name or a folder.
+        teacher: a bundled name or a folder. The file names a folder beside the model's own relative to it, so both can be moved together.
         fingerprint: the teacher's.
         guidance: the scale at which the teacher sampled; the tuned model itself is sampled without.
         solver, nfe: what it was tuned for, on the grid of ``optimized/``.
@@ -36,6 +37,8 @@ class Tuned:
     def save(self, folder: Path) -> None:
         """Write ``tuned.json``, whole or not at all."""
         meta = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        if Path(self.teacher).is_absolute() and Path(self.teacher).parent == folder.resolve().parent:
+            meta["teacher"] = BESIDE + Path(self.teacher).name
         write_whole(folder / "tuned.json", (json.dumps(meta, indent=1) + "\n").encode())
 
     @classmethod
@@ -51,6 +54,8 @@ class Tuned:
         meta = read_json(path)
         if (meta.pop("format", None), meta.pop("version", None)) != (FORMAT, VERSION):
             raise ArtifactError(f"{path} is not {FORMAT!r} version {VERSION}: use the version of fewstep that wrote it, or tune again")
+        if str(meta.get("teacher", "")).startswith(BESIDE):
+            meta["teacher"] = str((folder / meta["teacher"]).resolve())
         try:
             return cls(**meta)
         except TypeError as error:
