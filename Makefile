@@ -40,7 +40,7 @@ MULTISTEP := ddim,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm
 FOUR := ddim,dpm-solver-pp-2m,unipc-2,dpm-solver-v3
 VARIANTS := dpm-solver-pp-3m,dpm-solver-pp-3m:third_order=corrected,unipc-2,unipc-2:weights=exact,ipndm,ipndm:steps=2,ipndm:steps=3
 THIRD := dpm-solver-v3:steps=3:predictor=pseudo
-V3 := dpm-solver-v3,dpm-solver-v3:steps=1,dpm-solver-v3:steps=3,dpm-solver-v3:steps=3:predictor=pseudo,dpm-solver-v3:corrector=none,dpm-solver-v3:corrector=same,dpm-solver-v3:corrector=true
+V3 := dpm-solver-v3,dpm-solver-v3:steps=1,dpm-solver-v3:steps=3,$(THIRD),dpm-solver-v3:corrector=none,dpm-solver-v3:corrector=same,dpm-solver-v3:corrector=true
 
 benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/step_overhead.py --out benchmarks/results/step_overhead.json

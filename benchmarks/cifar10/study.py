@@ -247,14 +247,14 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, required=True)
     parser.add_argument("--data", type=Path, default=SHARED, help="the folder with the shared CIFAR-10 files")
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10"))
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="the folder of results.md and its pictures")
+    parser.add_argument("--docs", type=Path, help="the folder of results.md and its pictures: docs, but --work for a study not to be kept")
     parser.add_argument("--until", help="the last stage to run, by name")
     parser.add_argument("--list", action="store_true", help="say what there is to run")
     args = parser.parse_args()
     shared = Path(os.path.relpath(args.data, ROOT))
     os.chdir(ROOT)
     preset = PRESETS[args.preset]
-    planned = list(stages(preset, shared, args.work, args.docs))
+    planned = list(stages(preset, shared, args.work, args.docs or (args.work if preset.tag else Path("docs"))))
     if args.until is not None and args.until not in [stage.name for stage in planned]:
         parser.error(f"no stage {args.until!r}: there are {', '.join(stage.name for stage in planned)}")
     for stage in planned:

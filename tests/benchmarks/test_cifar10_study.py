@@ -64,6 +64,16 @@ def test_an_unknown_stage_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "no stage 'nothing': there are data, teacher, features" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("preset", "folder"), [("cpu", "docs"), ("smoke", "runs/cifar10")])
+def test_a_study_not_to_be_kept_leaves_the_page_alone(
+    preset: str, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["study", "--preset", preset, "--list"])
+    main()
+    assert capsys.readouterr().out.rstrip().endswith(f"--docs {folder}")
+
+
 def test_artifacts_are_copied_where_they_are_looked_for(tmp_path: Path) -> None:
     for file in (
         "optimized/ddim/grids.json",
