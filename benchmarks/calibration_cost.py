@@ -16,19 +16,19 @@ from typing import Any
 
 import torch
 
-from fewstep.core.artifact import write_whole
-from fewstep.core.errors import GridError
 from fewstep.core.grid import make_grid
-from fewstep.core.sampler import Sampler
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.evaluate.generation import generate
-from fewstep.evaluate.metrics import rmse
-from fewstep.learn.calibrate import CalibrationConfig, calibrate
-from fewstep.models.data import load_images
-from fewstep.models.loaders import Model
+from fewstep.data.images import load_images
+from fewstep.evaluate.metrics.distances import rmse
+from fewstep.learn.samplers.calibrate import CalibrationConfig, calibrate
+from fewstep.models.formats.folders import Model
+from fewstep.models.generate import generate
 from fewstep.models.zoo import load_model
+from fewstep.runtime.artifact import write_whole
+from fewstep.runtime.errors import GridError
+from fewstep.sampling.reference import reference_sampler
+from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import DPMSolverV3
-from fewstep.solvers.reference import reference_sampler
 
 LEVELS, DATA, NFE = (8, 15, 30, 120), (32, 128, 256, 1024), (5, 6, 8, 10)
 POOLS = ("element", "scalar/element", "channel")

@@ -37,14 +37,14 @@ from fewstep import (
     load_model,
     make_solver,
 )
-from fewstep.core.artifact import write_whole
-from fewstep.evaluate.generation import generate
-from fewstep.evaluate.metrics import frechet_distance, rmse
-from fewstep.learn.trajectories import TrajectoryConfig
-from fewstep.models.data import load_images
-from fewstep.models.features import load_digits_features
-from fewstep.models.operators.student import OperatorStudent
-from fewstep.solvers.reference import reference_sampler
+from fewstep.data.images import load_images
+from fewstep.evaluate.metrics.distances import frechet_distance, rmse
+from fewstep.evaluate.metrics.features import load_digits_features
+from fewstep.learn.teacher.trajectories import TrajectoryConfig
+from fewstep.models.generate import generate
+from fewstep.models.networks.operator import OperatorStudent
+from fewstep.runtime.artifact import write_whole
+from fewstep.sampling.reference import reference_sampler
 
 FRESH = range(1024)
 NUM, HELD_OUT, SEED, STEPS, BATCH, CHOICE_STEPS = 12288, 1024, 6_000_000, 250, 64, 100

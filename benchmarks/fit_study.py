@@ -20,19 +20,19 @@ from typing import Any
 import torch
 
 from fewstep import Sampler, load_model, make_grid
-from fewstep.core.artifact import write_whole
-from fewstep.evaluate.generation import generate, solver_for
-from fewstep.evaluate.metrics import frechet_distance, load_features
-from fewstep.learn.ends import sizes
-from fewstep.learn.finetune import FinetuneConfig, finetune
-from fewstep.learn.fit import fit
-from fewstep.learn.fit_search import FitConfig
-from fewstep.learn.fit_solver import FitForm
-from fewstep.learn.gram import fine_grid
-from fewstep.learn.trajectories import Trajectories, generate_trajectories
-from fewstep.models.data import load_images
-from fewstep.models.loaders import Model
-from fewstep.solvers.reference import reference_sampler
+from fewstep.data.images import load_images
+from fewstep.evaluate.metrics.distances import frechet_distance, load_features
+from fewstep.learn.networks.finetune import FinetuneConfig, finetune
+from fewstep.learn.samplers.fit import fit
+from fewstep.learn.samplers.fit_search import FitConfig
+from fewstep.learn.search.coefficients import FitForm
+from fewstep.learn.search.endpoint import sizes
+from fewstep.learn.teacher.gram import fine_grid
+from fewstep.learn.teacher.trajectories import Trajectories, generate_trajectories
+from fewstep.models.formats.folders import Model
+from fewstep.models.generate import generate, solver_for
+from fewstep.runtime.artifact import write_whole
+from fewstep.sampling.reference import reference_sampler
 
 SEEDS, NFE, PLAIN = range(1024), 5, FitConfig()
 SCALAR = FitForm(pool="scalar", bias=False)

@@ -29,9 +29,9 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep import Sampler, advance, load_model, make_grid, make_solver, sample
-from fewstep.core.sampling import start_noise
 from fewstep.core.tableau import Row, State
-from fewstep.learn import trajectories
+from fewstep.learn.teacher import trajectories
+from fewstep.sampling.noise import start_noise
 
 SHAPE = (16, 3, 256, 256)
 SOLVERS = ("ddim", "dpm-solver-pp-2m", "dpm-solver-pp-3m", "unipc-2", "unipc-3", "ipndm")

@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.core.artifact import write_whole
 from fewstep.core.grid import TimeGrid, make_grid
-from fewstep.core.sampler import Sampler
-from fewstep.core.sampling import sample, start_noise
 from fewstep.core.tableau import Nodes, Solver, advance
-from fewstep.evaluate.generation import solver_for
-from fewstep.evaluate.metrics import rmse
-from fewstep.models.loaders import Model
+from fewstep.evaluate.metrics.distances import rmse
+from fewstep.models.formats.folders import Model
+from fewstep.models.generate import solver_for
 from fewstep.models.zoo import load_model
+from fewstep.runtime.artifact import write_whole
+from fewstep.sampling.loop import sample
+from fewstep.sampling.noise import start_noise
+from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import UniPC
 
 SOLVERS = ("ddim", "unipc-2", "deis-3", "dpm-solver-v3:steps=1:corrector=none", "dpm-solver-v3")

@@ -19,9 +19,9 @@ import transformers
 from torch import Tensor
 
 import fewstep
-from fewstep.core.artifact import write_whole
+from fewstep.data.images import load_images
 from fewstep.integrations.diffusers import FewstepScheduler
-from fewstep.models.data import load_images
+from fewstep.runtime.artifact import write_whole
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = [f"the digit {word}" for word in WORDS]

@@ -20,16 +20,17 @@ import torch
 from scipy.stats import spearmanr
 
 from fewstep import TimeGrid, load_model, make_grid, make_solver, seeded_noise
-from fewstep.core.artifact import write_whole
-from fewstep.core.sampling import Cond, start_noise
+from fewstep.core.denoiser import Cond
 from fewstep.core.tableau import Nodes
-from fewstep.evaluate.generation import generate
-from fewstep.learn.gram import Gram, GramConfig, collect_gram, fine_grid
-from fewstep.learn.grid_search import Bound, descend, monte_carlo_bound
-from fewstep.learn.refine import EndError
-from fewstep.models.data import load_images
-from fewstep.models.loaders import Model
-from fewstep.solvers.reference import reference_sampler
+from fewstep.data.images import load_images
+from fewstep.learn.search.bound import Bound, descend, monte_carlo_bound
+from fewstep.learn.search.refine import EndError
+from fewstep.learn.teacher.gram import Gram, GramConfig, collect_gram, fine_grid
+from fewstep.models.formats.folders import Model
+from fewstep.models.generate import generate
+from fewstep.runtime.artifact import write_whole
+from fewstep.sampling.noise import start_noise
+from fewstep.sampling.reference import reference_sampler
 
 STEPS, SCHEDULES, NOISES, LEVELS, TRAJECTORIES = 6, 200, 128, 128, 128
 OPTIMA = (3, 5, 8, 10)

@@ -18,12 +18,12 @@ import torch
 
 from fewstep import Sampler, load_model, make_grid, make_solver
 from fewstep.core.grid import TimeGrid
-from fewstep.core.process import default_device
 from fewstep.core.schedule import DiscreteVP
-from fewstep.evaluate.generation import generate
-from fewstep.evaluate.metrics import frechet_distance, load_features
-from fewstep.models.data import load_images
+from fewstep.data.images import load_images
+from fewstep.evaluate.metrics.distances import frechet_distance, load_features
+from fewstep.models.generate import generate
 from fewstep.models.zoo import BUNDLED
+from fewstep.runtime.process import default_device
 
 NFE = 200
 

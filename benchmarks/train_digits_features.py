@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy, pad
 
-from fewstep.core.artifact import write_whole
-from fewstep.models.data import load_images
-from fewstep.models.features import WEIGHTS, DigitsFeatures
+from fewstep.data.images import load_images
+from fewstep.evaluate.metrics.features import WEIGHTS, DigitsFeatures
+from fewstep.runtime.artifact import write_whole
 
 EPOCHS, BATCH, SEED = 60, 64, 0
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from fewstep import Sampler, load_model, make_solver
-from fewstep.core.artifact import write_whole
-from fewstep.evaluate.generation import generate
-from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
-from fewstep.learn.finetune import FinetuneConfig, finetune
-from fewstep.models.data import load_images
-from fewstep.models.loaders import Model
-from fewstep.solvers.reference import reference_sampler
+from fewstep.data.images import load_images
+from fewstep.evaluate.metrics.distances import frechet_distance, load_features, rmse
+from fewstep.learn.networks.finetune import FinetuneConfig, finetune
+from fewstep.models.formats.folders import Model
+from fewstep.models.generate import generate
+from fewstep.runtime.artifact import write_whole
+from fewstep.sampling.reference import reference_sampler
 
 STEPS, FORMS, SEEDS = (2, 3, 4), ("mean", "score"), range(1024)
 

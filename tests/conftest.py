@@ -11,12 +11,12 @@ settings.load_profile("fewstep")
 
 def shorten_reference(patch: pytest.MonkeyPatch) -> None:
     """Benchmarks measure against a trajectory of a quarter of the steps, where what is tested needs no better one."""
-    from fewstep.solvers.reference import REFERENCE_NFE, reference_sampler
+    from fewstep.sampling.reference import REFERENCE_NFE, reference_sampler
 
     def short(schedule, nfe: int = REFERENCE_NFE):
         return reference_sampler(schedule, nfe // 4)
 
-    patch.setattr("fewstep.evaluate.benchmark.reference_sampler", short)
+    patch.setattr("fewstep.evaluate.benchmark.run.reference_sampler", short)
 
 
 @pytest.fixture

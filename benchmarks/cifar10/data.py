@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fewstep.core.artifact import write_whole
-from fewstep.core.errors import FewstepError
+from fewstep.runtime.artifact import write_whole
+from fewstep.runtime.errors import FewstepError
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"

@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from fewstep.core.artifact import check_writable, read_json, write_whole
-from fewstep.core.errors import FewstepError
-from fewstep.core.process import default_device
-from fewstep.models.data import Images, load_images
+from fewstep.data.images import Images, load_images
+from fewstep.runtime.artifact import check_writable, read_json, write_whole
+from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.process import default_device
 
 ROOT = Path(__file__).parents[2]
 LEVELS = 256  # of a channel of a pixel

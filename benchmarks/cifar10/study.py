@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks.cifar10.data import SHARED
 
-from fewstep.core.artifact import read_json, write_whole
+from fewstep.runtime.artifact import read_json, write_whole
 
 ROOT = Path(__file__).parents[2]
 THIRD = "dpm-solver-v3:steps=3:predictor=pseudo"  # three past evaluations, as the authors take for CIFAR-10

@@ -21,10 +21,10 @@ from typing import Any
 from benchmarks.cifar10.study import THIRD
 from benchmarks.tables import STANDARD, best_grids, fitted, optimized_grids, student
 
-from fewstep.core.artifact import read_json, write_whole
-from fewstep.evaluate.benchmark import picture_file, read_samples
+from fewstep.evaluate.benchmark.run import picture_file, read_samples
 from fewstep.evaluate.pictures import save_comparison
-from fewstep.evaluate.report_plots import Point, png, work_precision
+from fewstep.evaluate.report.plots import Point, png, work_precision
+from fewstep.runtime.artifact import read_json, write_whole
 
 Row = dict[str, Any]
 PAGE = Path(__file__).with_name("page.md")

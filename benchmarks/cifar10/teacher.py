@@ -20,13 +20,13 @@ from benchmarks.cifar10.features import load_cifar_features
 from torch import Tensor, nn
 
 from fewstep import load_model
-from fewstep.core.artifact import write_whole
-from fewstep.core.process import default_device
-from fewstep.evaluate.generation import generate
+from fewstep.data.images import Images, load_images
+from fewstep.evaluate.metrics.quality import Quality
 from fewstep.evaluate.pictures import save_grid
-from fewstep.evaluate.quality import Quality
-from fewstep.models.data import Images, load_images
-from fewstep.solvers.reference import reference_sampler
+from fewstep.models.generate import generate
+from fewstep.runtime.artifact import write_whole
+from fewstep.runtime.process import default_device
+from fewstep.sampling.reference import reference_sampler
 
 MEASURES = ("fd", "fd_ci", "kd", "precision", "recall", "labels")
 BATCH = 256

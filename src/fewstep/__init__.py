@@ -11,29 +11,31 @@
 
 from importlib.metadata import version
 
-from fewstep.core.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
+from fewstep.core.denoiser import Denoiser
 from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.prediction import EDM, convert, from_x0, to_x0
-from fewstep.core.sampler import Sampler
-from fewstep.core.sampling import Denoiser, Step, sample, seeded_noise, start_noise
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding, VPCosine, VPLinear
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, Solver, State, Tableau, advance, tabulate
-from fewstep.integrations.pipelines import from_pipeline
-from fewstep.learn.calibrate import CalibrationConfig, calibrate
-from fewstep.learn.distill import DistillConfig, distill
-from fewstep.learn.finetune import FinetuneConfig, finetune
-from fewstep.learn.fit import FitConfig, fit
-from fewstep.learn.fit_solver import FitForm, fit_in_sequence
-from fewstep.learn.optimize import OptimizeConfig, optimize
-from fewstep.learn.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
+from fewstep.integrations.diffusers.pipelines import from_pipeline
+from fewstep.learn.networks.distill import DistillConfig, distill
+from fewstep.learn.networks.finetune import FinetuneConfig, finetune
+from fewstep.learn.samplers.calibrate import CalibrationConfig, calibrate
+from fewstep.learn.samplers.fit import FitConfig, fit
+from fewstep.learn.samplers.optimize import OptimizeConfig, optimize
+from fewstep.learn.search.coefficients import FitForm, fit_in_sequence
+from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
 from fewstep.models.analytic import DatasetDenoiser, GaussianDenoiser, MixtureDenoiser
 from fewstep.models.denoiser import AdaptedDenoiser
+from fewstep.models.formats.folders import Model
 from fewstep.models.guidance import classifier_free, classifier_guided, dynamic_threshold, static_threshold
-from fewstep.models.loaders import Model
-from fewstep.models.operators.dsno import Mixing
-from fewstep.models.operators.student import OperatorForm, OperatorStudent
+from fewstep.models.networks.operator import OperatorForm, OperatorStudent
+from fewstep.models.networks.temporal_unet import Mixing
 from fewstep.models.zoo import load_model
+from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
+from fewstep.sampling.loop import Step, sample
+from fewstep.sampling.noise import seeded_noise, start_noise
+from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver
 
 __version__ = version("fewstep")

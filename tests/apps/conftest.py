@@ -11,7 +11,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 
 from fewstep import VarianceExploding
 from fewstep.apps import cli
-from fewstep.models.loaders import save_ours
+from fewstep.models.formats.folders import save_ours
 
 UNET = {"sample_size": 4, "in_channels": 1, "out_channels": 1, "block_out_channels": (16,), "norm_num_groups": 4, "layers_per_block": 1}
 UNET |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False}
@@ -42,7 +42,7 @@ def samples(folder: Path) -> np.ndarray:
 
 def without_plots(monkeypatch) -> None:
     """No picture is drawn, where other tests look at it."""
-    monkeypatch.setattr("fewstep.evaluate.plots._write", lambda figure, path: path)
+    monkeypatch.setattr("fewstep.apps.plots._write", lambda figure, path: path)
 
 
 def counted(monkeypatch, stop: int = -1, training: bool = False) -> list[int]:

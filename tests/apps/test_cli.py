@@ -13,7 +13,7 @@ from tests.apps.conftest import run, samples
 
 from fewstep import Sampler, TimeGrid, VarianceExploding, load_model, make_solver
 from fewstep.apps import verbs
-from fewstep.evaluate import generation
+from fewstep.models import generate as generation
 from fewstep.models.zoo import WEIGHTS
 
 pytestmark = [

@@ -24,12 +24,12 @@ from tests.apps.conftest import run as run_command
 from tests.apps.conftest import samples
 
 from fewstep import VarianceExploding, load_model
-from fewstep.learn import distill as module
-from fewstep.learn import loop
-from fewstep.learn import trajectories as stored_module
-from fewstep.learn.loop import LoopConfig
-from fewstep.learn.trajectories import Trajectories, TrajectoryConfig
-from fewstep.models.loaders import save_ours
+from fewstep.learn.networks import distill as module
+from fewstep.learn.networks import loop
+from fewstep.learn.networks.loop import LoopConfig
+from fewstep.learn.teacher import trajectories as stored_module
+from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig
+from fewstep.models.formats.folders import save_ours
 from fewstep.models.tuned import Tuned
 
 UNET = {"sample_size": 4, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}

@@ -13,7 +13,7 @@ from tests.apps.conftest import counted, made_by, run, samples
 
 from fewstep import Sampler
 from fewstep.apps import cli, verbs
-from fewstep.learn.fit import FitConfig
+from fewstep.learn.samplers.fit import FitConfig
 
 pytestmark = [
     pytest.mark.usefixtures("short_reference"),

@@ -13,11 +13,11 @@ from tests.apps.conftest import counted, made_by, run, samples, without_plots
 
 from fewstep import Sampler, load_model
 from fewstep.apps import cli, training
-from fewstep.core.grid_table import GridTable
-from fewstep.learn import finetune
-from fewstep.learn.finetune import FinetuneConfig
-from fewstep.learn.gram import GramConfig
-from fewstep.learn.optimize import OptimizeConfig
+from fewstep.learn.networks import finetune
+from fewstep.learn.networks.finetune import FinetuneConfig
+from fewstep.learn.samplers.optimize import OptimizeConfig
+from fewstep.learn.teacher.gram import GramConfig
+from fewstep.sampling.grid_table import GridTable
 
 pytestmark = [
     pytest.mark.usefixtures("short_reference"),

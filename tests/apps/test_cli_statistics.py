@@ -10,7 +10,7 @@ from tests.apps.conftest import made_by, run, samples, without_plots
 
 from fewstep import load_model
 from fewstep.core.statistics import ModelStatistics
-from fewstep.learn import calibrate
+from fewstep.learn.samplers import calibrate
 from fewstep.models.zoo import WEIGHTS
 
 pytestmark = [

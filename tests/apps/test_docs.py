@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.integrations.tiny_pipelines import load, make
+from tests.integrations.diffusers.tiny_pipelines import load, make
 
 import fewstep
 

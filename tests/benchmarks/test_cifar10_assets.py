@@ -8,9 +8,10 @@ from benchmarks.cifar10.features import load_cifar_features
 from benchmarks.cifar10.tables import PAGE, filled
 
 from fewstep import load_model
-from fewstep.core.artifact import read_json
-from fewstep.core.sampling import sample, start_noise
 from fewstep.models.model import Model
+from fewstep.runtime.artifact import read_json
+from fewstep.sampling.loop import sample
+from fewstep.sampling.noise import start_noise
 
 ROOT = Path(__file__).parents[2]
 TEACHER, ROWS = ROOT / "assets" / "cifar10-16", ROOT / "benchmarks" / "results" / "cifar10-16"

@@ -13,7 +13,7 @@ from benchmarks.cifar10.data import END, FILES, ROOT, box, decode, prepare
 from PIL import Image
 
 from fewstep import FewstepError
-from fewstep.models.data import load_images
+from fewstep.data.images import load_images
 
 
 def shared_file(path: Path, n: int = 20, size: int = 32, **other: object) -> np.ndarray:

@@ -11,9 +11,9 @@ from benchmarks.cifar10 import features as module
 from benchmarks.cifar10.features import PRESETS, CifarFeatures, FeaturesConfig, augmented, load_cifar_features, make
 
 from fewstep import FewstepError
-from fewstep.evaluate.metrics import frechet_distance
-from fewstep.evaluate.quality import Quality
-from fewstep.models.data import load_images
+from fewstep.data.images import load_images
+from fewstep.evaluate.metrics.distances import frechet_distance
+from fewstep.evaluate.metrics.quality import Quality
 
 TINY = FeaturesConfig(8, (8, 16), 1, epochs=3, features=16, batch=16, lr=0.05, shift=1, classes=4)
 

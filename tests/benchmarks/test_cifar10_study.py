@@ -15,7 +15,7 @@ from benchmarks.cifar10.tables import PAGE, claims, filled, plot, tables
 
 from fewstep.apps.cli import app
 from fewstep.apps.training import TRAIN
-from fewstep.core.artifact import read_json
+from fewstep.runtime.artifact import read_json
 
 
 def planned(name: str) -> list[Stage]:

@@ -10,11 +10,11 @@ import torch
 
 from benchmarks import kernel_traffic, step_overhead
 from fewstep import Sampler, TimeGrid, VarianceExploding, advance, load_model, make_grid, make_solver
-from fewstep.evaluate.generation import generate, solver_for
-from fewstep.evaluate.metrics import frechet_distance, load_features, rmse
-from fewstep.learn.ends import sizes
-from fewstep.models.data import load_images
-from fewstep.solvers.reference import reference_sampler
+from fewstep.data.images import load_images
+from fewstep.evaluate.metrics.distances import frechet_distance, load_features, rmse
+from fewstep.learn.search.endpoint import sizes
+from fewstep.models.generate import generate, solver_for
+from fewstep.sampling.reference import reference_sampler
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

@@ -24,11 +24,11 @@ from fewstep.apps.options import (
     json_object,
     words,
 )
-from fewstep.core.errors import FewstepError
-from fewstep.learn.calibrate import CalibrationConfig
-from fewstep.learn.fit_search import FitConfig
-from fewstep.learn.fit_solver import FitForm
-from fewstep.learn.optimize import OptimizeConfig
+from fewstep.learn.samplers.calibrate import CalibrationConfig
+from fewstep.learn.samplers.fit_search import FitConfig
+from fewstep.learn.samplers.optimize import OptimizeConfig
+from fewstep.learn.search.coefficients import FitForm
+from fewstep.runtime.errors import FewstepError
 
 DEFAULT, OPTIMIZE, FIT = CalibrationConfig(), OptimizeConfig(), FitConfig()
 
@@ -135,7 +135,7 @@ def report(
     json: AsJson = False,
 ) -> None:
     """Show benchmarks as one page; a row that is in several runs is compared, and marked if it got worse."""
-    from fewstep.evaluate.report import write_report
+    from fewstep.evaluate.report.write import write_report
 
     page = write_report(folders, out, title=title)
     print_json({"report": str(page)}) if json else console.print(f"report: {page}\nnext: open it in a browser; it needs no network")
@@ -253,7 +253,7 @@ def convert(
     trust: Annotated[bool, typer.Option("--trust", help="Read tensors and known classes from a pickle; nothing in it is run.")] = False,
 ) -> None:
     """Convert a checkpoint of another code base to safetensors."""
-    from fewstep.models.checkpoints import convert
+    from fewstep.models.formats.checkpoints import convert
 
     made = convert(checkpoint, out, format=format, config=None if config is None else json_object(config, "--config"), trust=trust)
     console.print(f"model: {out}, samples of shape {made.shape}\nnext: fewstep sample {out} --out runs/sample")
@@ -267,8 +267,8 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="If the repository is new, only you see it.")] = False,
 ) -> None:
     """Put a saved sampler or statistics on the hub."""
-    from fewstep.core.sampler import Sampler
     from fewstep.core.statistics import ModelStatistics
+    from fewstep.sampling.sampler import Sampler
 
     kind = ModelStatistics if (folder / "statistics.json").exists() else Sampler
     pictures = sorted(folder.glob("*.png"))

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fewstep.core.artifact import read_json
-from fewstep.core.errors import FewstepError
+from fewstep.runtime.artifact import read_json
+from fewstep.runtime.errors import FewstepError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

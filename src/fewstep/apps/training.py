@@ -10,15 +10,15 @@ import typer
 
 from fewstep.apps.console import console, distill_table, finetune_table, print_json, progress
 from fewstep.apps.options import AsJson, Guidance, ModelName, checked, command, integers
-from fewstep.core.errors import FewstepError
-from fewstep.learn.distill import DistillConfig
-from fewstep.learn.finetune import FinetuneConfig
-from fewstep.learn.loop import LoopConfig
-from fewstep.learn.train import TrainConfig
-from fewstep.learn.train import train as train_model
-from fewstep.learn.trajectories import TrajectoryConfig
-from fewstep.models.operators.dsno import Mixing
-from fewstep.models.operators.student import OperatorForm
+from fewstep.learn.networks.distill import DistillConfig
+from fewstep.learn.networks.finetune import FinetuneConfig
+from fewstep.learn.networks.loop import LoopConfig
+from fewstep.learn.networks.train import TrainConfig
+from fewstep.learn.networks.train import train as train_model
+from fewstep.learn.teacher.trajectories import TrajectoryConfig
+from fewstep.models.networks.operator import OperatorForm
+from fewstep.models.networks.temporal_unet import Mixing
+from fewstep.runtime.errors import FewstepError
 
 FINETUNE, TRAJECTORIES, DISTILL = FinetuneConfig(), TrajectoryConfig(), DistillConfig()
 TRAIN, LOOP = TrainConfig("edm"), LoopConfig(steps=8000)
@@ -163,8 +163,8 @@ def train(
     seed: int = LOOP.seed,
 ) -> None:
     """Train a small diffusion model; a killed run continues where it was, several processes share the batches under torchrun."""
-    from fewstep.core.process import process
-    from fewstep.models.data import load_images
+    from fewstep.data.images import load_images
+    from fewstep.runtime.process import process
 
     levels = () if attention == "none" else None if attention is None else integers(attention, "--attention")
     network = {"channels": integers(channels, "--channels"), "layers": layers, "dropout": dropout, "attention": levels}

@@ -15,34 +15,34 @@ import numpy as np
 import torch
 
 from fewstep.apps.console import progress
-from fewstep.core.artifact import write_whole
-from fewstep.core.errors import FewstepError, GridError, ModelError
+from fewstep.apps.plots import save_schedules, save_statistics
 from fewstep.core.grid import TimeGrid, make_grid
-from fewstep.core.process import default_device, process
-from fewstep.core.sampler import Sampler
 from fewstep.core.schedule import DiscreteVP
-from fewstep.evaluate.benchmark import benchmark, picture_file, read_samples
-from fewstep.evaluate.generation import check_seeds, generate_to, solver_for
+from fewstep.data.images import load_images
+from fewstep.evaluate.benchmark.plan import OPTIMIZED, BenchmarkConfig, check_made_for, planned_keys, saved_samplers
+from fewstep.evaluate.benchmark.run import benchmark, picture_file, read_samples
+from fewstep.evaluate.metrics.features import load_digits_features
 from fewstep.evaluate.pictures import save_comparison, save_grid, save_singles, to_uint8
-from fewstep.evaluate.plan import OPTIMIZED, BenchmarkConfig, check_made_for, planned_keys, saved_samplers
-from fewstep.evaluate.plots import save_schedules, save_statistics
-from fewstep.evaluate.report import check_packages, write_report
-from fewstep.integrations.pipelines import from_pipeline, is_pipeline, load_pipeline
-from fewstep.learn.calibrate import CalibrationConfig, calibrate
-from fewstep.learn.distill import DistillConfig, distill
-from fewstep.learn.finetune import FinetuneConfig, finetune
-from fewstep.learn.fit import FitConfig, fit
-from fewstep.learn.gram import Gram
-from fewstep.learn.grid_search import Bound
-from fewstep.learn.optimize import OptimizeConfig, Optimized, optimize, solver_folder
-from fewstep.learn.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
-from fewstep.models.data import load_images
-from fewstep.models.features import load_digits_features
-from fewstep.models.loaders import FITTED, Model
-from fewstep.models.operators.student import OperatorStudent
+from fewstep.evaluate.report.write import check_packages, write_report
+from fewstep.integrations.diffusers.pipelines import from_pipeline, is_pipeline, load_pipeline
+from fewstep.learn.networks.distill import DistillConfig, distill
+from fewstep.learn.networks.finetune import FinetuneConfig, finetune
+from fewstep.learn.samplers.calibrate import CalibrationConfig, calibrate
+from fewstep.learn.samplers.fit import FitConfig, fit
+from fewstep.learn.samplers.optimize import OptimizeConfig, Optimized, optimize, solver_folder
+from fewstep.learn.search.bound import Bound
+from fewstep.learn.teacher.gram import Gram
+from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
+from fewstep.models.formats.folders import FITTED, Model
+from fewstep.models.generate import check_seeds, generate_to, solver_for
+from fewstep.models.networks.operator import OperatorStudent
 from fewstep.models.zoo import load_model
+from fewstep.runtime.artifact import write_whole
+from fewstep.runtime.errors import FewstepError, GridError, ModelError
+from fewstep.runtime.process import default_device, process
+from fewstep.sampling.reference import REFERENCE_NFE
+from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import takes_statistics
-from fewstep.solvers.reference import REFERENCE_NFE
 
 __all__ = [
     "BenchRequest",

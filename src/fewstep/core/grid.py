@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import GridError, look_up
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule
-from fewstep.core.spec import check_options, parse_spec
+from fewstep.runtime.errors import GridError, look_up
+from fewstep.runtime.spec import check_options, parse_spec
 
 __all__ = ["GRIDS", "TimeGrid", "make_grid"]
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import ModelError, look_up
+from fewstep.runtime.errors import ModelError, look_up
 
 __all__ = ["EDM", "PREDICTIONS", "Prediction", "aligned", "convert", "from_x0", "prediction", "to_x0", "x0_coefficients"]
 

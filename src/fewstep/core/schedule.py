@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import ModelError, look_up
+from fewstep.runtime.errors import ModelError, look_up
 
 __all__ = ["DiscreteVP", "NoiseSchedule", "RectifiedFlow", "VarianceExploding", "VPCosine", "VPLinear", "schedule_from_config"]
 

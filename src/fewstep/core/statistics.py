@@ -4,7 +4,7 @@ With ``X = x/alpha`` the sampling ODE is ``dX/dlam = D - X``. The solver moves a
 
     F = (1 - l) X - D          (the paper's (sigma eps - l x) / alpha)
 
-and expects what remains to change as ``dF/dlam = s F + b``. `fewstep.learn.calibrate` estimates the three; this file holds them,
+and expects what remains to change as ``dF/dlam = s F + b``. `fewstep.learn.samplers.calibrate` estimates the three; this file holds them,
 integrates them, and sees that they are not used with another model.
 """
 
@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.core.artifact import load_artifact, save_artifact
-from fewstep.core.errors import ArtifactError, GridError
 from fewstep.core.grid import TimeGrid
-from fewstep.core.hub import Shared, header
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
+from fewstep.runtime.artifact import load_artifact, save_artifact
+from fewstep.runtime.errors import ArtifactError, GridError
+from fewstep.runtime.hub import Shared, header
 
 __all__ = ["Integrals", "ModelStatistics", "Rule"]
 

@@ -20,9 +20,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import SolverError
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.runtime.errors import SolverError
 
 __all__ = ["Nodes", "Row", "Solver", "State", "Tableau", "advance", "tabulate"]
 

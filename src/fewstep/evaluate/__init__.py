@@ -1,1 +1,1 @@
-"""How good samples are: distances, benchmarks of samplers against each other, and pictures."""
+"""Compare samplers honestly, and show the result."""

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fewstep.core.artifact import write_whole
-from fewstep.core.errors import FewstepError
+from fewstep.runtime.artifact import write_whole
+from fewstep.runtime.errors import FewstepError
 
 __all__ = ["save_comparison", "save_grid", "save_singles", "to_uint8"]
 

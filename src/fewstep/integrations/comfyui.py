@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import ArtifactError, FewstepError, GridError, look_up
 from fewstep.core.grid import GRIDS
-from fewstep.core.sampler import Sampler
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding
 from fewstep.core.statistics import ModelStatistics
 from fewstep.integrations.kdiffusion import Law, sample_fewstep, sigmas_for
+from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, look_up
+from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import SOLVERS, takes_statistics
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "FewstepArtifact", "FewstepSampler", "FewstepSigmas", "law_of"]

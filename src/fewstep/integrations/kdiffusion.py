@@ -19,13 +19,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import ArtifactError, GridError, ModelError, SolverError, look_up
 from fewstep.core.grid import TimeGrid, make_grid
-from fewstep.core.sampler import Sampler
-from fewstep.core.sampling import FiniteCheck, seeded_noise
 from fewstep.core.schedule import NoiseSchedule, RectifiedFlow, VarianceExploding
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, Tableau, advance, tabulate
+from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError, look_up
+from fewstep.sampling.loop import FiniteCheck
+from fewstep.sampling.noise import seeded_noise
+from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, takes_statistics
 
 __all__ = ["Callback", "Law", "NoiseSampler", "sample_fewstep", "sigmas_for"]

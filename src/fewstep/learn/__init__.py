@@ -1,1 +1,1 @@
-"""What is learned: teachers, and (later) statistics, grids, coefficients and operators. Everything long resumes."""
+"""Learn from a trained model: samplers, schedules, statistics, students."""

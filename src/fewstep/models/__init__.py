@@ -1,1 +1,1 @@
-"""Denoisers: adapters for networks, guidance, exact models, and the small trained ones that ship with the package."""
+"""Trained networks as denoisers, wherever they come from."""

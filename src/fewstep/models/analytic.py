@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import ModelError
-from fewstep.core.sampling import Cond
+from fewstep.core.denoiser import Cond
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.runtime.errors import ModelError
 
 __all__ = ["DatasetDenoiser", "GaussianDenoiser", "MixtureDenoiser"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.errors import ModelError
+from fewstep.core.denoiser import Cond
 from fewstep.core.prediction import Prediction, aligned, prediction, to_x0
-from fewstep.core.sampling import Cond
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.runtime.errors import ModelError
 
 __all__ = ["AdaptedDenoiser", "edm_time", "image_size", "refusals", "unet_call"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import ModelError
+from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.prediction import aligned
-from fewstep.core.sampling import Cond, Denoiser
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.runtime.errors import ModelError
 
 __all__ = ["classifier_free", "classifier_guided", "dynamic_threshold", "static_threshold", "thresholded"]
 

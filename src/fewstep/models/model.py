@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.errors import ArtifactError, GridError, ModelError, SolverError, look_up
+from fewstep.core.denoiser import Denoiser
 from fewstep.core.grid import TimeGrid, make_grid
-from fewstep.core.grid_table import GridTable
 from fewstep.core.prediction import prediction
-from fewstep.core.sampler import Sampler
-from fewstep.core.sampling import Denoiser
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics
 from fewstep.models.denoiser import AdaptedDenoiser
 from fewstep.models.guidance import classifier_free
-from fewstep.models.operators.student import OperatorDenoiser
+from fewstep.models.networks.operator import OperatorDenoiser
 from fewstep.models.tuned import Tuned
+from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError, look_up
+from fewstep.sampling.grid_table import GridTable
+from fewstep.sampling.sampler import Sampler
 
 __all__ = ["FITTED", "Model", "NetworkTime", "description"]
 

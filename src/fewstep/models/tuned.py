@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fewstep.core.artifact import read_json, write_whole
-from fewstep.core.errors import ArtifactError
+from fewstep.runtime.artifact import read_json, write_whole
+from fewstep.runtime.errors import ArtifactError
 
 __all__ = ["Tuned"]
 

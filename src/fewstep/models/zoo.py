@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fewstep.core.errors import ModelError, nearest
-from fewstep.models.checkpoints import load_checkpoint
-from fewstep.models.loaders import Model, load_folder
+from fewstep.models.formats.checkpoints import load_checkpoint
+from fewstep.models.formats.folders import Model, load_folder
+from fewstep.runtime.errors import ModelError, nearest
 
 __all__ = ["BUNDLED", "load_model"]
 

@@ -9,9 +9,9 @@ from importlib.metadata import entry_points
 from inspect import signature
 from typing import Any
 
-from fewstep.core.errors import SolverError, nearest
-from fewstep.core.spec import check_options, parse_spec
 from fewstep.core.tableau import Solver
+from fewstep.runtime.errors import SolverError, nearest
+from fewstep.runtime.spec import check_options, parse_spec
 from fewstep.solvers.ddim import DDIM
 from fewstep.solvers.deis import DEIS, IPNDM
 from fewstep.solvers.dpm_solver import DPMSolver2S, DPMSolver3S, DPMSolverM

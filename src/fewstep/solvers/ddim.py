@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import SolverError
 from fewstep.core.tableau import Nodes, Solver
+from fewstep.runtime.errors import SolverError
 
 __all__ = ["DDIM", "first_order"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fewstep.core.errors import SolverError
 from fewstep.core.tableau import Nodes, Solver
+from fewstep.runtime.errors import SolverError
 from fewstep.solvers.ddim import first_order
 from fewstep.solvers.phi import interpolation_weights, noise_moment
 from fewstep.solvers.stencil import effective_order, noise_or_data

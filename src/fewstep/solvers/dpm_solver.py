@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import SolverError
 from fewstep.core.grid import TimeGrid
 from fewstep.core.prediction import to_x0
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Solver
+from fewstep.runtime.errors import SolverError
 from fewstep.solvers.ddim import first_order
 from fewstep.solvers.deis import NoiseMultistep
 from fewstep.solvers.dpm_solver_pp import Form, ThirdOrder, multistep_integral

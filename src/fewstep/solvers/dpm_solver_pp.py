@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import SolverError
 from fewstep.core.tableau import Nodes, Solver
+from fewstep.runtime.errors import SolverError
 from fewstep.solvers.phi import data_moment, phi
 from fewstep.solvers.stencil import effective_order
 

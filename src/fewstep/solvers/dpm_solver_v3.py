@@ -18,11 +18,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import SolverError, look_up
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics, Rule
 from fewstep.core.tableau import Nodes, Solver
+from fewstep.runtime.errors import SolverError, look_up
 from fewstep.solvers.ddim import first_order
 from fewstep.solvers.phi import divided_difference_weights, interpolation_weights
 from fewstep.solvers.stencil import ALWAYS, NEVER, effective_order

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.core.errors import SolverError
 from fewstep.core.tableau import Nodes, Solver
+from fewstep.runtime.errors import SolverError
 from fewstep.solvers.ddim import first_order
 from fewstep.solvers.phi import data_moment
 from fewstep.solvers.stencil import ALWAYS, effective_order

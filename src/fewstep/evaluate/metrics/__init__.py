@@ -1,0 +1,1 @@
+"""Errors, distances between sets of images, and how certain they are."""

@@ -1,0 +1,113 @@
+"""How good a row's samples are: the distances of a set of images to the data, with their intervals."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.evaluate.metrics.confidence import half_subsets, subset_interval
+from fewstep.evaluate.metrics.distances import NEIGHBOURS, Gaussian, Kernel, Manifold, features_of, precision_recall
+from fewstep.evaluate.metrics.features import load_features
+from fewstep.runtime.entry import imported, is_entry
+from fewstep.runtime.errors import FewstepError
+
+__all__ = ["Quality", "features_name"]
+
+WIDE = 256  # features: of more, fewer subsets are measured
+SUBSETS = {False: 100, True: 20}
+NOTHING: dict[str, Any] = dict.fromkeys(("fd", "fd_features", "fd_ci", "kd", "kd_ci", "precision", "recall", "labels"))
+
+
+def features_name(features: str | nn.Module) -> str:
+    """How rows call a feature network: by its name, with a hash of its weights where the name does not say what they are.
+
+    Raises:
+        FewstepError: the weights of Inception are not there.
+    """
+    if isinstance(features, nn.Module):
+        digest = hashlib.sha256()
+        for key, value in sorted(features.state_dict().items()):
+            digest.update(f"{key}{tuple(value.shape)}".encode() + value.detach().cpu().double().numpy().tobytes())
+        return f"{type(features).__name__}:{digest.hexdigest()[:8]}"
+    kind, _, path = features.partition(":")
+    if kind != "inception" or not path:
+        return features
+    try:
+        return f"inception:{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]}"
+    except OSError as error:
+        raise FewstepError(f"no Inception weights at {path}: {error.strerror}") from error
+
+
+def _is_theirs(features: str) -> bool:
+    """Whether features are named as ``module:function``."""
+    return is_entry(features) and not features.startswith("inception:")
+
+
+def _network(features: str | nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """The network of features by name; a third party's function is called with the shape of a sample and makes it."""
+    if isinstance(features, nn.Module) or not _is_theirs(features):
+        return features if isinstance(features, nn.Module) else load_features(features, shape)
+    made = imported(features)(shape)
+    if not isinstance(made, nn.Module):
+        raise FewstepError(f"{features} made a {type(made).__name__}: it should return a torch.nn.Module that makes [B, F] of images")
+    return made
+
+
+@dataclass(frozen=True, eq=False)
+class Quality:
+    """Data ``[n, *D]`` that samples are compared with, in the features of a network."""
+
+    network: nn.Module
+    name: str
+    gaussian: Gaussian
+    kernel: Kernel
+    manifold: Manifold | None  # of too little data there is none
+    halves: float  # the Frechet distance of one half of the data to the other
+    device: torch.device
+
+    @classmethod
+    def of(cls, images: Tensor, features: str | nn.Module, device: torch.device) -> Quality:
+        """That of images ``[n, *D]`` in features by name or of any network.
+
+        Raises:
+            FewstepError: as `load_features`, `imported`, `features_of`.
+        """
+        network = _network(features, tuple(images.shape[1:]))
+        name = features_name(features if isinstance(features, str) and not _is_theirs(features) else network)
+        network = network.to(device).eval()
+        data = features_of(images, network, device)
+        first, second = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))].chunk(2)
+        manifold = Manifold.of(data) if len(data) > NEIGHBOURS else None
+        return cls(network, name, Gaussian.of(data), Kernel.of(data), manifold, Gaussian.of(first).distance(second), device)
+
+    def measure(self, samples: Tensor, asked: Tensor | None) -> dict[str, Any]:
+        """What a row says of its samples ``[num, *D]``, made for the labels ``asked [num]``; in the names of its fields.
+
+        Raises:
+            FewstepError: fewer than 2 samples, or they are not finite.
+        """
+        found = features_of(samples, self.network, self.device)
+        distance = self.gaussian.distance(found)
+        measured = {**NOTHING, "fd": distance, "fd_features": self.name, "kd": self.kernel.distance(found)}
+        if len(found) >= 4:  # a half has at least 2
+            halves = half_subsets(len(found), SUBSETS[found.shape[1] > WIDE], asked)
+            of_halves = torch.tensor([self.gaussian.distance(found[index]) for index in halves], dtype=torch.float64)
+            measured["fd_ci"] = [max(0.0, end) for end in subset_interval(distance, of_halves)]
+            measured["kd_ci"] = subset_interval(measured["kd"], self.kernel.distances(found, halves))
+        if self.manifold is not None and len(found) > NEIGHBOURS:
+            measured["precision"], measured["recall"] = precision_recall(self.manifold, found)
+        return {**measured, "labels": self._agreement(samples, asked)}
+
+    @torch.no_grad()
+    def _agreement(self, samples: Tensor, asked: Tensor | None) -> float | None:
+        """Share of samples whose label, as the features' network sees it, is the one asked for; None if it sees none."""
+        seen = getattr(self.network, "labels", None)
+        if asked is None or not callable(seen):
+            return None
+        labels = torch.cat([torch.as_tensor(seen(part.to(self.device))).cpu() for part in samples.float().split(256)])
+        return float((labels == asked.cpu()).double().mean())

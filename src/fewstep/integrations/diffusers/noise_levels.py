@@ -1,0 +1,170 @@
+"""Where diffusers' options ask a network to be evaluated, as a `TimeGrid`: spacings of timesteps, noise levels by name, flows' shifts.
+
+Times are never rounded after the fact. Spacings of timesteps are whole numbers because their rule says so; where two would fall together
+they stay fractions. Noise levels (Karras, exponential, beta) are met exactly, at the fraction of a timestep that has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.core.grid import TimeGrid, make_grid
+from fewstep.core.schedule import DiscreteVP, RectifiedFlow
+from fewstep.models.formats.diffusers_law import NoiseLaw
+from fewstep.runtime.errors import FewstepError, GridError, look_up
+
+__all__ = ["asked_grid", "only_a_number"]
+
+LARGEST = 2.0**12  # the noise level that spacings of levels begin at where the table ends without signal
+SHORTEST = 1e-6  # of the way to the clean image: the last step of levels that end where their last evaluation is
+LEVELS = ("karras", "exponential", "beta", "lu")  # use_{name}_sigmas
+
+
+def asked_grid(
+    config: Mapping[str, Any],
+    law: NoiseLaw,
+    steps: int | None,
+    *,
+    timesteps: Sequence[float] | Tensor | None = None,
+    sigmas: Sequence[float] | Tensor | None = None,
+) -> TimeGrid:
+    """The grid of ``steps`` intervals that a scheduler's options describe; or through given timesteps, or given noise levels.
+
+    Args:
+        config: a `FewstepScheduler`'s options.
+        law: of its network.
+        steps: how many; None if timesteps or sigmas are given.
+        timesteps: the network's own times, decreasing, without the end.
+        sigmas: ``sigma/alpha``, or a flow's ``sigma`` before its shift; a last 0 is the end rather than an evaluation.
+
+    Raises:
+        GridError: not exactly one of the three, an unknown option, or times that do not decrease.
+    """
+    given = [name for name, value in {"num_inference_steps": steps, "timesteps": timesteps, "sigmas": sigmas}.items() if value is not None]
+    if not given or "timesteps" in given and len(given) > 1:
+        raise GridError(f"set_timesteps wants one of num_inference_steps, timesteps or sigmas, got {' and '.join(given) or 'none'}")
+    wanted = None if sigmas is None else torch.as_tensor(sigmas).detach().cpu().double().flatten()
+    if steps is not None and (isinstance(steps, bool) or steps != int(steps)):
+        raise GridError(f"the number of steps is a whole number, got {steps}")
+    if wanted is not None and not len(wanted):
+        raise GridError("sigmas are empty: give at least one, or num_inference_steps")
+    if wanted is not None and steps is not None and len(wanted) - int(bool(wanted[-1] == 0)) != steps:
+        raise GridError(f"{steps} steps were asked for with {len(wanted)} sigmas: leave one of the two out")
+    if timesteps is not None:
+        asked = torch.as_tensor(timesteps).detach().cpu().double().flatten()
+        most = float(config.get("num_train_timesteps", 1000)) - isinstance(law.schedule, DiscreteVP)
+        if not len(asked) or not bool(((asked >= 0) & (asked <= most)).all()):
+            raise GridError(f"timesteps lie between 0 and {most:g}, got {asked.tolist()}")
+        return _ended(config, law, law.t_of_time(asked))
+    if config.get("grid"):
+        if wanted is not None:
+            raise GridError(f"this scheduler has a grid of its own, {config['grid']}: leave sigmas out, or make it without grid=")
+        return make_grid(str(config["grid"]), law.schedule, int(steps or 0))
+    if isinstance(law.schedule, RectifiedFlow):
+        return _ended(config, law, _flow(config, law.schedule, steps, wanted))
+    if not isinstance(law.schedule, DiscreteVP):
+        raise GridError("timestep spacings are for discrete times and flows: make the scheduler with grid=, for example karras")
+    if wanted is not None:
+        wanted = wanted[:-1] if bool(wanted[-1] == 0) else wanted
+        return _ended(config, law, law.schedule.t_of_lam(-torch.log(wanted)))
+    name = _named(config)
+    if name is None:
+        return _ended(config, law, _spaced(config, law.schedule, int(steps or 0)))
+    ends = torch.exp(-law.schedule.lam(torch.tensor([law.schedule.t_max, 0.0], dtype=torch.float64))).clamp(max=LARGEST)
+    high, low = (float(config.get(key) or end) for key, end in zip(("sigma_max", "sigma_min"), ends, strict=True))
+    if not 0 < low < high:
+        raise GridError(f"noise levels run from sigma_max down to a smaller sigma_min above 0, got {high:g} and {low:g}")
+    return _ended(config, law, law.schedule.t_of_lam(-torch.log(_levels(name, high, low, int(steps or 0)))))
+
+
+def only_a_number(sigmas: Any) -> int | None:  # noqa: ANN401 - a list, an array or a tensor
+    """How many steps are meant, where a flow's pipeline always gives noise levels: those uniform from 1 that it has by default."""
+    given = torch.as_tensor(sigmas).detach().cpu().double().flatten()
+    usual = torch.linspace(1, 1 / max(len(given), 1), len(given), dtype=torch.float64)
+    return len(given) if len(given) and torch.allclose(given, usual, rtol=1e-5) else None
+
+
+def _ended(config: Mapping[str, Any], law: NoiseLaw, times: Tensor) -> TimeGrid:
+    """With the end: the clean image (``zero``), or the model's last time (``sigma_min``)."""
+    schedule, kind = law.schedule, config.get("final_sigmas_type", "zero")
+    if kind not in ("zero", "sigma_min"):
+        raise GridError(f"final_sigmas_type is zero or sigma_min, got {kind!r}")
+    end = 0.0 if kind == "sigma_min" and isinstance(schedule, DiscreteVP) else schedule.t_clean
+    if kind == "sigma_min" and len(times) and (float(times[-1]) <= end or end == schedule.t_clean):
+        end = float(times[-1]) - SHORTEST * (float(times[-1]) - schedule.t_clean)
+    return TimeGrid(torch.cat([times, torch.tensor([end], dtype=torch.float64)]))
+
+
+def _named(config: Mapping[str, Any]) -> str | None:
+    chosen = [name for name in LEVELS if config.get(f"use_{name}_{'lambdas' if name == 'lu' else 'sigmas'}")]
+    if len(chosen) > 1:
+        raise GridError(f"noise levels are of one kind, but {' and '.join(chosen)} are asked for")
+    return chosen[0] if chosen else None
+
+
+def _levels(name: str, high: float, low: float, steps: int) -> Tensor:
+    """``steps`` noise levels from ``high`` to ``low``, both included."""
+    if steps < 1:
+        raise GridError(f"a grid needs at least 1 step, got {steps}")
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64) if steps > 1 else torch.zeros(1, dtype=torch.float64)
+    if name == "karras":
+        rho = 7.0
+        return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    if name == "beta":
+        return low + _beta_quantiles(1 - ramp) * (high - low)
+    return torch.exp(math.log(high) + ramp * math.log(low / high))  # exponential; Lu's lambdas are the same levels
+
+
+def _beta_quantiles(p: Tensor) -> Tensor:
+    """Of the distribution Beta(0.6, 0.6) (arXiv 2407.12173)."""
+    try:
+        from scipy.stats import beta
+    except ImportError as error:
+        raise FewstepError("beta sigmas need scipy: pip install scipy") from error
+    return torch.as_tensor(beta.ppf(p.numpy(), 0.6, 0.6), dtype=torch.float64)
+
+
+def _spaced(config: Mapping[str, Any], schedule: DiscreteVP, steps: int) -> Tensor:
+    """``linspace``, ``leading`` or ``trailing`` timesteps (Lin et al., arXiv 2305.08891, table 2), as diffusers' DPM-Solver counts them."""
+    if steps < 1:
+        raise GridError(f"a grid needs at least 1 step, got {steps}")
+    clip = float(config.get("lambda_min_clipped", -math.inf))
+    last = int((schedule.lam(schedule.times[1:]) >= clip).sum())
+    if last < 1:
+        raise GridError(f"no time of the model has lambda above lambda_min_clipped = {clip:g}")
+
+    def linspace() -> Tensor:
+        return torch.linspace(last - 1, 0, steps + 1, dtype=torch.float64)[:-1]
+
+    def leading() -> Tensor:
+        return torch.arange(steps, 0, -1, dtype=torch.float64) * (last // (steps + 1)) + int(config.get("steps_offset", 0))
+
+    def trailing() -> Tensor:
+        return last - torch.arange(steps, dtype=torch.float64) * (last / steps) - 1
+
+    rules: dict[str, Callable[[], Tensor]] = {"linspace": linspace, "leading": leading, "trailing": trailing}
+    times = look_up(str(config.get("timestep_spacing", "linspace")), rules, "timestep spacing", GridError)()
+    whole = (times + 1).round() - 1 if config.get("timestep_spacing") == "trailing" else times.round()
+    return whole if bool((torch.diff(whole) < 0).all()) and bool(whole[-1] >= 0) else times
+
+
+def _flow(config: Mapping[str, Any], schedule: RectifiedFlow, steps: int | None, sigmas: Tensor | None) -> Tensor:
+    """A flow's times: uniform ``u`` from 1, or the given ones, shifted, stretched to ``shift_terminal``, or respaced by name."""
+    if sigmas is None:
+        if steps is None or steps < 1:
+            raise GridError(f"a grid needs at least 1 step, got {steps}")
+        sigmas = torch.linspace(1, 1 / float(config.get("num_train_timesteps", 1000)), steps + 1, dtype=torch.float64)[:-1]
+    sigmas = sigmas[:-1] if bool(sigmas[-1] == 0) else sigmas
+    if len(sigmas) < 1 or bool((sigmas <= 0).any()) or bool((sigmas > 1).any()):
+        raise GridError(f"the sigmas of a flow lie between 0 and 1, got {sigmas.tolist()}")
+    sigmas, name, terminal = schedule.sigma(sigmas), _named(config), config.get("shift_terminal")
+    if terminal and float(sigmas[-1]) < 1:  # a single evaluation at 1 has nothing to stretch
+        sigmas = 1 - (1 - sigmas) * (1 - float(terminal)) / (1 - sigmas[-1])
+    if name is not None:
+        sigmas = _levels(name, float(sigmas[0]), float(sigmas[-1]), len(sigmas)).clamp(max=1.0)
+    return schedule.t_of_lam(torch.log1p(-sigmas) - torch.log(sigmas))

@@ -1,0 +1,343 @@
+"""From a diffusers pipeline to a model of this library: its network, its conditioning and its guidance.
+
+The prompts are encoded once and become labels: label ``k`` is the k-th prompt, and the one after the last is the negative prompt. So
+everything that works on class-conditional models (calibrate, optimize, fit, bench) works on pipelines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.denoiser import Cond
+from fewstep.core.schedule import NoiseSchedule
+from fewstep.models.denoiser import AdaptedDenoiser, image_size
+from fewstep.models.formats.diffusers_law import noise_law
+from fewstep.models.formats.folders import Model
+from fewstep.runtime.artifact import read_json
+from fewstep.runtime.errors import ModelError
+
+__all__ = ["PipelineModel", "from_pipeline", "is_pipeline", "load_pipeline", "read_prompts"]
+
+AT_ONCE = 16  # prompts that are encoded together
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineModel(Model):
+    """A pipeline's network as a `Model` and, at its guidance scale, as a denoiser.
+
+    Attributes:
+        guidance_scale: of calls; other scales by `Model.guided`.
+        prompts: what the labels stand for.
+    """
+
+    guidance_scale: float = 1.0
+    prompts: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise law of the pipeline's own scheduler."""
+        return self.denoiser.schedule
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """``x0 [B, *D]`` at the state ``x [B, *D]``; ``cond`` are labels ``[B]``, by default those of the prompts in turn."""
+        if cond is None and self.classes is not None:
+            labels = self.labels(range(len(x)))
+            cond = None if labels is None else labels.to(x.device)
+        return self.guided(self.guidance_scale)(x, t, cond)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        ModelError: it cannot be read, or has none.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"cannot read the prompts in {path}: {error}; it should be a text file with one prompt on each line") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise ModelError(f"{path} has no prompts: write one on each line")
+    return prompts
+
+
+def is_pipeline(source: str | Path) -> bool:
+    """Whether a folder holds a whole pipeline, whose network is not one that `load_folder` reads by itself."""
+    index = Path(source) / "model_index.json"
+    if not index.is_file():
+        return False
+    unet = read_json(index).get("unet")
+    return not (isinstance(unet, list) and unet[-1] == "UNet2DModel")
+
+
+def load_pipeline(source: str | Path) -> Any:  # noqa: ANN401
+    """A diffusers pipeline from its folder; a text encoder that was not saved stays out.
+
+    Raises:
+        ModelError: diffusers is not there, or cannot read it.
+    """
+    try:
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    except ImportError as error:
+        raise ModelError(f"{source} needs diffusers: pip install 'fewstep[diffusers]' transformers") from error
+    index = read_json(Path(source) / "model_index.json")
+    parts = {key: value for key, value in index.items() if not key.startswith("_") and isinstance(value, list)}
+    left_out = {
+        f"text_encoder_{k}": None for k in (2, 3) if f"text_encoder_{k}" in parts and not (Path(source) / f"text_encoder_{k}").is_dir()
+    }
+    left_out |= {key.replace("text_encoder", "tokenizer"): None for key in left_out}
+    try:
+        return DiffusionPipeline.from_pretrained(str(source), **left_out)
+    except Exception as error:  # diffusers raises OSError, ValueError, EnvironmentError and others for an unreadable folder
+        raise ModelError(f"cannot load {source} as a pipeline: {str(error).splitlines()[0]}") from error
+
+
+def from_pipeline(
+    pipe: Any,  # noqa: ANN401 - a diffusers pipeline
+    prompts: str | Path | Sequence[str] | None = None,
+    *,
+    negative_prompt: str | None = None,
+    guidance_scale: float = 1.0,
+    height: int | None = None,
+    width: int | None = None,
+    control_image: Any = None,  # noqa: ANN401 - what the pipeline's own image processor takes
+    embedded_guidance: float = 3.5,
+) -> PipelineModel:
+    """The network of a diffusers pipeline, conditioned on prompts; samplers of it end at the clean image, as those of pipelines do.
+
+    Known are unconditional and class-conditional pipelines (``UNet2DModel``, DiT), Stable Diffusion 1, 2 and XL, with a ControlNet or
+    without, Stable Diffusion 3 and Flux. The image-to-image and inpainting pipelines of these use the same network.
+
+    Args:
+        pipe: the pipeline, on the device and in the dtype that it is used in.
+        prompts: one, several, or a `Path` to a text file with one on each line; none for networks without text.
+        negative_prompt: what guidance leads away from; by default what the pipeline itself takes.
+        guidance_scale: of the result as a denoiser.
+        height, width: of the pictures in pixels; by default those that the network was trained for.
+        control_image: of a ControlNet.
+        embedded_guidance: what Flux's network is told; it needs no other.
+
+    Raises:
+        ModelError: a network that is not known here, prompts missing or not wanted, or a noise law that is not known.
+    """
+    network = getattr(pipe, "unet", None) if getattr(pipe, "unet", None) is not None else getattr(pipe, "transformer", None)
+    kind = type(network).__name__
+    if kind not in _FAMILIES:
+        raise ModelError(
+            f"the network of this {type(pipe).__name__}, a {kind}, is not known here: known are {', '.join(_FAMILIES)}; wrap others in an "
+            "AdaptedDenoiser"
+        )
+    if isinstance(prompts, Path):
+        prompts = read_prompts(prompts)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts or [])
+    if texts and getattr(pipe, "encode_prompt", None) is None:
+        raise ModelError(f"a {type(pipe).__name__} takes no prompts: leave them out")
+    asked = _Asked(pipe, network, texts, negative_prompt, height, width, control_image, embedded_guidance)
+    with torch.no_grad():
+        conditioned, shape, classes, null_label, mu = _FAMILIES[kind](asked)
+    law = noise_law(pipe.scheduler.config, mu=mu, to_clean=pipe.scheduler.config.get("final_sigmas_type") != "sigma_min")
+    denoiser = AdaptedDenoiser(conditioned.eval().requires_grad_(False), law.schedule, law.prediction, law.time)
+    name = Path(str(getattr(pipe, "name_or_path", "") or getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)).name
+    return PipelineModel(name, denoiser, shape, classes, null_label, guidance_scale=guidance_scale, prompts=tuple(texts))
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What `from_pipeline` was called with."""
+
+    pipe: Any
+    network: Any
+    texts: list[str]
+    negative: str | None
+    height: int | None
+    width: int | None
+    control_image: Any
+    embedded_guidance: float
+
+    def latent_size(self, by_default: int | Sequence[int]) -> tuple[int, int]:
+        """Height and width of the latents."""
+        default = (by_default, by_default) if isinstance(by_default, int) else tuple(by_default)
+        sizes = [
+            side if wanted is None else wanted // self.pipe.vae_scale_factor for side, wanted in zip(default, self.pixels, strict=True)
+        ]
+        return sizes[0], sizes[1]
+
+    @property
+    def pixels(self) -> tuple[int | None, int | None]:
+        return self.height, self.width
+
+    def encoded(self, **options: Any) -> list[Tensor]:  # noqa: ANN401
+        """What the pipeline's text encoders make of the prompts and, in the last row, of the negative prompt: ``[P+1, ...]`` each."""
+        if not self.texts:
+            raise ModelError(f"a {type(self.pipe).__name__} needs prompts: pass one, several, or the Path of a text file")
+        parts: list[list[Tensor]] = []
+        nothing: list[Tensor] = []
+        for start in range(0, len(self.texts), AT_ONCE):
+            texts = self.texts[start : start + AT_ONCE]
+            negative = None if self.negative is None else [self.negative] * len(texts)
+            answer = self.pipe.encode_prompt(
+                prompt=texts,
+                device=self.pipe._execution_device,  # noqa: SLF001 - where the pipeline itself encodes
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=True,
+                negative_prompt=negative,
+                **options,
+            )
+            parts.append([answer[k] for k in range(0, len(answer), 2)])
+            nothing = nothing or [answer[k][:1] for k in range(1, len(answer), 2)]
+        return [torch.cat([*(part[k] for part in parts), nothing[k]]) for k in range(len(nothing))]
+
+
+Family = tuple[nn.Module, tuple[int, ...], int | None, int | None, float | None]  # network, shape, classes, null label, mu
+
+
+class _Conditioned(nn.Module):
+    """A network with tables of conditions, whose rows labels pick. The tables are part of the model's fingerprint."""
+
+    def __init__(self, network: nn.Module, call: Callable[..., Tensor], **tables: Tensor) -> None:
+        super().__init__()
+        self.network, self.call = network, call
+        for name, table in tables.items():
+            self.register_buffer(name, table)
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.call(self, x, time, labels)
+
+    def rows(self, name: str, labels: Tensor | None, x: Tensor) -> Tensor:
+        """Of a table, for each sample; the first of all where there are no labels."""
+        table = getattr(self, name)
+        picked = table[labels] if labels is not None else table[:1].expand(len(x), *table.shape[1:])
+        return picked.to(x.dtype) if picked.is_floating_point() else picked
+
+
+def _plain_unet(asked: _Asked) -> Family:
+    def call(net: _Conditioned, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
+        given = {} if labels is None else {"class_labels": labels}
+        return net.network(x, time, return_dict=False, **given)[0]
+
+    config = asked.network.config
+    return _Conditioned(asked.network, call), (config.in_channels, *image_size(asked.network)), config.num_class_embeds, None, None
+
+
+def _text_unet(asked: _Asked) -> Family:
+    """Stable Diffusion 1, 2 and XL, with a ControlNet or without."""
+    unet, pipe = asked.network, asked.pipe
+    channels, control = unet.config.in_channels, getattr(pipe, "controlnet", None)
+    if channels != pipe.vae.config.latent_channels:
+        raise ModelError(
+            f"this network takes {channels} channels, of which {pipe.vae.config.latent_channels} are the state (an inpainting network, for "
+            "example): wrap it in an AdaptedDenoiser that adds the others"
+        )
+    height, width = asked.latent_size(unet.config.sample_size)
+    tables = asked.encoded()
+    xl = len(tables) == 2
+    named = {"embeds": tables[0]}
+    if xl:
+        sizes = (height * pipe.vae_scale_factor, width * pipe.vae_scale_factor)
+        ids = pipe._get_add_time_ids(  # noqa: SLF001 - the pipeline's own layout
+            sizes, (0, 0), sizes, dtype=tables[0].dtype, text_encoder_projection_dim=tables[1].shape[-1]
+        )
+        named |= {"pooled": tables[1], "time_ids": ids.to(tables[0].device)}
+    if control is not None:
+        if asked.control_image is None:
+            raise ModelError("a ControlNet needs control_image, the picture that it follows")
+        pixels = {"height": height * pipe.vae_scale_factor, "width": width * pipe.vae_scale_factor}
+        picture = pipe.control_image_processor.preprocess(asked.control_image, **pixels)
+        named["picture"] = picture.to(tables[0].device, tables[0].dtype)
+
+    def call(net: _Conditioned, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
+        given: dict[str, Any] = {"encoder_hidden_states": net.rows("embeds", labels, x), "return_dict": False}
+        if xl:
+            time_ids = net.rows("time_ids", None, x)
+            given["added_cond_kwargs"] = {"text_embeds": net.rows("pooled", labels, x), "time_ids": time_ids}
+        if control is not None:
+            down, mid = net.get_submodule("control")(x, time, controlnet_cond=net.rows("picture", None, x), **given)
+            given |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return net.network(x, time, **given)[0]
+
+    conditioned = _Conditioned(unet, call, **named)
+    if control is not None:
+        conditioned.add_module("control", control)
+    return conditioned, (channels, height, width), len(asked.texts), len(asked.texts), None
+
+
+def _stable_diffusion_3(asked: _Asked) -> Family:
+    height, width = asked.latent_size(asked.network.config.sample_size)
+    embeds, pooled = asked.encoded(prompt_2=None, prompt_3=None)
+
+    def call(net: _Conditioned, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
+        text = {"encoder_hidden_states": net.rows("embeds", labels, x), "pooled_projections": net.rows("pooled", labels, x)}
+        return net.network(hidden_states=x, timestep=time, return_dict=False, **text)[0]
+
+    conditioned = _Conditioned(asked.network, call, embeds=embeds, pooled=pooled)
+    tokens = (height // asked.network.config.patch_size) * (width // asked.network.config.patch_size)
+    shape = (asked.network.config.in_channels, height, width)
+    return conditioned, shape, len(asked.texts), len(asked.texts), _mu(asked.pipe, tokens)
+
+
+def _flux(asked: _Asked) -> Family:
+    """The state is packed, ``[tokens, channels]``, as the pipeline hands it to its callbacks; there is no negative prompt."""
+    if not asked.texts:
+        raise ModelError("a FluxPipeline needs prompts: pass one, several, or the Path of a text file")
+    pipe, network = asked.pipe, asked.network
+    side = pipe.default_sample_size * pipe.vae_scale_factor
+    height, width = (2 * ((side if wanted is None else wanted) // (2 * pipe.vae_scale_factor)) for wanted in asked.pixels)
+    embeds, pooled, text_ids = pipe.encode_prompt(prompt=asked.texts, prompt_2=None, device=pipe._execution_device)  # noqa: SLF001
+    places = pipe._prepare_latent_image_ids(1, height // 2, width // 2, embeds.device, embeds.dtype)  # noqa: SLF001
+    guided = network.config.guidance_embeds
+
+    def call(net: _Conditioned, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
+        return net.network(
+            hidden_states=x,
+            timestep=time.to(x.dtype) / 1000,
+            guidance=torch.full((len(x),), asked.embedded_guidance, device=x.device) if guided else None,
+            encoder_hidden_states=net.rows("embeds", labels, x),
+            pooled_projections=net.rows("pooled", labels, x),
+            txt_ids=net.text_ids,
+            img_ids=net.places,
+            return_dict=False,
+        )[0]
+
+    tokens = (height // 2) * (width // 2)
+    conditioned = _Conditioned(network, call, embeds=embeds, pooled=pooled, text_ids=text_ids, places=places)
+    return conditioned, (tokens, network.config.in_channels), len(asked.texts), None, _mu(pipe, tokens)
+
+
+def _dit(asked: _Asked) -> Family:
+    config = asked.network.config
+
+    def call(net: _Conditioned, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
+        if labels is None:
+            raise ModelError("a DiT is class-conditional: pass labels as cond")
+        output = net.network(x, timestep=time, class_labels=labels).sample
+        return output[:, : x.shape[1]]  # it may predict a variance too
+
+    classes = int(config.num_embeds_ada_norm)
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    return _Conditioned(asked.network, call), shape, classes, classes, None
+
+
+def _mu(pipe: Any, tokens: int) -> float | None:  # noqa: ANN401
+    """The shift of a flow for pictures of so many tokens, linear between two sizes (arXiv 2403.03206); None if it is fixed."""
+    config = pipe.scheduler.config
+    if not config.get("use_dynamic_shifting"):
+        return None
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return least + (most - least) * (tokens - low) / (high - low)
+
+
+_FAMILIES: dict[str, Callable[[_Asked], Family]] = {
+    "UNet2DModel": _plain_unet,
+    "UNet2DConditionModel": _text_unet,
+    "SD3Transformer2DModel": _stable_diffusion_3,
+    "FluxTransformer2DModel": _flux,
+    "DiTTransformer2DModel": _dit,
+}

@@ -1,0 +1,358 @@
+"""`FewstepScheduler`: every solver and every saved sampler of this library as a scheduler of diffusers.
+
+A facade without mathematics of its own: `set_timesteps` makes the tableau, and `step` is ``x0 = a x + b output``, `advance`, cast. So a
+pipeline gives what `fewstep.sample` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.core.grid import TimeGrid
+from fewstep.core.prediction import aligned, x0_coefficients
+from fewstep.core.schedule import DiscreteVP, RectifiedFlow
+from fewstep.core.statistics import ModelStatistics
+from fewstep.core.tableau import Row, Solver, Tableau, advance, tabulate
+from fewstep.integrations.diffusers.chains import Chain, Chains, Plan
+from fewstep.integrations.diffusers.noise_levels import asked_grid, only_a_number
+from fewstep.integrations.diffusers.saved_samplers import SavedSamplers
+from fewstep.integrations.diffusers.scheduler_files import (
+    BaseOutput,
+    SchedulerMixin,
+    StoredScheduler,
+    held,
+    randn_tensor,
+    register_to_config,
+)
+from fewstep.integrations.diffusers.solver_names import DESCRIPTIVE, MENUS, solver_of
+from fewstep.models.formats.diffusers_law import NoiseLaw, noise_law
+from fewstep.models.guidance import thresholded
+from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError
+from fewstep.solvers import make_solver, takes_statistics
+
+__all__ = ["FewstepScheduler", "FewstepSchedulerOutput", "SchedulerMixin"]  # the last is what a pipeline's loader looks for here
+
+
+@dataclass
+class FewstepSchedulerOutput(BaseOutput):
+    """``prev_sample [B, *D]``, where the network is evaluated next, and ``pred_original_sample [B, *D]``, its estimate of the image."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+class FewstepScheduler(StoredScheduler):
+    """A diffusers scheduler whose steps are this library's.
+
+    Its state is that of the network (variance preserving, or a flow), so `scale_model_input` does nothing. One instance can follow several
+    samples at once; a loop can be run again without `set_timesteps`.
+
+    Args:
+        solver: a name of the registry with options (``unipc-3``, ``dpm-solver-pp-2m:form=taylor``); by default what diffusers' options
+            `solver_order`, `algorithm_type`, `solver_type`, `lower_order_final`, `euler_at_final` and `disable_corrector` describe:
+            UniPC of order 2 if they say nothing.
+        grid: one of this library's spacings by name (``angle``, ``karras:rho=5``), from the model's first time to the clean image, or to
+            its last time with ``final_sigmas_type="sigma_min"``; by default what diffusers' options ask for.
+        statistics: of ``dpm-solver-v3``: a `ModelStatistics`, or its folder or hub id.
+        sampler: saved samplers instead of all that: a folder, see `from_sampler`.
+
+    All other arguments are those of diffusers' DPM-Solver and UniPC schedulers, with their meanings.
+
+    Raises:
+        FewstepError: an unknown name or option, or artifacts of another model.
+    """
+
+    __module__ = "fewstep.integrations.diffusers"  # by which saved pipelines and pickles name it
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Any = None,  # noqa: ANN401 - an array or a list
+        prediction_type: str = "epsilon",
+        solver: str | None = None,
+        grid: str | None = None,
+        statistics: Any = None,  # noqa: ANN401 - ModelStatistics, a path or a hub id
+        sampler: Any = None,  # noqa: ANN401 - Samplers by evaluations, a path or a hub id
+        solver_order: int = 2,
+        algorithm_type: str = "dpmsolver++",
+        solver_type: str = "bh2",
+        lower_order_final: bool = True,
+        euler_at_final: bool = False,
+        predict_x0: bool = True,
+        disable_corrector: Sequence[int] = (),
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        shift_terminal: float | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        final_sigmas_type: str = "zero",
+        lambda_min_clipped: float = -float("inf"),
+        variance_type: str | None = None,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        given = {key: self.config[key] for key in DESCRIPTIVE}
+        name = solver_of(given) if solver is None else MENUS.get(str(solver), str(solver))
+        if not 0 <= dynamic_thresholding_ratio <= 1 or not sample_max_value > 0:
+            raise FewstepError(
+                "thresholding wants a dynamic_thresholding_ratio between 0 and 1 and a sample_max_value above 0, got "
+                f"{dynamic_thresholding_ratio} and {sample_max_value}"
+            )
+        self._samplers, self._statistics = held(sampler, SavedSamplers), held(statistics, ModelStatistics)
+        self._settle(name, sampler, statistics)
+        if self._samplers is None:
+            self._solver = self._made(name)
+        self._law: NoiseLaw = noise_law(self.config, mu=0.0, to_clean=final_sigmas_type == "zero")
+        self.init_noise_sigma = 1.0
+        if self._law.betas is not None and isinstance(self._law.schedule, DiscreteVP):
+            self.betas, self.alphas = self._law.betas, 1 - self._law.betas
+            self.alphas_cumprod = (torch.cos(self._law.schedule.theta[1:]) ** 2).float()
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
+        self.sigmas = torch.exp(-self._law.schedule.lam(self._law.t_of_time(self.timesteps.double()))).float()
+        self._begin_index: int | None = None
+        self._forget()
+
+    def _made(self, name: str) -> Solver:
+        if not takes_statistics(name):
+            return make_solver(name)
+        if self._statistics is None:
+            raise SolverError(f"{name} needs statistics of its model: make them with 'fewstep calibrate', and pass statistics=")
+        return make_solver(name, statistics=self._statistics)
+
+    # -- times ------------------------------------------------------------------------------------------------------
+
+    @property
+    def order(self) -> int:
+        """Evaluations per step of the grid."""
+        return self._samplers.stages if self._samplers is not None else self._solver.stages
+
+    @property
+    def step_index(self) -> int | None:
+        """Evaluations done of the sample that was stepped last; None before the first."""
+        return self._last
+
+    @property
+    def begin_index(self) -> int | None:
+        """The evaluation that a sample starts from, if a pipeline has said so."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start from this evaluation (image to image): the solver is put on the rest of the grid as on one of its own."""
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Any = None,  # noqa: ANN401 - a list, an array or a tensor
+        sigmas: Any = None,  # noqa: ANN401
+        mu: float | None = None,
+    ) -> None:
+        """Choose the times and put the solver on them. Run it before the loop.
+
+        Args:
+            num_inference_steps: steps of the grid; solvers of several stages make `order` evaluations in each.
+            device: of the loop's tensors.
+            timesteps: instead, the network's own times, decreasing.
+            sigmas: instead, noise levels ``sigma/alpha``, or a flow's ``sigma`` before its shift.
+            mu: of a flow whose shift depends on the image size.
+
+        Raises:
+            GridError: times that do not decrease, or a saved sampler that has not so many steps.
+        """
+        self._law = noise_law(self.config, mu=mu, to_clean=self.config["final_sigmas_type"] == "zero")
+        if sigmas is not None and (self._samplers is not None or self.config["grid"]) and isinstance(self._law.schedule, RectifiedFlow):
+            count = only_a_number(sigmas)  # some pipelines say their number of steps so
+            num_inference_steps, sigmas = (num_inference_steps, sigmas) if count is None else (count, None)
+        if self._samplers is None:
+            self._grid = asked_grid(self.config, self._law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+            self._tableau = tabulate(self._solver, self._solver.nodes(self._grid, self._law.schedule))
+        else:
+            if timesteps is not None or sigmas is not None:
+                raise GridError("a saved sampler has times of its own: leave timesteps and sigmas out")
+            chosen = self._samplers.of(num_inference_steps)
+            self._grid, self._tableau = chosen.grid, chosen.tableau
+            self._check_law()
+        nodes = self._tableau.nodes
+        times = self._law.time(nodes.t[:-1])
+        whole = torch.equal(times, times.round()) and isinstance(self._law.schedule, DiscreteVP)
+        self.timesteps = times.to(torch.int64 if whole else torch.float32).to(device)
+        self._whole = self.timesteps  # pipelines may put a part of it in its place
+        self._times: list[float] = times.float().tolist()
+        level = nodes.sigma if self.config["use_flow_sigmas"] else torch.exp(-nodes.lam)
+        self.sigmas = level.float()
+        self.num_inference_steps = len(times) if self.order == 1 else self._grid.steps
+        self._plans: dict[Any, Plan] = {}
+        self._begin_index = None
+        self._forget()
+        self._plan(0, torch.float32, self.timesteps.device)
+
+    def _check_law(self) -> None:
+        nodes, law = self._tableau.nodes, self._law.schedule
+        t = nodes.t
+        if not (torch.allclose(nodes.alpha, law.alpha(t), rtol=1e-4, atol=1e-6) and torch.allclose(nodes.sigma, law.sigma(t), rtol=1e-4)):
+            raise ArtifactError(
+                f"the saved sampler was made for another noise law: at t = {t[0]:g} it has alpha, sigma = {nodes.alpha[0]:g}, "
+                f"{nodes.sigma[0]:g}, this model {law.alpha(t[:1])[0]:g}, {law.sigma(t[:1])[0]:g}"
+            )
+
+    def _plan(self, begin: int, dtype: torch.dtype, device: torch.device) -> Plan:
+        """The rows from evaluation ``begin`` on, on a device."""
+        key = (begin, dtype, device)
+        if key not in self._plans:
+            tableau, like = self._tail(begin), torch.empty(0, dtype=dtype, device=device)
+            nodes = tableau.nodes
+            coefficients = x0_coefficients(self._law.prediction, nodes.alpha[:-1], nodes.sigma[:-1])
+            a, b = (list(aligned(value, like).flatten().unbind()) for value in coefficients)
+            self._plans[key] = Plan(begin, tableau.start, tableau.rows(like), a, b)
+        return self._plans[key]
+
+    def _tail(self, begin: int) -> Tableau:
+        """The solver on the rest of the grid; what it would have read of evaluations that are not made does not exist there."""
+        if begin == 0:
+            return self._tableau
+        if begin % self.order:
+            raise SolverError(f"this solver makes {self.order} evaluations a step: begin at a multiple of it, not at evaluation {begin}")
+        grid = TimeGrid(self._grid.t[begin // self.order :])
+        solver = (
+            self._solver
+            if self._samplers is None
+            else self._made(self._samplers.rebuilt(self._grid.steps, with_statistics=self._statistics is not None))
+        )
+        return tabulate(solver, solver.nodes(grid, self._law.schedule))
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None, *args: Any) -> Tensor:  # noqa: ANN401, ARG002
+        """The state is what the network takes: ``sample`` itself."""
+        return sample
+
+    @torch.compiler.disable
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,  # noqa: ANN401 - a number or a tensor of one
+        sample: Tensor,
+        generator: Any = None,  # noqa: ANN401 - a torch.Generator, or one for each sample
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,  # noqa: ANN401, ARG002 - what other schedulers take, eta for example
+    ) -> FewstepSchedulerOutput | tuple[Tensor, Tensor]:
+        """One evaluation of the network used: from its output at ``sample [B, *D]`` to where it is evaluated next.
+
+        The state is kept in at least float32 whatever the dtype of ``sample``; changes that a callback has made to it are taken over.
+
+        Raises:
+            FewstepError: before `set_timesteps`, or shapes that do not fit.
+        """
+        if self.num_inference_steps is None:
+            raise FewstepError("run set_timesteps before step: it chooses the times")
+        if model_output.shape != sample.shape:
+            model_output = self._mean(model_output, sample)
+        chain = self._chain(timestep, sample)
+        plan, i = chain.plan, chain.at - chain.plan.begin
+        x = sample.to(chain.state.x.dtype)
+        if x.dtype != sample.dtype:  # what was lost by rounding comes back; a callback's changes stay
+            x = chain.state.x + (x - chain.state.x.to(sample.dtype).to(x.dtype))
+        x0 = torch.addcmul(plan.a[i] * x, plan.b[i], model_output.to(x.dtype))
+        if self.config["thresholding"]:
+            x0 = thresholded(x0, self.config["dynamic_thresholding_ratio"], 1.0, self.config["sample_max_value"])
+        noise = self._noise(plan.rows[i], x, generator, variance_noise)
+        chain.state, chain.at = advance(plan.rows[i], chain.state._replace(x=x), x0, noise), chain.at + 1
+        result, self._last = chain.state.x.to(sample.dtype), chain.at
+        self._chains.step_done(chain, result, last=chain.at == len(self._times))
+        x0 = x0.clone() if x0.dtype == sample.dtype else x0.to(sample.dtype)  # the solver may remember it
+        return FewstepSchedulerOutput(result, x0) if return_dict else (result, x0)
+
+    def _mean(self, output: Tensor, sample: Tensor) -> Tensor:
+        """The output without the variance that some networks predict beside it."""
+        if output.shape[1:2] == (2 * sample.shape[1],) and output.shape[2:] == sample.shape[2:] and len(output) == len(sample):
+            return output[:, : sample.shape[1]]
+        raise FewstepError(f"the network's output has shape {tuple(output.shape)}, but the sample has {tuple(sample.shape)}")
+
+    def _noise(self, row: Row, x: Tensor, generator: Any, given: Tensor | None) -> Tensor | None:  # noqa: ANN401
+        if row.noise is None:
+            return None
+        return given.to(x) if given is not None else randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+    def _chain(self, timestep: Any, sample: Tensor) -> Chain:  # noqa: ANN401
+        """The sample's own history, or a new one."""
+        places = self._places(timestep)
+        known = self._chains.find(sample, places)
+        if places is None and not (known is not None and known.output() is sample) and timestep.device.type != "meta":
+            places = self._places(timestep.cpu())  # a copy of the times on a device, and a sample that is not known: wait for the number
+            known = self._chains.find(sample, places)
+        starting = places is not None and self._begin_index in places  # an older loop may wait where a new one starts
+        if known is not None and (known.output() is sample or not starting):
+            return known
+        plan = self._plan(self._first(timestep, places), torch.promote_types(sample.dtype, torch.float32), sample.device)
+        return self._chains.begin(plan, sample)
+
+    def _places(self, timestep: Any) -> list[int] | None:  # noqa: ANN401
+        """Which evaluations a timestep may be, without waiting for a device; None if that cannot be said."""
+        if isinstance(timestep, Tensor):
+            if timestep.untyped_storage().data_ptr() == self._whole.untyped_storage().data_ptr():  # a view: its place says it
+                return [int(timestep.storage_offset() - self._whole.storage_offset())]
+            if timestep.device.type != "cpu":
+                return None
+            timestep = timestep.flatten()[0]
+        value = torch.tensor(float(timestep), dtype=torch.float32).item()
+        return [i for i, time in enumerate(self._times) if time == value]
+
+    def _first(self, timestep: Any, places: list[int] | None) -> int:  # noqa: ANN401
+        """Where a new sample starts: at its timestep, or where `set_begin_index` said, or at the nearest time."""
+        starts = range(0, len(self._times), self.order)
+        if places is None:
+            return self._begin_index or 0
+        if self._begin_index is not None and self._begin_index in places:
+            return self._begin_index
+        found = [i for i in places if i in starts]
+        return found[0] if found else min(starts, key=lambda i: abs(self._times[i] - float(timestep)))
+
+    def _forget(self) -> None:
+        self._chains = Chains()
+        self._last: int | None = None
+
+    # -- the forward process ----------------------------------------------------------------------------------------
+
+    def _scales(self, timesteps: Any, like: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        t = self._law.t_of_time(torch.as_tensor(timesteps).detach().cpu().double())
+        alpha, sigma = self._law.schedule.alpha(t), self._law.schedule.sigma(t)
+        return aligned(alpha, like), aligned(sigma, like)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:  # noqa: ANN401
+        """``alpha x0 + sigma eps`` at any times of the network, ``[B]``."""
+        alpha, sigma = self._scales(timesteps, original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:  # noqa: ANN401
+        """`add_noise`, as diffusers' flow schedulers have it."""
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Any) -> Tensor:  # noqa: ANN401
+        """``v = alpha eps - sigma x0``, what a network of v prediction is trained for."""
+        alpha, sigma = self._scales(timesteps, sample)
+        return alpha * noise - sigma * sample
+
+    def __len__(self) -> int:
+        return int(self.config["num_train_timesteps"])

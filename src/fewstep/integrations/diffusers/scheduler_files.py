@@ -1,0 +1,155 @@
+"""The configuration of a `FewstepScheduler` and its artifacts on disk: what its JSON says, and the tensors that lie beside it."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fewstep.core.statistics import ModelStatistics
+from fewstep.integrations.diffusers.saved_samplers import SavedSamplers
+from fewstep.integrations.diffusers.solver_names import DESCRIPTIVE, options_of
+from fewstep.models.formats.diffusers_law import is_edm, is_flow
+from fewstep.runtime.artifact import read_json
+from fewstep.runtime.errors import ArtifactError, ModelError
+from fewstep.runtime.hub import HUB_ID, snapshot
+
+try:
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+    from diffusers.utils.import_utils import DummyObject
+    from diffusers.utils.outputs import BaseOutput
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError as error:
+    raise ImportError("fewstep.integrations.diffusers needs diffusers: pip install 'fewstep[diffusers]'") from error
+
+__all__ = ["BaseOutput", "SchedulerMixin", "StoredScheduler", "held", "randn_tensor", "register_to_config"]  # with what is diffusers' own
+
+STATISTICS, SAMPLERS = "statistics", "samplers"  # folders beside scheduler_config.json
+_KNOWN: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # artifacts in memory that configurations refer to
+
+
+class StoredScheduler(SchedulerMixin, ConfigMixin):
+    """What of a scheduler is configuration. ``_samplers`` and ``_statistics`` are the artifacts that it holds, or None."""
+
+    _compatibles: ClassVar[list[str]] = [*(e.name for e in KarrasDiffusionSchedulers), "FlowMatchEulerDiscreteScheduler"]
+    _samplers: SavedSamplers | None
+    _statistics: ModelStatistics | None
+
+    def _settle(self, name: str, sampler: object, statistics: object) -> None:
+        """Write the solver's name into the configuration, with the options of diffusers that describe it and names of artifacts."""
+        settled: dict[str, Any] = {"solver": name, **options_of(name)}
+        for key, value, held in ((STATISTICS, statistics, self._statistics), ("sampler", sampler, self._samplers)):
+            if held is not None and not isinstance(value, str | Path):
+                settled[key] = f"memory:{held.fingerprint}"
+                _KNOWN[settled[key]] = held
+            elif value is not None:
+                settled[key] = str(value)
+        if self.config["use_flow_sigmas"]:
+            settled["shift"] = self.config["flow_shift"]  # as diffusers' own flow schedulers call it
+        defaults = self.config.get("_use_default_values")
+        if defaults is not None:  # these survive a journey through another scheduler's configuration
+            settled["_use_default_values"] = sorted(set(defaults) - set(settled))
+        self.register_to_config(**settled)
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        return [one for one in super()._get_compatibles() if not isinstance(one, DummyObject)]  # those whose libraries are there
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401
+        """From the configuration of this class or of any of diffusers' schedulers, with options that override it.
+
+        DPM-Solver, UniPC and DEIS keep their formulas; of others only the noise law, the prediction type and the spacing are taken.
+        """
+        if isinstance(config, Mapping):
+            changed, of = dict(config), str(config.get("_class_name", ""))
+            if "solver" not in changed:  # it was never ours
+                made = changed.pop("_use_default_values", None) is not None or of  # by a scheduler, rather than by hand
+                lawless = made and not is_flow(changed) and "beta_schedule" not in changed
+                if str(changed.get("algorithm_type")).endswith("_prediction"):
+                    del changed["algorithm_type"]  # SA-Solver has another meaning for it
+                other = lawless or changed.get("snr_shift_scale", 1.0) != 1 or changed.get("timestep_type", "discrete") != "discrete"
+                if other or is_edm(changed) or changed.get("stochastic_sampling") or changed.get("invert_sigmas"):
+                    raise ModelError(f"a FewstepScheduler cannot be made from this {of}: its state or its steps are of another kind")
+                if is_flow(changed) and not changed.get("use_flow_sigmas"):
+                    changed |= {"use_flow_sigmas": True, "flow_shift": changed.get("shift", 1.0), "prediction_type": "flow_prediction"}
+            if set(DESCRIPTIVE) & set(kwargs) and "solver" not in kwargs:
+                changed.pop("solver", None)  # what is asked for now wins over what the name said
+            if {*DESCRIPTIVE, "solver"} & set(kwargs) and "sampler" not in kwargs:
+                changed.pop("sampler", None)  # and over a saved sampler
+            config = changed
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_sampler(cls, folder: str | Path, config: Mapping[str, Any] | None = None, **options: Any) -> Any:  # noqa: ANN401
+        """A scheduler that runs saved samplers: of `fewstep fit`, `fewstep optimize`, or a single one.
+
+        ``set_timesteps(n)`` takes the one with ``n`` steps.
+
+        Args:
+            folder: with ``sampler.json``, or with ``nfe-NN/sampler.json``; or a hub id.
+            config: of the pipeline's own scheduler; without it the noise law and prediction type are those that the artifact names.
+            options: that override it.
+
+        Raises:
+            ArtifactError: no sampler there, a damaged one, or one of another noise law.
+        """
+        samplers = SavedSamplers.load(folder)
+        return cls.from_config(samplers.config() if config is None else config, sampler=samplers, **options)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:  # noqa: ANN401
+        """Write ``scheduler_config.json`` and, in folders beside it, the artifacts that it names, with their checksums."""
+        folder, kept = Path(save_directory), {}
+        if folder.is_file():
+            raise ArtifactError(f"{folder} is a file: choose a folder to save the scheduler in")
+        if self._statistics is not None:
+            self._statistics.save(folder / STATISTICS)
+            kept[STATISTICS] = STATISTICS
+        if self._samplers is not None:
+            kept["sampler"] = f"{SAMPLERS}-{self._samplers.fingerprint}"  # those that were saved here before may stay
+            self._samplers.save(folder / kept["sampler"])
+        before = {key: self.config[key] for key in kept}
+        self.register_to_config(**kept)
+        try:
+            super().save_pretrained(folder, push_to_hub=push_to_hub, **kwargs)
+        finally:
+            self.register_to_config(**before)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any = None,  # noqa: ANN401
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Read what `save_pretrained` wrote, from a folder or from the hub."""
+        root = Path(str(pretrained_model_name_or_path))
+        if not root.exists() and HUB_ID.fullmatch(str(root)):
+            asked = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+            root = snapshot(str(root), "a scheduler", [f"{subfolder}/*" if subfolder else "*"], **asked)
+        place = root / (subfolder or "")
+        beside: dict[str, Any] = {}
+        if (place / cls.config_name).is_file():
+            named = read_json(place / cls.config_name)
+            here = [key for key in (STATISTICS, "sampler") if named.get(key) and (place / named[key]).is_dir()]
+            beside = {key: str(place / named[key]) for key in here}
+        return super().from_pretrained(str(root), subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **{**beside, **kwargs})
+
+
+def held(value: Any, kind: Any) -> Any:  # noqa: ANN401 - an artifact class and what names one
+    """An artifact: itself, one in memory that a configuration refers to, or that of a folder or hub id."""
+    if value is None or isinstance(value, kind):
+        return value
+    if not isinstance(value, str | Path):
+        raise ArtifactError(f"{value!r} is no {kind.__name__}: give one, its folder or its hub id")
+    if str(value).startswith("memory:"):
+        if str(value) not in _KNOWN:
+            raise ArtifactError(
+                f"this configuration refers to an artifact in memory that is gone: pass {kind.__name__} or its folder again"
+            )
+        return _KNOWN[str(value)]
+    return kind.load(value) if kind is SavedSamplers else kind.from_pretrained(value)

@@ -1,0 +1,246 @@
+"""The one training loop: AdamW, warm-up and cosine, EMA, checkpoints that resume exactly, any number of processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fewstep.runtime.artifact import read_json, write_whole
+from fewstep.runtime.errors import ArtifactError, FewstepError, look_up
+
+__all__ = ["LoopConfig", "LossCurve", "check_checkpoint", "forget_checkpoint", "identity_of", "run_loop"]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How to train. ``batch`` counts samples over all processes; ``compile`` is for the network alone, by ``torch.compile``, and
+    ``channels_last`` for how its images lie in memory: both are for speed, and dropout may draw otherwise.
+    """
+
+    steps: int
+    batch: int = 96
+    lr: float = 1e-3
+    warmup: int = 200
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+    checkpoint_every: int = 500
+    mixed_precision: str = "no"  # accelerate's names: no, bf16, fp16
+    compile: bool = field(default=False, repr=False)
+    channels_last: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or not (self.lr > 0 and math.isfinite(self.lr)):
+            raise FewstepError(f"training needs steps and batch of at least 1 and a positive lr, got {self.steps}, {self.batch}, {self.lr}")
+        if self.warmup < 0 or self.checkpoint_every < 1:
+            raise FewstepError(f"warm-up takes 0 steps or more, checkpoints 1 or more, got {self.warmup}, {self.checkpoint_every}")
+        if not 0 <= self.ema < 1:
+            raise FewstepError(f"the decay of averaged weights lies in [0, 1), got {self.ema}")
+        look_up(self.mixed_precision, dict.fromkeys(("no", "bf16", "fp16")), "mixed precision", FewstepError)
+        if abs(self.seed) >= 2**31:
+            raise FewstepError(f"a seed of training lies below 2^31, got {self.seed}")
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then half a cosine to 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+
+def identity_of(config: Any) -> str:  # noqa: ANN401 - any dataclass
+    """What a checkpoint says of the options it was made with: their ``repr``, and fields left out there if they are not the default.
+
+    So an option that comes later, with ``repr=False``, leaves the checkpoints of before valid.
+    """
+    later = [f"{one.name}={value!r}" for one in fields(config) if not one.repr and (value := getattr(config, one.name)) != one.default]
+    return " ".join([repr(config), *later])
+
+
+N = TypeVar("N", bound=nn.Module)
+
+
+def run_loop(
+    network: N,
+    loss: Callable[[nn.Module, int, torch.Generator], Tensor],
+    config: LoopConfig,
+    folder: Path,
+    *,
+    identity: str = "",
+    observe: Callable[[int, float], None] | None = None,
+) -> N:
+    """Train ``network`` and return it with its averaged (EMA) weights.
+
+    Every step draws its data and noise from a generator seeded by ``(seed, step, process)``, so a run that was killed and
+    resumed ends with the same weights as one that was not. The checkpoint lies in ``folder/checkpoint`` and goes when done.
+
+    Args:
+        loss: ``(network, batch size of this process, generator) -> scalar``.
+        identity: what is trained on what, beside the configuration; a checkpoint of anything else is refused.
+        observe: called with the step and the mean loss since the last call, about 100 times a run.
+
+    Raises:
+        ArtifactError: the folder holds a checkpoint of a run with another configuration.
+        FewstepError: this machine has no such precision.
+    """
+    from diffusers.training_utils import EMAModel
+
+    accelerator = _accelerator(config)
+    if config.channels_last:
+        loose: Any = network  # torch's types do not know this form of ``to``
+        network = loose.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    bare = network
+    prepared: Any = accelerator.prepare(network, optimizer)
+    network, optimizer = prepared
+    if config.compile:
+        bare.compile()
+    many = accelerator.device.type == "cuda"  # one kernel for all tensors
+    ema = EMAModel(bare.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75, foreach=many)
+    ema.to(accelerator.device)
+    accelerator.register_for_checkpointing(ema)
+    identity = f"{identity} {identity_of(config)}".strip()
+    first, resumed = _resume(accelerator, folder, identity)
+    local_batch = max(1, config.batch // accelerator.num_processes)
+    every, counted = max(1, config.steps // 100), first % max(1, config.steps // 100)
+    total = torch.tensor(resumed, device=accelerator.device)
+    if resumed and (not counted or first == config.steps):  # interrupted before the report of its last step was taken
+        reduced: Any = accelerator.reduce(total / (counted or every), "mean")
+        if observe is not None and accelerator.is_main_process:
+            observe(first, float(reduced))
+        total, counted = torch.zeros_like(total), 0
+    network.train()
+    done, whole = first, True
+    try:
+        for step in range(first, config.steps):
+            generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 4099 + accelerator.process_index)
+            torch.manual_seed(generator.initial_seed())  # dropout
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr_at(step)
+            value = loss(network, local_batch, generator)
+            accelerator.backward(value)
+            accelerator.clip_grad_norm_(network.parameters(), config.clip)
+            whole = False
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(bare.parameters())
+            total, counted, done = total + value.detach(), counted + 1, step + 1
+            whole = True
+            if (step + 1) % every == 0 or step + 1 == config.steps:
+                reduced = accelerator.reduce(total / counted, "mean")
+                mean = float(reduced)
+                if not math.isfinite(mean):
+                    raise ArtifactError(f"the loss is not finite at step {step + 1}: lower lr; the last checkpoint is kept in {folder}")
+                if observe is not None and accelerator.is_main_process:
+                    observe(step + 1, mean)
+                total, counted = torch.zeros_like(total), 0
+            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+                _checkpoint(accelerator, folder, identity, step + 1, total)
+    except KeyboardInterrupt:
+        if whole:  # in the middle of a step the last checkpoint stands
+            _checkpoint(accelerator, folder, identity, done, total)
+        raise
+    ema.copy_to(bare.parameters())
+    accelerator.wait_for_everyone()
+    bare._compiled_call_impl = None
+    trained = accelerator.unwrap_model(bare, keep_fp32_wrapper=False).eval()
+    return trained.to(memory_format=torch.contiguous_format) if config.channels_last else trained
+
+
+def _accelerator(config: LoopConfig) -> Any:  # noqa: ANN401
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # another run of this process may have had another precision
+    try:
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
+    except ValueError as error:
+        raise FewstepError(f"no training in {config.mixed_precision} on this machine: {str(error).splitlines()[0]}") from error
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in float32 and not say so
+        raise FewstepError("no training in fp16 on this machine: it needs a GPU; use bf16, or no")
+    return accelerator
+
+
+class LossCurve:
+    """The losses of a run, kept on disk as they come; a run that continues writes over what it does again."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path, self.identity, self.began = path, identity, time.monotonic()
+        self.points, self.before = list[tuple[int, float]](), 0.0  # (step, mean loss since the one before)
+        if path.exists():
+            meta = read_json(path)
+            if meta.get("identity") == identity:
+                self.points, self.before = [(int(step), float(value)) for step, value in meta["loss"]], float(meta["seconds"])
+
+    @property
+    def seconds(self) -> float:
+        """Of all runs together."""
+        return self.before + time.monotonic() - self.began
+
+    def add(self, step: int, value: float) -> None:
+        """One more point; all from it on were of a run that was killed."""
+        self.points = [point for point in self.points if point[0] < step] + [(step, value)]
+        meta = {"identity": self.identity, "seconds": self.seconds, "loss": self.points}
+        write_whole(self.path, json.dumps(meta).encode())
+
+
+def check_checkpoint(folder: Path, begins: str) -> None:
+    """Fail before long work if the folder holds a checkpoint whose identity begins otherwise.
+
+    Raises:
+        ArtifactError: it does.
+    """
+    for found in (folder / "checkpoint", folder / "checkpoint.old"):
+        if (found / "loop.json").exists() and not str(identity := read_json(found / "loop.json").get("identity")).startswith(begins):
+            raise ArtifactError(f"{found} belongs to another run ({identity}): remove it, or train with those options")
+
+
+def forget_checkpoint(folder: Path) -> None:
+    """Remove the checkpoint of a finished run, and what a kill left of others."""
+    for name in ("checkpoint", "checkpoint.new", "checkpoint.old"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int, total: Tensor) -> None:  # noqa: ANN401
+    """Save beside the old checkpoint, then swap, so that one whole checkpoint exists at any time."""
+    new, current, old = folder / "checkpoint.new", folder / "checkpoint", folder / "checkpoint.old"
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(new, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(new))
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's own writer raises RuntimeError
+        raise ArtifactError(f"cannot write {new}: {str(error).splitlines()[0]}; make room and run the same command again") from error
+    total = accelerator.reduce(total, "mean")
+    if accelerator.is_main_process:
+        write_whole(new / "loop.json", json.dumps({"step": step, "loss": float(total), "identity": identity}).encode())
+        shutil.rmtree(old, ignore_errors=True)
+        if current.exists():
+            current.rename(old)
+        new.rename(current)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def _resume(accelerator: Any, folder: Path, identity: str) -> tuple[int, float]:  # noqa: ANN401
+    """The step to go on with, and the sum of the losses since the last report."""
+    current, old = folder / "checkpoint", folder / "checkpoint.old"
+    found = current if (current / "loop.json").exists() else old if (old / "loop.json").exists() else None
+    if found is None:
+        return 0, 0.0
+    meta = read_json(found / "loop.json")
+    if meta.get("identity") != identity:
+        raise ArtifactError(f"{found} belongs to another run ({meta.get('identity')}): remove it, or train with those options")
+    accelerator.load_state(str(found))
+    return int(meta["step"]), float(meta.get("loss", 0.0))

@@ -1,0 +1,1 @@
+"""Learners without training: statistics, schedules and fitted samplers."""

@@ -1,0 +1,346 @@
+"""The search for one fitted sampler: levels to begin with, the fit, the sweep, and the check on other noises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewstep.core.denoiser import Cond
+from fewstep.core.grid import GRIDS, TimeGrid, make_grid
+from fewstep.core.schedule import VPLinear
+from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
+from fewstep.learn.search.bound import Bound
+from fewstep.learn.search.coefficients import FitForm, Lesson, fit_in_sequence, sweep, widened
+from fewstep.learn.search.endpoint import Ends, mean_over_processes, sizes
+from fewstep.learn.teacher.gram import Gram
+from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig
+from fewstep.models.formats.folders import Model
+from fewstep.runtime.errors import FewstepError, GridError, ModelError, SolverError
+from fewstep.runtime.process import process, sum_over_processes
+from fewstep.solvers import make_solver
+
+__all__ = ["FitConfig", "FitSearch", "Found", "best_hand_made"]
+
+HAND_MADE = ("dpm-solver-pp-2m", "unipc-2", "ipndm")  # and dpm-solver-v3, if the model has statistics
+RANKING = 256  # noises that rank levels to begin with
+ABOUT = 1.5  # times the least mean error: levels that may begin
+RIVALS = 32  # and hand-made samplers
+GRAM = 64  # trajectories that the programmes for levels look at
+PROBE = 8  # steps on which a parent shows its form
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to fit samplers.
+
+    Args:
+        form: which coefficients.
+        num: trajectories that they are fitted to in sequence.
+        held_out: others that decide, and that the figures on the card are of.
+        levels: at which trajectories are kept; the fit begins on some of them.
+        noises: of the ``num``, as many for the sweep, in windows of ``window``.
+        iterations: of the sweep, at most.
+        move: whether the sweep moves levels too.
+        seed: of the first trajectory; far from those that benchmarks start with.
+        batch: noises at a time.
+        parent: the solver that coefficients are shrunk to.
+
+    Raises:
+        FewstepError: a number out of range.
+        SolverError: an unknown parent, or one that no fit can start from.
+    """
+
+    form: FitForm = field(default_factory=FitForm)
+    num: int = 1024
+    held_out: int = 512
+    levels: int = 64
+    noises: int = 256
+    window: int = 256
+    iterations: int = 2
+    move: bool = True
+    seed: int = 4_000_000
+    batch: int = 128
+    parent: str = "dpm-solver-pp-2m"
+
+    def __post_init__(self) -> None:
+        if (
+            min(self.num, self.held_out, self.noises, self.window) < 2
+            or min(self.batch, self.levels) < 1
+            or min(self.iterations, self.seed) < 0
+        ):
+            raise FewstepError(
+                f"a fit needs at least 2 trajectories, 2 held out, 2 noises, 2 in a window, 1 level, a batch of 1, and no negative number, "
+                f"got {self}"
+            )
+        parent, law = make_solver(self.parent), VPLinear()
+        if self.form.memory(PROBE) > 1:
+            widened(tabulate(parent, parent.nodes(TimeGrid.logsnr(law, PROBE), law)), self.form, (1,))
+        _ = self.trajectories
+
+    @property
+    def trajectories(self) -> TrajectoryConfig:
+        """Those of the teacher, held-out ones last."""
+        return TrajectoryConfig(self.num + self.held_out, self.levels, seed=self.seed, batch=self.batch)
+
+    def parent_with(self, steps: int, form: FitForm | None = None) -> str:
+        """The parent on so many steps: one that reads a single output where there is no room for more."""
+        return self.parent if (form or self.form).memory(steps) > 1 else "ddim"
+
+    def evaluations(self, nfe: Sequence[int]) -> int:
+        """About how many network evaluations it takes."""
+        swept, window = min(self.noises, self.num), min(self.window, self.num)
+        total = (self.num + self.held_out) * self.levels
+        for n in nfe:
+            columns = (n * (n + 1) * (n + 2) / 6 + n * n) / 2  # evaluations for the Jacobian of one noise, about
+            ranked = len(GRIDS) * (min(RANKING, self.num) + len(HAND_MADE) * min(RIVALS, self.num)) * n
+            total += int(self.iterations * (window * columns + 5 * swept * n) + (2 * self.num + 3 * self.held_out) * n + ranked)
+        return total
+
+    @property
+    def fewest(self) -> int:
+        """The fewest noises of any part of the work, which several processes share."""
+        return min(self.num, self.held_out, self.noises, self.window, RANKING, RIVALS, GRAM)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of a search.
+
+    Attributes:
+        chosen: which of the stages the tableau is from.
+        begun: the levels that the fit began with.
+        stages: on held-out noises, the mean error of a sample and the RMSE of all, by name; `` on `` is in those of hand-made samplers.
+        evaluations: of the network, in samples, of all processes.
+    """
+
+    tableau: Tableau
+    chosen: str
+    begun: str
+    stages: Mapping[str, tuple[float, float]]
+    evaluations: int
+
+
+def best_hand_made(stages: Mapping[str, tuple[float, float]]) -> str:
+    """The hand-made sampler with the least RMSE."""
+    return min((name for name in stages if " on " in name), key=lambda name: stages[name][1])
+
+
+def _worse(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether the mean square of our errors ``[n]`` exceeds theirs by more than chance: twice the standard error of the difference."""
+    excess = ours.square() - theirs.square()
+    mean, square = mean_over_processes(excess), mean_over_processes(excess.square())
+    count = float(sum_over_processes(torch.tensor(float(len(excess)))))
+    return mean > 2 * ((square - mean**2) / count) ** 0.5
+
+
+class FitSearch:
+    """What the searches for all samplers of one model share.
+
+    Args:
+        trajectories: of this model at this guidance scale, the first ``num`` to fit to and the next ``held_out`` to decide by.
+        most: the largest number of evaluations that will be asked for.
+    """
+
+    def __init__(
+        self, model: Model, trajectories: Trajectories, config: FitConfig, guidance: float, device: torch.device, most: int
+    ) -> None:
+        self.model, self.trajectories, self.config, self.device, self.most = model, trajectories, config, device, most
+        self.denoiser, self.schedule = model.guided(guidance), model.denoiser.schedule
+        self.levels = TimeGrid(trajectories.t)
+        self.held_out = range(config.num, config.num + config.held_out)
+        self.hand_made: dict[str, Solver] = {name: make_solver(name) for name in HAND_MADE}
+        statistics = model.statistics(guidance)
+        if statistics is not None:
+            self.hand_made["dpm-solver-v3"] = make_solver("dpm-solver-v3", statistics=statistics)
+        self.evaluations = 0
+
+    @cached_property
+    def programmes(self) -> dict[str, dict[int, list[int]]]:
+        """The optima of the first-order programmes; not sought where every sampler is there already."""
+        gram = self._gram()
+        return {f"first-order programme ({total})": Bound(gram, "plain", total).best(self.most) for total in ("sum", "squares")}
+
+    def find(self, nfe: int, scratch: Path, note: Callable[[str], None]) -> Found:
+        """The best tableau with ``nfe`` evaluations; ``scratch`` is an empty folder for its students' states."""
+        self.evaluations = 0
+        note("levels to begin with")
+        begun, at = self.begin(nfe)
+        note("fit in sequence")
+        form, kept = self.config.form, _OnDisk(scratch)
+        found = {"fitted in sequence": self.in_sequence(at, form, range(self.config.num), kept)}
+        if self.config.iterations:
+            swept = self.swept(found["fitted in sequence"], note)
+            found["swept"] = self.in_sequence([0, *[-1] * nfe], form, range(self.config.num), kept, swept)  # its last step
+        note("check on held-out noises")
+        found |= self.rivals(nfe)
+        errors = {name: self.errors(tableau, self.held_out) for name, tableau in found.items()}
+        stages = {name: (mean_over_processes(made), mean_over_processes(made.square()) ** 0.5) for name, made in errors.items()}
+        rival = best_hand_made(stages)
+        allowed = [name for name in stages if not _worse(errors[name], errors[rival])]
+        chosen = min(allowed, key=lambda name: stages[name][0])
+        return Found(found[chosen], chosen, begun, stages, int(sum_over_processes(torch.tensor(self.evaluations))))
+
+    def begin(self, nfe: int) -> tuple[str, list[int]]:
+        """The levels on which a few trajectories, fitted with one coefficient for all elements, leave little error.
+
+        Of those with about the least mean error the one with the fewest large errors: a sweep mends usual errors, but hardly a sample that
+        ends as another picture, which the first few levels decide.
+        """
+        form, error, places = replace(self.config.form, pool="scalar", bias=False), dict[str, Tensor](), dict[str, list[int]]()
+        rows = range(min(RANKING, self.config.num))
+        for name, at in self.candidates(nfe).items():
+            if at not in places.values():
+                kept: dict[str, Tensor] = {}
+                self.in_sequence(at, form, rows, kept)
+                ends = [sizes(kept[f"x-{k}"].cpu() - lesson.state(nfe).cpu()) for k, lesson in enumerate(self._lessons(rows, at))]
+                error[name], places[name] = torch.cat(ends), at
+        mean = {name: mean_over_processes(found) for name, found in error.items()}
+        large = {name: mean_over_processes(error[name] ** 4) for name in error if mean[name] <= ABOUT * min(mean.values())}
+        best = min(large, key=large.__getitem__)
+        return best, places[best]
+
+    def candidates(self, nfe: int) -> dict[str, list[int]]:
+        """Standard grids and the optima of the programmes, all on the kept levels."""
+        grids: dict[str, TimeGrid] = {}
+        for name in GRIDS:
+            with suppress(GridError):  # not for this schedule, or too fine for a discrete one
+                grids[name] = make_grid(name, self.schedule, nfe)
+        lam, found = self.schedule.lam(self.levels.t).clamp(-20, 20), dict[str, list[int]]()
+        for name, grid in grids.items():
+            at: list[int] = (self.schedule.lam(grid.t).clamp(-20, 20)[:, None] - lam).abs().argmin(1).tolist()
+            if at[0] == 0 and at[-1] == self.levels.steps and len(set(at)) == nfe + 1:
+                found[name] = at
+        return found | {name: best[nfe] for name, best in self.programmes.items()}
+
+    def in_sequence(
+        self, at: Sequence[int], form: FitForm, rows: range, kept: MutableMapping[str, Tensor], start: Tableau | None = None
+    ) -> Tableau:
+        """Fitted on these levels; of ``start``, if there is one, only the last step again."""
+        lessons, n = self._lessons(rows, at), len(at) - 1
+        self.evaluations += len(self._share(rows)) * n
+        if start is not None:
+            return fit_in_sequence(self.denoiser, start, lessons, form, rows=[n - 1], kept=kept)
+        parent = make_solver(self.config.parent_with(n, form))
+        nodes = parent.nodes(TimeGrid(self.levels.t[list(at)]), self.schedule)
+        start = widened(tabulate(parent, nodes), form, self.model.shape)
+        return fit_in_sequence(self.denoiser, start, lessons, form, kept=kept)
+
+    def swept(self, tableau: Tableau, note: Callable[[str], None]) -> Tableau:
+        """Moved for where its samples end."""
+        rows = range(min(self.config.noises, self.config.num))
+        parts = [rows[k : k + self.config.window] for k in range(0, len(rows), self.config.window)]
+        windows = [self._ends(part) for part in parts if len(part) >= process()[1]]
+        most = self.config.iterations
+        moved = sweep(
+            windows,
+            tableau,
+            self.schedule if self.config.move else None,
+            iterations=most,
+            observe=lambda iteration, error: note(f"sweep {iteration} of at most {most}"),
+        )
+        self.evaluations += sum(batch.evaluations for window in windows for batch in window)
+        return moved
+
+    def rivals(self, nfe: int) -> dict[str, Tableau]:
+        """The best pair of a hand-made solver and a standard grid on a few noises."""
+        few, error, made = range(min(RIVALS, self.config.num)), dict[str, float](), dict[str, Tableau]()
+        for name, solver in self.hand_made.items():
+            for spacing in GRIDS:
+                with suppress(GridError, SolverError):
+                    grid = make_grid(spacing, self.schedule, solver.steps_on(self.schedule, nfe))
+                    if float(grid.t[0]) == self.schedule.t_max and float(grid.t[-1]) == self.schedule.t_min:  # leading starts elsewhere
+                        pair = f"{name} on {spacing}"
+                        made[pair] = tabulate(solver, solver.nodes(grid, self.schedule))
+                        error[pair] = mean_over_processes(self.errors(made[pair], few))
+        if not error:
+            raise SolverError(f"no standard grid of {self.model.name} has {nfe} steps: ask for fewer evaluations")
+        best = min(error, key=error.__getitem__)
+        return {best: made[best]}
+
+    def errors(self, tableau: Tableau, rows: range) -> Tensor:
+        """Those of this process's samples, ``[n]``."""
+        batches = self._ends(rows)
+        made = torch.cat([sizes(batch.run(tableau)[0]) for batch in batches])
+        self.evaluations += sum(batch.evaluations for batch in batches)
+        return made
+
+    def _share(self, rows: range) -> range:
+        rank, world = process()
+        if len(rows) < world:
+            raise FewstepError(f"{world} processes cannot share {len(rows)} noises: use fewer processes")
+        return rows[rank::world]
+
+    def _batches(self, rows: range) -> Iterator[range]:
+        mine = self._share(rows)
+        for start in range(0, len(mine), self.config.batch):
+            yield mine[start : start + self.config.batch]
+
+    def _lessons(self, rows: range, at: Sequence[int]) -> list[Lesson]:
+        return [_Stored(self.trajectories, part, at, self.device) for part in self._batches(rows)]
+
+    def _ends(self, rows: range) -> list[Ends]:
+        lessons = self._lessons(rows, [0, -1])
+        return [Ends(self.denoiser, lesson.state(0), lesson.state(1), lesson.cond) for lesson in lessons]
+
+    def _gram(self) -> Gram:
+        """Second moments along a few trajectories."""
+        nodes, rows = Nodes.at(self.schedule, self.levels.t), range(min(GRAM, self.config.num))
+        total = Gram.empty(torch.exp(-nodes.lam))
+        for lesson in self._lessons(rows, range(len(nodes.t))):
+            states = [lesson.state(k) for k in range(len(nodes.t))]
+            with torch.no_grad():
+                outputs = [self.denoiser(x, t, lesson.cond) for x, t in zip(states, nodes.t, strict=True)]
+            bad = [float(t) for t, x0 in zip(nodes.t, outputs, strict=True) if not bool(torch.isfinite(x0).all())]
+            if bad:
+                raise ModelError(f"the network's output is not finite (NaN or infinite) at t = {bad[0]:g}: check its weights and dtype")
+            total.merge(Gram.of(nodes, torch.stack(states), torch.stack(outputs)))
+        count = sum_over_processes(torch.tensor(float(total.count)))
+        return Gram(total.level, sum_over_processes(total.matrix * total.count) / count, total.slopes, int(count))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Some of the stored trajectories, at some of the stored times."""
+
+    trajectories: Trajectories
+    rows: range
+    at: Sequence[int]
+    device: torch.device
+
+    @property
+    def cond(self) -> Cond:
+        labels = self.trajectories.labels(list(self.rows))
+        return None if labels is None else labels.to(self.device)
+
+    def state(self, i: int) -> Tensor:
+        place = self.at[i] % len(self.trajectories.t)
+        return self.trajectories.states(list(self.rows), [place])[:, 0].to(self.device)
+
+
+class _OnDisk(MutableMapping[str, Tensor]):
+    """Tensors in files of their own, so that memory does not grow with the number of noises."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        save_file({"x": value.detach().cpu().contiguous()}, self.folder / f"{name}.safetensors")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return load_file(self.folder / f"{name}.safetensors")["x"]
+
+    def __delitem__(self, name: str) -> None:
+        (self.folder / f"{name}.safetensors").unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.stem for path in self.folder.glob("*.safetensors"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -1,0 +1,1 @@
+"""Searches for the numbers of a sampler: error bounds, least squares, descent."""

@@ -1,0 +1,157 @@
+r"""Refine a schedule by the error that it really makes: least squares on the ends of a few sampled trajectories.
+
+Bounds rank schedules of first-order steps. A multistep solver also amplifies what is wrong with its past outputs, which no bound
+along the exact trajectory sees, so its schedule is judged by running it, and its inner levels ``lam_1 .. lam_{N-1}`` are the free numbers
+that `descend` moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from fewstep.core.denoiser import Cond, Denoiser
+from fewstep.core.grid import TimeGrid
+from fewstep.core.schedule import DiscreteVP, NoiseSchedule
+from fewstep.core.tableau import Solver, Tableau, tabulate
+from fewstep.learn.search.endpoint import Ends, Moves, Run, descend, rms, sizes
+from fewstep.runtime.errors import GridError, SolverError
+
+__all__ = ["EndError", "Levels", "refine"]
+
+DIFFERENCE = 0.1  # of the smaller gap beside a level: how far it moves for a difference
+REACH = 0.4  # of the gap: how far it may move in one iteration, so that no two levels meet
+
+
+class EndError(Ends):
+    """The error of a solver's samples from fixed noises, as a function of its grid."""
+
+    def __init__(self, denoiser: Denoiser, solver: Solver, x: Tensor, exact: Tensor, cond: Cond = None) -> None:
+        super().__init__(denoiser, x, exact, cond)
+        self.solver = solver
+
+    def tableau(self, grid: TimeGrid) -> Tableau:
+        """The solver on a grid.
+
+        Raises:
+            SolverError: the solver adds noise, or cannot run on this grid.
+        """
+        tableau = tabulate(self.solver, self.solver.nodes(grid, self.denoiser.schedule))
+        if tableau.stochastic:
+            raise SolverError(f"{type(self.solver).__name__} adds noise, and has no exact ends to compare with: use a deterministic solver")
+        return tableau
+
+    def residual(self, grid: TimeGrid, base: Run | None = None) -> tuple[Tensor, Run]:
+        """`run` on a grid."""
+        return self.run(self.tableau(grid), base)
+
+    def rmse(self, grid: TimeGrid) -> float:
+        """The root mean square error of all samples on a grid."""
+        return rms(self.residual(grid)[0])
+
+    def typical(self, grid: TimeGrid) -> float:
+        """The mean over samples of each one's root mean square error."""
+        return float(sizes(self.residual(grid)[0]).mean())
+
+    def first(self, count: int) -> EndError:
+        """The same problem with its first noises only."""
+        cond = self.cond[:count] if isinstance(self.cond, Tensor) else self.cond
+        return EndError(self.denoiser, self.solver, self.x[:count], self.exact[:count], cond)
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """The inner levels ``lam`` of a grid, each in the unit of the smaller gap beside it. The ends stay.
+
+    Times of a discrete model are moved in steps of its own.
+    """
+
+    grid: TimeGrid
+    schedule: NoiseSchedule
+
+    @cached_property
+    def lam(self) -> Tensor:
+        """All of them; an infinite one at an end as far out as the gap beside it is wide."""
+        lam = self.schedule.lam(self.grid.t).clone()
+        inner = lam[torch.isfinite(lam)]
+        if not len(inner):
+            return lam  # one step from pure noise to clean data, and no level to move
+        if not bool(torch.isfinite(lam[0])):
+            lam[0] = inner[0] - 2
+        if not bool(torch.isfinite(lam[-1])):
+            lam[-1] = inner[-1] + 2
+        return lam
+
+    @cached_property
+    def gap(self) -> Tensor:
+        """``[N-1]``."""
+        return torch.minimum(torch.diff(self.lam)[:-1], torch.diff(self.lam)[1:])
+
+    def moved(self, step: Tensor) -> TimeGrid | None:
+        """The grid with every level ``step [N-1]`` gaps further, at most `REACH`; None if two of them meet."""
+        if self.grid.steps == 1:
+            return self.grid
+        return self._at(self.lam[1:-1] + self.gap * step.clamp(-REACH, REACH))
+
+    def moves(self) -> list[tuple[TimeGrid, float] | None]:
+        """For each level the grid with it alone moved a little, and how many gaps far; None if it cannot move."""
+        return [self._move(k) for k in range(self.grid.steps - 1)]
+
+    def _at(self, inner: Tensor) -> TimeGrid | None:
+        t, table = self.grid.t, self.schedule.times if isinstance(self.schedule, DiscreteVP) else None
+        try:
+            grid = TimeGrid(torch.cat([t[:1], self.schedule.t_of_lam(inner), t[-1:]]))
+            return grid if table is None else grid.snap(table)
+        except GridError:
+            return None
+
+    def _move(self, k: int) -> tuple[TimeGrid, float] | None:
+        gap = float(self.gap[k])
+        for far in (1, -1, 2, -2, 4, -4):  # a discrete time moves by at least one
+            inner = self.lam[1:-1].clone()
+            inner[k] += far * DIFFERENCE * gap
+            moved = self._at(inner)
+            if moved is not None and bool(moved.t[k + 1] != self.grid.t[k + 1]):
+                return moved, float(Levels(moved, self.schedule).lam[k + 1] - self.lam[k + 1]) / gap
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class _OnGrid:
+    """A solver whose grid is free."""
+
+    error: EndError
+    levels: Levels
+    tableau: Tableau
+
+    @classmethod
+    def at(cls, error: EndError, grid: TimeGrid) -> _OnGrid:
+        return cls(error, Levels(grid, error.denoiser.schedule), error.tableau(grid))
+
+    def moves(self, runs: Sequence[Run], size: float) -> Moves:
+        """Every inner level by itself."""
+
+        def one(move: tuple[TimeGrid, float] | None) -> tuple[Tableau, float] | None:
+            return None if move is None else (self.error.tableau(move[0]), move[1])
+
+        def together(far: Tensor) -> _OnGrid | None:
+            grid = self.levels.moved(far)
+            return None if grid is None else self.at(self.error, grid)
+
+        return Moves([partial(one, move) for move in self.levels.moves()], together)
+
+
+def refine(
+    error: EndError,
+    start: TimeGrid,
+    *,
+    iterations: int = 6,
+    evaluations: int = 30_000,
+    observe: Callable[[int, float], None] | None = None,
+) -> TimeGrid:
+    """The schedule that `descend` reaches from ``start`` on the noises of ``error``, see there."""
+    return descend([[error]], _OnGrid.at(error, start), iterations=iterations, evaluations=evaluations, observe=observe).levels.grid

@@ -1,0 +1,1 @@
+"""Measurements of a trained model: trajectories, moments and derivatives."""

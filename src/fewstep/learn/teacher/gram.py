@@ -1,0 +1,267 @@
+r"""Second moments of a denoiser along teacher trajectories: all that the error of any schedule depends on, in one small matrix.
+
+In ``z = x/alpha``, ``s = sigma/alpha`` the sampling ODE is ``dz/ds = (z - D)/s``, and its exact solution from level ``s_j`` to ``s_k`` is
+
+    z_k = r z_j + (1 - r) Dbar_jk,      r = s_k/s_j,      Dbar_jk = the mean of D over 1/s in between.
+
+The states at both ends give ``Dbar`` of every cell between neighbouring levels with no quadrature, and the mean over many cells
+is a weighted mean of theirs. So the error of a step on the trajectory is a fixed linear combination of the ``K+1`` outputs ``D_k``
+and the ``K`` cell means, and its mean square is ``c' G c`` with the averaged Gram matrix ``G`` of those ``2K+1`` pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.core.denoiser import Cond, Denoiser
+from fewstep.core.grid import TimeGrid
+from fewstep.core.prediction import aligned
+from fewstep.core.schedule import DiscreteVP, NoiseSchedule
+from fewstep.core.tableau import Nodes, advance, tabulate
+from fewstep.learn.teacher.jvp import JVP_METHODS, choose_jvp
+from fewstep.models.formats.folders import Model
+from fewstep.runtime.accumulate import Store, accumulate, seed_batches
+from fewstep.runtime.errors import FewstepError, GridError, ModelError
+from fewstep.runtime.process import process
+from fewstep.sampling.noise import seeded_noise, start_noise
+from fewstep.solvers import UniPC
+
+__all__ = ["Gram", "GramConfig", "collect_gram", "fine_grid"]
+
+FINITE = 7.0  # |lam| beyond which levels are not uniform any more: an end further out is one level by itself
+PROBE = 1_000_002  # stream of the seeds
+
+
+class Gram:
+    """``E<u, v>/dim`` for the outputs ``D_0 .. D_K`` and the cell means ``Dbar_1 .. Dbar_K``, float64; additive over batches.
+
+    Attributes:
+        level: ``s_k = sigma/alpha``, ``[K+1]``, decreasing; the first may be infinite, the last zero.
+        matrix: ``[2K+1, 2K+1]``.
+        slopes: ``[K+1, 2]``, ``E<v, J v>/dim`` and ``E|J v|^2/dim`` of ``J = dD/dz`` for random signs ``v``; NaN if not measured.
+        count: trajectories in it.
+    """
+
+    def __init__(self, level: Tensor, matrix: Tensor, slopes: Tensor, count: int) -> None:
+        self.level, self.matrix, self.slopes, self.count = level, matrix, slopes, count
+
+    @property
+    def cells(self) -> int:
+        """``K``."""
+        return len(self.level) - 1
+
+    @classmethod
+    def empty(cls, level: Tensor) -> Gram:
+        """Of no data."""
+        size = 2 * len(level) - 1
+        return cls(level, torch.zeros(size, size, dtype=torch.float64), torch.zeros(len(level), 2, dtype=torch.float64), 0)
+
+    @classmethod
+    def of(cls, nodes: Nodes, x: Tensor, D: Tensor, slopes: Tensor | None = None) -> Gram:  # noqa: N803
+        """Of one batch of trajectories: states and denoiser outputs at the levels, each ``[K+1, B, *D]``."""
+        level = torch.exp(-nodes.lam)
+        x, D = x.detach().cpu().double(), D.detach().cpu().double()  # noqa: N806
+        cells = []
+        for k in range(1, len(level)):
+            r = level[k] / level[k - 1]
+            cells.append((x[k] / nodes.alpha[k] - level[k] * x[k - 1] / nodes.sigma[k - 1]) / (1 - r))
+        pictures = torch.cat([D, torch.stack(cells)]).flatten(1)
+        if slopes is None:
+            slopes = torch.full((len(level), 2), torch.nan, dtype=torch.float64)
+        return cls(level, pictures @ pictures.T / pictures.shape[1], slopes, x.shape[1])
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor], count: int) -> Gram:
+        """From what `tensors` gives."""
+        return cls(tensors["level"], tensors["matrix"], tensors["slopes"], count)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it but the count."""
+        return {"level": self.level, "matrix": self.matrix, "slopes": self.slopes}
+
+    def merge(self, other: Gram) -> None:
+        """Take in the trajectories of another.
+
+        Raises:
+            GridError: it has other levels.
+        """
+        if not torch.equal(self.level, other.level):
+            raise GridError(f"two Gram matrices with different levels ({self.cells + 1} and {other.cells + 1}) cannot be merged")
+        if not other.count:
+            return
+        share = other.count / (self.count + other.count)
+        self.matrix = self.matrix.lerp(other.matrix, share)
+        self.slopes = self.slopes.lerp(other.slopes, share) if self.count else other.slopes
+        self.count += other.count
+
+    # -- what follows from it ---------------------------------------------------------------------------------------
+
+    @property
+    def D(self) -> Tensor:  # noqa: N802
+        """``<D_j, D_k>``, ``[K+1, K+1]``."""
+        return self.matrix[: self.cells + 1, : self.cells + 1]
+
+    def shares(self) -> Tensor:
+        """``[K+1, K+1, K]``: the share of each cell in ``Dbar_jk``; zero unless ``j < k``."""
+        s, K = self.level, self.cells  # noqa: N806
+        j, k, m = torch.arange(K + 1)[:, None, None], torch.arange(K + 1)[None, :, None], torch.arange(1, K + 1)
+        upper = torch.where(m == k, 1.0, s[k] / s[m])
+        share = (upper - s[k] / s[m - 1]) / (1 - s[k] / s[j])
+        return torch.where((j < m) & (m <= k), share, 0.0)
+
+    def ratio(self) -> Tensor:
+        """``r_jk = s_k/s_j``, ``[K+1, K+1]``; 1 unless ``j < k``."""
+        r = self.level[None, :] / self.level[:, None]
+        return torch.where(torch.ones_like(r).triu(1) > 0, r, 1.0)
+
+
+@dataclass(frozen=True)
+class GramConfig:
+    """``num`` trajectories at ``levels + 1`` noise levels.
+
+    Args:
+        seed: of the first trajectory; far from those that benchmarks start with, so that they are fresh noises.
+        jacobian: also measure how strongly the denoiser reacts to its state (five times the work).
+
+    Raises:
+        FewstepError: fewer than 4 levels, 1 trajectory, a batch of 1; a negative seed.
+    """
+
+    levels: int = 128
+    num: int = 256
+    batch: int = 64
+    seed: int = 2_000_000
+    jacobian: bool = False
+
+    def __post_init__(self) -> None:
+        if self.levels < 4 or self.num < 1 or self.batch < 1 or self.seed < 0:
+            raise FewstepError(f"a Gram matrix needs at least 4 levels, 1 trajectory, a batch of 1 and a seed of at least 0, got {self}")
+
+    @property
+    def identity(self) -> str:
+        """What the matrix depends on; more trajectories may be added later, if the last batch is whole."""
+        whole = self.num if self.num % self.batch else "any"
+        return f"levels {self.levels} batch {self.batch} seed {self.seed} jacobian {self.jacobian} num {whole}"
+
+
+def fine_grid(schedule: NoiseSchedule, levels: int) -> TimeGrid:
+    """``levels + 1`` times uniform in ``lam`` from ``t_max`` to ``t_min``; of a discrete model its own times, so fewer at the clean end."""
+    ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
+    known = torch.tensor([schedule.t_max, schedule.t_last], dtype=torch.float64) if isinstance(schedule, DiscreteVP) else ends
+    outer = schedule.lam(known)
+    first, last = outer.clamp(-FINITE, FINITE).tolist()
+    lam = torch.linspace(first, last, levels + 1, dtype=torch.float64)
+    gap = float(lam[1] - lam[0]) / 2
+    t = schedule.t_of_lam(lam[(lam > outer[0] + gap) & (lam < outer[1] - gap)])
+    if isinstance(schedule, DiscreteVP):
+        times = schedule.times.double()
+        t = times[(times[:, None] - t).abs().argmin(0)].unique().flip(0)
+        t = t[(t < ends[0]) & (t > ends[1])]
+        if schedule.t_min < schedule.t_last:
+            t = torch.cat([t, known[1:]]).unique().flip(0)
+    return TimeGrid(torch.cat([ends[:1], t, ends[1:]]))
+
+
+def collect_gram(
+    model: Model,
+    config: GramConfig,
+    folder: Path | None = None,
+    *,
+    guidance: float = 1.0,
+    device: torch.device | None = None,
+    observe: Callable[[int, str], None] | None = None,
+) -> Gram | None:
+    """The Gram matrix of a model along its own trajectories, solved by UniPC-3 with the very evaluations that it averages.
+
+    Memory does not grow with ``num``. With a ``folder`` it is kept there (``gram-*.safetensors``): a killed pass continues, a finished one
+    can be given more trajectories, and the processes of ``torchrun`` share the work (all but the first get None).
+
+    Args:
+        observe: called with the number of trajectories done and a note.
+
+    Raises:
+        ModelError: the network's output is not finite (where).
+        ArtifactError: the folder holds the matrix of another model or configuration, is damaged or cannot be written.
+    """
+    device = device or torch.device("cpu")
+    model.to(device)
+    denoiser, schedule = model.guided(guidance), model.denoiser.schedule
+    nodes = Nodes.at(schedule, fine_grid(schedule, config.levels).t)
+    level = torch.exp(-nodes.lam)
+    whole = f"{model.fingerprint} {guidance} {config.identity}"
+    store = None if folder is None else Store(folder, "gram", whole, Gram, work="Gram matrix", again="run the command")
+
+    def fresh(seeds: range, count: int, method: str) -> Gram:
+        cond = model.labels(seeds)
+        cond = None if cond is None else cond.to(device)
+        x = start_noise(nodes, seeds, model.shape).to(device)
+        probe = torch.where(seeded_noise(seeds, model.shape, stream=PROBE) > 0, 1.0, -1.0).to(device)
+        made = _along(denoiser, nodes, x, cond, probe, method)
+        if observe is not None:
+            observe(count + len(seeds), f"{len(level)} levels")
+        return made
+
+    def note() -> str:
+        return _method(denoiser, nodes, model) if config.jacobian else "none"
+
+    batches = seed_batches(config.seed, config.num, config.batch)
+    made = accumulate(batches, fresh, lambda: Gram.empty(level), store, note=note, verb="make a Gram matrix")
+    if made is not None and observe is not None and process()[0] == 0:
+        observe(made[0].count, "")
+    return None if made is None else made[0]
+
+
+def _along(denoiser: Denoiser, nodes: Nodes, x: Tensor, cond: Cond, probe: Tensor, method: str) -> Gram:
+    """One batch: solve, evaluate at the last level too, and average."""
+    states, outputs, slopes = [], [], []
+    function = _at(denoiser, cond)
+
+    def check(value: Tensor, what: str, k: int) -> None:
+        if not bool(torch.isfinite(value).all()):
+            level = float(torch.exp(-nodes.lam[k]))
+            raise ModelError(f"the network{what} is not finite at noise level {level:.4g}, t = {nodes.t[k]:g}: check its weights and dtype")
+
+    for k, (state, D) in enumerate(solve(denoiser, nodes, x, cond)):  # noqa: N806
+        check(D, "", k)
+        states.append(state)
+        outputs.append(D)
+        if method != "none":
+            direction = aligned(nodes.alpha[k], state) * probe  # of x, which is the probe's of z = x/alpha; z itself may be infinite
+            _, Jv = JVP_METHODS[method](function, (state, nodes.t[k]), (direction, torch.zeros_like(nodes.t[k])), float(nodes.sigma[k]))  # noqa: N806
+            check(Jv, "'s derivative", k)
+            slopes.append(torch.stack([(probe * Jv).mean(), Jv.square().mean()]).double().cpu())
+    return Gram.of(nodes, torch.stack(states), torch.stack(outputs), torch.stack(slopes) if slopes else None)
+
+
+@torch.no_grad()
+def solve(denoiser: Denoiser, nodes: Nodes, x: Tensor, cond: Cond) -> Iterator[tuple[Tensor, Tensor]]:
+    """The trajectory from ``x [B, *D]`` by UniPC-3 on the nodes: at each the (corrected) state and the denoiser's answer."""
+    tableau = tabulate(UniPC(3), nodes)
+    state = tableau.start(x)
+    for k, row in enumerate(tableau.rows(x)):
+        D = denoiser(state.x, nodes.t[k], cond)  # noqa: N806
+        state = advance(row, state, D)
+        assert state.anchor is not None  # UniPC steps from the corrected state
+        yield state.anchor, D
+    yield state.x, denoiser(state.x, nodes.t[-1], cond)
+
+
+def _at(denoiser: Denoiser, cond: Cond) -> Callable[[Tensor, Tensor], Tensor]:
+    """``(x, t) -> D``."""
+    return lambda x, t: denoiser(x, t, cond)
+
+
+def _method(denoiser: Denoiser, nodes: Nodes, model: Model) -> str:
+    """How this network can be differentiated, tried in the middle of the range."""
+    k = nodes.evaluations // 2
+    sigma = float(nodes.sigma[k])
+    z = seeded_noise([0, 1], model.shape)
+    labels = model.labels([0, 1])
+    device = next(iter(model.denoiser.network.parameters())).device if isinstance(model.denoiser.network, torch.nn.Module) else z.device
+    z, labels = z.to(device), None if labels is None else labels.to(device)
+    return choose_jvp(_at(denoiser, labels), (sigma * z, nodes.t[k]), (z.sign(), torch.zeros_like(nodes.t[k])), sigma, "auto")

@@ -1,0 +1,357 @@
+"""Teacher trajectories as a data set on disk: solved once on many steps, kept at a few times, read at random by a student.
+
+The start ``x_T`` is not stored, since its seed gives it; the class label is, where the model takes one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from fewstep.core.denoiser import Cond, Denoiser
+from fewstep.core.grid import TimeGrid
+from fewstep.core.schedule import NoiseSchedule, VPLinear, schedule_from_config
+from fewstep.core.tableau import Nodes, Solver, Tableau, advance, tabulate
+from fewstep.models.formats.folders import Model
+from fewstep.runtime.artifact import check_writable, read_json, write_whole
+from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError, look_up
+from fewstep.runtime.process import process, wait_for_all
+from fewstep.sampling.loop import FiniteCheck
+from fewstep.sampling.noise import start_noise
+from fewstep.solvers import make_solver, takes_statistics
+
+__all__ = ["Trajectories", "TrajectoryConfig", "TrajectorySolver", "generate_trajectories", "teacher_grid"]
+
+FORMAT, VERSION = "fewstep-trajectories", 1
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+AGAIN = "remove it and run the same command again"
+
+
+@dataclass(frozen=True)
+class TrajectoryConfig:
+    """How to make teacher trajectories.
+
+    Raises:
+        FewstepError: a number out of range, an unknown dtype or solver, or a solver that adds noise or needs statistics.
+    """
+
+    num: int = 8192
+    nfe: int = 128  # evaluations per trajectory, at least: every kept interval is divided into equally many steps
+    solver: str = "unipc-3"  # any that adds no noise and starts every step at a time of the grid
+    seed: int = 0  # of the first; the next has the next seed
+    guidance: float = 1.0
+    label: int | None = None  # one class for all; by default `Model.labels` of the seeds
+    batch: int = 256  # trajectories at a time, and per shard
+    dtype: str = "float32"  # of what is stored
+
+    def __post_init__(self) -> None:
+        if min(self.num, self.nfe, self.batch) < 1 or not math.isfinite(self.guidance):
+            raise FewstepError(f"trajectories need num, nfe and batch of at least 1 and a finite guidance, got {self}")
+        if self.seed < 0 or self.seed + self.num > 2**63:
+            raise FewstepError(f"seeds must lie between 0 and 2^63, got {self.seed} and the {self.num - 1} after it: choose another seed")
+        look_up(self.dtype, DTYPES, "dtype of trajectories")
+        if takes_statistics(self.solver):
+            raise SolverError(f"{self.solver} is for few steps and needs statistics of its model: let a solver like unipc-3 be the teacher")
+        law, solver = VPLinear(), make_solver(self.solver)
+        if tabulate(solver, solver.nodes(TimeGrid.logsnr(law, 4), law)).stochastic:
+            raise SolverError(f"{self.solver} adds noise, and a trajectory is the solution of the ODE: use a solver like unipc-3")
+
+    def shards(self, folder: Path) -> dict[Path, range]:
+        """The files to be made, and the seeds in each."""
+        seeds, starts = range(self.seed, self.seed + self.num), range(0, self.num, self.batch)
+        return {folder / f"shard-{k:05d}.safetensors": seeds[start : start + self.batch] for k, start in enumerate(starts)}
+
+
+def teacher_grid(schedule: NoiseSchedule, grid: TimeGrid, nfe: int, evaluations_per_step: int = 1) -> TimeGrid:
+    """``grid`` with each interval divided into the same number of steps, the fewest that make at least ``nfe`` evaluations.
+
+    They are uniform in ``lam``, or in the angle ``arctan(sigma/alpha)`` where ``lam`` is infinite at an end of their interval; the times
+    of ``grid`` stay as they are, bit for bit.
+    """
+    saved = evaluations_per_step - 1 if bool(schedule.sigma(grid.t[-1]) == 0) else 0  # a last step to sigma = 0 is one evaluation
+    parts = -(-(nfe + saved) // (grid.steps * evaluations_per_step))
+    weight, times = torch.arange(1, parts, dtype=torch.float64) / parts, [grid.t[:1]]
+    for ends in grid.t.unfold(0, 2, 1):
+        lam, angle = schedule.lam(ends), torch.atan2(schedule.sigma(ends), schedule.alpha(ends))
+        inner = torch.lerp(lam[0], lam[1], weight)
+        if not bool(torch.isfinite(lam).all()):
+            inner = -torch.log(torch.tan(torch.lerp(angle[0], angle[1], weight)))
+        times += [schedule.t_of_lam(inner), ends[1:]]
+    return TimeGrid(torch.cat(times))
+
+
+class TrajectorySolver:
+    """A solver on the fine grid, which shows its states at the kept times: the corrected ones, of a solver that corrects."""
+
+    def __init__(self, denoiser: Denoiser, solver: Solver, grid: TimeGrid, nfe: int) -> None:
+        fine = teacher_grid(denoiser.schedule, grid, nfe, solver.stages)
+        self.denoiser, self.solver, self.grid, self.parts = denoiser, solver, grid, fine.steps // grid.steps
+        self.tableau, stride = tabulate(solver, solver.nodes(fine, denoiser.schedule)), self.parts * solver.stages
+        if not torch.equal(self.tableau.nodes.t[:-1][::stride], grid.t[:-1]):
+            raise SolverError(f"{type(solver).__name__} does not start each of its steps at a time of the grid: use a solver like unipc-3")
+        self.from_anchor = {i: kept for i, kept in enumerate(_in_anchor(self.tableau)) if i and i % stride == 0}
+
+    @torch.no_grad()
+    def run(self, x: Tensor, cond: Cond, observe: Callable[[float], None] | None = None) -> Tensor:
+        """The states ``[B, T-1, *D]`` at all kept times but the first, on the CPU; ``observe`` is given each noise level."""
+        nodes, state, finite, kept = self.tableau.nodes, self.tableau.start(x), FiniteCheck(), []
+        for i, row in enumerate(self.tableau.rows(x)):
+            x0 = self.denoiser(state.x, nodes.t[i], cond).to(x.dtype)
+            finite.note(x0)
+            here, state = state.x, advance(row, state, x0)
+            if i in self.from_anchor:
+                kept.append((state.anchor if self.from_anchor[i] and state.anchor is not None else here).cpu())
+                if observe is not None:
+                    observe(float(torch.exp(-nodes.lam[i])))
+        finite.done(lambda i: f"t = {nodes.t[i]:g}, noise level {torch.exp(-nodes.lam[i]):.4g}")
+        return torch.stack([*kept, state.x.cpu()], 1)
+
+    def error(self, start: Tensor, cond: Cond, states: Tensor) -> dict[str, float | None]:
+        """The RMSE between ``states`` and those on half the steps: at the last time, and the largest at any time that both keep.
+
+        Half are those of each interval or, where these are odd, of all intervals, by leaving out every second kept time.
+        """
+        t, parts = self.grid.t, self.parts
+        if len(t) == 2 and parts == 1:
+            return {"teacher_error": None, "teacher_error_largest": None}
+        if parts % 2 == 0 or len(t) == 2:
+            parts = parts // 2
+        else:
+            t = t[::2] if len(t) % 2 else torch.cat([t[:1], t[1::2]])
+        half = TrajectorySolver(self.denoiser, self.solver, TimeGrid(t), ((len(t) - 1) * parts - 1) * self.solver.stages + 1)
+        gap = states[:, torch.isin(self.grid.t[1:], t[1:])] - half.run(start, cond)
+        rmse = gap.double().square().transpose(0, 1).flatten(1).mean(1).sqrt()
+        return {"teacher_error": float(rmse[-1]), "teacher_error_largest": float(rmse.max())}
+
+
+def _in_anchor(tableau: Tableau) -> list[bool]:
+    """Whether the anchor is, after an evaluation, the state at its time: on data that are all 0, where states are multiples of sigma."""
+    sigma, state, found = tableau.nodes.sigma, tableau.start(tableau.nodes.sigma[:1].clone()), []
+    for i, row in enumerate(tableau.rows(sigma)):
+        state = advance(row, state, torch.zeros_like(state.x))
+        found.append(state.anchor is not None and bool(torch.isclose(state.anchor, sigma[i], rtol=1e-6, atol=0)))
+    return found
+
+
+def generate_trajectories(
+    model: Model,
+    grid: TimeGrid,
+    config: TrajectoryConfig,
+    folder: str | Path,
+    *,
+    device: torch.device | None = None,
+    command: str = "",
+    observe: Callable[[int, str], None] | None = None,
+) -> Trajectories | None:
+    """Solve the sampling ODE from seeded noise and keep the states at the times of ``grid``; None in all processes but the first.
+
+    Each batch is a file of its own, so a killed run continues and ends with the same numbers, a finished folder is only read, and more
+    trajectories can be added to one whose last shard is whole. The processes of ``torchrun`` share the batches. The card has
+    ``teacher_error``: over the first batch, the RMSE at the last time between the trajectories and those on half the steps.
+
+    Args:
+        grid: the kept times ``[T]``, from the noise at ``t_max`` to the last.
+        device: where to compute, and where the model is moved.
+        command: for the card.
+        observe: called with the number of trajectories done and a note.
+
+    Raises:
+        ModelError: no such label or guidance, or an output that is not finite (where).
+        ArtifactError: the folder cannot be written, or holds trajectories of another request.
+    """
+    folder, device, (rank, world) = Path(folder), device or torch.device("cpu"), process()
+    check_writable(folder)
+    teacher = TrajectorySolver(model.to(device).guided(config.guidance), make_solver(config.solver), grid, config.nfe)
+    about = {name: value for name, value in asdict(config).items() if name != "num"} | {
+        "nfe": teacher.tableau.nodes.evaluations,
+        "guidance": float(config.guidance),
+        "times": grid.t.tolist(),
+        "shape": list(model.shape),
+        "classes": model.classes,
+        "schedule": model.denoiser.schedule.to_config(),
+        "model": model.fingerprint,
+    }
+    about["identity"] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    wanted, done, observe = config.shards(folder), 0, observe or (lambda done, note: None)
+    model.labels([config.seed], config.label)  # an unknown label is said before anything else
+    present = _survey(folder, about["identity"], wanted)
+    for number, (path, seeds) in list(enumerate(wanted.items()))[rank::world]:
+        if path not in present:
+            labels = model.labels(seeds, config.label)
+            x, cond = start_noise(teacher.tableau.nodes, seeds, model.shape).to(device), None if labels is None else labels.to(device)
+            states = teacher.run(x, cond, lambda level, done=done: observe(done, f"noise level {level:.3g}"))
+            error = {} if number else teacher.error(x, cond, states)
+            _write_shard(path, about["identity"], seeds, states.to(DTYPES[config.dtype]), labels, error)
+        done = seeds[-1] + 1 - config.seed
+        observe(done, f"shard {number + 1} of {len(wanted)}")
+    wait_for_all()
+    return None if rank else _finish(folder, about, wanted, {"of": model.name}, {"command": command})
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(b"".join(tensors[name].view(torch.uint8).numpy().tobytes() for name in sorted(tensors))).hexdigest()
+
+
+def _write_shard(path: Path, identity: str, seeds: range, states: Tensor, labels: Tensor | None, error: dict[str, float | None]) -> None:
+    if not bool(torch.isfinite(states).all()):
+        raise FewstepError(f"the states do not fit in {states.dtype}, or are not finite: store them as float32 or bfloat16")
+    tensors = {"x": states.contiguous()} | ({} if labels is None else {"labels": labels})
+    about = {"identity": identity, "first": seeds[0], "count": len(seeds), "sha256": _digest(tensors), "error": error}
+    write_whole(path, save_tensors(tensors, {"about": json.dumps(about)}))
+
+
+def _read_shard(path: Path, identity: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a shard says of itself, and its tensors, mapped rather than read."""
+    if not path.exists():
+        raise ArtifactError(f"{path} is missing: run the same command again")
+    try:
+        with safe_open(path, "pt") as file:
+            about, tensors = json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        theirs = about["identity"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): {AGAIN}") from error
+    if theirs != identity:
+        raise ArtifactError(f"{path} is of another teacher or request (solver, times, seed, ...): {AGAIN}, or use another folder")
+    return about, tensors
+
+
+def _survey(folder: Path, identity: str, wanted: dict[Path, range]) -> set[Path]:
+    """The shards that are there already; each must be one of those wanted."""
+    found = set(folder.glob("shard-*.safetensors"))
+    for path in sorted(found):
+        about, _ = _read_shard(path, identity)
+        first, count, seeds = about["first"], about["count"], wanted.get(path, range(0))
+        if (first, count) != (seeds.start, len(seeds)):
+            raise ArtifactError(
+                f"{path} holds {count} trajectories from seed {first}, not {len(seeds)}: ask for as many or more, or {AGAIN}"
+            )
+    return found
+
+
+def _finish(folder: Path, about: dict[str, Any], wanted: dict[Path, range], of: dict[str, str], by: dict[str, str]) -> Trajectories:
+    """The card, and the manifest last of all."""
+    shards = {path.name: _read_shard(path, about["identity"])[0] for path in wanted}
+    listed = [{"file": name, "count": shard["count"], "sha256": shard["sha256"]} for name, shard in shards.items()]
+    card = {**of, "solver": about["solver"], "nfe": about["nfe"], **next(iter(shards.values()))["error"], **by}
+    num = sum(map(len, wanted.values()))
+    whole = {"format": FORMAT, "version": VERSION, "num": num, **about, "shards": listed, "card": card}
+    facts = [f"- {key}: {value}" for key, value in {"guidance": about["guidance"], **card}.items()]
+    readme = [f"# {num} fewstep teacher trajectories at {len(about['times'])} times", "", *facts]
+    readme += ["", "Read them with `fewstep.learn.teacher.trajectories.Trajectories.load`.", ""]
+    write_whole(folder / "README.md", "\n".join(readme).encode())
+    write_whole(folder / "manifest.json", (json.dumps(whole, indent=1) + "\n").encode())
+    return Trajectories.load(folder)
+
+
+class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
+    """A folder of trajectories: the states ``x [T, *D]`` of each at the times ``t [T]``, from the noise of its seed to the last.
+
+    ``shape`` is ``*D``; ``model`` (its fingerprint), ``schedule`` and ``guidance`` are the teacher's; ``card`` says how they were made.
+    Shards are mapped, not read, so memory does not grow with them; each is checked when it is first used.
+    """
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self.folder, self.num, self.identity, self.shards = folder, int(meta["num"]), str(meta["identity"]), list(meta["shards"])
+        self.t, self.shape = TimeGrid(torch.tensor(meta["times"], dtype=torch.float64)).t, tuple(meta["shape"])
+        self.schedule, self.model, self.guidance = schedule_from_config(meta["schedule"]), str(meta["model"]), float(meta["guidance"])
+        self.classes, self.card, self.first, self.batch = meta["classes"], dict(meta["card"]), int(meta["seed"]), int(meta["batch"])
+        if sum(shard["count"] for shard in self.shards) != self.num or len(self.shards) != -(-self.num // self.batch):
+            raise ValueError(f"its shards do not hold {self.num} trajectories")
+        self._nodes, self._open = Nodes.at(self.schedule, self.t), dict[int, dict[str, Tensor]]()
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Trajectories:
+        """Read the manifest of a folder that `generate_trajectories` has finished.
+
+        Raises:
+            ArtifactError: it is missing, unfinished, damaged or of another version.
+        """
+        path = Path(folder) / "manifest.json"
+        if not path.exists() and any(Path(folder).glob("shard-*.safetensors")):
+            raise ArtifactError(f"{folder} holds unfinished trajectories: run the same command again, it continues")
+        meta = read_json(path)
+        theirs = (meta.get("format"), meta.get("version"))
+        if theirs != (FORMAT, VERSION):
+            raise ArtifactError(f"{path} is {theirs[0]!r} version {theirs[1]!r}; this fewstep reads {FORMAT!r} version {VERSION}")
+        try:
+            return cls(Path(folder), meta)
+        except (KeyError, TypeError, ValueError, FewstepError) as error:
+            raise ArtifactError(f"{path} is damaged ({error!r}): {AGAIN}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """``x [T, *D]`` float32, ``seed``, and ``label`` if the model takes any."""
+        x, seeds, labels = self.states([index]), self.seeds([index]), self.labels([index])
+        return {"x": x[0], "seed": int(seeds[0])} | ({} if labels is None else {"label": int(labels[0])})
+
+    def states(self, index: Sequence[int] | Tensor | slice, at: Sequence[int] | None = None) -> Tensor:
+        """Trajectories ``[n, T, *D]``, float32, in the order asked for; an `ArtifactError` names a shard that cannot be used.
+
+        ``at`` picks some of the ``T`` times, by their places; no others are read.
+        """
+        places, seeds = self._places(index), self.seeds(index)
+        if at is not None:
+            times = [range(len(self.t))[k] for k in at]  # counted from the end if negative
+            return torch.stack(
+                [self._gather("x", places, torch.float32, k - 1) if k else start_noise(self._nodes, seeds, self.shape) for k in times], 1
+            )
+        return torch.cat([start_noise(self._nodes, seeds, self.shape)[:, None], self._gather("x", places, torch.float32)], 1)
+
+    def seeds(self, index: Sequence[int] | Tensor | slice) -> Tensor:
+        return torch.tensor(self._places(index), dtype=torch.int64) + self.first
+
+    def labels(self, index: Sequence[int] | Tensor | slice) -> Tensor | None:
+        """``[n]``, or None if the model takes no labels."""
+        return None if self.classes is None else self._gather("labels", self._places(index), torch.int64)
+
+    def check(self, *, model: str, schedule: NoiseSchedule, shape: Sequence[int], guidance: float) -> None:
+        """An `ArtifactError` that names both sides, unless the trajectories are those of this model (by fingerprint) and so on."""
+        ours = {"model": self.model, "guidance": self.guidance, "sample shape": self.shape, "schedule": self.schedule.to_config()}
+        theirs = {"model": model, "guidance": guidance, "sample shape": tuple(shape), "schedule": schedule.to_config()}
+        for what, mine in ours.items():
+            if mine != theirs[what]:
+                one, two = (json.dumps(side)[:200] for side in (mine, theirs[what]))
+                raise ArtifactError(f"{self.folder} has trajectories of {what} {one}, but they are used with {what} {two}: make them again")
+
+    def _places(self, index: Sequence[int] | Tensor | slice) -> list[int]:
+        if isinstance(index, Tensor):
+            index = (index.nonzero().flatten() if index.dtype == torch.bool else index).tolist()
+        places = range(self.num)
+        return list(places[index]) if isinstance(index, slice) else [places[i] for i in index]
+
+    def _gather(self, name: str, places: list[int], dtype: torch.dtype, time: int | None = None) -> Tensor:
+        """Rows of a tensor that is cut into shards, whole or at one of the stored times."""
+        rows: dict[int, list[int]] = {}  # of the result, by shard
+        for row, place in enumerate(places):
+            rows.setdefault(place // self.batch, []).append(row)
+        times = (len(self.t) - 1,) if time is None else ()
+        result = torch.empty(len(places), *((*times, *self.shape) if name == "x" else ()), dtype=dtype)
+        for number, mine in rows.items():
+            stored = self._shard(number)[name]
+            result[mine] = (stored if time is None else stored[:, time])[[places[row] % self.batch for row in mine]].to(dtype)
+        return result
+
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        if number not in self._open:
+            listed = self.shards[number]
+            path = self.folder / listed["file"]
+            _, tensors = _read_shard(path, self.identity)
+            if _digest(tensors) != listed["sha256"] or tensors["x"].shape != (listed["count"], len(self.t) - 1, *self.shape):
+                raise ArtifactError(f"{path} is damaged: its checksum is not the one in manifest.json; {AGAIN}")
+            self._open[number] = tensors
+        return self._open[number]

@@ -1,0 +1,232 @@
+"""Trained models from folders: ours (``fewstep.json``) and diffusers' (a ``UNet2DModel`` with a scheduler). Never a pickle.
+
+A folder of ours is of version 1 (a ``UNet2DModel`` with EDM preconditioning) or 2 (which says all that a `Model` is, see `describe`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewstep.core.prediction import Prediction, prediction
+from fewstep.core.schedule import NoiseSchedule, schedule_from_config
+from fewstep.models.denoiser import AdaptedDenoiser, edm_time, image_size, unet_call
+from fewstep.models.formats.diffusers_law import noise_law
+from fewstep.models.model import FITTED, Model, NetworkTime
+from fewstep.models.networks.operator import OperatorDenoiser, OperatorStudent
+from fewstep.models.networks.unets import NETWORKS, build_network
+from fewstep.runtime.artifact import read_json, write_whole
+from fewstep.runtime.errors import ArtifactError, ModelError
+
+__all__ = ["FITTED", "Model", "NetworkTime", "described", "load_folder", "read_tensors", "save_described", "save_like", "save_ours"]
+
+WEIGHTS = "unet/model.safetensors"
+
+
+def load_folder(source: str | Path) -> Model:
+    """A model from a folder with ``unet/`` and either ``fewstep.json`` (as `fewstep train` writes) or a diffusers ``scheduler/``.
+
+    A name like ``owner/repository`` that is no folder is fetched from the hub by diffusers.
+
+    Raises:
+        ModelError: no model there, unreadable weights, or a scheduler or prediction type that is not known.
+    """
+    path = Path(source)
+    model = _load_network(path, source)
+    return _as_operator(model, path) if (path / "operator.json").is_file() else model
+
+
+def _as_operator(model: Model, path: Path) -> Model:
+    """The operator student around a network that was read already."""
+    student = OperatorStudent.load(path, model.adapted)
+    return replace(model, denoiser=OperatorDenoiser(student), null_label=None)  # the guidance is in the weights
+
+
+def _load_network(path: Path, source: str | Path) -> Model:
+    if (path / "fewstep.json").is_file():
+        return _load_ours(path)
+    if not path.exists() and (str(source).count("/") != 1 or str(source).startswith((".", "/"))):
+        raise ModelError(f"no model at {source}: name a bundled model (see 'fewstep models') or a folder with unet/ and scheduler/")
+    return _load_diffusers(str(source))
+
+
+def _load_ours(path: Path) -> Model:
+    meta = read_json(path / "fewstep.json")
+    if meta.get("format") != "fewstep-model" or meta.get("version") not in (1, 2):
+        raise ModelError(
+            f"{path / 'fewstep.json'} is {meta.get('format')!r} version {meta.get('version')!r}, not 'fewstep-model' version 1 or 2"
+        )
+    if meta["version"] == 2:
+        return replace(described(meta, read_tensors(path / WEIGHTS)[1], path.name, path / "fewstep.json"), folder=path)
+    try:
+        if not str(meta["prediction"]).startswith("edm("):
+            raise ModelError(f"{path / 'fewstep.json'} has prediction {meta['prediction']!r}; version 1 holds edm(sigma_data) models only")
+        denoiser = AdaptedDenoiser(_unet(str(path)), schedule_from_config(meta["schedule"]), meta["prediction"], edm_time, unet_call)
+        return Model(path.name, denoiser, tuple(meta["shape"]), meta["null_label"], meta["null_label"], folder=path)
+    except KeyError as error:
+        raise ModelError(f"{path / 'fewstep.json'} lacks {error}") from error
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """All that a model is beside its weights, JSON-able; `described` reads it back.
+
+    Raises:
+        ModelError: its network, or its network's time, is none that can be written down.
+    """
+    denoiser = model.adapted
+    network, time = denoiser.network, denoiser.time
+    times = {edm_time: NetworkTime("log", 0.25), AdaptedDenoiser.time: NetworkTime()}
+    time = time if isinstance(time, NetworkTime) else times.get(time)
+    config = getattr(network, "options", None) if type(network).__name__ in NETWORKS else getattr(network, "config", None)
+    if time is None or config is None:
+        raise ModelError(f"{model.name} cannot be written down: its {'time' if time is None else 'network'} is a function of your own")
+    return {
+        "format": "fewstep-model",
+        "version": 2,
+        "network": {"class": type(network).__name__, "options": {key: value for key, value in config.items() if not key.startswith("_")}},
+        "prediction": prediction(denoiser.prediction).name,
+        "schedule": denoiser.schedule.to_config(),
+        "time": {"form": time.form, "scale": time.scale, "factor": time.factor},
+        **{key: getattr(model, key) for key in ("shape", "classes", "null_label")},
+    }
+
+
+def described(meta: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, where: Path) -> Model:
+    """The model of a description and its weights.
+
+    Raises:
+        ModelError: the description (that lies at ``where``) lacks something, or the weights do not fit it.
+    """
+    try:
+        network = build_network(str(meta["network"]["class"]), meta["network"]["options"], weights)
+        schedule = schedule_from_config(meta["schedule"])
+        time = NetworkTime(**meta["time"], schedule=schedule if meta["time"]["form"] == "sigma" else None)
+        call = None if type(network).__name__ in NETWORKS else unet_call
+        denoiser = AdaptedDenoiser(network, schedule, str(meta["prediction"]), time, call)
+        return Model(name, denoiser, tuple(meta["shape"]), meta["classes"], meta["null_label"])
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{where} does not describe a model: {error!r}; make it again") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a safetensors file.
+
+    Raises:
+        ModelError: it is not there, or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read {path} as safetensors: {error}; fetch or make it again") from error
+
+
+def save_described(model: Model, path: Path, network: Any = None) -> None:  # noqa: ANN401
+    """Write a model as a folder of version 2, or as one file where ``path`` ends in ``.safetensors``; each file whole or not at all.
+
+    Raises:
+        ModelError: see `describe`.
+        ArtifactError: it cannot be written.
+    """
+    meta, single = json.dumps(describe(model)), path.suffix == ".safetensors"
+    network = model.adapted.network if network is None else network
+    weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    header = {"format": "pt", **({"fewstep": meta} if single else {})}
+    write_whole(path if single else path / WEIGHTS, lambda target: save_file(weights, target, header))
+    if not single:
+        write_whole(path / "fewstep.json", (json.dumps(json.loads(meta), indent=1) + "\n").encode())
+
+
+def save_ours(
+    folder: Path,
+    network: Any,  # noqa: ANN401 - a diffusers network
+    kind: str | Prediction,
+    schedule: NoiseSchedule,
+    shape: Sequence[int],
+    null_label: int | None,
+) -> None:
+    """Write ``unet/`` and ``fewstep.json``, as `load_folder` reads them."""
+    meta = {
+        "format": "fewstep-model",
+        "version": 1,
+        "prediction": prediction(kind).name,
+        "schedule": schedule.to_config(),
+        "shape": list(shape),
+        "null_label": null_label,
+    }
+    _save_network(network, folder)
+    write_whole(folder / "fewstep.json", (json.dumps(meta, indent=1) + "\n").encode())
+
+
+def _save_network(network: Any, folder: Path) -> None:  # noqa: ANN401 - a diffusers network
+    try:
+        network.save_pretrained(folder / "unet")
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot write {folder / 'unet'}: {error}; make room and run the same command again") from error
+
+
+def save_like(model: Model, network: Any, folder: Path) -> None:  # noqa: ANN401 - a diffusers network
+    """Write another network of the same kind as ``model``'s, in the form of the model's own folder.
+
+    Raises:
+        ModelError: the model was not loaded from a folder, or is an operator student.
+    """
+    _ = model.adapted
+    if model.folder is None:
+        raise ModelError(f"{model.name} was not loaded from a folder: save it to one first")
+    if isinstance(model.denoiser.network, tuple(NETWORKS.values())):
+        save_described(model, folder, network)
+        return
+    if (model.folder / "fewstep.json").exists():
+        save_ours(folder, network, model.denoiser.prediction, model.denoiser.schedule, model.shape, model.null_label)
+        return
+    _save_network(network, folder)
+    for file in ("scheduler/scheduler_config.json", "model_index.json"):
+        if (model.folder / file).exists():
+            write_whole(folder / file, (model.folder / file).read_bytes())
+
+
+def _load_diffusers(source: str) -> Model:
+    network = _unet(source)
+    config = _scheduler_config(source)
+    try:
+        law = noise_law(config)
+        denoiser = AdaptedDenoiser(network, law.schedule, law.prediction, law.time, unet_call)
+    except (KeyError, TypeError, ValueError, NotImplementedError) as error:
+        raise ModelError(f"{source}/scheduler/scheduler_config.json does not describe a noise schedule: {error!r}") from error
+    if network.config.sample_size is None:
+        raise ModelError(f"{source}/unet/config.json has no sample_size: write the height and width of the images there")
+    shape = (network.config.in_channels, *image_size(network))
+    folder = Path(source) if Path(source).is_dir() else None
+    return Model(Path(source).name, denoiser, shape, network.config.num_class_embeds, folder=folder)
+
+
+def _unet(source: str) -> Any:  # noqa: ANN401
+    try:
+        from diffusers.models.unets.unet_2d import UNet2DModel
+    except ImportError as error:
+        raise ModelError(f"{source} needs diffusers: pip install 'fewstep[diffusers]'") from error
+    try:
+        network = UNet2DModel.from_pretrained(source, subfolder="unet", use_safetensors=True, low_cpu_mem_usage=False)
+    except Exception as error:  # diffusers raises OSError, ValueError, SafetensorError and hub errors for an unreadable folder
+        raise ModelError(f"cannot load {source}/unet as a UNet2DModel: {str(error).splitlines()[0]}") from error
+    return network.eval().requires_grad_(False)
+
+
+def _scheduler_config(source: str) -> dict[str, Any]:
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    try:
+        config: Any = DDPMScheduler.load_config(source, subfolder="scheduler")
+        return dict(config)
+    except Exception as error:
+        raise ModelError(f"cannot read {source}/scheduler/scheduler_config.json: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,1 @@
+"""Network architectures that this library has to know."""

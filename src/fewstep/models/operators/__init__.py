@@ -1,1 +1,0 @@
-"""Neural operators: networks that map a start to the whole solution trajectory."""

@@ -1,0 +1,1 @@
+"""Files, processes and resumable work: everything that is not mathematics."""

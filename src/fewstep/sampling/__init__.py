@@ -1,0 +1,1 @@
+"""The sampling loop, the samplers it runs, and the noise it starts from."""

@@ -1,0 +1,79 @@
+"""The `GridTable` artifact: optimised time grids of one solver on one model, by number of evaluations."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fewstep.core.grid import TimeGrid
+from fewstep.core.schedule import NoiseSchedule, schedule_from_config
+from fewstep.runtime.artifact import read_json, write_whole
+from fewstep.runtime.errors import ArtifactError, GridError, ModelError
+
+__all__ = ["GridTable"]
+
+FORMAT, VERSION = "fewstep-grids", 1
+
+
+@dataclass(frozen=True, eq=False)
+class GridTable:
+    """``grids[nfe]`` for the solver named ``solver`` on the model with this fingerprint, at one guidance scale."""
+
+    solver: str
+    model: str
+    guidance: float
+    schedule: NoiseSchedule
+    grids: Mapping[int, TimeGrid]
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    def grid(self, nfe: int) -> TimeGrid:
+        """The grid for ``nfe`` evaluations; between two numbers that the table has, the nearer one's stretched to as many steps.
+
+        Raises:
+            GridError: there is none; the message names those that exist.
+        """
+        if nfe in self.grids:
+            return self.grids[nfe]
+        if min(self.grids) < nfe < max(self.grids):
+            nearest = min(self.grids, key=lambda n: abs(math.log(n / nfe)))
+            if self.grids[nearest].steps == nearest:  # one evaluation a step
+                return self.grids[nearest].stretched(self.schedule, nfe)
+        known = ", ".join(map(str, sorted(self.grids)))
+        raise GridError(f"no optimized grid of {nfe} evaluations for {self.solver} here, only of {known}: run fewstep optimize")
+
+    def save(self, folder: Path) -> Path:
+        """Write ``grids.json``, whole or not at all."""
+        meta = {
+            "format": FORMAT,
+            "version": VERSION,
+            "solver": self.solver,
+            "model": self.model,
+            "guidance": self.guidance,
+            "schedule": self.schedule.to_config(),
+            "times": {str(nfe): self.grids[nfe].t.tolist() for nfe in sorted(self.grids)},
+            "card": dict(self.card),
+        }
+        write_whole(folder / "grids.json", (json.dumps(meta, indent=1) + "\n").encode())
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path) -> GridTable:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: missing, damaged, or of another version.
+        """
+        path = folder / "grids.json"
+        meta = read_json(path)
+        if meta.get("format") != FORMAT or meta.get("version") != VERSION:
+            raise ArtifactError(f"{path} is {meta.get('format')!r} version {meta.get('version')!r}, not {FORMAT!r} version {VERSION}")
+        try:
+            grids = {int(nfe): TimeGrid(times) for nfe, times in meta["times"].items()}
+            schedule = schedule_from_config(meta["schedule"])
+            return cls(str(meta["solver"]), str(meta["model"]), float(meta["guidance"]), schedule, grids, dict(meta["card"]))
+        except (KeyError, TypeError, ValueError, AttributeError, GridError, ModelError) as error:
+            raise ArtifactError(f"{path} is damaged ({error!r}): fetch or make it again") from error

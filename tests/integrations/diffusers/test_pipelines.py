@@ -1,0 +1,395 @@
+"""Whole pipelines of diffusers: with a `FewstepScheduler` they give what `fewstep.sample` gives of `fewstep.from_pipeline`."""
+
+import threading
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import transformers
+from tests.apps.conftest import run as command
+from tests.integrations.diffusers import tiny_pipelines
+
+import fewstep
+from fewstep import AdaptedDenoiser, CalibrationConfig, FitConfig, ModelError, OptimizeConfig, from_pipeline, load_model, make_solver
+from fewstep.apps import cli
+from fewstep.core.tableau import tabulate
+from fewstep.evaluate.benchmark import run as benchmark
+from fewstep.integrations.diffusers import FewstepScheduler
+from fewstep.integrations.diffusers.pipelines import is_pipeline, load_pipeline, read_prompts
+from fewstep.models.formats.diffusers_law import noise_law
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # forward mode of some PyTorch releases says so
+    pytest.mark.filterwarnings("ignore:.*upcast_vae:FutureWarning"),  # diffusers' own SDXL calls what it has deprecated
+]
+SAME = 1e-5  # of the spread of the latents: float32 networks on batches put together in another order
+PROMPTS = ["a red cat", "a blue square on the moon"]
+PICTURES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+NAMES = [name for name in tiny_pipelines.MAKERS if name != "sd-inpaint"]
+FLOWS = ("sd3", "flux")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a pipeline by its name, made once."""
+    root, made = tmp_path_factory.mktemp("pipelines"), {}
+
+    def of(name):
+        if name not in made:
+            made[name] = tiny_pipelines.make(name, root)
+        return made[name]
+
+    return of
+
+
+def loaded(place, **options):
+    """A pipeline whose scheduler is ours; in the v prediction, so that latents of random networks stay of size 1."""
+    dtype = options.pop("dtype", torch.float32)
+    pipe = tiny_pipelines.load(place).to(dtype)
+    if place.name not in FLOWS:
+        options["prediction_type"] = "v_prediction"
+    pipe.scheduler = FewstepScheduler.from_config(pipe.scheduler.config, **options)
+    return pipe
+
+
+def model_of(pipe, name, guidance=5.0):
+    if name == "dit":
+        return from_pipeline(pipe, guidance_scale=guidance)
+    extra = {"height": 16, "width": 16} if name == "flux" else {"control_image": PICTURES[:1]} if name == "sd-controlnet" else {}
+    return from_pipeline(pipe, PROMPTS, guidance_scale=1.0 if name == "flux" else guidance, **extra)
+
+
+def noise(shape, seed=0):
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def latents_of(pipe, name, start, steps=5, guidance=5.0, **more):
+    """What the loop of a pipeline ends with."""
+    ask = {"num_inference_steps": steps, "output_type": "latent", **more}
+    if name == "dit":  # has no latents of its own in its call: they are those of a generator, and are seen by its scheduler
+        seen, step = [], pipe.scheduler.step
+        pipe.scheduler.step = lambda *args, **kwargs: seen.append(step(*args, **kwargs)) or seen[-1]
+        try:
+            pipe(
+                class_labels=[0, 1],
+                guidance_scale=guidance,
+                generator=torch.Generator().manual_seed(0),
+                output_type="pt",
+                num_inference_steps=steps,
+            )
+        finally:
+            del pipe.scheduler.step
+        return seen[-1].prev_sample[:2]
+    if name == "sd-controlnet":
+        ask["image"] = PICTURES[:1].expand(2, -1, -1, -1)
+    ask |= {"height": 16, "width": 16} if name == "flux" else {"guidance_scale": guidance}
+    return pipe(prompt=PROMPTS, latents=start.to(pipe.dtype).clone(), **ask).images
+
+
+def distance(one, two):
+    return float((one.float() - two.float()).abs().max() / two.float().std())
+
+
+# -- the same latents -----------------------------------------------------------------------------------------------------------------
+
+
+SAMPLED = [("unipc-3", None), ("heun", "uniform"), ("dpm-solver-pp-2m", "angle"), ("dpm-solver-2s", None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "solver", "grid"),
+    [
+        pytest.param(name, *how, marks=[pytest.mark.slow] if how in SAMPLED[2:] and name not in ("sd", "flux") else [])
+        for name in NAMES
+        for how in SAMPLED
+    ],
+)
+def test_latents_are_those_of_sample(name, solver, grid, folder):
+    pipe = loaded(folder(name), solver=solver, grid=grid)
+    model = model_of(pipe, name)
+    start = noise(model.shape)
+    ours = latents_of(pipe, name, start)
+    with torch.no_grad():
+        expected = fewstep.sample(model, pipe.scheduler._tableau, start, cond=torch.tensor([0, 1]))
+    assert bool(expected.isfinite().all()) and distance(ours, expected) < SAME
+    assert distance(latents_of(pipe, name, start), ours) == 0  # again
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16(name, folder):
+    """The network rounds, the state does not: not much further from float32 than the network's own answers are."""
+    pipe = loaded(folder(name), dtype=torch.bfloat16)
+    model = model_of(pipe, name, guidance=1.5)
+    start = noise(model.shape).bfloat16()
+    x0 = model(start.float(), torch.tensor(pipe.scheduler._law.schedule.t_max, dtype=torch.float64), torch.tensor([0, 1]))
+    assert x0.dtype == torch.float32
+    half, full = latents_of(pipe, name, start, guidance=1.5), latents_of(loaded(folder(name)), name, start.float(), guidance=1.5)
+    assert half.dtype == torch.bfloat16 and bool(half.isfinite().all()) and distance(half, full) < 0.3
+    assert torch.equal(latents_of(pipe, name, start, guidance=1.5), half)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "dit"])  # which has no callbacks
+def test_callbacks_that_edit_latents(name, folder):
+    def edit(how):
+        def callback(pipe, i, t, tensors):
+            if i == 2:
+                tensors["latents"] = tensors["latents"].mul_(0.5) if how == "in place" else 0.5 * tensors["latents"]
+            return tensors
+
+        return callback
+
+    pipe = loaded(folder(name), solver="dpm-solver-pp-2m")
+    start = noise(model_of(pipe, name).shape)
+    plain = latents_of(pipe, name, start)
+    replaced, written = (latents_of(pipe, name, start, callback_on_step_end=edit(how)) for how in ("replace", "in place"))
+    assert torch.equal(replaced, written) and distance(replaced, plain) > 0.01
+    assert torch.equal(latents_of(pipe, name, start), plain)
+
+
+def test_pipelines_inside_and_beside_each_other(folder):
+    """One in the callback of another, with a scheduler of its own; and both in threads."""
+    pipes = [loaded(folder("sd"), solver="unipc-3"), loaded(folder("sdxl"), solver="unipc-3")]
+    starts = [noise((4, 8, 8), seed) for seed in (1, 2)]
+    alone = [latents_of(pipe, "", start) for pipe, start in zip(pipes, starts, strict=True)]
+    within = []
+
+    def callback(pipe, i, t, tensors):
+        within.append(latents_of(pipes[1], "", starts[1]))
+        return tensors
+
+    assert torch.equal(latents_of(pipes[0], "", starts[0], callback_on_step_end=callback), alone[0])
+    assert all(torch.equal(x, alone[1]) for x in within) and len(within) == 5
+    ends = {}
+    threads = [threading.Thread(target=lambda k=k: ends.update({k: latents_of(pipes[k], "", starts[k])})) for k in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(ends[0], alone[0]) and torch.equal(ends[1], alone[1])
+
+
+def test_unconditional():
+    model = load_model("digits-ddpm")
+    pipe = load_pipeline(str(model.folder))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = FewstepScheduler.from_config(pipe.scheduler.config, solver="unipc-3", grid="angle")
+    ours = pipe(batch_size=2, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="np").images
+    plain = from_pipeline(pipe)
+    with torch.no_grad():
+        expected = fewstep.sample(plain, pipe.scheduler._tableau, noise(plain.shape))
+    torch.testing.assert_close(torch.as_tensor(ours), (expected / 2 + 0.5).clamp(0, 1).movedim(1, -1), rtol=0, atol=1e-5)
+    assert plain.classes is None and plain.shape == model.shape
+
+
+@pytest.mark.parametrize("solver", ["unipc-3", "heun", "dpm-solver-pp-2m"])
+def test_image_to_image_is_the_solver_on_the_rest_of_the_grid(solver, folder):
+    pipe = loaded(folder("sd"), solver=solver)
+    model = model_of(pipe, "sd")
+    variation, started = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False), []
+    variation.set_progress_bar_config(disable=True)
+    add = pipe.scheduler.add_noise
+    pipe.scheduler.add_noise = lambda *args: started.append(add(*args)) or started[-1]
+    ask = {"image": PICTURES, "strength": 0.6, "num_inference_steps": 10, "guidance_scale": 5.0, "output_type": "latent"}
+    ours, again = (variation(prompt=PROMPTS, **ask, generator=torch.Generator().manual_seed(0)).images for _ in range(2))
+    assert torch.equal(ours, again)
+    grid = fewstep.TimeGrid(pipe.scheduler._grid.t[-7:])  # six steps
+    tableau = tabulate(make_solver(solver), make_solver(solver).nodes(grid, model.schedule))
+    with torch.no_grad():
+        assert distance(ours, fewstep.sample(model, tableau, started[-1], cond=torch.tensor([0, 1]))) < SAME
+
+
+@pytest.mark.parametrize("solver", ["unipc-2", "dpm-solver-pp-2m"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inpainting_with_any_network(dtype, solver, folder):
+    pipe = loaded(folder("sd"), dtype=dtype, solver=solver)
+    painter = diffusers.StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
+    painter.set_progress_bar_config(disable=True)
+    mask = torch.zeros(2, 1, 16, 16)
+    mask[..., 8:] = 1
+    ask = {"image": PICTURES, "mask_image": mask, "num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "latent"}
+    ends = [painter(prompt=PROMPTS, **ask, strength=1.0, generator=torch.Generator().manual_seed(0)).images for _ in range(2)]
+    assert torch.equal(*ends) and bool(ends[0].isfinite().all()) and ends[0].dtype == dtype
+    other = painter(prompt=PROMPTS[::-1], **ask, strength=1.0, generator=torch.Generator().manual_seed(0)).images
+    assert torch.equal(other[..., :4], ends[0][..., :4]) and not torch.equal(other[..., 4:], ends[0][..., 4:])  # known, painted
+
+
+def test_inpainting_networks_want_a_hand_made_denoiser(folder):
+    pipe = loaded(folder("sd-inpaint"), solver="unipc-3")
+    with pytest.raises(ModelError, match="takes 9 channels, of which 4 are the state .*AdaptedDenoiser"):
+        from_pipeline(pipe, PROMPTS)
+    mask, calls = torch.zeros(2, 1, 16, 16), []
+    mask[..., 8:] = 1
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda net, args, kwargs: calls.append((args[0], kwargs["encoder_hidden_states"])), with_kwargs=True
+    )
+    start = noise((4, 8, 8))
+    ours = latents_of(pipe, "", start, image=PICTURES, mask_image=mask, strength=1.0)
+    hook.remove()
+    others, embeds = calls[0][0][:, 4:], calls[0][1]
+
+    def network(x, time):
+        output = pipe.unet(torch.cat([torch.cat([x, x]), others], 1), time[:1], encoder_hidden_states=embeds).sample
+        null, wanted = output.chunk(2)
+        return null + 5.0 * (wanted - null)
+
+    law = noise_law(pipe.scheduler.config, to_clean=True)
+    with torch.no_grad():
+        expected = fewstep.sample(AdaptedDenoiser(network, law.schedule, law.prediction, law.time), pipe.scheduler._tableau, start)
+    assert distance(ours, expected) < SAME
+
+
+# -- from_pipeline --------------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_every_kind(folder, tmp_path):
+    pipe = loaded(folder("sd"))
+    one, several = from_pipeline(pipe, "a red cat"), from_pipeline(pipe, PROMPTS)
+    (tmp_path / "prompts.txt").write_text("\n  a red cat \n\n\ta blue square on the moon\n\n", encoding="utf-8")
+    file = from_pipeline(pipe, tmp_path / "prompts.txt")
+    assert one.prompts == ("a red cat",) and (one.classes, one.null_label) == (1, 1)
+    assert file.prompts == several.prompts == tuple(PROMPTS) and file.fingerprint == several.fingerprint != one.fingerprint
+    x, t = noise(one.shape), torch.tensor(500.0, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(several(x, t), several(x, t, torch.tensor([0, 1])))  # the prompts in turn
+        torch.testing.assert_close(one(x, t)[:1], several(x, t)[:1])
+    (tmp_path / "unicode.txt").write_text("der Mond über dem Fluß\n月の猫\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "unicode.txt") == ["der Mond über dem Fluß", "月の猫"]
+    many = from_pipeline(pipe, ["a red cat"] * 40)  # encoded in parts
+    with torch.no_grad():
+        torch.testing.assert_close(many(x, t, torch.tensor([0, 39])), one(x, t))
+
+
+def test_what_the_fingerprint_knows(folder):
+    pipe = loaded(folder("sd"))
+    first = from_pipeline(pipe, PROMPTS).fingerprint
+    assert first == from_pipeline(loaded(folder("sd")), PROMPTS).fingerprint
+    assert (
+        len({first, from_pipeline(pipe, PROMPTS[::-1]).fingerprint, from_pipeline(pipe, PROMPTS, negative_prompt="moon").fingerprint}) == 3
+    )
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.mul_(1.01)
+    assert from_pipeline(pipe, PROMPTS).fingerprint != first
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_negative_prompts_and_sizes(name, folder):
+    pipe = loaded(folder(name), solver="ddim")
+    model = from_pipeline(pipe, PROMPTS, negative_prompt="small circle", guidance_scale=3.0, height=24, width=16)
+    assert model.shape == (4, 12, 8)
+    start = noise(model.shape)
+    ours = latents_of(pipe, "", start, 2, 3.0, negative_prompt=["small circle"] * 2, height=24, width=16)
+    with torch.no_grad():
+        expected = fewstep.sample(model, pipe.scheduler._tableau, start)
+    assert distance(ours, expected) < SAME < 1e-3 < distance(latents_of(pipe, "", start, 2, 3.0, height=24, width=16), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_and_devices(name, folder):
+    model = model_of(loaded(folder(name)), name)
+    x = noise(model.shape).requires_grad_()
+    t = torch.tensor(0.5 if name in FLOWS else 500.0, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(model(x, t, torch.tensor([0, 1])).square().sum(), x)
+    assert bool(gradient.isfinite().all()) and float(gradient.abs().max()) > 0
+    assert not any(parameter.requires_grad for parameter in model.denoiser.network.parameters())
+    model.denoiser.network.to("meta")
+    assert {value.device.type for value in model.denoiser.network.state_dict().values()} == {"meta"}  # the conditions too
+
+
+def test_pipelines_that_are_not_known(folder, tmp_path):
+    sd, dit, flux = loaded(folder("sd")), loaded(folder("dit")), loaded(folder("flux"))
+    unconditional = load_pipeline(load_model("digits-ddpm").folder)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    for ask, message in (
+        (lambda: from_pipeline(sd), "needs prompts: pass one"),
+        (lambda: from_pipeline(flux), "needs prompts: pass one"),
+        (lambda: from_pipeline(sd, []), "needs prompts"),
+        (lambda: from_pipeline(dit, PROMPTS), "takes no prompts"),
+        (lambda: from_pipeline(unconditional, PROMPTS), "takes no prompts"),
+        (lambda: from_pipeline(unconditional, guidance_scale=2.0)(noise((1, 8, 8)), torch.tensor(5.0)), "cannot be guided"),
+        (lambda: from_pipeline(sd, tmp_path / "none.txt"), "cannot read the prompts in .*none.txt"),
+        (lambda: from_pipeline(sd, tmp_path / "empty.txt"), "has no prompts: write one on each line"),
+        (lambda: from_pipeline(sd, tmp_path / "binary.txt"), "it should be a text file"),
+        (lambda: from_pipeline(loaded(folder("sd-controlnet")), PROMPTS), "needs control_image"),
+        (lambda: from_pipeline(torch.nn.Linear(1, 1), PROMPTS), "a NoneType, is not known here"),
+        (lambda: load_pipeline(tmp_path), "model_index.json"),
+    ):
+        with pytest.raises(fewstep.FewstepError, match=message):
+            ask()
+    assert is_pipeline(folder("sd")) and not is_pipeline(load_model("digits-ddpm").folder) and not is_pipeline(tmp_path)
+    assert load_pipeline(folder("sd3")).text_encoder_3 is None
+
+
+# -- learning about a pipeline, and back ----------------------------------------------------------------------------------------------
+
+FIT = FitConfig(num=32, held_out=16, noises=16, window=16, levels=16, iterations=1, batch=32)
+
+
+@pytest.fixture
+def hurry(monkeypatch):
+    """A reference of fewer evaluations, and less work by those defaults that no option of the command line changes."""
+    from fewstep.sampling.reference import reference_sampler
+
+    monkeypatch.setattr(benchmark, "reference_sampler", lambda schedule, nfe=24: reference_sampler(schedule, 24))
+    monkeypatch.setattr(cli, "FitConfig", lambda *args, **kwargs: FitConfig(*args, **{**kwargs, "levels": 16, "noises": 16, "window": 16}))
+
+
+def brought_back(pipe, model, scheduler, steps=3):
+    """The pipeline with what was learnt gives what `sample` gives."""
+    pipe.scheduler, start = scheduler, noise(model.shape)
+    ours = latents_of(pipe, "", start, steps, 5.0)
+    with torch.no_grad():
+        expected = fewstep.sample(model, scheduler._tableau, start)
+    assert bool(ours.isfinite().all()) and distance(ours, expected) < 10 * SAME  # tables of betas in float32
+    return ours
+
+
+def test_calibrated_statistics_in_the_pipeline(folder, tmp_path):
+    pipe = loaded(folder("sd"))
+    model = model_of(pipe, "sd")
+    ems = fewstep.calibrate(model, CalibrationConfig(levels=6, num=4, batch=4, jvp="reverse"), tmp_path / "ems", guidance=5.0)
+    scheduler = FewstepScheduler.from_config(pipe.scheduler.config, solver="dpm-solver-v3", statistics=ems)
+    brought_back(pipe, model, scheduler)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_optimized_and_fitted_samplers_in_the_pipeline(name, folder, tmp_path, hurry):
+    pipe = loaded(folder(name))
+    model, config = model_of(pipe, name), pipe.scheduler.config
+    small = OptimizeConfig(levels=8, num=4, noises=4, held_out=4, iterations=1)
+    fewstep.optimize(model, {"unipc-2": make_solver("unipc-2")}, [3], small, tmp_path / "optimized", guidance=5.0)
+    one = brought_back(pipe, model, FewstepScheduler.from_sampler(tmp_path / "optimized" / "unipc-2", config))
+    fewstep.fit(model, [3], FIT, tmp_path / "fitted", guidance=5.0)
+    two = brought_back(pipe, model, FewstepScheduler.from_sampler(tmp_path / "fitted", config))
+    three = brought_back(pipe, model, FewstepScheduler.from_sampler(tmp_path / "fitted"))  # its card knows enough
+    assert distance(one, two) > 1e-3 and distance(two, three) < 10 * SAME
+
+
+@pytest.mark.slow
+def test_fit_from_the_command_line(folder, tmp_path, monkeypatch, capsys, hurry):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    place = folder("sd3")
+    options = ["--nfe", "3", "--num", "32", "--held-out", "16", "--iterations", "1", "--guidance", "5"]
+    words = ("fit", place, "--prompts", tmp_path / "prompts.txt", *options)
+    assert command(monkeypatch, *words, "--batch", 32, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "FewstepScheduler.from_sampler" in said and (tmp_path / "out" / "nfe-03" / "sampler.json").exists()
+    pipe = loaded(place)
+    brought_back(pipe, model_of(pipe, "sd3"), FewstepScheduler.from_sampler(tmp_path / "out", pipe.scheduler.config))
+    for wrong, message in (
+        (("fit", place, "--nfe", 3), "needs prompts"),
+        (("fit", load_model("digits-ddpm").folder, "--prompts", tmp_path / "prompts.txt"), "leave --prompts out"),
+        (("fit", place, "--prompts", Path("nowhere.txt")), "cannot read the prompts"),
+    ):
+        assert command(monkeypatch, *wrong, "--out", tmp_path / "no") == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "no").exists()

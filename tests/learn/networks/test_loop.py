@@ -1,0 +1,166 @@
+"""The training loop: it learns, resumes exactly after a kill, and leaves nothing half-written."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep import ArtifactError, FewstepError
+from fewstep.learn.networks.loop import LoopConfig, forget_checkpoint, run_loop
+
+CONFIG = LoopConfig(steps=30, batch=8, lr=0.05, warmup=5, checkpoint_every=10, ema=0.9)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 1))
+
+
+def loss(net: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
+    x = torch.randn(batch, 2, generator=generator)
+    return (net(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+class KilledError(Exception):
+    """Stands for a kill signal."""
+
+
+def killed_at(step: int):
+    calls = 0
+
+    def mortal(net: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > step:
+            raise KilledError
+        return loss(net, batch, generator)
+
+    return mortal
+
+
+def test_killed_and_resumed_ends_where_uninterrupted_does(tmp_path: Path) -> None:
+    seen: list[tuple[int, float]] = []
+    whole = run_loop(network(), loss, CONFIG, tmp_path / "whole", observe=lambda step, value: seen.append((step, value)))
+    with pytest.raises(KilledError):
+        run_loop(network(), killed_at(17), CONFIG, tmp_path / "cut")
+    resumed = run_loop(network(), loss, CONFIG, tmp_path / "cut")
+    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert seen[-1][0] == CONFIG.steps and seen[-1][1] < 0.3 * seen[0][1]
+
+
+def test_an_interrupt_is_checkpointed_at_its_step(tmp_path: Path) -> None:
+    def interrupted(net: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
+        if generator.initial_seed() == 13 * 4099:  # step 13
+            raise KeyboardInterrupt
+        return loss(net, batch, generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(network(), interrupted, CONFIG, tmp_path)
+    assert '"step": 13' in (tmp_path / "checkpoint" / "loop.json").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        run_loop(network(), killed_at(12), CONFIG, tmp_path)
+    with pytest.raises(ArtifactError, match="belongs to another run"):
+        run_loop(network(), loss, LoopConfig(steps=31, batch=8), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="not finite at step 1"):
+        run_loop(network(), lambda net, batch, generator: loss(net, batch, generator) * torch.inf, CONFIG, tmp_path)
+
+
+LONG = replace(CONFIG, steps=250, checkpoint_every=25, warmup=20)  # reports every 2 steps
+
+
+@pytest.mark.parametrize(("step", "kind"), [(101, KilledError), (25, KeyboardInterrupt), (250, KeyboardInterrupt)])
+def test_a_resumed_run_reports_the_losses_of_the_other(tmp_path: Path, step: int, kind: type[BaseException]) -> None:
+    whole: dict[int, float] = {}
+    run_loop(network(), loss, LONG, tmp_path / "whole", observe=whole.__setitem__)
+    seen: dict[int, float] = {}
+
+    def stopped(net: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
+        if generator.initial_seed() == step * 4099:
+            raise kind
+        return loss(net, batch, generator)
+
+    def observe(done: int, value: float) -> None:
+        if done == step == LONG.steps:
+            raise kind  # before the report is taken
+        seen[done] = value
+
+    with pytest.raises(kind):
+        run_loop(network(), stopped, LONG, tmp_path / "cut", observe=observe)
+    run_loop(network(), loss, LONG, tmp_path / "cut", observe=seen.__setitem__)
+    assert seen == whole and len(whole) == 125
+
+
+def test_nothing_of_a_checkpoint_is_left_when_it_is_forgotten(tmp_path: Path) -> None:
+    for name in ("checkpoint", "checkpoint.new", "checkpoint.old", "trajectories"):
+        (tmp_path / name).mkdir()
+    forget_checkpoint(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["trajectories"]
+
+
+class Convolution(nn.Module):
+    """Of pictures, as `torch.compile` and the layout in memory matter for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 1, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x, self.body[0](x)
+        return self.body(x)
+
+
+def picture_loss(net: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
+    x = torch.randn(batch, 2, 6, 6, generator=generator)
+    return (net(x).float() - x.mean(1, keepdim=True)).square().mean()
+
+
+def test_a_layout_in_memory_changes_rounding_alone(tmp_path: Path) -> None:
+    plain = run_loop(Convolution(), picture_loss, CONFIG, tmp_path / "a")
+    other = run_loop(Convolution(), picture_loss, replace(CONFIG, channels_last=True), tmp_path / "b")
+    assert other.seen[1].is_contiguous(memory_format=torch.channels_last) and not plain.seen[1].is_contiguous(
+        memory_format=torch.channels_last
+    )
+    for a, b in zip(plain.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        assert b.is_contiguous()
+
+
+def test_a_compiled_network_is_trained_and_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, compiled = nn.Module.compile, []
+
+    def compile(net: nn.Module) -> None:  # without code generation, which takes long
+        compiled.append(net)
+        real(net, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    plain = run_loop(network(), loss, CONFIG, tmp_path / "plain")
+    assert not compiled
+    with pytest.raises(KilledError):
+        run_loop(network(), killed_at(17), replace(CONFIG, compile=True), tmp_path / "cut")
+    made = run_loop(network(), loss, replace(CONFIG, compile=True), tmp_path / "cut")
+    assert len(compiled) == 2 and compiled[1] is made and made._compiled_call_impl is None
+    for (name, a), (other, b) in zip(plain.state_dict().items(), made.state_dict().items(), strict=True):
+        assert name == other and torch.equal(a, b)
+
+
+def test_a_precision_that_the_machine_has_not_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(FewstepError, match="no training in fp16 on this machine"):
+        run_loop(network(), loss, replace(CONFIG, mixed_precision="fp16"), tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"warmup": -1}, {"checkpoint_every": 0}])
+def test_loops_that_cannot_be_are_refused(options: dict) -> None:
+    with pytest.raises(FewstepError, match="warm-up takes 0 steps or more, checkpoints 1 or more"):
+        LoopConfig(5, **options)

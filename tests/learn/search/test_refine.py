@@ -1,0 +1,215 @@
+"""Refinement of schedules: it only improves, its runs share their beginnings to the bit, and it knows what it cannot refine."""
+
+from collections.abc import Callable
+from functools import cache
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep import (
+    Denoiser,
+    DiscreteVP,
+    GridError,
+    MixtureDenoiser,
+    ModelError,
+    RectifiedFlow,
+    Sampler,
+    SolverError,
+    TimeGrid,
+    VarianceExploding,
+    VPLinear,
+    make_grid,
+    make_solver,
+    sample,
+)
+from fewstep.core.grid import GRIDS
+from fewstep.core.schedule import NoiseSchedule
+from fewstep.learn.search.endpoint import rms, sizes
+from fewstep.learn.search.refine import EndError, refine
+from fewstep.sampling.reference import reference_sampler
+
+F64 = torch.float64
+ROUNDING = 1e-12  # of the data's size: sums may differ by batch
+LAW = VarianceExploding(0.02, 20.0)
+TABLE = DiscreteVP.linear(200)
+SOLVERS = ("ddim", "dpm-solver-pp-2m", "unipc-3", "heun", "deis-3")
+LAWS = {"edm": LAW, "vp": VPLinear(), "flow": RectifiedFlow(), "table": TABLE}
+
+
+def mixture(schedule: NoiseSchedule = LAW) -> MixtureDenoiser:
+    means = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    return MixtureDenoiser(schedule, means, torch.full((4,), 0.2, dtype=F64))
+
+
+class Counted:
+    """A denoiser that counts the samples that it is asked for, and can be told to fail from some call on."""
+
+    def __init__(self, denoiser: Denoiser, bad: int = 10**9) -> None:
+        self.denoiser, self.schedule, self.bad, self.calls, self.samples = denoiser, denoiser.schedule, bad, 0, 0
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        self.calls, self.samples = self.calls + 1, self.samples + len(x)
+        answer = self.denoiser(x, t) * (torch.nan if self.calls >= self.bad else 1)
+        return answer if cond is None else answer + cond[:, None] / 10
+
+
+def problem(schedule: NoiseSchedule = LAW, solver: str = "dpm-solver-pp-2m", **options: object) -> EndError:
+    """Seeded noises with the ends of their trajectories."""
+    return EndError(Counted(mixture(schedule), **options), make_solver(solver), *trajectories(schedule))
+
+
+@cache
+def trajectories(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    tight = reference_sampler(schedule)
+    x = tight.tableau.nodes.sigma[0] * torch.randn(48, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
+    return x, sample(mixture(schedule), tight, x)
+
+
+def spacings(schedule: NoiseSchedule, steps: int) -> dict[str, TimeGrid]:
+    """The standard grids that this schedule has, but for one that starts elsewhere."""
+    found = {}
+    for name in set(GRIDS) - {"leading"}:
+        try:
+            found[name] = make_grid(name, schedule, steps)
+        except GridError:
+            continue
+    return found
+
+
+def objective(error: EndError, start: TimeGrid) -> Callable[[TimeGrid], float]:
+    """The mean of ``sqrt(|R_b|^2 + c^2)``, ``c`` the median of ``|R_b|`` at the start."""
+    c = sizes(error.residual(start)[0]).median()
+    return lambda grid: float((sizes(error.residual(grid)[0]) ** 2 + c**2).sqrt().mean())
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_error_is_that_of_the_sampler(solver: str) -> None:
+    error, grid = problem(solver=solver), make_grid("karras", LAW, 5)
+    end = sample(error.denoiser, Sampler.build(error.solver, grid, LAW), error.x)
+    residual, _ = error.residual(grid)
+    assert torch.equal(residual, end - error.exact)
+    gap = (end - error.exact).square()
+    assert error.rmse(grid) == rms(residual) == pytest.approx(float(gap.mean().sqrt()), rel=ROUNDING)
+    assert error.typical(grid) == pytest.approx(float(gap.mean(1).sqrt().mean()), rel=ROUNDING)
+    few = error.first(7)
+    torch.testing.assert_close(few.residual(grid)[0], residual[:7], rtol=0, atol=ROUNDING)
+    assert few.evaluations == 7 * Sampler.build(error.solver, grid, LAW).nfe
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("law", ["edm", "table"])
+def test_a_run_shares_its_beginning_with_another(solver: str, law: str) -> None:
+    """To the bit, and without evaluating it again; the other run stays as it was."""
+    schedule, steps = LAWS[law], 6
+    error, grid = problem(schedule, solver), make_grid("angle", LAWS[law], steps)
+    base, run = error.residual(grid)
+    stages, once = error.solver.stages, len(error.x)
+    assert error.evaluations == error.denoiser.samples == (each := once * stages * steps)
+    for k in range(1, steps):
+        for way in (-1.0, 1.0):
+            t = grid.t.clone()
+            t[k] += way * (1 if law == "table" else 0.01 * float(t[k - 1] - t[k + 1]))
+            before = error.evaluations
+            reused, _ = error.residual(TimeGrid(t), run)
+            # the first evaluation that another run has not made is at the level that moved, be it of a step's end
+            assert error.evaluations - before == each - once * ((k - 1) * stages + 1)
+            assert torch.equal(reused, error.residual(TimeGrid(t))[0]) and not torch.equal(reused, base)
+    before = error.evaluations
+    assert torch.equal(error.residual(grid, run)[0], base) and error.evaluations == before
+    assert error.evaluations == error.denoiser.samples
+    t = torch.cat([grid.t[:-1], grid.t[-1:] + (grid.t[-2] - grid.t[-1]) / 2])
+    if law == "edm":  # the end too
+        assert torch.equal(error.residual(TimeGrid(t), run)[0], error.residual(TimeGrid(t))[0])
+        start = TimeGrid(torch.cat([grid.t[:1] * 1.01, grid.t[1:]]))  # and the start
+        assert torch.equal(error.residual(start, run)[0], error.residual(start)[0])
+
+
+def test_conditions_go_with_their_samples() -> None:
+    error, grid = problem(), make_grid("karras", LAW, 3)
+    plain, _ = error.residual(grid)
+    error.cond = torch.arange(48, dtype=F64)
+    moved = error.residual(grid)[0] - plain
+    assert float(moved[0].abs().max()) == 0 < 3 < float(moved[40].abs().min())
+    torch.testing.assert_close(error.first(5).residual(grid)[0], (plain + moved)[:5], rtol=0, atol=ROUNDING)
+
+
+# -- refinement ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("law, solver", [*product(["edm"], SOLVERS), ("vp", "unipc-3"), ("table", "heun"), ("table", "unipc-3")])
+def test_refinement_lowers_the_objective_from_the_worst_grid(law: str, solver: str) -> None:
+    schedule = LAWS[law]
+    error = problem(schedule, solver)
+    grids = spacings(schedule, 5)
+    start = max(grids.values(), key=error.rmse)
+    value, told = objective(error, start), []
+    found = refine(error, start, observe=lambda iteration, best: told.append((iteration, best)))
+    values = [value(start), *(best for _, best in told)]
+    assert [iteration for iteration, _ in told] == list(range(1, len(told) + 1)) and 1 < len(told) <= 6
+    assert all(after <= before for before, after in zip(values[:-1], values[1:], strict=True))
+    assert value(found) == pytest.approx(values[-1], rel=1e-9) and values[-1] < 0.9 * values[0], values
+    assert torch.equal(found.t[[0, -1]], start.t[[0, -1]]) and found.steps == 5
+    if law == "table":
+        assert torch.equal(found.t, found.t.round())
+
+
+@pytest.mark.parametrize("solver", ["unipc-3", "heun"])
+def test_a_flow_is_refined_between_its_infinite_ends(solver: str) -> None:
+    flow = RectifiedFlow()
+    error, start = problem(flow, solver), make_grid("quadratic", flow, 5)
+    found = refine(error, start)
+    assert objective(error, start)(found) < 0.95 * objective(error, start)(start)
+    assert found.t[0] == 1 and found.t[-1] == 0
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_one_inner_level_is_put_where_a_scan_puts_it(solver: str) -> None:
+    """Within 2 % of the least of 200 places, from either side of it."""
+    error = problem(solver=solver)
+    scan = [TimeGrid(torch.tensor([20.0, float(t), 0.02])) for t in torch.logspace(1.28, -1.68, 200, dtype=F64)]
+    made = torch.stack([sizes(error.residual(grid)[0]) for grid in scan])
+    for spacing in ("uniform", "logsnr", "karras"):
+        start = make_grid(spacing, LAW, 2)
+        found = refine(error, start, iterations=20)
+        least = (made**2 + sizes(error.residual(start)[0]).median() ** 2).sqrt().mean(1).min()
+        assert objective(error, start)(found) < 1.02 * float(least), spacing
+
+
+def test_what_cannot_be_better_is_given_back() -> None:
+    error = problem()
+    for start, options in [
+        (make_grid("karras", LAW, 1), {}),  # no level to move
+        (make_grid("karras", LAW, 4), {"iterations": 0}),
+    ]:
+        assert refine(error, start, observe=lambda iteration, best: pytest.fail("nothing to tell"), **options) is start
+    table = DiscreteVP.linear(5)
+    every = TimeGrid(torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0]))  # all the model's times: none can move
+    assert torch.equal(refine(problem(table), every).t, every.t)
+    exact = error.residual(start)[0] + error.exact
+    done = EndError(error.denoiser, error.solver, error.x, exact)
+    assert torch.equal(refine(done, start).t, start.t)  # without an error
+
+
+def test_refinement_stops_at_its_evaluations() -> None:
+    start, counts = make_grid("uniform", LAW, 6), []
+    for most in (0, 3000, 30_000):
+        error, told = problem(), []
+        refine(error, start, evaluations=most, observe=lambda iteration, best, told=told: told.append(iteration))
+        counts.append(len(told))
+        one = 48 * (6 + 15 + 5 * 6)  # a start, a Jacobian (5 + 4 + ... evaluations) and at most 5 moves
+        assert error.evaluations <= 48 * 6 + most + one and error.evaluations == error.denoiser.samples
+    assert counts[0] == 1 and counts[0] < counts[1] < counts[2] <= 6
+
+
+def test_mistakes_are_named() -> None:
+    grid = make_grid("karras", LAW, 4)
+    with pytest.raises(SolverError, match="DDIM adds noise, and has no exact ends to compare with: use a deterministic solver"):
+        refine(problem(solver="ddim:eta=1"), grid)
+    for bad in (1, 3, 7):
+        with pytest.raises(ModelError, match=r"the samples on the grid \[20.0, .*, 0.02\] are not finite: check the network"):
+            refine(problem(bad=bad), grid)

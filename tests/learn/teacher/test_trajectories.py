@@ -1,0 +1,347 @@
+"""Teacher trajectories: exact states at the kept times, resumption to the same numbers, random access, and damage that is named."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep import (
+    AdaptedDenoiser,
+    ArtifactError,
+    DiscreteVP,
+    FewstepError,
+    GaussianDenoiser,
+    MixtureDenoiser,
+    Model,
+    ModelError,
+    RectifiedFlow,
+    Sampler,
+    SolverError,
+    TimeGrid,
+    VarianceExploding,
+    VPLinear,
+    load_model,
+    make_grid,
+    make_solver,
+    sample,
+    seeded_noise,
+)
+from fewstep.core.schedule import NoiseSchedule
+from fewstep.learn.teacher import trajectories as module
+from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories, teacher_grid
+from fewstep.solvers import DDIM, UniPC
+
+SHAPE = (2, 2)
+LAW = VarianceExploding(0.05, 20.0)
+GRID = make_grid("karras", LAW, 4)
+SMALL = TrajectoryConfig(num=20, nfe=16, batch=8)
+FLOAT32 = 5e-6  # of a state's size: rounding of some tens of steps
+MEAN, STD = torch.tensor([[0.5, -0.7], [0.2, 0.9]]), torch.tensor([[0.3, 0.5], [0.7, 0.9]])
+
+
+class Counted:
+    """An analytic denoiser as a network, which counts its calls and can be told to stop at one or to fail there."""
+
+    def __init__(self, denoiser: MixtureDenoiser, stop: int = -1, bad: int = -1) -> None:
+        self.denoiser, self.stop, self.bad, self.calls = denoiser, stop, bad, 0
+
+    def __call__(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        if self.calls == self.stop:
+            raise KeyboardInterrupt
+        return self.denoiser(x, t[0].double()) * (torch.nan if self.calls == self.bad else 1) + (0 if label is None else column(label))
+
+
+def column(label: Tensor) -> Tensor:
+    """What a label moves every answer by; class 2 stands for none."""
+    return (label.float() - 2)[:, None, None] / 10
+
+
+def mixture(schedule: NoiseSchedule = LAW) -> MixtureDenoiser:
+    means = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)) * 0.6
+    return MixtureDenoiser(schedule, means, torch.full((4,), 0.25))
+
+
+def toy(denoiser: MixtureDenoiser | None = None, *, classes: int | None = None, **options: int) -> Model:
+    denoiser = denoiser or mixture()
+    return Model("toy", AdaptedDenoiser(Counted(denoiser, **options), denoiser.schedule, "sample"), SHAPE, classes, classes)
+
+
+def calls(model: Model) -> int:
+    return model.denoiser.network.calls
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def made(folder: Path, model: Model | None = None, grid: TimeGrid = GRID, **changes: object) -> Trajectories:
+    found = generate_trajectories(model or toy(), grid, replace(SMALL, **changes), folder)
+    assert found is not None
+    return found
+
+
+def exact(trajectories: Trajectories, denoiser: GaussianDenoiser) -> Tensor:
+    """The closed solution from the noise that the seeds stand for, ``[n, T, *D]``."""
+    t = trajectories.t
+    start = seeded_noise(range(len(trajectories)), SHAPE) * denoiser.schedule.sigma(t[0]).float()
+    return torch.stack([denoiser.flow(start.double(), t[0], time) for time in t], 1)
+
+
+def rmse(gap: Tensor) -> Tensor:
+    """By kept time."""
+    return gap.double().square().mean((0, 2, 3)).sqrt()
+
+
+# -- the states ------------------------------------------------------------------------------------------------------
+
+
+TABLE = DiscreteVP.linear()
+PROBLEMS = {
+    "edm": (LAW, GRID),
+    "vp": (VPLinear(), make_grid("logsnr", VPLinear(), 5)),
+    "flow": (RectifiedFlow(), make_grid("uniform", RectifiedFlow(), 4)),  # from alpha = 0 to sigma = 0
+    "table": (TABLE, make_grid("trailing", TABLE, 5).to_clean(TABLE)),
+    "one-interval": (LAW, TimeGrid(torch.tensor([20.0, 0.05]))),
+}
+
+
+@pytest.mark.parametrize(
+    ("solver", "allowed", "problem"),
+    [
+        pytest.param(solver, allowed, problem, marks=[pytest.mark.slow] if solver != "unipc-3" and problem != "flow" else [])
+        for solver, allowed in (("unipc-3", 3e-4), ("heun", 4e-3), ("dpm-solver-3s", 4e-3))
+        for problem in PROBLEMS
+    ],
+)
+def test_states_are_the_exact_ones_at_the_kept_times(tmp_path, problem: str, solver: str, allowed: float) -> None:
+    schedule, grid = PROBLEMS[problem]
+    denoiser = GaussianDenoiser(schedule, MEAN, STD)
+    found = made(tmp_path, toy(denoiser), grid, solver=solver, nfe=160)
+    assert torch.equal(found.t, grid.t) and found.card["nfe"] >= 160
+    truth = exact(found, denoiser)
+    gap = rmse(found.states(slice(None)) - truth) / rmse(truth)
+    assert gap[0] < FLOAT32 and bool((gap < allowed).all()), gap
+
+
+def test_corrected_states_are_kept_and_are_the_better_ones(tmp_path) -> None:
+    denoiser, predicted = mixture(), []
+    found = made(tmp_path, toy(denoiser), solver="unipc-2", num=64, batch=64)
+    finer = made(tmp_path / "finer", toy(denoiser), num=64, batch=64, nfe=256).states(slice(None))
+    fine = teacher_grid(LAW, GRID, 16)
+    sampler = Sampler.build(make_solver("unipc-2"), fine, LAW)
+    end = sample(denoiser, sampler, finer[:, 0], observe=lambda step: predicted.append(step.x))
+    before = rmse(torch.stack([*predicted[4::4], end], 1) - finer[:, 1:])
+    after = rmse(found.states(slice(None)) - finer)[1:]
+    assert bool((after[:-1] < 0.8 * before[:-1]).all()), (after, before)
+    torch.testing.assert_close(after[-1], before[-1], rtol=1e-4, atol=0)  # the end is not evaluated, so not corrected
+
+
+def test_solvers_without_a_corrector_keep_what_they_evaluate_at(tmp_path) -> None:
+    for solver in ("ddim", "heun", "dpm-solver-2s", "dpm-solver-pp-3m", "deis-3", "unipc-2:corrector=false"):
+        found, seen = made(tmp_path / solver, solver=solver, num=8), []
+        sampler = Sampler.build(make_solver(solver), teacher_grid(LAW, GRID, 16, make_solver(solver).stages), LAW)
+        end = sample(mixture(), sampler, found.states(slice(None))[:, 0], observe=lambda step, seen=seen: seen.append(step.x))
+        states = torch.stack([*seen[:: sampler.nfe // 4], end], 1)
+        torch.testing.assert_close(found.states(slice(None)), states, rtol=0, atol=0)
+
+
+def test_solvers_of_other_packages(tmp_path, monkeypatch) -> None:
+    class Elsewhere(UniPC):
+        def nodes(self, grid, schedule):
+            return super().nodes(TimeGrid(torch.cat([grid.t[:1], grid.t[1:-1] * 1.01, grid.t[-1:]])), schedule)
+
+    class Ahead(DDIM):  # reads the anchor, which after an evaluation is already the next state
+        def update(self, nodes, i, anchor, x, history):
+            return super().update(nodes, i, anchor, anchor, history)
+
+    plain = made(tmp_path / "plain", solver="ddim").states(slice(None))
+    monkeypatch.setattr(module, "make_solver", lambda name: Ahead())
+    assert torch.equal(made(tmp_path / "ahead").states(slice(None)), plain)
+    monkeypatch.setattr(module, "make_solver", lambda name: Elsewhere())
+    with pytest.raises(SolverError, match="Elsewhere does not start each of its steps at a time of the grid"):
+        made(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("schedule", [LAW, RectifiedFlow(), TABLE])
+@pytest.mark.parametrize("evaluations", [1, 2])
+def test_the_teacher_divides_each_kept_interval_alike(schedule, evaluations: int) -> None:
+    grid = make_grid("angle", schedule, 5).to_clean(schedule)
+    fine = teacher_grid(schedule, grid, 29, evaluations)
+    parts = {1: 6, 2: 3}[evaluations]
+    assert fine.steps == 5 * parts and torch.equal(fine.t[::parts], grid.t)
+    assert teacher_grid(schedule, grid, 5, 1).t.tolist() == grid.t.tolist()
+    inner = schedule.lam(fine.t)[parts : 2 * parts + 1]
+    torch.testing.assert_close(torch.diff(inner), torch.full((parts,), float(inner[-1] - inner[0]) / parts, dtype=torch.float64))
+    angle = torch.atan2(schedule.sigma(fine.t), schedule.alpha(fine.t))[-parts - 1 :]  # to the clean end
+    torch.testing.assert_close(torch.diff(angle), (angle[-1] - angle[0]).expand(parts) / parts)
+
+
+def test_the_teacher_error_is_that_of_half_the_steps(tmp_path) -> None:
+    model = toy(denoiser := GaussianDenoiser(LAW, MEAN, STD))
+    cards = []
+    for nfe in (16, 32, 64):
+        found = made(tmp_path / str(nfe), model, nfe=nfe, num=16, batch=16, solver="unipc-2")
+        half = made(tmp_path / f"half of {nfe}", model, nfe=nfe // 2, num=16, batch=16, solver="unipc-2")
+        gap = rmse(found.states(slice(None)) - half.states(slice(None)))
+        torch.testing.assert_close(torch.tensor(found.card["teacher_error"]).double(), gap[-1], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(torch.tensor(found.card["teacher_error_largest"]).double(), gap.max(), rtol=1e-4, atol=1e-7)
+        own = float(rmse(found.states(slice(None)) - exact(found, denoiser))[-1])
+        assert 1 < found.card["teacher_error"] / own < 40, nfe  # 2^order - 1 of the teacher's own error
+        cards.append(found.card["teacher_error"])
+    assert cards[1] < cards[0] / 2 and cards[2] < cards[1] / 4, cards
+    model, t = toy(GaussianDenoiser(LAW, MEAN, 3 * STD)), torch.tensor([20.0, 3.0, 2.0, 1.5, 1.0])
+    for kept, worst in (([0, 2, 4], 1), ([0, 1, 3], 2)):  # one step an interval: against every second kept time
+        odd = made(tmp_path / f"odd {kept}", model, TimeGrid(t[: kept[-1] + 1]), nfe=kept[-1], solver="ddim")
+        half = made(tmp_path / f"half {kept}", model, TimeGrid(t[kept]), nfe=2, solver="ddim")
+        gap = rmse(odd.states(range(8))[:, kept] - half.states(range(8)))
+        assert int(gap.argmax()) == worst and odd.card["teacher_error_largest"] == pytest.approx(float(gap[worst]), rel=1e-5)
+        assert odd.card["teacher_error"] == pytest.approx(float(gap[-1]), rel=1e-5)
+    assert made(tmp_path / "one step", model, TimeGrid(GRID.t[[0, -1]]), nfe=1).card["teacher_error"] is None
+
+
+def test_a_guided_model_with_labels(tmp_path) -> None:
+    model = toy(GaussianDenoiser(LAW, MEAN, STD), classes=2)
+    for guidance in (1.0, 3.0):
+        found = made(tmp_path / f"{guidance}", model, guidance=guidance, nfe=256, batch=20)
+        assert found.labels(slice(None)).tolist() == [seed % 2 for seed in range(20)] and found.guidance == guidance
+        start, end = found.t[0], found.t[-1]
+        states = found.states(slice(None)).double()
+        moved = guidance * column(found.labels(slice(None)))  # of D: that of a Gaussian whose mean is moved by it over 1 - c
+        # dX/dlam = D - X with D = mean + c (X - mean) + m has X - mean = z sqrt(std^2 + t^2) + m p(t); p by quadrature
+        s = torch.linspace(float(start), float(end), 200_001, dtype=torch.float64)[:, None, None]
+        weight = 1 / (s * torch.sqrt(STD.double() ** 2 + s**2))
+        p = torch.sqrt(STD.double() ** 2 + end**2) * torch.trapezoid(weight.flip(0), s.flip(0), dim=0)
+        closed = GaussianDenoiser(LAW, MEAN, STD).flow(states[:, 0], start, end) + moved * p
+        torch.testing.assert_close(states[:, -1], closed, rtol=0, atol=1e-3)
+    one = made(tmp_path / "one", model, label=1)
+    assert one.labels([0, 5]).tolist() == [1, 1] and one[0]["label"] == 1
+    with pytest.raises(ModelError, match="has labels 0 to 1, got 2"):
+        made(tmp_path / "none", model, label=2)
+    with pytest.raises(ModelError, match="cannot be guided"):
+        made(tmp_path / "none", guidance=2.0)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_trained_model(tmp_path) -> None:
+    model = load_model("digits-edm")
+    schedule = model.denoiser.schedule
+    found = made(tmp_path, model, make_grid("angle", schedule, 4), num=3, nfe=24, batch=3)
+    sampler = Sampler.build(make_solver("unipc-3"), make_grid("angle", schedule, 48), schedule)
+    with torch.no_grad():
+        end = sample(model.denoiser, sampler, found.states(slice(None))[:, 0], found.labels(slice(None)))
+    assert float((found.states(slice(None))[:, -1] - end).square().mean().sqrt()) < 0.05 < 0.5 < float(end.std())
+    found.check(model=model.fingerprint, schedule=schedule, shape=model.shape, guidance=1.0)
+
+
+# -- the folder ------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_continues_to_the_same_numbers(tmp_path) -> None:
+    made(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "killed", toy(stop=16 + 8 + 16 + 9))  # in the third batch; the first is solved on half the steps as well
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {"shard-00000.safetensors", "shard-00001.safetensors"}
+    with pytest.raises(ArtifactError, match="holds unfinished trajectories: run the same command again"):
+        Trajectories.load(tmp_path / "killed")
+    model, done = toy(), []
+    generate_trajectories(model, GRID, SMALL, tmp_path / "killed", observe=lambda count, note: done.append((count, note)))
+    assert calls(model) == 16 and contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert done[:2] == [(8, "shard 1 of 3"), (16, "shard 2 of 3")] and done[-1] == (20, "shard 3 of 3")
+    assert [note[:11] for _, note in done[2:-1]] == ["noise level"] * 3
+
+
+def test_a_finished_folder_is_only_read_and_more_can_be_added(tmp_path) -> None:
+    made(tmp_path / "whole", num=24)
+    made(tmp_path / "added", num=16)
+    before = contents(tmp_path / "added")
+    made(tmp_path / "added", model := toy(), num=16, guidance=1)  # finished: it is only read
+    assert calls(model) == 0 and contents(tmp_path / "added") == before
+    later = made(tmp_path / "added", model := toy(), num=24)
+    assert calls(model) == 16 and len(later) == 24 and contents(tmp_path / "added") == contents(tmp_path / "whole")
+    with pytest.raises(ArtifactError, match=r"shard-00002.safetensors holds 8 trajectories from seed 16, not 0: ask for as many"):
+        made(tmp_path / "added", num=16)
+    made(tmp_path / "part", num=20)
+    with pytest.raises(ArtifactError, match=r"shard-00002.safetensors holds 4 trajectories from seed 16, not 8: .* remove it"):
+        made(tmp_path / "part", num=24)
+
+
+def test_two_processes_make_what_one_makes(tmp_path, monkeypatch) -> None:
+    made(tmp_path / "one")
+    monkeypatch.setattr(module, "wait_for_all", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, batches in (("1", 16), ("0", 16 + 16 + 8)):
+        monkeypatch.setenv("RANK", rank)
+        found = generate_trajectories(model := toy(), GRID, SMALL, tmp_path / "two")
+        assert (found is None) == (rank == "1") and calls(model) == batches
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_trajectories_of_another_request_are_not_mixed_in(tmp_path) -> None:
+    made(tmp_path, toy(classes=2))
+    before, same = contents(tmp_path), {"model": toy(classes=2)}
+    others = [{"guidance": 2.0}, {"nfe": 32}, {"solver": "heun"}, {"seed": 1}, {"batch": 10}, {"dtype": "float16"}, {"label": 0}]
+    others += [{"model": toy(mixture(VarianceExploding(0.05, 20.5)), classes=2)}, {"grid": make_grid("angle", LAW, 4)}]
+    for other in others:
+        with pytest.raises(ArtifactError, match=r"shard-00000.safetensors is of another teacher or request .*: remove it .*another folder"):
+            made(tmp_path, **{**same, **other})
+    assert contents(tmp_path) == before
+
+
+def flip(path: Path, other: Path) -> None:
+    path.write_bytes((data := path.read_bytes())[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+
+
+DAMAGE = {
+    "cut": (lambda path, other: path.write_bytes(path.read_bytes()[:-8]), "is damaged .*: remove it and run"),
+    "flipped": (flip, "is damaged: its checksum .*; remove it and run the same command again"),
+    "mixed-teachers": (lambda path, other: path.write_bytes(other.read_bytes()), "is of another teacher .*: remove it and run"),
+    "missing": (lambda path, other: path.unlink(), "is missing: run the same command again"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_and_mended(tmp_path, damage: str) -> None:
+    whole = made(tmp_path / "whole").states(slice(None))
+    made(tmp_path / "other", toy(mixture(VarianceExploding(0.05, 20.5))))
+    path = tmp_path / "whole" / "shard-00001.safetensors"
+    DAMAGE[damage][0](path, tmp_path / "other" / path.name)
+    found = Trajectories.load(tmp_path / "whole")
+    assert torch.equal(found.states([0, 7, 16]), whole[[0, 7, 16]])  # the other shards
+    with pytest.raises(ArtifactError, match=f"shard-00001.safetensors {DAMAGE[damage][1]}"):
+        found.states([0, 8])
+    path.unlink(missing_ok=True)
+    mended = made(tmp_path / "whole", model := toy())
+    assert calls(model) == 16 and torch.equal(mended.states(slice(None)), whole)
+
+
+def test_manifests_that_cannot_be_used_are_named(tmp_path) -> None:
+    made(tmp_path)
+    path = tmp_path / "manifest.json"
+    meta = json.loads(path.read_text())
+    for changed, says in [
+        ({**meta, "version": 2}, "'fewstep-trajectories' version 2; this fewstep reads 'fewstep-trajectories' version 1"),
+        ({k: v for k, v in meta.items() if k != "times"}, r"damaged \(KeyError\('times'\)\): remove it and run"),
+        ({**meta, "num": 30}, "damaged .*do not hold 30 trajectories"),
+    ]:
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ArtifactError, match=says):
+            Trajectories.load(tmp_path)
+    with pytest.raises(ArtifactError, match="cannot read .*manifest.json"):
+        Trajectories.load(tmp_path / "nothing")
+    made(tmp_path)  # mends it
+    assert json.loads(path.read_text()) == meta
+    with pytest.raises(ArtifactError, match="cannot write .* is a file; choose a folder"):
+        made(path / "below", model := toy())
+    assert calls(model) == 0
+
+
+def test_a_network_that_is_not_finite_is_named_and_nothing_is_left(tmp_path) -> None:
+    with pytest.raises(ModelError, match=r"not finite .* at evaluation 5 of 16, t = .*, noise level 6.747: check its weights"):
+        made(tmp_path / "bad", toy(bad=5))
+    with pytest.raises(FewstepError, match=r"do not fit in torch.float16.*float32 or bfloat16"):
+        made(tmp_path / "bad", toy(mixture(law := VarianceExploding(0.05, 1e6))), make_grid("karras", law, 4), dtype="float16")
+    assert not (tmp_path / "bad").exists()
