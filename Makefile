@@ -2,14 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CONSTRAINTS ?= constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-slow check docs benchmarks cifar10-study clean
+.PHONY: venv demo quickstart test test-slow check docs benchmarks cifar10-study clean
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing fewstep and its development tools into $(VENV)"
 	@$(PIP) torch
@@ -19,18 +20,28 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/fewstep demo --out runs/demo
 
+# What the package needs and nothing else, in an environment of its own: one's own network, sampled.
+quickstart:
+	@test -x .venv-quickstart/bin/python || $(PYTHON) -m venv .venv-quickstart
+	@.venv-quickstart/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch .
+	.venv-quickstart/bin/python examples/01_own_network.py
+
+# One thread and two processes, a test file at a time in each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n 2 --dist loadfile
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n 2 --dist loadfile
+	$(PYTEST)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest --quiet -m slow
+	$(PYTEST) -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/codespell src tests docs benchmarks README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/codespell src tests docs benchmarks examples README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+	$(BIN)/pyright -p pyright-strict.json
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -97,4 +108,4 @@ cifar10-study: $(STAMP)
 	$(BIN)/python -m benchmarks.cifar10.study --preset $(PRESET)
 
 clean:
-	rm -rf $(VENV) site runs dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-quickstart site runs dist build .pytest_cache .ruff_cache .hypothesis

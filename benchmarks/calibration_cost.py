@@ -21,8 +21,8 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.data.images import load_images
 from fewstep.evaluate.metrics.distances import rmse
 from fewstep.learn.samplers.calibrate import CalibrationConfig, calibrate
-from fewstep.models.formats.folders import Model
-from fewstep.models.generate import generate
+from fewstep.models.generate import sample
+from fewstep.models.model import Model
 from fewstep.models.zoo import load_model
 from fewstep.runtime.artifact import write_whole
 from fewstep.runtime.errors import GridError
@@ -65,9 +65,9 @@ def cost(results: dict[str, Any], out: Path) -> None:
         cases = [case[1:] for case in CASES if case[0] == pool and (levels, data, *case) not in done]
         if not cases:
             continue
-        statistics = calibrate(model, CalibrationConfig(levels, data, pool, batch=32), KEPT / str(levels))
+        statistics = calibrate(model, config=CalibrationConfig(levels, data, pool, batch=32), out=KEPT / str(levels))
         for grid, rule in cases:
-            errors = row(DPMSolverV3(statistics, integrals=rule), grid, model.denoiser.schedule, samples, exact)
+            errors = row(DPMSolverV3(statistics, integrals=rule), grid, model.schedule, samples, exact)
             about = {"levels": levels, "data": data, "pool": pool, "grid": grid, "integrals": rule, "points": (levels + 1) * data}
             results["rows"].append({**about, "rmse": {str(nfe): error for nfe, error in errors.items()}})
             write_whole(out, (json.dumps(results, indent=1) + "\n").encode())
@@ -84,8 +84,8 @@ def sources(results: dict[str, Any], out: Path) -> None:
         images = load_images("digits") if states == "digits" else None
         folder = KEPT / f"{name} {guidance:g} {states}"
         options: dict[str, Any] = {"images": images, "guidance": guidance, "unguided": "unguided" in states}
-        solver = DPMSolverV3(calibrate(model, CalibrationConfig(), folder, **options))
-        errors = {grid: row(solver, grid, model.denoiser.schedule, samples, exact) for grid in ("angle", "logsnr")}
+        solver = DPMSolverV3(calibrate(model, out=folder, **options))
+        errors = {grid: row(solver, grid, model.schedule, samples, exact) for grid in ("angle", "logsnr")}
         rows.append({"model": name, "guidance": guidance, "states": states, "rmse": errors})
         write_whole(out, (json.dumps(results, indent=1) + "\n").encode())
         print(f"{name}, guidance {guidance:g}, {states}", flush=True)
@@ -93,14 +93,13 @@ def sources(results: dict[str, Any], out: Path) -> None:
 
 def problem(name: str, guidance: float) -> tuple[Model, Callable[[Sampler], torch.Tensor], torch.Tensor]:
     """A model, how to sample it from the noises, and where the exact trajectories end."""
-    cpu, model = torch.device("cpu"), load_model(name)
-    denoiser, labels = model.guided(guidance), model.labels(NOISES)
+    model = load_model(name)
 
     def samples(sampler: Sampler) -> torch.Tensor:
         parts = [slice(start, start + 256) for start in range(0, len(NOISES), 256)]
-        return torch.cat([generate(denoiser, sampler, NOISES[p], model.shape, None if labels is None else labels[p], cpu) for p in parts])
+        return torch.cat([sample(model, sampler, seeds=NOISES[p], guidance=guidance) for p in parts])
 
-    return model, samples, samples(reference_sampler(model.denoiser.schedule))
+    return model, samples, samples(reference_sampler(model.schedule))
 
 
 def row(

@@ -26,12 +26,9 @@ from torch import Tensor
 
 from fewstep import (
     DistillConfig,
-    Mixing,
     Model,
-    OperatorForm,
     Sampler,
     TimeGrid,
-    Trajectories,
     distill,
     generate_trajectories,
     load_model,
@@ -40,9 +37,10 @@ from fewstep import (
 from fewstep.data.images import load_images
 from fewstep.evaluate.metrics.distances import frechet_distance, rmse
 from fewstep.evaluate.metrics.features import load_digits_features
-from fewstep.learn.teacher.trajectories import TrajectoryConfig
-from fewstep.models.generate import generate
-from fewstep.models.networks.operator import OperatorStudent
+from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig
+from fewstep.models.generate import sample
+from fewstep.models.networks.operator import OperatorForm, OperatorStudent
+from fewstep.models.networks.temporal_unet import Mixing
 from fewstep.runtime.artifact import write_whole
 from fewstep.sampling.reference import reference_sampler
 
@@ -53,8 +51,13 @@ BASE = DistillConfig(form=OperatorForm(anywhere=False), steps=STEPS, batch=BATCH
 
 
 def mixed(config: DistillConfig, *mixing: str) -> DistillConfig:
-    """With slots that meet in another way: form, modes, places, fan."""
+    """With slots that meet in another way: form, modes, insert_after, branch_at."""
     return replace(config, form=replace(config.form, mixing=Mixing(*mixing)))
+
+
+def method_of(config: DistillConfig) -> str:
+    """The method whose slots meet as the configuration says."""
+    return "slots" if config.form.mixing.form == "none" else "dsno"
 
 
 CONTROLS = {
@@ -62,7 +65,7 @@ CONTROLS = {
     "kd": mixed(replace(BASE, slots=1), "none"),
     "slots": mixed(BASE, "none"),
     "dsno one-way": mixed(BASE, "one-way"),
-    "dsno inner": replace(BASE, form=replace(BASE.form, mixing=Mixing(places="inner", fan="inner"))),
+    "dsno inner": replace(BASE, form=replace(BASE.form, mixing=Mixing(insert_after="inner", branch_at="inner"))),
 }
 
 SHORT = replace(BASE, steps=CHOICE_STEPS)
@@ -102,11 +105,11 @@ class Study:
         """Kept at the times of all grids."""
         model, times = self.model, set[float]()
         for grid in GRIDS:
-            times |= set(model.slot_grid(grid, BASE.slots).t.tolist())
+            times |= set(model.trajectory_grid(grid, BASE.num_slots).t.tolist())
         config = TrajectoryConfig(NUM + HELD_OUT, BASE.teacher_nfe, seed=SEED)
         grid = TimeGrid(torch.tensor(sorted(times, reverse=True), dtype=torch.float64))
         made = generate_trajectories(
-            model, grid, config, self.work / "trajectories", observe=lambda done, note: print(done, note, flush=True)
+            model, grid, self.work / "trajectories", config=config, on_progress=lambda done, note: print(done, note, flush=True)
         )
         assert made is not None
         return made
@@ -118,7 +121,7 @@ class Study:
             return json.loads(path.read_text())
         given, features = self.trajectories(), self.features.smooth if config.loss == "features" else None
         if not (folder / "tuned.json").exists():
-            distill(self.model, config, folder, trajectories=given, features=features, **where)
+            distill(self.model, method_of(config), config=config, out=folder, trajectories=given, features=features, **where)
         history, student = json.loads((folder / "history.json").read_text()), load_model(folder)
         row = {"row": name, "steps": config.steps, **self.measure(student, given), "slots": history["slots"]}
         row["arithmetic"] = history["arithmetic"]["1"]
@@ -135,8 +138,9 @@ class Study:
                 for name, config in CONTROLS.items():
                     ticks: list[float] = []
                     with TemporaryDirectory() as scratch:
-                        told = lambda step, note, ticks=ticks: ticks.append(time.monotonic())  # noqa: E731
-                        distill(self.model, replace(config, steps=8, seed=turn), scratch, trajectories=given, observe=told)
+                        tick = lambda step, note, ticks=ticks: ticks.append(time.monotonic())  # noqa: E731
+                        short = replace(config, steps=8, seed=turn)
+                        distill(self.model, method_of(config), config=short, out=scratch, trajectories=given, on_progress=tick)
                     seconds[name] += [after - before for before, after in pairwise(ticks[1:])]
             write_whole(path, json.dumps({"row": "pace", **{name: median(found) for name, found in seconds.items()}}).encode())
         return json.loads(path.read_text())
@@ -144,7 +148,7 @@ class Study:
     @torch.no_grad()
     def measure(self, student: Model, given: Trajectories) -> dict[str, float]:
         """One pass from noises that were held out."""
-        network, index = student.denoiser.network, range(NUM, NUM + HELD_OUT)
+        network, index = student.network, range(NUM, NUM + HELD_OUT)
         assert isinstance(network, OperatorStudent)
         x, labels = given.states(index, at=[0, -1]), given.labels(index)
         assert labels is not None
@@ -160,13 +164,10 @@ class Study:
     @cached_property
     def exact(self) -> Tensor:
         """The teacher's ends from the noises of a benchmark."""
-        return self.ends(self.model, reference_sampler(self.model.denoiser.schedule))
+        return self.ends(self.model, reference_sampler(self.model.schedule))
 
     def ends(self, model: Model, sampler: Sampler) -> Tensor:
-        labels, cpu = model.labels(FRESH), torch.device("cpu")
-        assert labels is not None
-        parts = zip(torch.tensor(FRESH).split(256), labels.split(256), strict=True)
-        return torch.cat([generate(model.denoiser, sampler, seeds.tolist(), model.shape, part, cpu) for seeds, part in parts])
+        return torch.cat([sample(model, sampler, seeds=part) for part in torch.tensor(FRESH).split(256)])
 
     def bundled(self, passes: int) -> dict[str, Any]:
         """digits-dsno, or for no passes its teacher, from the noises of a benchmark."""
@@ -176,7 +177,7 @@ class Study:
             assert labels is not None
             made = self.exact
             if passes:
-                sampler = Sampler.build(make_solver("ddim"), student.optimized("ddim", passes), student.denoiser.schedule)
+                sampler = Sampler.build(make_solver("ddim"), student.optimized("ddim", passes), student.schedule)
                 made = self.ends(student, sampler)
             write_whole(path, json.dumps({"row": f"bundled/{passes}", **self.figures(made, self.exact, labels)}).encode())
         return json.loads(path.read_text())

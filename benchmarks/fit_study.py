@@ -26,11 +26,11 @@ from fewstep.learn.networks.finetune import FinetuneConfig, finetune
 from fewstep.learn.samplers.fit import fit
 from fewstep.learn.samplers.fit_search import FitConfig
 from fewstep.learn.search.coefficients import FitForm
-from fewstep.learn.search.endpoint import sizes
+from fewstep.learn.search.endpoint import per_sample_rmse
 from fewstep.learn.teacher.gram import fine_grid
 from fewstep.learn.teacher.trajectories import Trajectories, generate_trajectories
-from fewstep.models.formats.folders import Model
-from fewstep.models.generate import generate, solver_for
+from fewstep.models.generate import sample, solver_for
+from fewstep.models.model import Model
 from fewstep.runtime.artifact import write_whole
 from fewstep.sampling.reference import reference_sampler
 
@@ -52,23 +52,22 @@ class Study:
 
     @cached_property
     def exact(self) -> torch.Tensor:
-        return self.samples(reference_sampler(self.model.denoiser.schedule))
+        return self.samples(reference_sampler(self.model.schedule))
 
     @cached_property
     def trajectories(self) -> Trajectories:
         config = replace(replace(PLAIN, seed=self.seed).trajectories, guidance=self.guidance)
-        made = generate_trajectories(self.model, fine_grid(self.model.denoiser.schedule, PLAIN.levels), config, self.work / "trajectories")
+        made = generate_trajectories(self.model, fine_grid(self.model.schedule, PLAIN.levels), self.work / "trajectories", config=config)
         assert made is not None
         return made
 
     def samples(self, sampler: Sampler) -> torch.Tensor:
         parts = [SEEDS[start : start + 256] for start in range(0, len(SEEDS), 256)]
-        denoiser, device = self.model.guided(self.guidance), torch.device("cpu")
-        return torch.cat([generate(denoiser, sampler, part, self.model.shape, self.model.labels(part), device) for part in parts])
+        return torch.cat([sample(self.model, sampler, seeds=part, guidance=self.guidance) for part in parts])
 
     def measure(self, sampler: Sampler) -> dict[str, Any]:
         made = self.samples(sampler)
-        errors = sizes(made - self.exact)
+        errors = per_sample_rmse(made - self.exact)
         return {
             "rmse": float(errors.square().mean().sqrt()),
             "mean_error": float(errors.mean()),
@@ -78,14 +77,14 @@ class Study:
 
     def hand_made(self, solver: str, nfe: int) -> dict[str, Any]:
         """A solver on the angle grid."""
-        made, schedule = solver_for(solver, self.model, guidance=self.guidance), self.model.denoiser.schedule
+        made, schedule = solver_for(solver, self.model, guidance=self.guidance), self.model.schedule
         return self.measure(Sampler.build(made, make_grid("angle", schedule, nfe), schedule))
 
     def sampler(self, config: FitConfig, nfe: int) -> Sampler:
         """Whatever stage the fit chose; the row says which."""
         config = replace(config, seed=self.seed, noises=min(config.noises, config.num))
         folder = self.work / hashlib.sha256(repr(config).encode()).hexdigest()[:12]
-        return fit(self.model, [nfe], config, folder, guidance=self.guidance, trajectories=self.trajectories)[nfe].sampler
+        return fit(self.model, nfe, config=config, out=folder, guidance=self.guidance, trajectories=self.trajectories)[nfe]
 
     def fitted(self, config: FitConfig, nfe: int, measured: Study | None = None) -> dict[str, Any]:
         sampler = self.sampler(config, nfe)
@@ -161,7 +160,7 @@ def tuned_copy(model: Model, work: Path) -> Model:
     """Trained on by 300 steps of score matching."""
     folder = work / "fine-tuned"
     if not (folder / "tuned.json").exists():
-        finetune(model, FinetuneConfig(nfe=NFE, form="score", steps=300, rounds=1), folder, images=load_images("digits"))
+        finetune(model, config=FinetuneConfig(nfe=NFE, form="score", steps=300, rounds=1), out=folder, images=load_images("digits"))
     return load_model(folder)
 
 

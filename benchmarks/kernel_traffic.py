@@ -70,7 +70,7 @@ def least(row: Row, state: State) -> int:
 def traffic(name: str, rounds: int) -> dict[str, Any]:
     """One solver's step."""
     model = load_model("digits-ddpm")
-    solver, law = make_solver(name), model.denoiser.schedule
+    solver, law = make_solver(name), model.schedule
     tableau = Sampler.build(solver, make_grid("logsnr", law, solver.steps_on(law, STEPS)), law).tableau
     state = tableau.start(torch.randn(SHAPE))
     rows = tableau.rows(state.x)
@@ -109,13 +109,13 @@ def arguments(code: str) -> int:
 def loop(rounds: int, batch: int = 64, steps: int = 5) -> dict[str, Any]:
     """A whole sampling run of a bundled model: as it is, and compiled with its network."""
     model, solver = load_model("digits-edm"), make_solver("unipc-3")
-    law = model.denoiser.schedule
+    law = model.schedule
     sampler = Sampler.build(solver, make_grid("karras", law, steps), law)
     seeds = list(range(batch))
     x, labels = start_noise(sampler.tableau.nodes, seeds, model.shape), model.labels(seeds)
 
     def run() -> Tensor:
-        return sample(model.denoiser, sampler, x, labels)
+        return sample(model, sampler, x, labels)
 
     compiled = torch.compile(run)
     begin = time.perf_counter()
@@ -137,10 +137,10 @@ def writing(num: int = 128) -> dict[str, Any]:
         spent += time.perf_counter() - begin
 
     model = load_model("digits-edm")
-    grid = make_grid("karras", model.denoiser.schedule, 16)
+    grid = make_grid("karras", model.schedule, 16)
     with TemporaryDirectory() as folder, mock.patch.object(trajectories, "write_whole", timed):
         begin = time.perf_counter()
-        trajectories.generate_trajectories(model, grid, trajectories.TrajectoryConfig(num=num, batch=num), Path(folder) / "made")
+        trajectories.generate_trajectories(model, grid, Path(folder) / "made", config=trajectories.TrajectoryConfig(num=num, batch=num))
         whole = time.perf_counter() - begin
     return {"writing": f"{num} trajectories of {model.name}", "share_of_time": spent / whole}
 

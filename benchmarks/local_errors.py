@@ -18,10 +18,9 @@ from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.tableau import Nodes, Solver, advance
 from fewstep.evaluate.metrics.distances import rmse
 from fewstep.models.formats.folders import Model
-from fewstep.models.generate import solver_for
+from fewstep.models.generate import sample, solver_for
 from fewstep.models.zoo import load_model
 from fewstep.runtime.artifact import write_whole
-from fewstep.sampling.loop import sample
 from fewstep.sampling.noise import start_noise
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import UniPC
@@ -33,17 +32,17 @@ FINE = 8  # exact steps per unit of lam
 
 def exactly(model: Model, x: Tensor, t: Tensor) -> Tensor:
     """From time ``t[0]`` to ``t[1]`` by many small steps."""
-    schedule = model.denoiser.schedule
+    schedule = model.schedule
     first, last = schedule.lam(t).tolist()
     if first == last:
         return x
     lam = torch.linspace(first, last, max(4, round(FINE * (last - first))) + 1, dtype=torch.float64)
-    return sample(model.denoiser, Sampler.build(UniPC(3), TimeGrid(schedule.t_of_lam(lam)), schedule), x)
+    return sample(model, Sampler.build(UniPC(3), TimeGrid(schedule.t_of_lam(lam)), schedule), x)
 
 
 def one_step(solver: Solver, nodes: Nodes, states: list[Tensor], clean: list[Tensor], i: int) -> Tensor:
     """The solver's step ``i`` from exact states and evaluations up to it."""
-    tableau = Sampler.build(solver, TimeGrid(nodes.t), load_model(MODEL).denoiser.schedule).tableau
+    tableau = Sampler.build(solver, TimeGrid(nodes.t), load_model(MODEL).schedule).tableau
     blank = tableau.start(states[i])
     past = [solver.record(nodes, k, states[k].double(), clean[k].double()).float() for k in reversed(range(i))][: tableau.memory]
     anchor = None if blank.anchor is None else states[max(i - 1, 0)]
@@ -58,12 +57,12 @@ def main() -> None:
     args = parser.parse_args()
     model, rows = load_model(MODEL), []
     for nfe in NFE:
-        grid = make_grid(GRID, model.denoiser.schedule, nfe)
-        nodes = Nodes.at(model.denoiser.schedule, grid.t)
+        grid = make_grid(GRID, model.schedule, nfe)
+        nodes = Nodes.at(model.schedule, grid.t)
         states = [start_noise(nodes, SEEDS, model.shape)]
         for i in range(nfe):
             states.append(exactly(model, states[-1], grid.t[i : i + 2]))
-        clean = [model.denoiser(states[i], nodes.t[i]) for i in range(nfe)]
+        clean = [model(states[i], nodes.t[i]) for i in range(nfe)]
         for name in SOLVERS:
             solver = solver_for(name, model)
             ends = [exactly(model, one_step(solver, nodes, states, clean, i), grid.t[[i + 1, nfe]]) for i in range(nfe)]

@@ -196,12 +196,10 @@ def prepare(pipe: Any, runs: Path) -> None:
     """Statistics, optimised schedules and fitted samplers of the pipeline's own network at its guidance; what is there stays."""
     model = fewstep.from_pipeline(pipe, PROMPTS)
     say = {"command": "python benchmarks/pipeline_study.py"}
-    fewstep.calibrate(model, fewstep.CalibrationConfig(), runs / "statistics", guidance=GUIDANCE, **say)
-    solver = {"unipc-2": fewstep.make_solver("unipc-2")}
-    fewstep.optimize(model, solver, STEPS, fewstep.OptimizeConfig(), runs / "optimized", guidance=GUIDANCE, **say)
-    fewstep.fit(
-        model, STEPS, fewstep.FitConfig(), runs / "fitted", guidance=GUIDANCE, observe=lambda done, note: print(note, flush=True), **say
-    )
+    fewstep.calibrate(model, out=runs / "statistics", guidance=GUIDANCE, **say)
+    fewstep.optimize(model, "unipc-2", STEPS, out=runs / "optimized", guidance=GUIDANCE, **say)
+    note = lambda done, text: print(text, flush=True)  # noqa: E731
+    fewstep.fit(model, STEPS, out=runs / "fitted", guidance=GUIDANCE, on_progress=note, **say)
 
 
 def draw(pipe: Any, chosen: dict[str, Tensor], path: Path) -> None:

@@ -23,11 +23,12 @@ from fewstep import TimeGrid, load_model, make_grid, make_solver, seeded_noise
 from fewstep.core.denoiser import Cond
 from fewstep.core.tableau import Nodes
 from fewstep.data.images import load_images
-from fewstep.learn.search.bound import Bound, descend, monte_carlo_bound
-from fewstep.learn.search.refine import EndError
+from fewstep.learn.search.bound import Bound, descend_bound, monte_carlo_bound
+from fewstep.learn.search.refine import SolverEndpointError
 from fewstep.learn.teacher.gram import Gram, GramConfig, collect_gram, fine_grid
 from fewstep.models.formats.folders import Model
-from fewstep.models.generate import generate
+from fewstep.models.generate import sample
+from fewstep.models.problem import Problem
 from fewstep.runtime.artifact import write_whole
 from fewstep.sampling.noise import start_noise
 from fewstep.sampling.reference import reference_sampler
@@ -48,8 +49,8 @@ def main() -> None:
 
 
 def study(model: Model) -> dict[str, Any]:
-    schedule = model.denoiser.schedule
-    gram = collect_gram(model, GramConfig(LEVELS, TRAJECTORIES, jacobian=True))
+    schedule = model.schedule
+    gram = collect_gram(Problem(model), GramConfig(LEVELS, TRAJECTORIES, jacobian=True))
     assert gram is not None
     times = fine_grid(schedule, LEVELS).t
     error = problem(model)
@@ -81,39 +82,38 @@ def study(model: Model) -> dict[str, Any]:
     return {"forms": forms, "standard": standard, "seconds_for_all_optima": seconds}
 
 
-def problem(model: Model) -> EndError:
+def problem(model: Model) -> SolverEndpointError:
     """First-order sampling from fresh noises, and their exact ends."""
-    tight, seeds, cpu = reference_sampler(model.denoiser.schedule), range(5_000_000, 5_000_000 + NOISES), torch.device("cpu")
-    labels = model.labels(seeds)
-    exact = generate(model.denoiser, tight, seeds, model.shape, labels, cpu)
-    return EndError(model.denoiser, make_solver("ddim"), start_noise(tight.tableau.nodes, seeds, model.shape), exact, labels)
+    tight, seeds = reference_sampler(model.schedule), range(5_000_000, 5_000_000 + NOISES)
+    exact, start = sample(model, tight, seeds=seeds), start_noise(tight.tableau.nodes, seeds, model.need_shape())
+    return SolverEndpointError(model, make_solver("ddim"), start, exact, model.labels(seeds))
 
 
 def monte_carlo(model: Model, steps: int) -> dict[str, float]:
     """The bound that the descent reaches, and that of the global optimum of the same functional: over diffused images."""
-    images, schedule = load_images("digits"), model.denoiser.schedule
+    images, schedule = load_images("digits"), model.schedule
 
     def draw(step: int, count: int = 32) -> tuple[torch.Tensor, torch.Tensor, Cond]:
         generator = torch.Generator().manual_seed(step)
         index = torch.randint(len(images.x), (count,), generator=generator)
         assert images.labels is not None
-        noise = seeded_noise(range(step * count, (step + 1) * count), model.shape, stream=7)
+        noise = seeded_noise(range(step * count, (step + 1) * count), model.need_shape(), stream=7)
         return images.dequantised(index, generator), noise, images.labels[index]
 
     begin = time.perf_counter()
-    found = descend(model.denoiser, make_grid("karras", schedule, steps), draw, iterations=150)
+    found = descend_bound(model, make_grid("karras", schedule, steps), draw, iterations=150)
     seconds = time.perf_counter() - begin
     grid = fine_grid(schedule, LEVELS)
     nodes = Nodes.at(schedule, grid.t)
     x0, noise, labels = draw(10_000, 256)
     with torch.no_grad():
         states = torch.stack([alpha * x0 + sigma * noise for alpha, sigma in zip(nodes.alpha.float(), nodes.sigma.float(), strict=True)])
-        outputs = torch.stack([model.denoiser(x, t, labels) for x, t in zip(states, nodes.t, strict=True)])
+        outputs = torch.stack([model(x, t, labels) for x, t in zip(states, nodes.t, strict=True)])
         best = Bound(Gram.of(nodes, states, outputs), local="jensen").best(steps)[steps]
         fresh = draw(20_000, 512)
         u = torch.rand(steps, 512, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         reached, optimum, start = (
-            float(monte_carlo_bound(model.denoiser, torch.exp(-schedule.lam(t)), *fresh, u))
+            float(monte_carlo_bound(model, torch.exp(-schedule.lam(t)), *fresh, u))
             for t in (found.t, grid.t[best], make_grid("karras", schedule, steps).t)
         )
     row = {"start": start, "descent": reached, "global_optimum": optimum, "ratio": reached / optimum, "seconds": seconds}

@@ -1,81 +1,226 @@
-"""The tables of the README and the docs, as Markdown, from a results.json of fewstep bench.
+"""The tables of the README and the docs, from the rows in benchmarks/results.
 
-python benchmarks/tables.py benchmarks/results/digits-edm/results.json [--solver unipc-2,ipndm] [--grid angle] [--library fewstep]
-    [--best] [--optimized] [--fitted] [--study] [--dsno] [--student] [--pipeline] [--traffic]
+A page names the command that makes a table in a comment before it, and ends it with another:
+
+    <!-- python benchmarks/tables.py best benchmarks/results/digits-edm/results.json -->
+    | solver | 5 | 6 |
+    ...
+    <!-- end of table -->
+
+`python benchmarks/tables.py fill README.md docs/*.md docs/results/*.md` writes all of them anew; the tests compare them with the rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 STANDARD = ("karras", "logsnr", "uniform", "quadratic", "angle")
+BLOCK = re.compile(r"(<!-- python benchmarks/tables\.py (.*?) -->\n)(.*?)(<!-- end of table -->)", re.S)
+OWN = ("dpm-solver-v3", "unipc-2")  # solvers that are shown on their optimised grids
+PLAIN = ("ddim", "dpm-solver-pp-2m", "dpm-solver-pp-3m", "unipc-2", "unipc-3", "deis-3")  # solvers without statistics or Adams' history
+
+Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path, nargs="+")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=[*TABLES, "fill"])
+    parser.add_argument("files", nargs="+", help="results.json, or for fill the pages")
+    args, rest = parser.parse_known_args()
+    if args.table != "fill":
+        print(printed([args.table, *args.files, *rest]), end="")
+        return
+    for page in map(Path, args.files):
+        text = page.read_text(encoding="utf-8")
+        if (made := filled(text)) != text:
+            page.write_text(made, encoding="utf-8")
+            print(f"{page} has new tables")
+
+
+def filled(text: str) -> str:
+    """Return a page with every table made anew from its rows."""
+    return BLOCK.sub(lambda found: f"{found[1]}{printed(shlex.split(found[2]))}{found[4]}", text)
+
+
+def printed(words: Sequence[str]) -> str:
+    """Return what a table's command prints, by its words after ``tables.py``."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("table", choices=list(TABLES))
+    parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--solver", type=lambda text: text.split(","))
     parser.add_argument("--grid", type=lambda text: text.split(","))
-    parser.add_argument("--library", default="fewstep")
-    parser.add_argument("--best", action="store_true", help="one line a solver, each cell on the best of its grids")
-    parser.add_argument("--optimized", action="store_true", help="the optimized grid of each solver beside the best of the others")
-    parser.add_argument("--fitted", action="store_true", help="the fitted samplers beside the best of all others, diffusers' too")
-    parser.add_argument("--study", action="store_true", help="those of fit_study.json")
-    parser.add_argument("--dsno", action="store_true", help="those of dsno_study.json")
-    parser.add_argument(
-        "--student", action="store_true", help="a student's rows (the first file) beside its teacher's best on standard grids"
-    )
-    parser.add_argument("--pipeline", action="store_true", help="those of pipeline_study.json")
-    parser.add_argument("--traffic", action="store_true", help="those of kernel_traffic.json")
-    args = parser.parse_args()
-    if args.traffic:
-        traffic(json.loads(args.results[0].read_text())["rows"])
-        return
-    if args.pipeline:
-        pipeline(json.loads(args.results[0].read_text()))
-        return
-    if args.student:
-        first, *others = (json.loads(path.read_text()) for path in args.results)
-        student(first["model"], first["rows"], [row for results in others for row in results["rows"]])
-        return
-    if args.dsno:
-        dsno(json.loads(args.results[0].read_text())["rows"])
-        return
-    if args.study:
-        study(json.loads(args.results[0].read_text())["rows"])
-        return
-    if args.fitted:
-        fitted([row for path in args.results for row in json.loads(path.read_text())["rows"] if row["rmse"] is not None])
-        return
-    rows = [row for path in args.results for row in json.loads(path.read_text())["rows"] if row["library"] == args.library]
-    rows = [row for row in rows if (not args.solver or row["solver"] in args.solver) and (not args.grid or row["grid"] in args.grid)]
-    columns = sorted({row["nfe"] for row in rows if not args.optimized or row["grid"] == "optimized"})
-    whole = [row for row in rows if row["rmse"] is not None]  # others failed
-    best = {n: min((row["rmse"] for row in whole if row["nfe"] == n), default=None) for n in columns}
-    if args.optimized:
-        optimized_grids(whole, columns)
-        return
-    if args.best:
-        best_grids(rows, columns, best)
-        return
-    cells = {(row["grid"], row["solver"], row["nfe"]): row for row in rows}
-    print("| solver | grid | " + " | ".join(f"{n}" for n in columns) + " |")
-    print("|---|---|" + "---|" * len(columns))
+    parser.add_argument("--nfe", type=lambda text: [int(n) for n in text.split(",")])
+    parser.add_argument("--part", help="one part of a study")
+    args = parser.parse_args(list(words))
+    output = io.StringIO()
+    with redirect_stdout(output):
+        TABLES[args.table]([json.loads((ROOT / path).read_text()) for path in args.files], args)
+    return output.getvalue()
+
+
+def rows_of(results: Sequence[Row], args: argparse.Namespace, *, library: str | None = "fewstep") -> list[Row]:
+    """Return the rows of all files that a command asks for, without those that failed."""
+    return [
+        row
+        for file in results
+        for row in file["rows"]
+        if row["rmse"] is not None
+        and library in (None, row["library"])
+        and (not args.solver or row["solver"] in args.solver)
+        and (not args.grid or row["grid"] in args.grid)
+        and (not args.nfe or row["nfe"] in args.nfe)
+    ]
+
+
+def least(rows: Sequence[Row]) -> dict[int, Row]:
+    """Return the row of the least error for each number of evaluations."""
+    counts = sorted({row["nfe"] for row in rows})
+    return {n: min((row for row in rows if row["nfe"] == n), key=lambda row: row["rmse"]) for n in counts}
+
+
+def heading(first: Sequence[str], columns: Sequence[object]) -> None:
+    """Print the first two lines of a table."""
+    print("| " + " | ".join([*first, *map(str, columns)]) + " |\n|" + "---|" * (len(first) + len(columns)))
+
+
+def all_rows(rows: list[Row]) -> None:
+    """Print one line for each solver and grid."""
+    cells, best = {(row["grid"], row["solver"], row["nfe"]): row for row in rows}, least(rows)
+    heading(["solver", "grid"], list(best))
     for grid, solver in sorted(dict.fromkeys(key[:2] for key in cells), key=lambda line: line[0]):
-        line = []
-        for n in columns:
-            row = cells.get((grid, solver, n))
-            line.append("" if row is None else figures(row, best[n]))
+        found = [cells.get((grid, solver, n)) for n in best]
+        line = ["" if row is None else figures(row, best[row["nfe"]]["rmse"]) for row in found]
         print(f"| `{solver}` | `{grid}` | " + " | ".join(line) + " |")
 
 
-def figures(row: dict[str, Any], best: float | None, grid: str = "") -> str:
-    """One cell: error, and the Frechet distance if it is known; the best of a column in bold."""
+def pair(row: Row) -> str:
+    """Return a solver and its grid as a cell names them."""
+    return f"`{row['solver']}` `{row['grid']}`"
+
+
+def gain(rows: list[Row]) -> None:
+    """Print fitted samplers, solvers on their optimised grids, and the best pair of a solver and a standard grid."""
+    lines = {"fitted": least([row for row in rows if row["solver"] == "fitted"])}
+    for solver in OWN:
+        lines[f"`{solver}`, optimised grid"] = least([row for row in rows if (row["solver"], row["grid"]) == (solver, "optimized")])
+    by_hand = least([row for row in rows if row["grid"] in STANDARD])
+    columns = list(lines["fitted"])
+    heading([""], columns)
+    smallest = {n: min(row["rmse"] for row in (by_hand[n], *(line[n] for line in lines.values()))) for n in columns}
+    for name, line in lines.items():
+        cells = [f"**{line[n]['rmse']:.4f}**" if line[n]["rmse"] == smallest[n] else f"{line[n]['rmse']:.4f}" for n in columns]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    print("| best solver on a standard grid | " + " | ".join(f"{by_hand[n]['rmse']:.4f} {pair(by_hand[n])}" for n in columns) + " |")
+    enough = {n: [k for k, row in by_hand.items() if row["rmse"] <= lines["fitted"][n]["rmse"]] for n in columns}
+    needed = [str(min(enough[n])) if enough[n] else f"more than {max(by_hand)}" for n in columns]
+    print("| evaluations it needs for the error of the fitted one | " + " | ".join(needed) + " |")
+
+
+def versus(named: dict[str, list[Row]]) -> None:
+    """Print DPM-Solver-v3 beside the best other hand-made solver, of this library or diffusers', for each model."""
+    counts = sorted({row["nfe"] for rows in named.values() for row in rows})
+    heading(["model", ""], counts)
+    for name, rows in named.items():
+        rows = [row for row in rows if row["grid"] != "optimized"]
+        ours = least([row for row in rows if row["solver"] == "dpm-solver-v3"])
+        other = least([row for row in rows if not row["solver"].startswith(("dpm-solver-v3", "fitted"))])
+        print(f"| {name} | v3 | " + " | ".join(f"**{ours[n]['rmse']:.4f}** `{ours[n]['grid']}`" for n in counts) + " |")
+        print("| | best other | " + " | ".join(f"{other[n]['rmse']:.4f} {pair(other[n])}" for n in counts) + " |")
+        print("| | ratio | " + " | ".join(f"{ours[n]['rmse'] / other[n]['rmse']:.2f}" for n in counts) + " |")
+
+
+def one_grid(named: dict[str, list[Row]]) -> None:
+    """Print DPM-Solver-v3 beside the best of the plain solvers on the same grid."""
+    counts = sorted({row["nfe"] for rows in named.values() for row in rows})
+    heading(["model", ""], counts)
+    for name, rows in named.items():
+        ours, other = (least([row for row in rows if row["solver"] in names]) for names in (("dpm-solver-v3",), PLAIN))
+        cells = [f"{ours[n]['rmse']:.4f} ({ours[n]['fd']:.2f})" for n in counts]
+        print(f"| {name} | v3 | " + " | ".join(cells) + " |")
+        cells = [f"{other[n]['rmse']:.4f} ({other[n]['fd']:.2f}) `{other[n]['solver']}`" for n in counts]
+        print("| | best of DDIM, DPM-Solver++, UniPC, DEIS | " + " | ".join(cells) + " |")
+        print("| | ratio | " + " | ".join(f"{ours[n]['rmse'] / other[n]['rmse']:.2f}" for n in counts) + " |")
+
+
+def agreement(rows: list[Row]) -> None:
+    """Print the largest relative difference between our errors and diffusers', where both have a solver of the name."""
+    cells = {(row["library"], (row["solver"], row["grid"], row["nfe"])): row["rmse"] for row in rows}
+    both = [
+        (error, cells["diffusers", key]) for (library, key), error in cells.items() if library == "fewstep" and ("diffusers", key) in cells
+    ]
+    print(f"{len(both)} pairs of rows, largest relative difference {max(abs(ours / theirs - 1) for ours, theirs in both):.0e}.")
+
+
+def cost(results: Row) -> None:
+    """Print the error of DPM-Solver-v3 on ``angle`` by levels, data and pooling of its statistics."""
+    rows = [row for row in results["rows"] if (row["grid"], row["integrals"]) == ("angle", "exact")]
+    most = next(row for row in rows if (row["levels"], row["data"], row["pool"]) == (120, 1024, "element"))
+    counts = list(most["rmse"])
+    heading(["levels", "data", "states visited", "pooling"], counts)
+    for pool in ("element", "scalar/element", "channel"):
+        for row in (row for row in rows if row["pool"] == pool):
+            standard = (row["levels"], row["data"], pool) == (30, 128, "element")
+            levels, data = (f"**{row[name]}**" if standard else str(row[name]) for name in ("levels", "data"))
+            cells = [f"{row['rmse'][n]:.4f} ({row['rmse'][n] / most['rmse'][n]:.2f})" for n in counts]
+            print(f"| {levels} | {data} | {row['points']} | {pool} | " + " | ".join(cells) + " |")
+
+
+SOURCES = {"own": "own trajectories", "own, unguided": "own guided trajectories, network unguided", "digits": "digits, diffused"}
+
+
+def states(results: Row) -> None:
+    """Print the error of DPM-Solver-v3 by where its statistics come from."""
+    heading(["model", "guidance", "states", "grid"], [5, 6, 8, 10])
+    for row in results["states"]:
+        for grid, errors in row["rmse"].items():
+            source = SOURCES.get(row["states"], row["states"])
+            print(
+                f"| `{row['model']}` | {row['guidance']:g} | {source} | `{grid}` | "
+                + " | ".join(f"{e:.4f}" for e in errors.values())
+                + " |"
+            )
+
+
+def bounds(results: Row) -> None:
+    """Print how well each form of the error bound ranks schedules, and what its optimum is worth."""
+    heading(
+        ["model", "amplification", "total", "local"], ["rank correlation", "least bound / error", "RMSE of the optimum, 3, 5, 8, 10 steps"]
+    )
+    for model in ("digits-edm", "digits-ddpm"):
+        for row in results[model]["forms"]:
+            if row["local"] == "exact" or row["amplification"] == "plain":
+                errors = ", ".join(f"{error:.3f}" for error in row["rmse_of_optimum"].values())
+                numbers = f"{row['rank_correlation']:.2f} | {row['least_ratio']:.2f} | {errors}"
+                print(f"| `{model}` | `{row['amplification']}` | {row['total']} | {row['local']} | {numbers} |")
+
+
+TUNED = {"phase 1 alone": "schedule alone", "mean": "tuned, `mean` (default)", "score": "tuned, `score`"}
+
+
+def tuned(results: Row) -> None:
+    """Print what tuning a network for a few steps gains."""
+    cells = {(row["form"], row["nfe"]): row for row in results["rows"]}
+    counts = sorted({nfe for form, nfe in cells if form == "score"})
+    heading([""], [f"{n} steps" for n in counts])
+    for form, name in TUNED.items():
+        print(f"| {name} | " + " | ".join(f"{cells[form, n]['rmse']:.4f} ({cells[form, n]['fd']:.2f})" for n in counts) + " |")
+    ratios = [cells["mean", n]["rmse"] / cells["phase 1 alone", n]["rmse"] for n in counts]
+    print("| `mean` / schedule alone | " + " | ".join(f"**{ratio:.2f}**" for ratio in ratios) + " |")
+
+
+def figures(row: Row, best: float | None, grid: str = "") -> str:
+    """Return one cell: error, and the Frechet distance if it is known; the best of a column in bold."""
     if row["rmse"] is None:
         return "failed"
     distance = "" if row["fd"] is None else f" ({row['fd']:.2f})"
@@ -84,7 +229,7 @@ def figures(row: dict[str, Any], best: float | None, grid: str = "") -> str:
 
 
 def pipeline(results: dict[str, Any]) -> None:
-    """Each scheduler on the spacing that its configuration has (leading), and on the best one for each number of steps."""
+    """Print each scheduler on the best spacing for each number of steps, and on the one that its configuration has (leading)."""
     rows: dict[str, dict[int, dict[str, float]]] = {}
     for row in results["rows"]:
         name, _, spacing = row["scheduler"].partition(", ")
@@ -103,15 +248,16 @@ def pipeline(results: dict[str, Any]) -> None:
         print(f"| {name} | " + " | ".join(line) + f" | {usual} |")
 
 
-def traffic(rows: list[dict[str, Any]]) -> None:
-    """Bytes of a step against the least, eager and compiled."""
+def traffic(rows: list[Row]) -> None:
+    """Print the bytes of a step against the least, eager and compiled."""
     print("| solver | least | eager | compiled | time, compiled : eager |\n|---|---|---|---|---|")
     for row in (row for row in rows if "solver" in row):
         times = f"{row['eager_to_least']:.2f} x | {row['compiled_to_least']:.2f} x | {row['time_compiled_to_eager']:.2f}"
         print(f"| `{row['solver']}` | {row['megabytes']['least']:.0f} MB | {times} |")
 
 
-def optimized_grids(rows: list[dict[str, Any]], columns: list[int]) -> None:
+def optimized_grids(rows: list[Row], columns: list[int]) -> None:
+    """Print the optimised grid of each solver beside the best standard one."""
     print("| solver | | " + " | ".join(f"{n}" for n in columns) + " |")
     print("|---|---|" + "---|" * len(columns))
     for solver in dict.fromkeys(row["solver"] for row in rows if row["grid"] == "optimized"):
@@ -125,44 +271,45 @@ def optimized_grids(rows: list[dict[str, Any]], columns: list[int]) -> None:
         print("| | ratio | " + " | ".join(f"**{ours['rmse'] / best['rmse']:.2f}**" for ours, best in pairs) + " |")
 
 
-def study(rows: list[dict[str, Any]]) -> None:
-    """One table for each part of the study: RMSE, mean error, share of large errors, Frechet distance."""
-    for table in dict.fromkeys(row["table"] for row in rows):
-        print(f"\n{table}:\n\n| | evaluations | RMSE | mean error | above 0.1 | Frechet |\n|---|---|---|---|---|---|")
-        for row in (row for row in rows if row["table"] == table):
-            errors = (
-                "| | |" if "rmse" not in row else f"{row['rmse']:.4f} | {row['mean_error']:.4f} | {100 * row['share_above_0.1']:.1f} % |"
-            )
-            refused = f" (refused for {row['chosen']})" if " on " in row.get("chosen", "") else ""
-            print(f"| {row['row']}{refused} | {row['nfe']} | {errors} {row['fd']:.2f} |")
+def fit_study(rows: list[Row]) -> None:
+    """Print rows of fit_study.json: RMSE, mean error, share of large errors, Frechet distance."""
+    heading([""], ["evaluations", "RMSE", "mean error", "above 0.1", "Frechet"])
+    for row in rows:
+        errors = "| | |" if "rmse" not in row else f"{row['rmse']:.4f} | {row['mean_error']:.4f} | {100 * row['share_above_0.1']:.1f} % |"
+        refused = f" (refused for {row['chosen']})" if " on " in row.get("chosen", "") else ""
+        print(f"| {row['row']}{refused} | {row['nfe']} | {errors} {row['fd']:.2f} |")
 
 
-def dsno(rows: list[dict[str, Any]]) -> None:
-    """The controls at equal iterations and at equal time, mean of the seeds with their least and largest; the choices one by one."""
+def dsno_study(rows: list[Row], part: str) -> None:
+    """Print one part of dsno_study.json: controls at equal ``iterations`` or ``time``, the ``bundled`` student, or the ``choices``."""
+    if part in ("iterations", "time"):
+        _controls(rows, part)
+        return
+    whole = part == "choices"
+    heading([""], ["RMSE", *(["mean error"] if whole else []), "Frechet", "labels as asked"])
+    for row in (row for row in rows if row["row"].startswith(f"{part}/")):
+        name = row["row"].removeprefix(f"{part}/")
+        middle = f" | {row['mean_error']:.4f}" if whole else ""
+        figures = f"{row['rmse']:.4f}{middle} | {row['fd']:.2f} | {100 * row['label_agreement']:.1f} %"
+        print(f"| {'teacher, exact' if name == '0' else name} | {figures} |")
+
+
+def _controls(rows: list[Row], basis: str) -> None:
+    """Print the controls, mean of the seeds with least and largest."""
     pace = next(row for row in rows if row["row"] == "pace")
     controls = [(row["row"].split("/"), row) for row in rows if row["row"].startswith("controls/")]
-    for basis in ("iterations", "time"):
-        print(f"\nequal {basis}:\n\n| | steps | training time | arithmetic of a pass | RMSE | Frechet | labels as asked |")
-        print("|---|---|---|---|---|---|---|")
-        for name in dict.fromkeys(parts[3] for parts, _ in controls if parts[2] == basis or parts[3] == "dsno"):
-            found = [row for parts, row in controls if parts[3] == name and (parts[2] == basis or name == "dsno")]
-            steps, error, fd, agree = ([row[key] for row in found] for key in ("steps", "rmse", "fd", "label_agreement"))
-            time = mean(steps) * pace[name] / (pace["dsno"] * next(row["steps"] for parts, row in controls if parts[3] == "dsno"))
-            cells = [name, f"{mean(steps):.0f}", f"{time:.2f}", f"{found[0]['arithmetic']:.2f}"]
-            cells += [f"{mean(error):.4f} ({min(error):.4f} to {max(error):.4f})", f"{mean(fd):.2f} ({min(fd):.2f} to {max(fd):.2f})"]
-            print(f"| {' | '.join(cells)} | {100 * mean(agree):.1f} % |")
-    print("\nbundled:\n\n| | RMSE | Frechet | labels as asked |\n|---|---|---|---|")
-    for row in (row for row in rows if row["row"].startswith("bundled/")):
-        name = row["row"].removeprefix("bundled/").replace("0", "teacher, exact")
-        print(f"| {name} | {row['rmse']:.4f} | {row['fd']:.2f} | {100 * row['label_agreement']:.1f} % |")
-    print("\nchoices:\n\n| | RMSE | mean error | Frechet | labels as asked |\n|---|---|---|---|---|")
-    for row in (row for row in rows if row["row"].startswith("choices/")):
-        figures = f"{row['rmse']:.4f} | {row['mean_error']:.4f} | {row['fd']:.2f} | {100 * row['label_agreement']:.1f} %"
-        print(f"| {row['row'].removeprefix('choices/')} | {figures} |")
+    heading([""], ["steps", "training time", "arithmetic of a pass", "RMSE", "Frechet", "labels as asked"])
+    for name in dict.fromkeys(parts[3] for parts, _ in controls if parts[2] == basis or parts[3] == "dsno"):
+        found = [row for parts, row in controls if parts[3] == name and (parts[2] == basis or name == "dsno")]
+        steps, error, fd, agree = ([row[key] for row in found] for key in ("steps", "rmse", "fd", "label_agreement"))
+        time = mean(steps) * pace[name] / (pace["dsno"] * next(row["steps"] for parts, row in controls if parts[3] == "dsno"))
+        cells = [name, f"{mean(steps):.0f}", f"{time:.2f}", f"{found[0]['arithmetic']:.2f}"]
+        cells += [f"{mean(error):.4f} ({min(error):.4f} to {max(error):.4f})", f"{mean(fd):.2f} ({min(fd):.2f} to {max(fd):.2f})"]
+        print(f"| {' | '.join(cells)} | {100 * mean(agree):.1f} % |")
 
 
-def fitted(rows: list[dict[str, Any]]) -> None:
-    """Each beside the best pair of a hand-made solver and a standard grid, with v3 and without, and the evaluations such pairs need."""
+def fitted(rows: list[Row]) -> None:
+    """Print fitted samplers beside the best pair of a hand-made solver and a standard grid, with v3 and without."""
     ours = {row["nfe"]: row for row in rows if row["solver"] == "fitted"}
     pairs = [row for row in rows if row["solver"] != "fitted" and row["grid"] != "optimized"]
     print("| | " + " | ".join(f"{n}" for n in sorted(ours)) + " |")
@@ -185,8 +332,8 @@ def fitted(rows: list[dict[str, Any]]) -> None:
         print("| evaluations it needs for the same error | " + " | ".join(saved) + " |")
 
 
-def student(name: str, rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
-    """Its passes beside as many evaluations of its teacher, and how many those would have to be."""
+def student(name: str, rows: list[Row], others: list[Row]) -> None:
+    """Print the passes of a student beside as many evaluations of its teacher, and how many those would have to be."""
     ours, others = {row["nfe"]: row for row in rows}, [row for row in others if row["grid"] in STANDARD and row["solver"] != "fitted"]
     best = {n: min((row for row in others if row["nfe"] == n), key=lambda row: row["rmse"]) for n in ours}
     enough = {n: min(row["nfe"] for row in others if row["rmse"] <= ours[n]["rmse"]) for n in ours}
@@ -201,7 +348,8 @@ def student(name: str, rows: list[dict[str, Any]], others: list[dict[str, Any]])
     print("| arithmetic of the passes, in evaluations | " + " | ".join(f"{row['arithmetic']:.2f}" for row in ours.values()) + " |")
 
 
-def best_grids(rows: list[dict[str, Any]], columns: list[int], best: dict[int, float | None]) -> None:
+def best_grids(rows: list[Row], columns: list[int], best: dict[int, float | None]) -> None:
+    """Print one line a solver, each cell on the best of its grids."""
     print("| solver | " + " | ".join(f"{n}" for n in columns) + " |")
     print("|---|" + "---|" * len(columns))
     for solver in dict.fromkeys(row["solver"] for row in rows):
@@ -211,6 +359,51 @@ def best_grids(rows: list[dict[str, Any]], columns: list[int], best: dict[int, f
             row = min(found, key=lambda row: math.inf if row["rmse"] is None else row["rmse"], default=None)
             line.append("" if row is None else figures(row, best[n], row["grid"]))
         print(f"| `{solver}` | " + " | ".join(line) + " |")
+
+
+def _named(results: Sequence[Row], args: argparse.Namespace) -> dict[str, list[Row]]:
+    """Return the rows of each model and guidance scale, by how a table names them."""
+    made: dict[str, list[Row]] = {}
+    for file in results:
+        guidance = file["problem"]["guidance"]
+        name = f"`{file['model']}`" + ("" if guidance == 1 else f", guidance {guidance:g}")
+        made.setdefault(name, []).extend(rows_of([file], args, library=None))
+    return made
+
+
+def _optimized(rows: list[Row]) -> None:
+    optimized_grids(rows, sorted({row["nfe"] for row in rows if row["grid"] == "optimized"}))
+
+
+def _best(rows: list[Row]) -> None:
+    best = least(rows)
+    best_grids(rows, list(best), {n: row["rmse"] for n, row in best.items()})
+
+
+def _student(results: Sequence[Row], args: argparse.Namespace) -> None:
+    first, *others = results
+    student(first["model"], first["rows"], rows_of(others, args))
+
+
+TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
+    "all": lambda results, args: all_rows(rows_of(results, args)),
+    "best": lambda results, args: _best(rows_of(results, args)),
+    "gain": lambda results, args: gain(rows_of(results, args)),
+    "versus": lambda results, args: versus(_named(results, args)),
+    "one-grid": lambda results, args: one_grid(_named(results, args)),
+    "agreement": lambda results, args: agreement(rows_of(results, args, library=None)),
+    "optimized": lambda results, args: _optimized(rows_of(results, args)),
+    "fitted": lambda results, args: fitted(rows_of(results, args, library=None)),
+    "student": _student,
+    "fit-study": lambda results, args: fit_study([row for row in results[0]["rows"] if row["table"] == args.part]),
+    "dsno-study": lambda results, args: dsno_study(results[0]["rows"], args.part),
+    "pipeline": lambda results, args: pipeline(results[0]),
+    "traffic": lambda results, args: traffic(results[0]["rows"]),
+    "cost": lambda results, args: cost(results[0]),
+    "states": lambda results, args: states(results[0]),
+    "bounds": lambda results, args: bounds(results[0]),
+    "tuned": lambda results, args: tuned(results[0]),
+}
 
 
 if __name__ == "__main__":

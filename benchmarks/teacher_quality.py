@@ -18,10 +18,9 @@ import torch
 
 from fewstep import Sampler, load_model, make_grid, make_solver
 from fewstep.core.grid import TimeGrid
-from fewstep.core.schedule import DiscreteVP
 from fewstep.data.images import load_images
 from fewstep.evaluate.metrics.distances import frechet_distance, load_features
-from fewstep.models.generate import generate
+from fewstep.models.generate import sample
 from fewstep.models.zoo import BUNDLED
 from fewstep.runtime.process import default_device
 
@@ -41,13 +40,13 @@ def main() -> None:
     rows = []
     for name in BUNDLED:
         model = load_model(name)
-        schedule, solver = model.denoiser.schedule, make_solver("heun")
-        discrete = isinstance(schedule, DiscreteVP)  # 100 steps of a Karras grid are finer than its times: do not snap
+        schedule, solver = model.schedule, make_solver("heun")
+        discrete = schedule.times is not None  # 100 steps of a Karras grid are finer than its times: do not snap
         make = TimeGrid.karras if discrete else lambda schedule, steps: make_grid("karras", schedule, steps)
         sampler = Sampler.build(solver, make(schedule, solver.steps_for(NFE)), schedule)
         seeds = list(range(args.num))
         parts = [seeds[k : k + 256] for k in range(0, args.num, 256)]
-        samples = torch.cat([generate(model.denoiser, sampler, p, model.shape, model.labels(p), default_device()) for p in parts])
+        samples = torch.cat([sample(model.to(default_device()), sampler, seeds=p).cpu() for p in parts])
         asked = model.labels(seeds)
         agree = None if asked is None else (features.labels(samples) == asked).float().mean().item()
         fd = frechet_distance(data, samples, features)

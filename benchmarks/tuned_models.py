@@ -18,8 +18,8 @@ from fewstep import Sampler, load_model, make_solver
 from fewstep.data.images import load_images
 from fewstep.evaluate.metrics.distances import frechet_distance, load_features, rmse
 from fewstep.learn.networks.finetune import FinetuneConfig, finetune
-from fewstep.models.formats.folders import Model
-from fewstep.models.generate import generate
+from fewstep.models.generate import sample
+from fewstep.models.model import Model
 from fewstep.runtime.artifact import write_whole
 from fewstep.sampling.reference import reference_sampler
 
@@ -39,7 +39,9 @@ def main() -> None:
             folder = args.work / (f"digits-edm-{nfe}step" + ("-score" if form == "score" else ""))
             if not (folder / "tuned.json").exists():
                 images = load_images("digits") if form == "score" else None
-                finetune(teacher, FinetuneConfig(nfe=nfe, form=form, steps=100 if form == "score" else 200), folder, images=images)
+                finetune(
+                    teacher, config=FinetuneConfig(nfe=nfe, form=form, steps=100 if form == "score" else 200), out=folder, images=images
+                )
             rows.append({"form": form, "nfe": nfe, **problem.measure(load_model(folder), nfe), **alternation(folder)})
     rows.append({"form": "digits-edm-3step", "nfe": 3, **problem.measure(load_model("digits-edm-3step"), 3)})
     results = {
@@ -58,10 +60,10 @@ class Problem:
     def __init__(self) -> None:
         self.data, self.features = load_images("digits").x, load_features("digits", (1, 8, 8))
         teacher = load_model("digits-edm")
-        self.exact = self.samples(teacher, reference_sampler(teacher.denoiser.schedule))
+        self.exact = self.samples(teacher, reference_sampler(teacher.schedule))
 
     def samples(self, model: Model, sampler: Sampler) -> torch.Tensor:
-        return generate(model.denoiser, sampler, SEEDS, model.shape, model.labels(SEEDS), torch.device("cpu"))
+        return sample(model, sampler, seeds=SEEDS)
 
     def distance(self, samples: torch.Tensor) -> float:
         return frechet_distance(self.data, samples, self.features)
@@ -69,8 +71,8 @@ class Problem:
     def measure(self, model: Model, nfe: int) -> dict[str, Any]:
         """First-order steps of a model on its own optimised grid."""
         grid = model.optimized("ddim", nfe)
-        samples = self.samples(model, Sampler.build(make_solver("ddim"), grid, model.denoiser.schedule))
-        levels = torch.exp(-model.denoiser.schedule.lam(grid.t)).tolist()
+        samples = self.samples(model, Sampler.build(make_solver("ddim"), grid, model.schedule))
+        levels = torch.exp(-model.schedule.lam(grid.t)).tolist()
         return {"rmse": rmse(samples, self.exact), "fd": self.distance(samples), "noise_levels": levels}
 
 

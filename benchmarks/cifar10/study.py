@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, required=True)
     parser.add_argument("--data", type=Path, default=SHARED, help="the folder with the shared CIFAR-10 files")
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10"))
-    parser.add_argument("--docs", type=Path, help="the folder of results.md and its pictures: docs, but --work for a study not to be kept")
+    parser.add_argument("--docs", type=Path, help="the folder of results/cifar10.md and of its pictures: docs, or --work if not to be kept")
     parser.add_argument("--until", help="the last stage to run, by name")
     parser.add_argument("--list", action="store_true", help="say what there is to run")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""docs/results.md with its tables, plots and picture of samplers, from ``page.md`` and the rows of the study.
+"""Write docs/results/cifar10.md with its tables, plots and picture of samplers, from ``page.md`` and the rows of the study.
 
     python -m benchmarks.cifar10.tables benchmarks/results/cifar10-16 --docs docs
 
@@ -21,14 +21,15 @@ from typing import Any
 from benchmarks.cifar10.study import THIRD
 from benchmarks.tables import STANDARD, best_grids, fitted, optimized_grids, student
 
-from fewstep.evaluate.benchmark.run import picture_file, read_samples
 from fewstep.evaluate.pictures import save_comparison
 from fewstep.evaluate.report.plots import Point, png, work_precision
+from fewstep.evaluate.rows import picture_file, read_samples
 from fewstep.runtime.artifact import read_json, write_whole
 
 Row = dict[str, Any]
 PAGE = Path(__file__).with_name("page.md")
-DIGITS = Path("benchmarks/results")  # the rows of the README's claims
+PLACE = Path("results/cifar10.md")  # below the docs; its pictures lie beside the guides
+DIGITS = Path("benchmarks/results")  # the rows of the claims on digits
 SHOWN = 5  # evaluations of the picture
 PLOTTED = ("unipc-2", "dpm-solver-v3")  # on their optimised grids
 RIVALS = ("dpm-solver-pp-2m", "dpm-solver-pp-3m", "unipc-2", "unipc-3")  # of DPM-Solver-v3
@@ -124,7 +125,7 @@ def tuned(own: list[Row], rows: list[Row]) -> None:
 
 
 def claims(rows: list[Row]) -> dict[str, str]:
-    """What the README claims, of one model at one guidance: each as figures at 5, 6, 8 and 10 evaluations, as far as there are rows."""
+    """What the docs claim, of one model at one guidance: each as figures at 5, 6, 8 and 10 evaluations, as far as there are rows."""
     hand_made, theirs = standard(rows), [row for row in rows if row["library"] == "diffusers"]
     shared = {row["grid"] for row in theirs}
 
@@ -278,9 +279,10 @@ def plot(rows: list[Row], measure: str, path: Path, floor: float | None) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--docs", type=Path, required=True, help="the folder of results.md and its pictures")
+    parser.add_argument("--docs", type=Path, required=True, help="the folder of results/cifar10.md and its pictures")
     args = parser.parse_args()
-    write_whole(args.docs / "results.md", filled(PAGE.read_text(encoding="utf-8"), args.results).encode())
+    (args.docs / PLACE).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(args.docs / PLACE, filled(PAGE.read_text(encoding="utf-8"), args.results).encode())
     file, pictures = args.results / "standard" / "results.json", args.docs / args.results.name
     for name, suffix in (("standard", ""), ("guidance-2", "-guidance-2")):
         if (args.results / name / "results.json").is_file():

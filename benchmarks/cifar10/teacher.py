@@ -23,7 +23,7 @@ from fewstep import load_model
 from fewstep.data.images import Images, load_images
 from fewstep.evaluate.metrics.quality import Quality
 from fewstep.evaluate.pictures import save_grid
-from fewstep.models.generate import generate
+from fewstep.models.generate import sample
 from fewstep.runtime.artifact import write_whole
 from fewstep.runtime.process import default_device
 from fewstep.sampling.reference import reference_sampler
@@ -43,16 +43,16 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, required=True)
     args = parser.parse_args()
     model, device = load_model(args.teacher), default_device()
-    network = model.adapted.network
+    network = model.network
     assert isinstance(network, nn.Module)
-    size = model.shape[-1]
+    size = model.need_shape()[-1]
     train, test = (load_images(args.work / f"cifar10-{size}-{split}.npz") for split in ("train", "test"))
     quality = Quality.of(test.x, load_cifar_features(args.teacher / "features"), device)
-    seeds, sampler = range(args.num), reference_sampler(model.denoiser.schedule, EVALUATIONS)
+    seeds, sampler = range(args.num), reference_sampler(model.schedule, EVALUATIONS)
     rows: list[dict[str, Any]] = [measured("training pictures", train.x[: args.num], labels_of(train, args.num), quality)]
     parts = [seeds[start : start + BATCH] for start in range(0, args.num, BATCH)]
-    denoiser = model.to(device).denoiser
-    samples = torch.cat([generate(denoiser, sampler, part, model.shape, model.labels(part), device).cpu() for part in parts])
+    model.to(device)
+    samples = torch.cat([sample(model, sampler, seeds=part).cpu() for part in parts])
     rows.append(measured("exact samples", samples, model.labels(seeds), quality))
     save_grid(samples[:100], args.picture)
     made = {

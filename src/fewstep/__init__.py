@@ -2,49 +2,74 @@
 
 ::
 
-    model = fewstep.load_model("digits-edm")
-    schedule = model.denoiser.schedule
-    sampler = fewstep.Sampler.build(fewstep.make_solver("unipc-2"), fewstep.make_grid("angle", schedule, 6), schedule)
-    x_T = fewstep.start_noise(sampler.tableau.nodes, seeds=range(16), shape=model.shape)
-    images = fewstep.sample(model.denoiser, sampler, x_T, cond=model.labels(range(16)))
+    import fewstep
+
+    model = fewstep.load_model("digits-edm")                                   # or fewstep.Model(net, schedule, "epsilon", shape=...)
+    images = fewstep.sample(model, "unipc-2", nfe=6, seeds=range(16))          # any solver, by name
+    samplers = fewstep.fit(model, nfe=[5, 8])                                  # samplers of its own, in minutes
+    images = fewstep.sample(model, samplers[5], seeds=range(16))
+    print(fewstep.compare(model, ["ddim", "unipc-2", samplers[5]], nfe=[5, 8]))
 """
 
-from importlib.metadata import version
+from __future__ import annotations
 
-from fewstep.core.denoiser import Denoiser
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from fewstep.core.denoiser import Denoiser, FlowMap
 from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.prediction import EDM, convert, from_x0, to_x0
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding, VPCosine, VPLinear
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, Solver, State, Tableau, advance, tabulate
-from fewstep.integrations.diffusers.pipelines import from_pipeline
-from fewstep.learn.networks.distill import DistillConfig, distill
-from fewstep.learn.networks.finetune import FinetuneConfig, finetune
-from fewstep.learn.samplers.calibrate import CalibrationConfig, calibrate
-from fewstep.learn.samplers.fit import FitConfig, fit
-from fewstep.learn.samplers.optimize import OptimizeConfig, optimize
-from fewstep.learn.search.coefficients import FitForm, fit_in_sequence
-from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
 from fewstep.models.analytic import DatasetDenoiser, GaussianDenoiser, MixtureDenoiser
-from fewstep.models.denoiser import AdaptedDenoiser
-from fewstep.models.formats.folders import Model
+from fewstep.models.generate import sample
 from fewstep.models.guidance import classifier_free, classifier_guided, dynamic_threshold, static_threshold
-from fewstep.models.networks.operator import OperatorForm, OperatorStudent
-from fewstep.models.networks.temporal_unet import Mixing
+from fewstep.models.model import Model
 from fewstep.models.zoo import load_model
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
-from fewstep.sampling.loop import Step, sample
+from fewstep.sampling.loop import Step, steps
 from fewstep.sampling.noise import seeded_noise, start_noise
 from fewstep.sampling.sampler import Sampler
-from fewstep.solvers import make_solver
+from fewstep.solvers import DPMSolverV3, make_solver
+
+if TYPE_CHECKING:
+    from fewstep.evaluate.benchmark.compare import compare
+    from fewstep.integrations.diffusers.pipelines import from_pipeline
+    from fewstep.learn.networks.distill import DistillConfig, distill
+    from fewstep.learn.networks.finetune import FinetuneConfig, finetune
+    from fewstep.learn.samplers.calibrate import CalibrationConfig, calibrate
+    from fewstep.learn.samplers.fit import FitConfig, fit
+    from fewstep.learn.samplers.optimize import OptimizeConfig, optimize
+    from fewstep.learn.search.coefficients import FitForm
+    from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
 
 __version__ = version("fewstep")
 
+_LAZY = {  # imported when first asked for, so that sampling does not wait for what only learning needs
+    "compare": "evaluate.benchmark.compare",
+    "from_pipeline": "integrations.diffusers.pipelines",
+    "DistillConfig": "learn.networks.distill",
+    "distill": "learn.networks.distill",
+    "FinetuneConfig": "learn.networks.finetune",
+    "finetune": "learn.networks.finetune",
+    "CalibrationConfig": "learn.samplers.calibrate",
+    "calibrate": "learn.samplers.calibrate",
+    "FitConfig": "learn.samplers.fit",
+    "fit": "learn.samplers.fit",
+    "OptimizeConfig": "learn.samplers.optimize",
+    "optimize": "learn.samplers.optimize",
+    "FitForm": "learn.search.coefficients",
+    "Trajectories": "learn.teacher.trajectories",
+    "TrajectoryConfig": "learn.teacher.trajectories",
+    "generate_trajectories": "learn.teacher.trajectories",
+}
+
 __all__ = [
-    "AdaptedDenoiser",
     "ArtifactError",
     "CalibrationConfig",
-    "DatasetDenoiser",
+    "DPMSolverV3",
     "Denoiser",
     "DiscreteVP",
     "DistillConfig",
@@ -52,54 +77,43 @@ __all__ = [
     "FewstepError",
     "FinetuneConfig",
     "FitConfig",
-    "FitForm",
-    "GaussianDenoiser",
+    "FlowMap",
     "GridError",
-    "Mixing",
-    "MixtureDenoiser",
     "Model",
     "ModelError",
     "ModelStatistics",
-    "Nodes",
     "NoiseSchedule",
-    "OperatorForm",
-    "OperatorStudent",
     "OptimizeConfig",
     "RectifiedFlow",
     "Sampler",
     "Solver",
     "SolverError",
-    "State",
-    "Step",
-    "Tableau",
     "TimeGrid",
-    "Trajectories",
-    "TrajectoryConfig",
     "VPCosine",
     "VPLinear",
     "VarianceExploding",
-    "__version__",
-    "advance",
     "calibrate",
     "classifier_free",
-    "classifier_guided",
-    "convert",
+    "compare",
     "distill",
-    "dynamic_threshold",
     "finetune",
     "fit",
-    "fit_in_sequence",
     "from_pipeline",
-    "from_x0",
     "generate_trajectories",
     "load_model",
     "make_grid",
     "make_solver",
     "optimize",
     "sample",
-    "seeded_noise",
-    "start_noise",
-    "static_threshold",
-    "tabulate",
-    "to_x0",
+    "steps",
 ]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
+    return getattr(import_module(f"fewstep.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

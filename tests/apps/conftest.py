@@ -26,10 +26,10 @@ def run(monkeypatch, *words: object) -> int:
     return int(end.value.code or 0)
 
 
-def made_by(hurry: Callable[[pytest.MonkeyPatch], None], out: Path, *words: object) -> Path:
+def made_by(out: Path, *words: object, change: Callable[[pytest.MonkeyPatch], None] = lambda monkeypatch: None) -> Path:
     """The folder that a command wrote, for a fixture of a whole module."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        hurry(monkeypatch)
+        change(monkeypatch)
         assert run(monkeypatch, *words, "--out", out) == 0
     return out
 

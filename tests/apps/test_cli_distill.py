@@ -26,7 +26,9 @@ from tests.apps.conftest import samples
 from fewstep import VarianceExploding, load_model
 from fewstep.learn.networks import distill as module
 from fewstep.learn.networks import loop
-from fewstep.learn.networks.loop import LoopConfig
+from fewstep.learn.networks.loop import LoopConfig, LossCurve
+from fewstep.learn.networks.objectives import operator
+from fewstep.learn.networks.objectives.operator import OperatorObjective
 from fewstep.learn.teacher import trajectories as stored_module
 from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig
 from fewstep.models.formats.folders import save_ours
@@ -54,8 +56,8 @@ def few(monkeypatch: pytest.MonkeyPatch, short_reference: None) -> None:
 
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LoopConfig", partial(LoopConfig, checkpoint_every=3))
-    monkeypatch.setattr(module, "TrajectoryConfig", partial(TrajectoryConfig, batch=16))
+    monkeypatch.setattr(operator, "LoopConfig", partial(LoopConfig, checkpoint_every=3))
+    monkeypatch.setattr(operator, "TrajectoryConfig", partial(TrajectoryConfig, batch=16))
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,7 @@ def test_a_student_is_sampled_in_its_own_way_by_default(monkeypatch, tmp_path: P
     assert np.abs(plain - samples(tmp_path / "two")).max() > 1e-3 < np.abs(samples(tmp_path / "two") - samples(tmp_path / "four")).max()
 
 
+@pytest.mark.slow
 def test_a_student_is_measured_against_its_teacher_on_all_its_passes(monkeypatch, capsys, tmp_path: Path, made: SimpleNamespace) -> None:
     assert run(monkeypatch, "bench", made.student, "--num", 8, "--out", tmp_path / "bench") == 0
     results, out = json.loads((tmp_path / "bench" / "results.json").read_text()), capsys.readouterr().out
@@ -146,12 +149,14 @@ MISTAKES = [
     ((*DISTILL, "--guidance", 2), "of guidance 1.0, but they are used with guidance 2.0: make them again"),
     ((*DISTILL, "--guidance", "nan"), "guidance"),
     ((*DISTILL, "--num", 33), "has 48 trajectories, not 33 and 16 held out: ask for fewer"),
-    ((*DISTILL, "--slots", 3), "were not kept at t = 1.6673, 0.599772: name a grid of theirs, or make them again"),
-    ((*DISTILL, "--grid", "karras"), "were not kept at t ="),
+    ((*DISTILL, "--slots", 3), "were not stored at t = 1.6673, 0.599772: name a grid of theirs, or make them again"),
+    ((*DISTILL, "--grid", "karras"), "were not stored at t ="),
     ((*DISTILL, "--grid", "angel"), "did you mean angle"),
     ((*DISTILL, "--grid", "optimized"), "there are none in its folder"),
     ((*DISTILL, "--trajectories", "nowhere"), "cannot read nowhere/manifest.json"),
     ((*DISTILL, "--method", "dnso"), "--method is dsno or slots or kd, got 'dnso'"),
+    ((*DISTILL, "--method", "kd", "--slots", 2), "kd has one slot, got 2: use the method slots, or leave slots out"),
+    ((*DISTILL, "--mixing", "none"), "the slots of dsno meet in temporal layers"),
     ((*DISTILL, "--mixing", "complex"), "unknown form of mixing 'complex'"),
     ((*DISTILL, "--loss", "l3"), "unknown loss 'l3': did you mean"),
     ((*DISTILL, "--loss", "features"), "the bundled features are of 8x8 digits"),
@@ -159,7 +164,7 @@ MISTAKES = [
     ((*DISTILL, "--time", "end"), "unknown time of an operator 'end'"),
     ((*DISTILL, "--weights", "min-snr"), "unknown weights of the slots 'min-snr'"),
     ((*DISTILL, "--places", "outer"), "unknown place of temporal layers"),
-    ((*DISTILL, "--fan", "inner"), "use places inner"),
+    ((*DISTILL, "--fan", "inner"), "use insert_after inner"),
     ((*DISTILL, "--modes", 4), "4 slots have 3 temporal frequencies"),
     ((*DISTILL, "--steps", 0), "steps and batch of at least 1"),
     ((*DISTILL, "--batch", 0), "steps and batch of at least 1"),
@@ -175,9 +180,9 @@ MISTAKES = [
     ((*DISTILL, "--seed", 10**18), "seed"),
     (("distill", "TEACHER", "--seed", -1), "seeds must lie between"),
     (("distill", "digits-emd"), "did you mean digits-edm"),
-    (("distill", "STUDENT"), "is an operator student, which is sampled as it is: name its teacher"),
-    (("trajectories", "STUDENT"), "operator student"),
-    (("finetune", "STUDENT"), "operator student"),
+    (("distill", "STUDENT"), "is a student, which is sampled as it is: name its teacher"),
+    (("trajectories", "STUDENT"), "is a student"),
+    (("finetune", "STUDENT"), "is a student"),
     (("trajectories", "TEACHER", "--num", 0), "num, nfe and batch of at least 1"),
     (("trajectories", "TEACHER", "--slots", 0), "at least 1 step"),
     (("trajectories", "TEACHER", "--dtype", "int8"), "unknown dtype"),
@@ -186,11 +191,11 @@ MISTAKES = [
     (("sample", "STUDENT", "--guidance", 2), "its guidance is in its weights; use guidance 1"),
     (("sample", "STUDENT", "--nfe", 5), "makes 1, 2, 3, 4 passes, not 5"),
     (("sample", "STUDENT", "--solver", "unipc-2"), "leave --solver and --grid out"),
-    (("sample", "STUDENT", "--solver", "unipc-2", "--grid", "angle", "--nfe", 4), "answers for first-order steps alone"),
+    (("sample", "STUDENT", "--solver", "unipc-2", "--grid", "angle", "--nfe", 4), "makes first-order steps alone"),
     (("sample", "STUDENT", "--solver", "ddim", "--grid", "karras", "--nfe", 3), "jumps between its own times only"),
     (("sample", "STUDENT", "--sigmas", "20,3,0.05"), "jumps between its own times only"),
     (("bench", "STUDENT", "--nfe", 7), "makes 1, 2, 3, 4 passes, not 7"),
-    (("bench", "STUDENT", "--guidance", 2), "at guidance 1"),
+    (("bench", "STUDENT", "--guidance", 2), "its guidance is in its weights; use guidance 1"),
 ]
 
 
@@ -257,11 +262,11 @@ def at_second_checkpoint(real: Callable) -> Callable:
 
 KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "in the trajectories": lambda patch: patch.setattr(stored_module, "_write_shard", at(2, stored_module._write_shard)),
-    "before a checkpoint": lambda patch: patch.setattr(module.LossCurve, "add", at(2, module.LossCurve.add)),
-    "after a checkpoint": lambda patch: patch.setattr(module.LossCurve, "add", at(5, module.LossCurve.add)),
+    "before a checkpoint": lambda patch: patch.setattr(LossCurve, "add", at(2, LossCurve.add)),
+    "after a checkpoint": lambda patch: patch.setattr(LossCurve, "add", at(5, LossCurve.add)),
     "in a checkpoint": lambda patch: patch.setattr(loop, "write_whole", at_second_checkpoint(loop.write_whole)),
     "between two checkpoints' names": lambda patch: patch.setattr(Path, "rename", at(3, Path.rename)),
-    "before the student is saved": lambda patch: patch.setattr(module, "save_like", die),
+    "before the student is saved": lambda patch: patch.setattr(operator, "save_like", die),
     "while the student is saved": lambda patch: patch.setattr(module, "load_folder", die),
     "before tuned.json": lambda patch: patch.setattr(Tuned, "save", die),
 }
@@ -289,8 +294,8 @@ def full(real: Callable) -> Callable:
 FULL: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "a shard": lambda patch: patch.setattr(stored_module, "_write_shard", full(stored_module._write_shard)),
     "a checkpoint": lambda patch: patch.setattr(loop, "_checkpoint", full(loop._checkpoint)),
-    "the operator": lambda patch: patch.setattr(module, "_save", full(module._save)),
-    "the network": lambda patch: patch.setattr(module, "save_like", full(module.save_like)),
+    "the operator": lambda patch: patch.setattr(OperatorObjective, "save", full(OperatorObjective.save)),
+    "the network": lambda patch: patch.setattr(operator, "save_like", full(operator.save_like)),
 }
 
 
@@ -328,7 +333,7 @@ def test_a_damaged_shard_is_named_and_mended(monkeypatch, capsys, made, tmp_path
     (stored / f"{shard}.safetensors").unlink(missing_ok=True)
     again = ("trajectories", made.teacher, "-n", 48, "--slots", 4, "--nfe", 8, "--batch", 16, "--out", stored)
     assert run(monkeypatch, *again) == 0 and contents(stored).keys() == contents(made.stored).keys()
-    assert run(monkeypatch, *words) == 0 and load_model(str(tmp_path / "out")).passes == (1, 2)
+    assert run(monkeypatch, *words) == 0 and load_model(str(tmp_path / "out")).num_jumps == (1, 2)
 
 
 @pytest.mark.slow

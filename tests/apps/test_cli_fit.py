@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +11,20 @@ import pytest
 from tests.apps.conftest import counted, made_by, run, samples
 
 from fewstep import Sampler
-from fewstep.apps import cli, verbs
-from fewstep.learn.samplers.fit import FitConfig
+from fewstep.apps.commands import bench
 
 pytestmark = [
     pytest.mark.usefixtures("short_reference"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # forward mode of some PyTorch releases says so
 ]
 
-FIT = ("--nfe", "3,2", "--num", 32, "--held-out", 16, "--iterations", 1, "--batch", 32)
-
-
-def hurry_fit(monkeypatch) -> None:
-    """Less work than fit does by those defaults that no option changes."""
-    monkeypatch.setattr(cli, "FitConfig", partial(FitConfig, levels=12, noises=16, window=8))
+FIT = ("--nfe", "3,2", "--num", 32, "--held-out", 16, "--iterations", 1, "--batch", 32, "--levels", 12, "--noises", 16, "--window", 8)
 
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory, tiny: Path) -> Path:
     """Samplers fitted to the small model."""
-    return made_by(hurry_fit, tmp_path_factory.mktemp("fitted") / "samplers", "fit", tiny, *FIT)
+    return made_by(tmp_path_factory.mktemp("fitted") / "samplers", "fit", tiny, *FIT)
 
 
 @pytest.fixture
@@ -43,8 +36,7 @@ def owner(tmp_path: Path, tiny: Path, fitted: Path) -> Path:
 
 
 def test_fit_writes_samplers(monkeypatch, capsys, tmp_path: Path, tiny: Path, fitted: Path) -> None:
-    hurry_fit(monkeypatch)
-    assert {path.name for path in fitted.iterdir()} == {"README.md", "trajectories", "nfe-02", "nfe-03"}
+    assert {path.name for path in fitted.iterdir()} == {".lock", "README.md", "trajectories", "nfe-02", "nfe-03"}
     assert f"fewstep fit {tiny} --nfe 3,2" in (fitted / "README.md").read_text()
     calls, words = counted(monkeypatch), ("fit", tiny, *FIT, "--out", fitted)
     assert run(monkeypatch, *words, "--json") == 0  # again: all is there
@@ -70,7 +62,6 @@ def test_fit_writes_samplers(monkeypatch, capsys, tmp_path: Path, tiny: Path, fi
 
 
 def test_the_options_of_fit_reach_it(monkeypatch, capsys, tmp_path: Path, tiny: Path, fitted: Path) -> None:
-    hurry_fit(monkeypatch)
     options = ("--history", 2, "--pool", "channel", "--no-bias", "--ridge", 1e-4, "--shrink", 0.5, "--parent", "ddim", "--iterations", 0)
     words = ("fit", tiny, *FIT, *options, "--trajectories", fitted / "trajectories", "--out", tmp_path / "out")
     assert run(monkeypatch, *words, "--json") == 0
@@ -83,13 +74,12 @@ def test_the_options_of_fit_reach_it(monkeypatch, capsys, tmp_path: Path, tiny: 
 
 
 def test_a_killed_fit_continues(monkeypatch, capsys, tmp_path: Path, tiny: Path, fitted: Path) -> None:
-    hurry_fit(monkeypatch)
     with monkeypatch.context() as mortal:
         counted(mortal, stop=180)  # among the samplers
         assert run(mortal, "fit", tiny, *FIT, "--out", tmp_path / "cut") == 130
         assert "run the same command to continue" in capsys.readouterr().err
     assert (tmp_path / "cut" / "trajectories" / "manifest.json").exists() and not (tmp_path / "cut" / "nfe-03").exists()
-    assert not list((tmp_path / "cut").glob(".*"))
+    assert [path.name for path in (tmp_path / "cut").glob(".*")] == [".lock"]
     assert run(monkeypatch, "fit", tiny, *FIT, "--out", tmp_path / "cut") == 0
     for nfe in ("nfe-02", "nfe-03"):
         one, two = (folder / nfe / "sampler.safetensors" for folder in (fitted, tmp_path / "cut"))
@@ -121,9 +111,8 @@ def test_fitted_samplers_of_the_models_own_folder_are_used(monkeypatch, capsys, 
 
 
 def test_fitted_samplers_are_compared(monkeypatch, capsys, tmp_path: Path, owner: Path) -> None:
-    hurry_fit(monkeypatch)
-    titles, real = [], verbs.progress
-    monkeypatch.setattr(verbs, "progress", lambda title, total: titles.append((title, total)) or real(title, total))
+    titles, real = [], bench.progress
+    monkeypatch.setattr(bench, "progress", lambda title, total: titles.append((title, total)) or real(title, total))
     words = ("bench", owner, "--solver", "ddim,fitted", "--grid", "angle,karras", "--nfe", "2,5", "--num", 4, "--out", tmp_path / "out")
     assert run(monkeypatch, *words) == 0
     results, text = json.loads((tmp_path / "out" / "results.json").read_text()), capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,7 @@ from PIL import Image
 from tests.apps.conftest import counted, made_by, run, samples, without_plots
 
 from fewstep import Sampler, load_model
-from fewstep.apps import cli, training
 from fewstep.learn.networks import finetune
-from fewstep.learn.networks.finetune import FinetuneConfig
-from fewstep.learn.samplers.optimize import OptimizeConfig
 from fewstep.learn.teacher.gram import GramConfig
 from fewstep.sampling.grid_table import GridTable
 
@@ -24,31 +20,28 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # forward mode of some PyTorch releases says so
 ]
 
-OPTIMIZE = ("--levels", 8, "--num", 8, "--noises", 8, "--held-out", 8, "--solver", "ddim,unipc-2", "--nfe", "2,3")
-FINETUNE = ("--nfe", 2, "--rounds", 2, "--steps", 3, "--batch", 4, "--num", 8)
+OPTIMIZE = ("--levels", 8, "--num", 8, "--noises", 8, "--held-out", 8, "--iterations", 1, "--solver", "ddim,unipc-2", "--nfe", "2,3")
+FINETUNE = ("--nfe", 2, "--rounds", 2, "--steps", 3, "--batch", 4, "--num", 8, "--held-out", 8, "--levels", 8, "--teacher-nfe", 16)
 
 
 def hurry(monkeypatch) -> None:
-    """Less work than optimize and finetune do by those defaults that no option changes."""
-    monkeypatch.setattr(cli, "OptimizeConfig", partial(OptimizeConfig, iterations=1))
-    monkeypatch.setattr(training, "FinetuneConfig", partial(FinetuneConfig, held_out=8, levels=8, teacher_nfe=16))
+    """Less work than finetune does to choose its levels."""
     monkeypatch.setattr(finetune, "GramConfig", lambda num: GramConfig(levels=16, num=16))
 
 
 @pytest.fixture(scope="module")
 def optimized(tmp_path_factory, tiny: Path) -> Path:
     """Schedules of the small model."""
-    return made_by(hurry, tmp_path_factory.mktemp("optimized") / "samplers", "optimize", tiny, *OPTIMIZE)
+    return made_by(tmp_path_factory.mktemp("optimized") / "samplers", "optimize", tiny, *OPTIMIZE)
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, tiny: Path) -> Path:
     """The small model, tuned a little."""
-    return made_by(hurry, tmp_path_factory.mktemp("tuned") / "model", "finetune", tiny, *FINETUNE)
+    return made_by(tmp_path_factory.mktemp("tuned") / "model", "finetune", tiny, *FINETUNE, change=hurry)
 
 
 def test_optimize_writes_samplers_grids_and_plots(monkeypatch, capsys, tiny: Path, optimized: Path) -> None:
-    hurry(monkeypatch)
     for solver in ("ddim", "unipc-2"):
         files = {path.name for path in (optimized / solver).iterdir()}
         assert files == {"grids.json", "README.md", "schedules.png", "nfe-02", "nfe-03"}
@@ -56,6 +49,7 @@ def test_optimize_writes_samplers_grids_and_plots(monkeypatch, capsys, tiny: Pat
             assert np.asarray(picture.convert("L")).std() > 10  # not blank
         assert Sampler.load(optimized / solver / "nfe-03").nfe == 3
         assert GridTable.load(optimized / solver).grids.keys() == {2, 3}
+    without_plots(monkeypatch)
     calls = counted(monkeypatch)
     words = ("optimize", tiny, *OPTIMIZE, "--out", optimized)
     assert run(monkeypatch, *words, "--json") == 0  # again: all is there
@@ -123,8 +117,8 @@ def test_the_grids_of_the_models_own_folder(monkeypatch, capsys, tmp_path: Path,
     assert "no row: no optimized grid of 5 evaluations" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_optimisation_continues(monkeypatch, capsys, tmp_path: Path, tiny: Path, optimized: Path) -> None:
-    hurry(monkeypatch)
     without_plots(monkeypatch)
     with monkeypatch.context() as mortal:
         counted(mortal, stop=300)  # among the schedules
@@ -151,7 +145,7 @@ def test_finetune_makes_a_model(monkeypatch, capsys, tmp_path: Path, tiny: Path)
     assert (model.tuned.teacher, model.tuned.nfe, model.tuned.form) == (str(tiny.resolve()), 2, "mean")
     calls = counted(monkeypatch)
     assert run(monkeypatch, *words) == 2 and not calls
-    assert f"{out} already holds a tuned model" in capsys.readouterr().err
+    assert f"{out} already holds a finished student" in capsys.readouterr().err
     shutil.rmtree(out)
     assert run(monkeypatch, *words) == 0
     text = capsys.readouterr().out

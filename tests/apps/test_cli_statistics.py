@@ -25,7 +25,7 @@ V3 = ("sample", "digits-edm", "--nfe", 5, "--num", 2, "--npz", "--solver")
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory) -> Path:
     """Statistics of digits-edm."""
-    return made_by(without_plots, tmp_path_factory.mktemp("statistics"), *CALIBRATE)
+    return made_by(tmp_path_factory.mktemp("statistics"), *CALIBRATE, change=without_plots)
 
 
 @pytest.fixture
@@ -41,10 +41,11 @@ def test_calibrate_saves_statistics_a_card_and_a_plot(monkeypatch, capsys, tmp_p
     assert done["statistics"] == str(tmp_path) and Path(done["plot"]).exists() and done["seconds"] > 0
     assert (done["data"], done["pool"], done["states"]) == (4, "scalar/element", "digits, 1797 images, diffused")
     made = {path.name for path in tmp_path.iterdir() if not path.name.startswith("moments-")}
-    assert made == {"statistics.json", "statistics.safetensors", "README.md", "statistics.png"}
+    assert made == {".lock", "statistics.json", "statistics.safetensors", "README.md", "statistics.png"}
     loaded = ModelStatistics.load(tmp_path)
     assert len(loaded.lam) == 5 and loaded.guidance == 2 and loaded.l.shape == (5, 1, 1, 1) and loaded.b.shape == (5, 1, 8, 8)
     assert "fewstep calibrate digits-edm" in (tmp_path / "README.md").read_text()
+    without_plots(monkeypatch)
     assert run(monkeypatch, *words) == 0  # the folder is finished: this is free
     assert f"bench digits-edm --guidance 2 --statistics {tmp_path}" in capsys.readouterr().out.replace("\n", " ").replace("  ", " ")
 

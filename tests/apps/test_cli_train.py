@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from tests.apps.conftest import run
 
-from fewstep.apps import training
+from fewstep.apps.commands import train
+from fewstep.learn.networks.loop import LoopConfig
+from fewstep.learn.networks.train import TrainConfig
 
 
 def test_every_option_reaches_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -29,11 +31,11 @@ def test_every_option_reaches_the_run(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_compile_reaches_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
-    monkeypatch.setattr(training, "train_model", lambda images, config, loop, *rest, **options: seen.append((config, loop)))
+    monkeypatch.setattr(train, "train_model", lambda images, config, loop, *rest, **options: seen.append((config, loop)))
     assert run(monkeypatch, "train", "--compile", "--attention", "none", "--out", tmp_path) == 0
     assert run(monkeypatch, "train", "--out", tmp_path) == 0
     assert seen[0][1].compile and seen[0][0].attention == ()
-    assert seen[1] == (training.TRAIN, training.LOOP)
+    assert seen[1] == (TrainConfig("edm"), LoopConfig(8000))
 
 
 @pytest.mark.parametrize(
@@ -58,8 +60,8 @@ def test_mistakes_are_told_in_one_line(
 
 def test_the_rate_leaves_out_what_comes_before_the_first_report(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([100.0, 102.0, 104.0])
-    monkeypatch.setattr(training, "monotonic", lambda: next(times))
-    rate = training.Rate(32)
+    monkeypatch.setattr(train, "monotonic", lambda: next(times))
+    rate = train.Rate(32)
     assert str(rate) == ""
     rate.add(50)  # of a run that continues
     assert str(rate) == ""

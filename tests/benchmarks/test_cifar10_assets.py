@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.cifar10.features import load_cifar_features
-from benchmarks.cifar10.tables import PAGE, filled
+from benchmarks.cifar10.tables import PAGE, PLACE, filled
 
 from fewstep import load_model
+from fewstep.models.generate import sample
 from fewstep.models.model import Model
 from fewstep.runtime.artifact import read_json
-from fewstep.sampling.loop import sample
 from fewstep.sampling.noise import start_noise
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def test_what_was_made_for_it_lies_beside_it_and_samples(guidance: float, teache
     assert teacher.statistics(guidance).model == teacher.fingerprint
     noise = start_noise(sampler.tableau.nodes, seeds, teacher.shape)
     with torch.no_grad():
-        samples = sample(teacher.guided(guidance), sampler, noise, cond=teacher.labels(seeds))
+        samples = sample(teacher, sampler, noise, seeds=seeds, guidance=guidance)
     assert samples.shape == (2, 3, 16, 16) and 0.05 < float(samples.std()) < 1 and float(samples.abs().max()) < 2
 
 
@@ -52,4 +52,4 @@ def test_features_see_the_classes() -> None:
 
 def test_the_page_is_what_its_rows_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == filled(PAGE.read_text(encoding="utf-8"), ROWS)
+    assert (ROOT / "docs" / PLACE).read_text(encoding="utf-8") == filled(PAGE.read_text(encoding="utf-8"), ROWS)

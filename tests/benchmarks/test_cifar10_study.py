@@ -14,7 +14,7 @@ from benchmarks.cifar10.study import PRESETS, THIRD, Stage, keep_grids, keep_sam
 from benchmarks.cifar10.tables import PAGE, claims, filled, plot, tables
 
 from fewstep.apps.cli import app
-from fewstep.apps.training import TRAIN
+from fewstep.apps.commands.train import FLAGS
 from fewstep.runtime.artifact import read_json
 
 
@@ -38,7 +38,7 @@ def test_every_command_is_one_of_this_version(name: str) -> None:
 
 
 def test_a_gpu_needs_no_other_code_and_stages_have_one_name_each() -> None:
-    assert TRAIN.kind == "edm"
+    assert FLAGS["kind"].default == "edm"
     for name in PRESETS:
         names = [stage.name for stage in planned(name)]
         assert len(set(names)) == len(names)

@@ -12,8 +12,8 @@ from benchmarks import kernel_traffic, step_overhead
 from fewstep import Sampler, TimeGrid, VarianceExploding, advance, load_model, make_grid, make_solver
 from fewstep.data.images import load_images
 from fewstep.evaluate.metrics.distances import frechet_distance, load_features, rmse
-from fewstep.learn.search.endpoint import sizes
-from fewstep.models.generate import generate, solver_for
+from fewstep.learn.search.endpoint import per_sample_rmse
+from fewstep.models.generate import sample, solver_for
 from fewstep.sampling.reference import reference_sampler
 
 pytestmark = pytest.mark.slow
@@ -32,16 +32,16 @@ def test_a_step_without_the_network_costs_less_than_diffusers(shape: tuple[int, 
 
 
 def test_bundled_models_are_good() -> None:
-    data, features, cpu = load_images("digits").x, load_features("digits", (1, 8, 8)), torch.device("cpu")
+    data, features = load_images("digits").x, load_features("digits", (1, 8, 8))
     first, second = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))].chunk(2)
     halves = frechet_distance(first, second, features)
     for name in ("digits-edm", "digits-ddpm"):
         model, solver, seeds = load_model(name), make_solver("heun"), range(512)
-        schedule = model.denoiser.schedule
+        schedule = model.schedule
         steps = solver.steps_for(200 if name == "digits-edm" else 50)
         grid = make_grid("karras", schedule, steps) if name == "digits-edm" else TimeGrid.karras(schedule, steps)
         labels = model.labels(seeds)
-        samples = generate(model.denoiser, Sampler.build(solver, grid, schedule), seeds, model.shape, labels, cpu)
+        samples = sample(model, Sampler.build(solver, grid, schedule), seeds=seeds)
         assert frechet_distance(data, samples, features) <= 1.5 * halves
         assert labels is None or (features.labels(samples) == labels).float().mean() >= 0.97
 
@@ -51,13 +51,13 @@ FRESH = range(7_000_000, 7_000_512)  # noises that nothing was fitted to
 
 def fresh_samples(name: str, sampler: Sampler, seeds: range = FRESH) -> torch.Tensor:
     model = load_model(name)
-    return generate(model.denoiser, sampler, seeds, model.shape, model.labels(seeds), torch.device("cpu"))
+    return sample(model, sampler, seeds=seeds)
 
 
 def test_optimized_schedules_have_less_error_than_every_standard_one() -> None:
     for name, solver, nfe in (("digits-edm", "ddim", 20), ("digits-edm", "dpm-solver-v3", 8), ("digits-ddpm", "dpm-solver-pp-2m", 10)):
         model = load_model(name)
-        schedule, method = model.denoiser.schedule, solver_for(solver, model)
+        schedule, method = model.schedule, solver_for(solver, model)
         grids = {grid: make_grid(grid, schedule, nfe) for grid in ("karras", "logsnr", "uniform", "quadratic", "angle")}
         grids["optimized"] = model.optimized(solver, nfe)
         exact = fresh_samples(name, reference_sampler(schedule), FRESH[:256])
@@ -69,17 +69,17 @@ def test_optimized_schedules_have_less_error_than_every_standard_one() -> None:
 @pytest.mark.parametrize(("name", "rival"), [("digits-edm", "angle"), ("digits-ddpm", "quadratic")])
 def test_five_fitted_evaluations_have_less_error_than_eight_of_a_hand_made_solver(name: str, rival: str) -> None:
     model, seeds = load_model(name), FRESH[:256]
-    schedule, by_hand = model.denoiser.schedule, make_solver("unipc-2")
+    schedule, by_hand = model.schedule, make_solver("unipc-2")
     exact = fresh_samples(name, reference_sampler(schedule), seeds)
     ours = fresh_samples(name, model.fitted(5), seeds)
     for nfe, factor in ((5, 0.6), (8, 1.0)):
         theirs = fresh_samples(name, Sampler.build(by_hand, make_grid(rival, schedule, nfe), schedule), seeds)
-        assert sizes(ours - exact).mean() < factor * sizes(theirs - exact).mean()
+        assert per_sample_rmse(ours - exact).mean() < factor * per_sample_rmse(theirs - exact).mean()
 
 
 def test_three_tuned_steps_land_near_the_teacher() -> None:
     teacher, tuned, data = load_model("digits-edm"), load_model("digits-edm-3step"), load_images("digits").x
-    schedule, ddim = teacher.denoiser.schedule, make_solver("ddim")
+    schedule, ddim = teacher.schedule, make_solver("ddim")
     exact = fresh_samples("digits-edm", reference_sampler(schedule))
     untuned = fresh_samples("digits-edm", Sampler.build(ddim, teacher.optimized("ddim", 3), schedule))
     student = fresh_samples("digits-edm-3step", Sampler.build(ddim, tuned.optimized("ddim", 3), schedule))
@@ -90,7 +90,7 @@ def test_three_tuned_steps_land_near_the_teacher() -> None:
 
 def test_one_distilled_pass_is_better_than_two_evaluations_and_two_are_better_still() -> None:
     teacher, student, data = load_model("digits-edm"), load_model("digits-dsno"), load_images("digits").x
-    schedule, features = teacher.denoiser.schedule, load_features("digits", (1, 8, 8))
+    schedule, features = teacher.schedule, load_features("digits", (1, 8, 8))
     exact = fresh_samples("digits-edm", reference_sampler(schedule))
     four = fresh_samples("digits-edm", Sampler.build(make_solver("dpm-solver-pp-2m"), make_grid("angle", schedule, 4), schedule))
     error: dict[int, float] = {}

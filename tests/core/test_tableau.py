@@ -19,10 +19,10 @@ from fewstep import (
     advance,
     make_grid,
     make_solver,
-    sample,
     tabulate,
 )
 from fewstep.models.analytic import MixtureDenoiser
+from fewstep.sampling.loop import run as run_loop
 from fewstep.solvers import DDIM
 
 ROUND_OFF = 1e-12
@@ -258,7 +258,7 @@ def test_gradients_reach_the_times(name):
 
     def end(inner):
         grid = TimeGrid(torch.cat([ends[:1], inner, ends[1:]]))
-        return sample(DENOISER, tabulate(solver, solver.nodes(grid, SCHEDULE)), start, seeds=[0, 1])
+        return run_loop(DENOISER, tabulate(solver, solver.nodes(grid, SCHEDULE)), start, seeds=[0, 1])
 
     inner = torch.tensor([0.7, 0.45, 0.2], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(end, inner, atol=1e-7)
@@ -269,7 +269,7 @@ def test_gradients_reach_the_numbers_of_a_tableau_and_the_start():
     tableau, x = tabulate(make_solver("dpm-solver-pp-2m"), nodes()), random(2, 2)
 
     def end(gain, x):
-        return sample(DENOISER, Tableau(tableau.nodes, tableau.record, tableau.update * gain, tableau.bias, tableau.noise), x)
+        return run_loop(DENOISER, Tableau(tableau.nodes, tableau.record, tableau.update * gain, tableau.bias, tableau.noise), x)
 
     assert torch.autograd.gradcheck(end, (torch.ones_like(tableau.update).requires_grad_(), x.requires_grad_()), atol=1e-7)
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from tests.solvers.problems import WHOLE_REGISTRY, statistics
+from tests.problems import WHOLE_REGISTRY, Tanh, statistics
 from torch._dynamo.testing import CompileCounter
 
 from fewstep import RectifiedFlow, Sampler, TimeGrid, VPLinear, advance, make_solver, sample, seeded_noise, tabulate
-from fewstep.models.analytic import MixtureDenoiser
 
 STEPS = 20
 SEEDS = [0, 1]
@@ -39,26 +38,14 @@ def test_one_graph_runs_every_row(solver):
     assert counter.frame_count == 1
 
 
-class Counting:
-    """A denoiser that notes the times it is called at."""
-
-    def __init__(self, schedule):
-        self.schedule, self.times = schedule, []
-        self.denoiser = MixtureDenoiser(schedule, seeded_noise(SEEDS, (3,)).double(), torch.ones(2, dtype=torch.float64))
-
-    def __call__(self, x, t, cond=None):
-        self.times.append(t)
-        return self.denoiser(x, t)
-
-
 @pytest.mark.parametrize(("schedule", "nfe"), [(VPLinear(), 6), (RectifiedFlow(), 7)], ids=["noisy-end", "clean-end"])
 @pytest.mark.parametrize("name", WHOLE_REGISTRY)
 def test_number_and_place_of_the_evaluations(name, schedule, nfe):
     """Six is a number of evaluations for one, two and three stages; seven is where the last step has one."""
     solver = WHOLE_REGISTRY[name]
     grid = TimeGrid.angle(schedule, solver.steps_for(nfe, to_clean=schedule.t_min == schedule.t_clean))
-    sampler, denoiser = Sampler.build(solver, grid, schedule), Counting(schedule)
+    sampler, denoiser = Sampler.build(solver, grid, schedule), Tanh(schedule)
     sample(denoiser, sampler, seeded_noise(SEEDS, (3,)), seeds=SEEDS)
-    assert len(denoiser.times) == sampler.nfe == nfe
-    assert torch.equal(torch.stack(denoiser.times), sampler.tableau.nodes.t[:-1])
+    assert len(denoiser.calls) == sampler.nfe == nfe
+    assert torch.equal(torch.stack([t for _, t, _ in denoiser.calls]), sampler.tableau.nodes.t[:-1])
     assert torch.equal(sampler.tableau.nodes.t[-1], grid.t[-1])

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from tests.integrations.test_kdiffusion import adds_noise, network
-from tests.solvers.problems import mixture, statistics
+from tests.problems import mixture, statistics
 
 from fewstep import (
     ArtifactError,

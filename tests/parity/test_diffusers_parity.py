@@ -15,12 +15,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from tests.problems import pairwise
 from torch import Tensor, nn
 
 from fewstep import (
-    AdaptedDenoiser,
     DiscreteVP,
     FewstepError,
+    Model,
     RectifiedFlow,
     Sampler,
     SolverError,
@@ -34,7 +35,7 @@ from fewstep import (
 )
 from fewstep.evaluate.benchmark.peers import PEERS, peer_steps, run_peer
 from fewstep.models.analytic import MixtureDenoiser
-from fewstep.models.denoiser import unet_call
+from fewstep.models.networks.calls import unet_call
 from fewstep.solvers import SOLVERS
 
 STEPS = (5, 8, 10, 20)  # on both sides of 15, where diffusers changes its order rule
@@ -63,24 +64,21 @@ def mixture(schedule: Any) -> MixtureDenoiser:
     return MixtureDenoiser(schedule, means, torch.full((6,), 0.2, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("law", GRIDS)
-@pytest.mark.parametrize("name", SAME)
-def test_a_peer_on_our_levels_gives_our_samples(name: str, law: str) -> None:
+@pytest.mark.parametrize(("name", "law", "steps", "ends_clean"), pairwise(list(SAME), list(GRIDS), STEPS, (False, True)))
+def test_a_peer_on_our_levels_gives_our_samples(name: str, law: str, steps: int, ends_clean: bool) -> None:
     schedule, spacing = GRIDS[law]
-    denoiser = mixture(schedule)
-    for steps in STEPS:
-        for grid in (spacing(schedule, steps), spacing(schedule, steps).to_clean(schedule)):
-            sampler = Sampler.build(make_solver(SAME[name]), grid, schedule)
-            x = start_noise(sampler.tableau.nodes, range(100, 104), (1, 4, 4)).double()
-            to_clean = float(schedule.sigma(grid.t[-1])) == 0
-            if to_clean and not PEERS[name].to_clean:
-                with pytest.raises(SolverError, match="sigma = 0"):
-                    run_peer(name, denoiser, grid, x)
-                continue
-            theirs = run_peer(name, denoiser, grid, x)
-            assert theirs.dtype == torch.float64
-            assert relative(sample(denoiser, sampler, x), theirs) < (1e-5 if name in ROUNDS_TO_FLOAT32 else 1e-10)
-            assert peer_steps(name, sampler.nfe, to_clean=to_clean) == steps
+    denoiser, grid = mixture(schedule), spacing(schedule, steps)
+    grid = grid.to_clean(schedule) if ends_clean else grid
+    sampler = Sampler.build(make_solver(SAME[name]), grid, schedule)
+    x = start_noise(sampler.tableau.nodes, range(100, 104), (1, 4, 4)).double()
+    if ends_clean and not PEERS[name].to_clean:
+        with pytest.raises(SolverError, match="sigma = 0"):
+            run_peer(name, denoiser, grid, x)
+        return
+    theirs = run_peer(name, denoiser, grid, x)
+    assert theirs.dtype == torch.float64
+    assert relative(sample(denoiser, sampler, x), theirs) < (1e-5 if name in ROUNDS_TO_FLOAT32 else 1e-10)
+    assert peer_steps(name, sampler.nfe, to_clean=ends_clean) == steps
 
 
 def test_a_peer_makes_the_evaluations_it_is_said_to_make() -> None:
@@ -130,9 +128,9 @@ class TinyUNet(nn.Module):
             in_channels=1,
             out_channels=1,
             layers_per_block=1,
-            block_out_channels=(16, 32),
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
+            block_out_channels=(16,),
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
             norm_num_groups=8,
             add_attention=False,
         )
@@ -149,6 +147,12 @@ def ddpm_unet() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return TinyUNet().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def trained_unet() -> nn.Module:
+    """The network of the bundled model, read once."""
+    return load_model("digits-ddpm").network
 
 
 @dataclass(frozen=True)
@@ -303,7 +307,7 @@ def ours(case: Case, network: nn.Module, noise: Tensor, steps: int, scheduler: A
     """The same by `fewstep.sample`."""
     schedule = DiscreteVP.from_alphas_cumprod(scheduler.alphas_cumprod)
     time = {} if case.time is None else {"time": case.time(scheduler)}
-    denoiser = AdaptedDenoiser(network, schedule, "epsilon", call=unet_call, **time)
+    denoiser = Model(network, schedule, "epsilon", call=unet_call, **time)
     solver = make_solver(case.solver, **{**case.solver_options, **(other or {})})
     sampler = Sampler.build(solver, case.grid(schedule, steps, scheduler), schedule)
     x = noise if case.start == "unit" else noise * float(sampler.tableau.nodes.sigma[0])
@@ -328,10 +332,10 @@ def test_diffusers_as_its_users_run_it(name: str, dtype: torch.dtype, counts: tu
 @pytest.mark.parametrize(
     "name", ["ddim-leading", "dpm2-zero", "dpm2-sigma-min", "dpm3-zero", "unipc2-zero", "deis3", "euler-linspace", "heun-linspace"]
 )
-@pytest.mark.parametrize(("dtype", "counts"), RUNS, ids=str)
-def test_the_same_on_the_bundled_trained_model(name: str, dtype: torch.dtype, counts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("dtype", "counts"), [(torch.float32, (20,)), pytest.param(torch.float64, (8,), marks=pytest.mark.slow)], ids=str)
+def test_the_same_on_the_bundled_trained_model(name: str, dtype: torch.dtype, counts: tuple[int, ...], trained_unet: nn.Module) -> None:
     """A trained network amplifies what rounding remains: DEIS's (see TOLERANCE) to 2e-5 in 20 steps, so its tables are widened."""
-    network, noise = load_model("digits-ddpm").denoiser.network.to(dtype), seeded_noise([0, 1], (1, 8, 8)).to(dtype)
+    network, noise = trained_unet.to(dtype), seeded_noise([0, 1], (1, 8, 8)).to(dtype)
     for steps in counts:
         scheduler, expected = theirs(CASES[name], network, noise, steps, widen=name == "deis3")
         assert relative(ours(CASES[name], network, noise, steps, scheduler), expected) < TRAINED_TOLERANCE[dtype]
@@ -369,7 +373,7 @@ def test_the_sde_solver_with_the_same_noises(steps: int, ddpm_unet: nn.Module) -
         x = scheduler.step(unet_call(network, x, t), t, x, variance_noise=draw).prev_sample
     schedule = DiscreteVP.from_alphas_cumprod(scheduler.alphas_cumprod)
     sampler = Sampler.build(make_solver("sde-dpm-solver-pp-2m"), TimeGrid.linspace(schedule, steps).to_clean(schedule), schedule)
-    result = sample(AdaptedDenoiser(network, schedule, "epsilon", call=unet_call), sampler, noise, seeds=seeds)
+    result = sample(Model(network, schedule, "epsilon", call=unet_call), sampler, noise, seeds=seeds)
     assert relative(result, x) < TOLERANCE[torch.float32]
 
 
@@ -385,5 +389,5 @@ def test_ddim_with_eta_and_the_same_noises(eta: float, ddpm_unet: nn.Module) -> 
         x = scheduler.step(unet_call(network, x, t), t, x, eta=eta, variance_noise=draw).prev_sample
     schedule = DiscreteVP.from_alphas_cumprod(scheduler.alphas_cumprod)
     sampler = Sampler.build(make_solver("ddim", eta=eta), own_times(schedule, steps, scheduler), schedule)
-    result = sample(AdaptedDenoiser(network, schedule, "epsilon", call=unet_call), sampler, noise, seeds=seeds)
+    result = sample(Model(network, schedule, "epsilon", call=unet_call), sampler, noise, seeds=seeds)
     assert relative(result, x) < TOLERANCE[torch.float32]

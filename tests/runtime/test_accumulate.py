@@ -1,4 +1,4 @@
-"""One pass over many data, in any pieces: what is kept, what is continued, and what is refused; see also ``test_calibrate``."""
+"""One pass over many data, in any pieces: what is stored, what is continued, and what is refused; see also ``test_calibrate``."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def store(folder: Path, identity: str = "mine", name: str = "sum") -> Store[Sum]
     return Store(folder, name, identity, Sum, work="sum", again="add it up")
 
 
-def summed(kept: Store[Sum] | None, *, stop: int = -1, batches: list[range] = BATCHES, note: str = "noted") -> tuple[Sum | None, list]:
+def summed(target: Store[Sum] | None, *, stop: int = -1, batches: list[range] = BATCHES, note: str = "noted") -> tuple[Sum | None, list]:
     """The total, and which batches were visited with what; ``stop`` interrupts at a batch."""
     visited = []
 
@@ -46,7 +46,7 @@ def summed(kept: Store[Sum] | None, *, stop: int = -1, batches: list[range] = BA
         return Sum(torch.tensor([len(seeds), sum(seeds)], dtype=torch.float64), len(seeds))
 
     try:
-        found = accumulate(batches, fresh, lambda: Sum(torch.zeros(2, dtype=torch.float64), 0), kept, note=lambda: note, verb="add")
+        found = accumulate(batches, fresh, lambda: Sum(torch.zeros(2, dtype=torch.float64), 0), target, note=lambda: note, verb="add")
     except KeyboardInterrupt:
         return None, visited
     return (None if found is None else found[0]), visited
@@ -82,16 +82,16 @@ def test_without_a_store_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_kill_between_two_saves_loses_only_what_came_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by the machine: without the save that an interrupt still makes."""
     monkeypatch.setattr(module, "SAVE_EVERY", -1.0)
-    kept, saves = store(tmp_path), []
-    real = kept.save
+    target, saves = store(tmp_path), []
+    real = target.save
 
     def save(total: Sum, batches: int, note: str) -> None:
         if len(saves) < 2:
             real(total, batches, note)
         saves.append(batches)
 
-    monkeypatch.setattr(kept, "save", save)
-    summed(kept, stop=4)
+    monkeypatch.setattr(target, "save", save)
+    summed(target, stop=4)
     assert saves == [1, 2, 3, 4, 4]
     total, visited = summed(store(tmp_path))
     assert exact(total) and [seeds for seeds, *_ in visited] == BATCHES[2:]

@@ -44,7 +44,7 @@ def hub(monkeypatch, tmp_path):
 
 def a_sampler(**card):
     schedule = VPLinear()
-    return Sampler.build(make_solver("unipc-3"), make_grid("angle", schedule, 5), schedule, **card)
+    return Sampler.build(make_solver("unipc-3"), make_grid("angle", schedule, 5), schedule, card=card)
 
 
 def some_statistics(**card):

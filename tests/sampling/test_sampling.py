@@ -5,22 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.solvers.problems import WHOLE_REGISTRY
+from tests.problems import WHOLE_REGISTRY, Tanh
 
 from fewstep import ModelError, RectifiedFlow, Sampler, SolverError, TimeGrid, VPLinear, sample, seeded_noise, start_noise
+from fewstep.sampling.loop import run
 
 SCHEDULE = VPLinear()
-
-
-class Shrink:
-    """An elementwise denoiser, so that a sample cannot know its batch: ``x0 = tanh(x alpha)``; it remembers its calls."""
-
-    def __init__(self, schedule=SCHEDULE, answer=lambda x0, call: x0):
-        self.schedule, self.answer, self.calls = schedule, answer, []
-
-    def __call__(self, x, t, cond=None):
-        self.calls.append((x, t, cond))
-        return self.answer(torch.tanh(x * self.schedule.alpha(t).to(x.dtype)), len(self.calls))
 
 
 def sampler(name="dpm-solver-pp-2m", steps=4, schedule=SCHEDULE, **options):
@@ -79,19 +69,19 @@ def test_the_start_has_the_noise_level_of_the_first_node():
 def test_a_sample_does_not_know_its_batch(name):
     """Bit for bit, with noise and without."""
     seeds, shape = [4, 8, 15, 16, 23], (3, 5)
-    run = sampler(name)
-    together = sample(Shrink(), run, start_noise(run.tableau.nodes, seeds, shape), seeds=seeds)
-    alone = [sample(Shrink(), run, start_noise(run.tableau.nodes, [seed], shape), seeds=[seed]) for seed in seeds]
+    made = sampler(name)
+    together = sample(Tanh(), made, start_noise(made.tableau.nodes, seeds, shape), seeds=seeds)
+    alone = [sample(Tanh(), made, start_noise(made.tableau.nodes, [seed], shape), seeds=[seed]) for seed in seeds]
     assert torch.equal(together, torch.cat(alone))
 
 
 @pytest.mark.parametrize("name", WHOLE_REGISTRY)
 def test_an_observer_sees_every_evaluation(name):
-    denoiser, steps, run = Shrink(), [], sampler(name)
-    x = start_noise(run.tableau.nodes, [1, 2], (3,))
-    end = sample(denoiser, run, x, seeds=[1, 2], observe=steps.append)
-    assert [step.i for step in steps] == list(range(run.nfe))
-    assert torch.equal(torch.stack([step.t for step in steps]), run.tableau.nodes.t[:-1])
+    denoiser, steps, made = Tanh(), [], sampler(name)
+    x = start_noise(made.tableau.nodes, [1, 2], (3,))
+    end = sample(denoiser, made, x, seeds=[1, 2], observe=steps.append)
+    assert [step.i for step in steps] == list(range(made.nfe))
+    assert torch.equal(torch.stack([step.t for step in steps]), made.tableau.nodes.t[:-1])
     assert torch.equal(steps[0].x, x)
     for step, following, call in zip(steps, [*steps[1:], None], denoiser.calls, strict=True):
         assert step.x is call[0]
@@ -100,25 +90,25 @@ def test_an_observer_sees_every_evaluation(name):
 
 
 def test_the_condition_reaches_every_evaluation():
-    denoiser, cond = Shrink(), {"label": torch.tensor([1, 2])}
+    denoiser, cond = Tanh(), {"label": torch.tensor([1, 2])}
     sample(denoiser, sampler(), torch.zeros(2, 3), cond)
     assert all(call[2] is cond for call in denoiser.calls)
 
 
 def test_a_bare_tableau_is_enough():
-    run, x = sampler(), torch.ones(2, 3)
-    assert torch.equal(sample(Shrink(), run, x), sample(Shrink(), run.tableau, x))
+    made, x = sampler(), torch.ones(2, 3)
+    assert torch.equal(sample(Tanh(), made, x), sample(Tanh(), made.tableau, x))
 
 
 def test_an_empty_batch_is_a_batch():
-    assert sample(Shrink(), sampler(), torch.zeros(0, 3)).shape == (0, 3)
+    assert sample(Tanh(), sampler(), torch.zeros(0, 3)).shape == (0, 3)
 
 
 @pytest.mark.parametrize(
     ("start", "kept"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2]
 )
 def test_the_state_is_at_least_float32(start, kept):
-    denoiser = Shrink()
+    denoiser = Tanh()
     assert sample(denoiser, sampler(), torch.ones(2, 3, dtype=start)).dtype == kept
     assert {call[0].dtype for call in denoiser.calls} == {kept}
     assert {call[1].dtype for call in denoiser.calls} == {torch.float64}
@@ -134,18 +124,18 @@ def test_an_output_that_is_not_finite_is_named(value):
         return torch.where(torch.arange(x0.numel()).reshape(x0.shape) == 1, value, x0) if call >= 3 else x0
 
     with pytest.raises(ModelError, match=r"not finite \(NaN or infinite\) at evaluation 3 of 4, t = 0.5005, sigma = 0.9"):
-        sample(Shrink(answer=answer), sampler(), torch.ones(2, 3))
+        sample(Tanh(answer=answer), sampler(), torch.ones(2, 3))
 
 
 def test_an_output_of_another_shape_is_refused():
     with pytest.raises(ModelError, match=r"answered shape \(2, 4\) to a state of shape \(2, 3\)"):
-        sample(Shrink(answer=lambda x0, call: torch.zeros(2, 4)), sampler(), torch.ones(2, 3))
+        sample(Tanh(answer=lambda x0, call: torch.zeros(2, 4)), sampler(), torch.ones(2, 3))
 
 
 def test_another_noise_schedule_is_refused():
     with pytest.raises(ModelError, match="made for another noise schedule: at t = 1 it has alpha = 0.006.*, the model 0$"):
-        sample(Shrink(RectifiedFlow()), sampler(), torch.ones(2, 3))
-    denoiser = Shrink(VPLinear(beta_max=20.01))
+        sample(Tanh(RectifiedFlow()), sampler(), torch.ones(2, 3))
+    denoiser = Tanh(VPLinear(beta_max=20.01))
     with pytest.raises(ModelError, match="another noise schedule"):
         sample(denoiser, sampler(), torch.ones(2, 3))
     assert not denoiser.calls
@@ -154,16 +144,16 @@ def test_another_noise_schedule_is_refused():
 @pytest.mark.parametrize("seeds", [None, [1], [1, 2, 3]])
 def test_a_stochastic_sampler_wants_a_seed_per_sample(seeds):
     with pytest.raises(SolverError, match="adds noise: pass seeds=, one for each of the 2 samples"):
-        sample(Shrink(), sampler("ddim", eta=1.0), torch.ones(2, 3), seeds=seeds)
+        run(Tanh(), sampler("ddim", eta=1.0).tableau, torch.ones(2, 3), seeds=seeds)
 
 
 def test_noise_of_different_steps_is_independent_and_not_the_start():
     """Three pure-noise steps: what is added at each is another stream of the same seed."""
-    steps, run = [], sampler("sde-dpm-solver-pp-2m", steps=3)
-    sample(Shrink(answer=lambda x0, call: 0 * x0), run, torch.zeros(1, 1000), seeds=[5], observe=steps.append)
-    decay = run.tableau.update[:, 1, 1, None]
+    steps, made = [], sampler("sde-dpm-solver-pp-2m", steps=3)
+    sample(Tanh(answer=lambda x0, call: 0 * x0), made, torch.zeros(1, 1000), seeds=[5], observe=steps.append)
+    decay = made.tableau.update[:, 1, 1, None]
     added = [step.x_next - scale * step.x for step, scale in zip(steps, decay, strict=True)]
     correlation = torch.corrcoef(torch.cat([*added, seeded_noise([5], (1000,))])) - torch.eye(4)
     assert float(correlation.abs().max()) < 0.16  # five standard errors
-    for noise, std in zip(added, run.tableau.noise, strict=True):
+    for noise, std in zip(added, made.tableau.noise, strict=True):
         torch.testing.assert_close(float(noise.std()), float(std), rtol=0.1, atol=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import ALL, ODE, STOCHASTIC, karras_levels, mixture, noise, statistics
+from tests.problems import ALL, ODE, STOCHASTIC, karras_levels, mixture, noise, statistics
 
 from fewstep import (
     DiscreteVP,
@@ -76,9 +76,9 @@ def test_point_mass(name, case):
 @pytest.mark.parametrize("name", ALL)
 def test_rescaling(name, low):
     """VP, VE and flow are one problem in ``x/alpha``: the same noise levels give the same samples."""
-    levels = karras_levels(9, 10.0, low)
+    levels = karras_levels(7, 10.0, low)
     ends = []
-    for schedule in (VarianceExploding(), VPLinear(), RectifiedFlow(), RectifiedFlow(shift=3.0)):
+    for schedule in (VarianceExploding(), VPLinear(), RectifiedFlow(shift=3.0)):
         nodes = ALL[name].nodes(TimeGrid.from_sigmas(schedule, levels), schedule)
         start = nodes.alpha[0] * 10.0 * noise(3, 2)
         ends.append(sample(mixture(schedule), tabulate(ALL[name], nodes), start, seeds=SEEDS) / nodes.alpha[-1])
@@ -104,7 +104,7 @@ def test_tableau_is_the_formulas(name, case):
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.integers(0, 2**31), st.floats(-3, 3), st.sampled_from(["vp-logsnr-to-clean", "flow-angle"]), st.data())
 def test_update_is_affine(name, seed, weight, case, data):
     (schedule, make), solver = GRIDS[case], ALL[name]

@@ -1,15 +1,15 @@
 """The two ends of time: ``alpha = 0`` at the start, ``sigma = 0`` at the end, and the number of evaluations between."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise as neighbours
 
 import pytest
 import torch
-from problems import ALL, ODE, SOME_STATISTICS, WHOLE_REGISTRY, mixture, moments, noise, statistics
+from tests.problems import ALL, ODE, SOME_STATISTICS, WHOLE_REGISTRY, mixture, moments, noise, pairwise, statistics
 
 from fewstep import (
-    AdaptedDenoiser,
     DiscreteVP,
+    Model,
     RectifiedFlow,
     Sampler,
     SolverError,
@@ -30,20 +30,18 @@ SCHEDULES = {
     "flow-shift-3": RectifiedFlow(shift=3.0),
     "zero-terminal-snr": DiscreteVP.scaled_linear().zero_terminal_snr(),
 }
-MANY = 64
+MANY = 48
 # Largest error of MANY steps from end to end, in standard deviations of the data. Steps next to an end are long in lam and of first
-# order, so no solver shows its own order here, but each must come near: measured 0.045 at first order, else 0.016.
+# order, so no solver shows its own order here, but each must come near: measured 0.059 at first order, else 0.023.
 FIRST_ORDER, HIGHER_ORDER = 0.08, 0.03
 ORDER_SLACK = 0.2  # lengths well within the asymptotic range
 BFLOAT16_STEP = 2e-2  # relative: a network's rounding of 2^-9 per layer, over the steps
 
 
-@pytest.mark.parametrize("spacing", ["angle", "uniform"])
-@pytest.mark.parametrize("law", SCHEDULES)
-@pytest.mark.parametrize("name", [*WHOLE_REGISTRY, *SOME_STATISTICS])
+@pytest.mark.parametrize(("name", "law", "spacing"), pairwise([*WHOLE_REGISTRY, *SOME_STATISTICS], list(SCHEDULES), ["angle", "uniform"]))
 def test_finite_from_end_to_end(name, law, spacing):
     schedule, solver = SCHEDULES[law], ALL[name]
-    for steps in range(1, 9):
+    for steps in (1, 2, 3, 5, 8):
         grid = make_grid(spacing, schedule, steps, t_min=schedule.t_clean)
         sampler = Sampler.build(solver, grid, schedule)
         nodes = sampler.tableau.nodes
@@ -80,7 +78,7 @@ def test_the_first_step_from_pure_noise_has_its_local_order(name):
         start = noise(8, 1)
         error = sample(denoiser, tabulate(solver, nodes), start) - denoiser.flow(start, nodes.t[0], nodes.t[-1])
         errors.append(float(error.square().mean().sqrt()))
-    slopes = [math.log2(a / b) for a, b in pairwise(errors)]
+    slopes = [math.log2(a / b) for a, b in neighbours(errors)]
     assert min(slopes) > (solver.order if solver.stages > 1 else 1) + 1 - ORDER_SLACK
 
 
@@ -121,7 +119,7 @@ def test_a_bfloat16_network_keeps_a_float32_state(name, prediction):
         sampler = Sampler.build(WHOLE_REGISTRY[name], grid, schedule)
         with torch.no_grad():
             start = noise(3, 2).to(torch.float32)
-            ends.append(sample(AdaptedDenoiser(network, schedule, prediction), sampler, start, seeds=range(3), observe=steps.append))
+            ends.append(sample(Model(network, schedule, prediction), sampler, start, seeds=range(3), observe=steps.append))
         assert network.seen == {(dtype, torch.float32)}
     assert {tensor.dtype for step in steps for tensor in (step.x, step.x0, step.x_next)} == {torch.float32}
     assert {step.t.dtype for step in steps} == {torch.float64}

@@ -1,8 +1,8 @@
 """Every solver converges with the order that it claims.
 
-Slopes are least-squares fits of the log RMS error at the end against the log number of steps, on grids of unequal steps of VPLinear
-from noise level 3 to 0.1, in float64. An exact start gives the solver true past evaluations, so that the formula itself is measured;
-a cold start is what a user runs, and there the low-order first steps may be all that is left in the limit.
+Slopes are those of the log RMS error at the end over the log number of steps, from a number to its double, on grids of unequal steps
+of VPLinear from noise level 3 to 0.1, in float64. An exact start gives the solver true past evaluations, so that the formula itself is
+measured; a cold start is what a user runs, and there the low-order first steps may be all that is left in the limit.
 """
 
 import functools
@@ -11,9 +11,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from problems import ANY_STATISTICS, STOCHASTIC, karras_levels, mixture, moments, never_lowered, noise
-from problems import ODE as COMMON
 from scipy.integrate import solve_ivp
+from tests.problems import ANY_STATISTICS, STOCHASTIC, karras_levels, mixture, moments, never_lowered, noise
+from tests.problems import ODE as COMMON
 
 from fewstep import Nodes, Solver, State, Tableau, TimeGrid, VarianceExploding, VPLinear, advance, tabulate
 from fewstep.models.analytic import GaussianDenoiser
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.usefixtures("each_integral_once")
 
 ORDER_SLACK = 0.35  # how far from its limit a slope may still be at these numbers of steps
 TABLE_SLACK = 0.05  # cold-start slopes are deterministic; this leaves room for another processor's rounding
-STEPS = (24, 48, 96)
+STEPS = (32, 64)
 LATE = {  # on few steps the last one, which nothing corrects, outweighs all others with its h^4
-    "v3-3-true-same": (96, 192, 384),
-    "dpm-solver-3m": (96, 192, 384),  # its two errors of h^2 and h^3 cancel at 24
-    "sde-dpm-solver-1m": (96, 192, 384),
+    "v3-3-true-same": (96, 192),
+    "dpm-solver-3m": (96, 192),  # its two errors of h^2 and h^3 cancel at 24
+    "sde-dpm-solver-1m": (96, 192),
 }
-FINEST = 384
+FINEST = 192
 HIGH, LOW = 3.0, 0.1
 WARM_UP = 2  # the first step is DDIM's, with an error of h^2 that no later step takes away
 WARM_UP_CORRECTED = 3  # ... and the corrector raises it to h^3
@@ -52,14 +52,14 @@ COLD_START = {
     "dpm-solver-2m-taylor": 2.01,
     "dpm-solver-3m-corrected": 1.95,
     "dpm-solver-pp-2m": 2.02,
-    "dpm-solver-pp-3m": 1.89,
+    "dpm-solver-pp-3m": 1.75,
     "unipc-2": 3.02,
     "unipc-3": 3.87,
     "deis-3": 1.96,
     "ipndm": 1.72,
     "dpm-solver-pp-1": 0.99,
     "dpm-solver-pp-2m-taylor": 2.03,
-    "dpm-solver-pp-3m-taylor": 1.84,
+    "dpm-solver-pp-3m-taylor": 1.71,
     "dpm-solver-pp-3m-corrected": 2.22,
     "dpm-solver-pp-3m-corrected-taylor": 2.21,
     "unipc-1-bh1": 2.04,
@@ -68,7 +68,7 @@ COLD_START = {
     "unipc-2-bh1": 3.06,
     "unipc-2-bh2": 3.02,
     "unipc-2-exact": 3.03,
-    "unipc-3-bh1": 4.45,
+    "unipc-3-bh1": 5.26,
     "unipc-3-bh2": 3.87,
     "unipc-3-exact": 4.14,
     "unip-2-bh1": 2.05,
@@ -103,7 +103,7 @@ COLD_START = {
     "v3-3-true-none": 2.29,
     "v3-3-true-same": 2.01,
     "v3-3-true-pseudo": 2.04,
-    "v3-3-true-true": 3.29,
+    "v3-3-true-true": 2.99,
     "v3-3-pseudo-none": 1.93,
     "v3-3-pseudo-same": 2.05,
     "v3-3-pseudo-pseudo": 2.02,
@@ -142,8 +142,9 @@ def exact_state(name: str, nodes: Nodes, tableau: Tableau, i: int, stride: int) 
     return blank._replace(anchor=None if blank.anchor is None else x[i - 1], history=(*past, *blank.history[len(past) :]))
 
 
-def fitted(errors: dict[int, float]) -> float:
-    return -float(np.polyfit(np.log(list(errors)), np.log(list(errors.values())), 1)[0])
+def order_of(errors: dict[int, float]) -> float:
+    (few, coarse), (many, fine) = errors.items()
+    return math.log(coarse / fine) / math.log(many / few)
 
 
 def slope(name: str, *, exact_start: bool) -> float:
@@ -157,7 +158,7 @@ def slope(name: str, *, exact_start: bool) -> float:
         for i, row in enumerate(tableau.rows(state.x)[first:], first):
             state = advance(row, state, DENOISER(state.x, nodes.t[i]))
         errors[steps] = float((state.x / nodes.alpha[-1] - exact()[-1]).square().mean().sqrt())
-    return fitted(errors)
+    return order_of(errors)
 
 
 def corrects_the_first_step(solver: Solver) -> bool:
@@ -193,4 +194,4 @@ def test_weak_order_of_a_stochastic_solver(name):
         end_mean, end_std = moments(tabulate(solver, nodes), denoiser, true_mean[:1], true_std[:1])
         torch.testing.assert_close(end_mean, true_mean[-1:], rtol=1e-12, atol=0)
         errors[steps] = float(abs(end_std - true_std[-1]))
-    assert abs(fitted(errors) - solver.order) < ORDER_SLACK
+    assert abs(order_of(errors) - solver.order) < ORDER_SLACK

@@ -1,50 +1,127 @@
-"""What the commands share: the application they belong to, their common options, and how words are read."""
+"""Options of the verbs: those that several share, and those that are the fields of a config dataclass.
+
+A verb that takes ``config: Annotated[FitConfig, Fields(...)]`` has an option for every field of `FitConfig`, with the field's name, type
+and default, and the text of the class' docstring as its help. So a new field of a config is a new option, and nothing else has to be
+written.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import shlex
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
 from fewstep.runtime.artifact import read_json
 from fewstep.runtime.errors import FewstepError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+__all__ = [
+    "ANY_STATISTICS",
+    "INTEGERS",
+    "NAMES",
+    "NUM",
+    "NUMBERS",
+    "STATISTICS",
+    "AnyStatistics",
+    "AsJson",
+    "Fields",
+    "Flag",
+    "Guidance",
+    "ModelName",
+    "Prompts",
+    "StatisticsFolder",
+    "TeacherGuidance",
+    "checked",
+    "command",
+    "documented",
+    "expanded",
+    "integers",
+    "json_object",
+    "numbers",
+    "words",
+]
 
-ModelName = Annotated[str, typer.Argument(help="A bundled model (see 'fewstep models') or a folder.")]
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A bundled model (see 'fewstep models'), a folder, a checkpoint file, a diffusers id on the hub, or module:function, "
+        "a function of your own that returns a fewstep.Model.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-StatisticsFolder = Annotated[Path | None, typer.Option("--statistics", help="For dpm-solver-v3: a folder of fewstep calibrate.")]
-AnyStatistics = Annotated[bool, typer.Option("--any-statistics", help="Use the statistics though they are of another model or guidance.")]
-Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
-Prompts = Annotated[Path | None, typer.Option(help="Of a text-to-image pipeline's folder: a text file with one prompt on each line.")]
+STATISTICS = "For dpm-solver-v3: a folder of fewstep calibrate."
+ANY_STATISTICS = "Use the statistics though they are of another model or guidance."
+StatisticsFolder = Annotated[Path | None, typer.Option("--statistics", help=STATISTICS)]
+AnyStatistics = Annotated[bool, typer.Option("--any-statistics", help=ANY_STATISTICS)]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none. Default: the model's own, mostly 1.")]
+TeacherGuidance = Annotated[
+    float | None,
+    typer.Option("--guidance", help="The teacher's guidance scale; its student is sampled without. Default: the model's own."),
+]
+Prompts = Annotated[Path | None, typer.Option(help="For the folder of a text-to-image pipeline: a text file with one prompt on each line.")]
+
+PLAIN = (bool, int, float, str, Path)
+INTEGERS, NUMBERS, NAMES = "<int,...>", "<float,...>", "<str,...>"  # how lists are shown in help
+
+
+# -- how words are read ----------------------------------------------------------------------------------------------
 
 
 def checked(word: str, words: tuple[str, ...], option: str) -> Any:  # noqa: ANN401 - one of the words
-    """A word that is one of a few."""
+    """Return a word that is one of a few.
+
+    Raises:
+        FewstepError: it is another one.
+    """
     if word not in words:
         raise FewstepError(f"{option} is {' or '.join(words)}, got {word!r}")
     return word
 
 
 def words(text: str | None) -> tuple[str, ...] | None:
-    """Names separated by commas."""
+    """Read names separated by commas."""
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def integers(text: str, option: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas."""
+    """Read whole numbers separated by commas.
+
+    Raises:
+        FewstepError: there is something else between the commas.
+    """
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise FewstepError(f"{option} wants whole numbers separated by commas, got {text!r}") from None
 
 
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """Read numbers separated by commas.
+
+    Raises:
+        FewstepError: there is something else between the commas.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise FewstepError(f"{option} wants numbers separated by commas, got {text!r}") from None
+
+
 def json_object(text: str, option: str) -> dict[str, Any]:
-    """A JSON object, or the file that holds one."""
+    """Read a JSON object, or the file that holds one.
+
+    Raises:
+        FewstepError: it is none.
+    """
     if not text.lstrip().startswith("{"):
         return read_json(Path(text))
     try:
@@ -54,5 +131,203 @@ def json_object(text: str, option: str) -> dict[str, Any]:
 
 
 def command() -> str:
-    """This command line, as a reader would type it."""
+    """Return this command line, as a reader would type it."""
     return shlex.join(["fewstep", *sys.argv[1:]])
+
+
+# -- a dataclass as options ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, init=False)
+class Flag:
+    """How a field is shown where its own name, default and docstring are not enough.
+
+    Args:
+        names: of the option, as ``"--num", "-n"``, or ``"--anywhere/--one-pass"`` for a switch; by default that of the field.
+        default: by default that of the field.
+        help: by default the text of the field in the docstring of its class.
+        more: a sentence after that text.
+    """
+
+    names: tuple[str, ...]
+    default: Any
+    help: str | None
+    more: str
+
+    def __init__(self, *names: str, default: Any = MISSING, help: str | None = None, more: str = "") -> None:  # noqa: ANN401
+        for name, value in {"names": names, "default": default, "help": help, "more": more}.items():
+            object.__setattr__(self, name, value)
+
+
+NUM = Flag("--num", "-n", more="Under torchrun say -n.")  # which takes --num for an abbreviation of an option of its own
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Metadata of a verb's parameter that is a config: ``Annotated[FitConfig, Fields(...)]``.
+
+    A config whose left-out fields have no default is annotated ``partial[Config]``: the verb calls it with those.
+
+    Args:
+        flags: how some fields are shown, by name; a field of a nested dataclass by its path, as ``"form.pool"``.
+        leave_out: fields that the verb sets itself.
+    """
+
+    flags: Mapping[str, Flag] | None = None
+    leave_out: tuple[str, ...] = ()
+
+
+def expanded(verb: Callable[..., None]) -> Callable[..., None]:
+    """Return a verb that takes, in place of each config, one option for each of its fields, as typer reads them from the signature.
+
+    Raises:
+        TypeError: a flag or left-out field that the config does not have, or a field that no option can be made of.
+    """
+    parameters, builders = list[inspect.Parameter](), dict[str, Callable[[dict[str, Any]], Any]]()
+    for parameter in inspect.signature(verb, eval_str=True).parameters.values():
+        hint = parameter.annotation
+        shown = next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Fields)), None)
+        if shown is None:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        options = _Options(parameter.name, hint.__origin__, shown)
+        parameters += options.parameters
+        builders[parameter.name] = options.build
+
+    own = set(inspect.signature(verb).parameters)
+
+    def call(**given: Any) -> None:  # noqa: ANN401 - as typed
+        built = {name: build(given) for name, build in builders.items()}
+        verb(**{name: given[name] for name in given if name in own}, **built)
+
+    whole: Any = call
+    whole.__name__, whole.__doc__ = verb.__name__, verb.__doc__
+    whole.__signature__ = inspect.Signature(parameters)
+    whole.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return whole
+
+
+class _Options:
+    """The options of one config of a verb.
+
+    Attributes:
+        parameters: one for each option, as typer wants them.
+    """
+
+    def __init__(self, prefix: str, kind: Any, shown: Fields) -> None:  # noqa: ANN401 - a dataclass, or a partial of one
+        self.partial = get_origin(kind) is partial
+        self.config: type = get_args(kind)[0] if self.partial else kind
+        self.prefix, self.leave_out, self.flags = prefix, shown.leave_out, dict(shown.flags or {})
+        self.readers = dict[str, Callable[[Any], Any]]()
+        self.parameters = list(self._parameters(self.config, ""))
+        unknown = (set(self.flags) | set(self.leave_out)) - set(_paths(self.config))
+        if unknown:
+            raise TypeError(f"{self.config.__name__} has no field {', '.join(sorted(unknown))}")
+
+    def _parameters(self, config: Any, within: str) -> Iterator[inspect.Parameter]:  # noqa: ANN401 - a dataclass, or one with defaults
+        texts, hints = documented(config), get_type_hints(config if isinstance(config, type) else type(config))
+        nested = dict[str, Any]()
+        for field in fields(config):
+            path, default = within + field.name, _default(config, field)
+            if path in self.leave_out:
+                continue
+            if is_dataclass(default):
+                nested[path] = default
+            else:
+                yield self._parameter(path, field.name, default, hints[field.name], texts.get(field.name, ""))
+        for path, default in nested.items():
+            yield from self._parameters(default, f"{path}.")
+
+    def _parameter(self, path: str, name: str, default: Any, hint: Any, text: str) -> inspect.Parameter:  # noqa: ANN401 - a type
+        flag = self.flags.get(path, Flag())
+        long = f"--{name.replace('_', '-')}"
+        names = flag.names or ((f"{long}/--no-{long[2:]}",) if hint is bool else (long,))
+        default = default if flag.default is MISSING else flag.default
+        called = next(name for name in names if name.startswith("--")).split("/")[0]
+        kind, metavar, self.readers[path] = _read_as(hint, called, path)
+        if text.split(" ")[0].rstrip(",:") not in (default, *get_args(hint)):  # a value is shown as it is typed
+            text = text[:1].upper() + text[1:]
+        help = " ".join(filter(None, (text if flag.help is None else flag.help, flag.more)))
+        option: Any = typer.Option(*names, help=help or None, metavar=metavar)
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        empty = inspect.Parameter.empty if default is MISSING else shown
+        annotation = Annotated[kind | None if default is None else kind, option]
+        return inspect.Parameter(self._name(path), inspect.Parameter.KEYWORD_ONLY, default=empty, annotation=annotation)
+
+    def _name(self, path: str) -> str:
+        return f"{self.prefix}__{path.replace('.', '__')}"
+
+    def build(self, given: dict[str, Any]) -> Any:  # noqa: ANN401 - a config
+        """Make the config of the words that were typed."""
+        typed = {path: given[self._name(path)] for path in self.readers}
+        values = {path: None if value is None else self.readers[path](value) for path, value in typed.items()}
+        chosen = self._chosen(self.config, "", values)
+        return partial(self.config, **chosen) if self.partial else self.config(**chosen)
+
+    def _chosen(self, config: Any, within: str, values: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401 - as above
+        chosen = dict[str, Any]()
+        for field in fields(config):
+            path, default = within + field.name, _default(config, field)
+            if path in values:
+                chosen[field.name] = values[path]
+            elif is_dataclass(default) and not isinstance(default, type):
+                chosen[field.name] = replace(default, **self._chosen(default, f"{path}.", values))
+        return chosen
+
+
+def _paths(config: Any, within: str = "") -> Iterator[str]:  # noqa: ANN401 - a dataclass, or one with defaults
+    """Yield the names of all fields, those of nested dataclasses by their paths."""
+    for field in fields(config):
+        yield within + field.name
+        if is_dataclass(default := _default(config, field)):
+            yield from _paths(default, f"{within}{field.name}.")
+
+
+def _default(config: Any, field: Field[Any]) -> Any:  # noqa: ANN401 - of any type, or MISSING
+    """Return the default of a field: its value where ``config`` is no class but a nested default."""
+    if not isinstance(config, type):
+        return getattr(config, field.name)
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _read_as(hint: Any, option: str, path: str) -> tuple[Any, str | None, Callable[[Any], Any]]:  # noqa: ANN401 - types
+    """Return the type that an option has for typer, how its value is shown in help, and how a field's value is made of it."""
+    members = [one for one in get_args(hint) if one is not type(None)]
+    if get_origin(hint) is Literal:
+        return str, "|".join(members), lambda word: checked(word, tuple(members), option)
+    if get_origin(hint) is tuple:
+        part = _plain_of(members[0], path)
+        if part is int:
+            return str, INTEGERS, lambda text: () if text == "none" else integers(text, option)
+        if part is float:
+            return str, NUMBERS, lambda text: () if text == "none" else numbers(text, option)
+        return str, NAMES, lambda text: tuple(map(part, words(text) or ()))
+    if within := [one for one in members if get_origin(one) in (tuple, Literal)]:
+        return _read_as(within[0], option, path)
+    return _plain_of(hint, path), None, lambda value: value
+
+
+def _plain_of(hint: Any, path: str) -> Any:  # noqa: ANN401 - types
+    """Return the type among those of a union that can be typed."""
+    plain = [one for one in (get_args(hint) or (hint,)) if one in PLAIN]
+    if len(plain) != 1:
+        raise TypeError(f"no option can be made of {path}: {hint}")
+    return plain[0]
+
+
+def documented(config: object) -> dict[str, str]:
+    """Return the text of each field in the ``Args`` and ``Attributes`` of a dataclass' docstring, without its marks of code.
+
+    An entry may be for several names, ``steps, batch: ...``, and go on in lines that are further in.
+    """
+    found, names, within = dict[str, list[str]](), list[str](), False
+    for line in inspect.cleandoc(config.__doc__ or "").splitlines():
+        if line and not line.startswith(" "):
+            within, names = line in ("Args:", "Attributes:"), []
+        elif within and (entry := re.match(r"    (\w+(?:, \w+)*): +(.*)", line)):
+            names = entry[1].split(", ")
+            found.update((name, [entry[2]]) for name in names)
+        elif within and line.strip():
+            for name in names:
+                found[name].append(line.strip())
+    return {name: " ".join(text).replace("`", "") for name, text in found.items()}

@@ -1,4 +1,4 @@
-"""What was learned, as plots: statistics along the noise level, schedules and the errors that led to them."""
+"""Plots of learned artifacts: statistics along the noise level, schedules and the errors that led to them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STANDARD = {"angle": (GREEN, "v"), "karras": (PURPLE, "s"), "logsnr": (GREY, "d"
 
 
 def save_statistics(statistics: ModelStatistics, path: Path) -> Path:
-    """``l``, ``s`` and ``b`` along the noise level: the mean over elements, and the band that holds nine tenths of them."""
+    """Plot ``l``, ``s`` and ``b`` along the noise level: the mean over elements, and the band that holds nine tenths of them."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3), layout="constrained")

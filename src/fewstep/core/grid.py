@@ -13,16 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.core.schedule import DiscreteVP, NoiseSchedule
+from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import GridError, look_up
+from fewstep.runtime.front_door import checked
 from fewstep.runtime.spec import check_options, parse_spec
 
-__all__ = ["GRIDS", "TimeGrid", "make_grid"]
+__all__ = ["GRIDS", "RHO", "TimeGrid", "karras_roots", "make_grid"]
+
+RHO = 7.0  # of Karras noise levels, where nothing is said (EDM, table 1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TimeGrid:
-    """``t [M+1]``, float64, strictly decreasing; validated at birth.
+    """The times at which a sampler evaluates the network, and the end: ``t [M+1]``, float64, strictly decreasing.
+
+    Args:
+        t: the times, a tensor or list; checked at construction.
 
     Raises:
         GridError: fewer than two times, a non-finite one, or two neighbours that do not decrease (which, and their values).
@@ -31,7 +37,10 @@ class TimeGrid:
     t: Tensor
 
     def __post_init__(self) -> None:
-        t = torch.as_tensor(self.t, dtype=torch.float64).cpu()
+        try:
+            t = torch.as_tensor(self.t, dtype=torch.float64).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise GridError(f"a grid is a list of times, as TimeGrid([1.0, 0.5, 0.0]), got {str(self.t)[:80]!r}") from error
         object.__setattr__(self, "t", t)
         if t.ndim != 1 or len(t) < 2:
             raise GridError(f"a grid needs a 1-d list of at least 2 times, got shape {tuple(t.shape)}; one step is [start, end]")
@@ -43,16 +52,19 @@ class TimeGrid:
             what = "appears twice" if t[i] == t[i + 1] else f"is followed by the larger {t[i + 1]:g}"
             raise GridError(f"times must strictly decrease, but {t[i]:g} (at index {i}) {what}; use fewer steps or another spacing")
 
+    def __repr__(self) -> str:
+        return f"TimeGrid({self.steps} steps, t = {float(self.t[0]):.4g} to {float(self.t[-1]):.4g})"
+
     @property
     def steps(self) -> int:
-        """Number of intervals ``M``."""
+        """The number of intervals ``M``."""
         return len(self.t) - 1
 
     # -- spacings ---------------------------------------------------------------------------------------------------
 
     @classmethod
     def logsnr(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
-        """Uniform in ``lam`` (DPM-Solver, arXiv 2206.00927). Both ends need a finite ``lam``."""
+        """Return a grid of ``steps`` intervals, uniform in ``lam`` (DPM-Solver, arXiv 2206.00927). Both ends need a finite ``lam``."""
         ends = _ends(schedule, t_max, t_min)
         lam = schedule.lam(ends)
         if not bool(torch.isfinite(lam).all()):
@@ -61,25 +73,28 @@ class TimeGrid:
 
     @classmethod
     def karras(
-        cls, schedule: NoiseSchedule, steps: int, *, rho: float = 7.0, t_max: float | None = None, t_min: float | None = None
+        cls, schedule: NoiseSchedule, steps: int, *, rho: float = RHO, t_max: float | None = None, t_min: float | None = None
     ) -> TimeGrid:
-        """Uniform in ``(sigma/alpha)^(1/rho)`` (EDM, arXiv 2206.00364, eq. 5). The start needs ``alpha > 0``."""
+        """Return a grid of ``steps`` intervals, uniform in ``(sigma/alpha)^(1/rho)`` (EDM, arXiv 2206.00364, eq. 5).
+
+        The start needs ``alpha > 0``.
+        """
         ends = _ends(schedule, t_max, t_min)
         level = torch.exp(-schedule.lam(ends))
         if not bool(torch.isfinite(level).all()):
             raise GridError("karras spacing needs alpha > 0 at its start: pass t_max, or use angle")
-        root = _linspace(level[0] ** (1 / rho), level[1] ** (1 / rho), steps)
-        return cls(_pin(schedule.t_of_lam(-rho * torch.log(root)), ends))
+        roots = karras_roots(level[0], level[1], _whole(steps) + 1, rho)
+        return cls(_pin(schedule.t_of_lam(-rho * torch.log(roots)), ends))
 
     @classmethod
     def uniform(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
-        """Uniform in ``t``."""
+        """Return a grid of ``steps`` intervals, uniform in ``t``."""
         ends = _ends(schedule, t_max, t_min)
         return cls(_pin(_linspace(ends[0], ends[1], steps), ends))
 
     @classmethod
     def quadratic(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
-        """Uniform in ``sqrt(t - t_clean)``."""
+        """Return a grid of ``steps`` intervals, uniform in ``sqrt(t - t_clean)``."""
         ends = _ends(schedule, t_max, t_min)
         root = torch.sqrt(ends - schedule.t_clean)
         return cls(_pin(_linspace(root[0], root[1], steps) ** 2 + schedule.t_clean, ends))
@@ -95,9 +110,10 @@ class TimeGrid:
         t_max: float | None = None,
         t_min: float | None = None,
     ) -> TimeGrid:
-        """Uniform in ``arctan(sigma / (c alpha))^(1/power)``, the time of the cosine schedule; finite at both ends whatever the schedule.
+        """Return a grid of ``steps`` intervals, uniform in ``arctan(sigma / (c alpha))^(1/power)``.
 
-        With ``power`` 2 it is quadratic in that time, and closer towards the image.
+        With ``c = power = 1`` this is the time of the cosine schedule, finite at both ends whatever the schedule. With ``power`` 2 it is
+        quadratic in that time, and closer towards the image.
         """
         if not (c > 0 and power > 0):
             raise GridError(f"the angle spacing needs c > 0 and power > 0, got {c:g} and {power:g}")
@@ -108,7 +124,7 @@ class TimeGrid:
 
     @classmethod
     def linspace(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
-        """Diffusers' ``linspace`` as its DPM-Solver, UniPC and DEIS have it: integers nearest to uniform times."""
+        """Return diffusers' ``linspace`` grid as its DPM-Solver, UniPC and DEIS have it: integers nearest to uniform times."""
         ends = _ends(_discrete(schedule, "linspace"), t_max, t_min)
         return cls(_linspace(ends[0], ends[1], steps).round())
 
@@ -116,7 +132,7 @@ class TimeGrid:
     def leading(
         cls, schedule: NoiseSchedule, steps: int, *, offset: int = 1, t_max: float | None = None, t_min: float | None = None
     ) -> TimeGrid:
-        """Diffusers' ``leading`` as its DDIM has it: multiples of ``T // steps`` plus ``offset`` (its ``steps_offset``)."""
+        """Return diffusers' ``leading`` grid as its DDIM has it: multiples of ``T // steps`` plus ``offset`` (its ``steps_offset``)."""
         if offset != int(offset):
             raise GridError(f"the offset of the leading spacing is a whole number of times, got {offset}")
         ends = _ends(_discrete(schedule, "leading"), t_max, t_min)
@@ -126,7 +142,7 @@ class TimeGrid:
 
     @classmethod
     def trailing(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
-        """Diffusers' ``trailing``: from the last time down in strides of ``T / steps``."""
+        """Return diffusers' ``trailing`` grid: from the last time down in strides of ``T / steps``."""
         ends = _ends(_discrete(schedule, "trailing"), t_max, t_min)
         count = int(ends[0]) + 1
         times = (count - torch.arange(_whole(steps), dtype=torch.float64) * (count / steps)).round() - 1
@@ -134,17 +150,21 @@ class TimeGrid:
 
     @classmethod
     def from_sigmas(cls, schedule: NoiseSchedule, sigmas: Sequence[float] | Tensor) -> TimeGrid:
-        """From noise levels ``sigma/alpha [M+1]``, k-diffusion's and diffusers' ``sigmas``; a last 0 is the clean image."""
+        """Return the grid through noise levels ``sigma/alpha [M+1]``, k-diffusion's and diffusers' ``sigmas``; a last 0 is the clean image.
+
+        Raises:
+            GridError: they do not decrease.
+        """
         level = torch.as_tensor(sigmas, dtype=torch.float64)
         return cls(torch.where(level == 0, schedule.t_clean, schedule.t_of_lam(-torch.log(level))))
 
     # -- changes ----------------------------------------------------------------------------------------------------
 
     def snap(self, times: Tensor) -> TimeGrid:
-        """Each time moved to the nearest of ``times``, once, before solving: for a network that knows only those.
+        """Return the grid with each time moved to the nearest of ``times [T]``, for a network that knows only those.
 
         Raises:
-            GridError: when two times fall on the same entry (the grid is finer than the table there).
+            GridError: two times fall on the same entry (the grid is finer than the table there).
         """
         table = torch.sort(torch.as_tensor(times, dtype=torch.float64)).values
         right = torch.searchsorted(table, self.t.detach()).clamp(1, len(table) - 1)
@@ -156,8 +176,16 @@ class TimeGrid:
             )
         return TimeGrid(snapped)
 
+    def known_to(self, schedule: NoiseSchedule) -> TimeGrid:
+        """Return the grid snapped to the times that the schedule's network knows; the same grid if it knows all times.
+
+        Raises:
+            GridError: as `snap`.
+        """
+        return self if schedule.times is None else self.snap(schedule.times)
+
     def stretched(self, schedule: NoiseSchedule, steps: int) -> TimeGrid:
-        """The same density of steps in ``lam`` for another number of them; on a discrete schedule snapped to the model's own times.
+        """Return a grid of another number of steps with the same density in ``lam``, snapped on a discrete schedule.
 
         Raises:
             GridError: ``lam`` is infinite at an end, or times coincide after snapping.
@@ -168,11 +196,10 @@ class TimeGrid:
         where = torch.linspace(0, self.steps, _whole(steps) + 1, dtype=torch.float64)[1:-1]
         index = where.floor().long().clamp(max=self.steps - 1)
         inner = schedule.t_of_lam(torch.lerp(lam[index], lam[index + 1], where - index))
-        made = TimeGrid(torch.cat([self.t[:1], inner, self.t[-1:]]))
-        return made.snap(schedule.times) if isinstance(schedule, DiscreteVP) else made
+        return TimeGrid(torch.cat([self.t[:1], inner, self.t[-1:]])).known_to(schedule)
 
     def to_clean(self, schedule: NoiseSchedule) -> TimeGrid:
-        """The same evaluations, with the end moved to ``sigma = 0`` (diffusers' ``final_sigmas_type="zero"``)."""
+        """Return the grid with its end moved to ``sigma = 0`` (diffusers' ``final_sigmas_type="zero"``); evaluations stay."""
         return TimeGrid(torch.cat([self.t[:-1], torch.tensor([schedule.t_clean], dtype=torch.float64)]))
 
 
@@ -181,27 +208,51 @@ GRIDS: dict[str, Callable[..., TimeGrid]] = {
 }
 
 
+@checked
 def make_grid(name: str, schedule: NoiseSchedule, steps: int, **options: float) -> TimeGrid:
-    """A grid by the name of its spacing, with options (``karras:rho=5``); on a discrete schedule it is snapped to the model's own times.
+    """Make a grid by the name of its spacing, with options (``karras:rho=5``).
 
-    Where a discrete schedule ends at the clean image, the spacing is that to its last time, and the last step is prolonged.
+    On a discrete schedule it is snapped to the model's own times. Where such a schedule ends at the clean image, the spacing is that to its
+    last time, and the last step is prolonged.
+
+    Args:
+        name: one of ``angle``, ``karras``, ``logsnr``, ``uniform``, ``quadratic``, and for discrete times ``linspace``, ``leading`` and
+            ``trailing``.
+        schedule: the noise law in whose time it is laid out.
+        steps: number of intervals ``M``.
+        options: options of the spacing; ``t_max`` and ``t_min`` are its ends, by default the schedule's.
 
     Raises:
         GridError: an unknown name or option, or times that coincide after snapping.
     """
     bare, written = parse_spec(name, GridError)
     options = {**written, **options}
+    if not isinstance(schedule, NoiseSchedule):
+        raise GridError(f"a spacing is laid out on a noise law, as in make_grid('angle', fewstep.VPLinear(), 8), got {schedule!r}")
     spacing = look_up(bare, GRIDS, "grid", GridError)
     check_options(options, spacing, f"grid {bare!r}", GridError, hidden=("schedule", "steps"))
-    to_clean = isinstance(schedule, DiscreteVP) and schedule.t_min < schedule.t_last and "t_min" not in options
-    if isinstance(schedule, DiscreteVP) and to_clean:
+    to_clean = schedule.t_min < schedule.t_last and "t_min" not in options
+    if to_clean:
         options["t_min"] = schedule.t_last
     try:
         grid = spacing(schedule, steps, **options)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise GridError(f"grid {bare!r} cannot take {options}: {error}") from error
-    grid = grid.snap(schedule.times) if isinstance(schedule, DiscreteVP) else grid
+    grid = grid.known_to(schedule)
     return grid.to_clean(schedule) if to_clean else grid
+
+
+def karras_roots(high: Tensor, low: Tensor, count: int, rho: float = RHO) -> Tensor:
+    """Return the ``rho``-th roots ``[count]`` of EDM's noise levels (Karras et al., arXiv 2206.00364, eq. 5), which are spaced uniformly.
+
+    Args:
+        high: first noise level ``sigma/alpha []``.
+        low: last noise level ``[]``; a single level is the first.
+        count: number of levels.
+        rho: the larger, the closer the levels lie at their low end.
+    """
+    start, end = high ** (1 / rho), low ** (1 / rho)
+    return start + torch.linspace(0, 1, count, dtype=torch.float64) * (end - start)
 
 
 def _whole(steps: int) -> int:
@@ -223,11 +274,11 @@ def _linspace(start: Tensor, end: Tensor, steps: int) -> Tensor:
 
 
 def _pin(t: Tensor, ends: Tensor) -> Tensor:
-    """Exact ends: a round trip through ``lam`` may move them by an ulp, or to where ``lam`` is infinite."""
+    """Return the times with exact ends: a round trip through ``lam`` may move them by an ulp, or to where ``lam`` is infinite."""
     return torch.cat([ends[:1], t[1:-1], ends[1:]])
 
 
-def _discrete(schedule: NoiseSchedule, name: str) -> DiscreteVP:
-    if not isinstance(schedule, DiscreteVP):
+def _discrete(schedule: NoiseSchedule, name: str) -> NoiseSchedule:
+    if schedule.times is None:
         raise GridError(f"the {name} spacing is for models with discrete times; use uniform, angle, karras or logsnr")
     return schedule

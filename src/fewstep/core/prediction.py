@@ -1,4 +1,4 @@
-r"""What a network predicts, and how that turns into ``x0``: one table, the only place where these formulas exist.
+r"""The prediction types of networks and how their output turns into ``x0``: one table, the only place where these formulas exist.
 
 Every prediction type is affine in the state and the network's output,
 
@@ -27,7 +27,14 @@ Coefficients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Prediction:
-    """A named parameterisation: the network sees ``x * input_scale`` and its output gives ``x0 = a x + b output``."""
+    """A named parameterisation of a network's output: the network sees ``x * input_scale``, and ``x0 = a x + b output``.
+
+    Attributes:
+        name: by which `prediction` finds it.
+        coefficients: ``(alpha, sigma) -> (a, b)``, elementwise.
+        input_scale: ``(alpha, sigma) -> scale``, or None for 1.
+        undefined_at_zero_alpha: whether the output says nothing about x0 where ``alpha = 0``.
+    """
 
     name: str
     coefficients: Coefficients  # (alpha, sigma) -> (a, b)
@@ -35,16 +42,23 @@ class Prediction:
     undefined_at_zero_alpha: bool = False
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        """One of this file is pickled by its name, since its formulas are no functions of a module."""
+        """Pickle a parameterisation of this file by its name, since its formulas are no functions of a module."""
         named = PREDICTIONS.get(self.name) is self or self.name.startswith("edm(")
         return (prediction, (self.name,)) if named else super().__reduce__()
 
 
 def EDM(sigma_data: float = 0.5) -> Prediction:  # noqa: N802 - a constructor, named as the field names it
-    r"""EDM preconditioning (arXiv 2206.00364, table 1), with ``s = sigma/alpha``:
+    r"""Return EDM's preconditioning (Karras et al., arXiv 2206.00364, table 1) as a prediction type.
 
-    ``x0 = sd^2/(s^2+sd^2) x/alpha + s sd/sqrt(s^2+sd^2) F(x / (alpha sqrt(s^2+sd^2)))``.
-    Written with ``alpha`` multiplied through, so that it also holds at ``alpha = 0``.
+    With ``s = sigma/alpha`` it is
+    ``x0 = sd^2/(s^2+sd^2) x/alpha + s sd/sqrt(s^2+sd^2) F(x / (alpha sqrt(s^2+sd^2)))``,
+    written with ``alpha`` multiplied through, so that it also holds at ``alpha = 0``.
+
+    Args:
+        sigma_data: standard deviation ``sd`` of the data.
+
+    Raises:
+        ModelError: it is not a positive number.
     """
     sd = float(sigma_data)
     if not 0 < sd < math.inf:
@@ -79,6 +93,8 @@ def prediction(name: str | Prediction) -> Prediction:
     """
     if isinstance(name, Prediction):
         return name
+    if not isinstance(name, str):
+        raise ModelError(f"a prediction type is a name, as 'epsilon', 'v' or 'edm(0.5)', got {name!r}")
     if name.startswith("edm(") and name.endswith(")"):
         try:
             return EDM(float(name[4:-1]))
@@ -88,7 +104,7 @@ def prediction(name: str | Prediction) -> Prediction:
 
 
 def x0_coefficients(kind: str | Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """``a, b`` of ``x0 = a x + b output``, each of the shape of ``alpha`` and ``sigma``, ``[*]``.
+    """Return ``a, b`` of ``x0 = a x + b output``, each of the shape ``[*]`` of ``alpha`` and ``sigma``.
 
     Raises:
         ModelError: the output says nothing about x0 at one of these, where ``alpha = 0``.
@@ -102,33 +118,36 @@ def x0_coefficients(kind: str | Prediction, alpha: Tensor, sigma: Tensor) -> tup
 
 
 def aligned(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A coefficient ``[]`` or ``[B]`` ready to multiply ``x [B, *D]``.
+    """Return a coefficient ``[]`` or ``[B]`` shaped to multiply ``x [B, *D]``, in its dtype and on its device.
 
-    Cast to its dtype first, then moved to its device: some devices have no float64.
+    It is cast first and then moved: some devices have no float64.
     """
     coefficient = coefficient.to(x.dtype).to(x.device)
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim)) if coefficient.ndim else coefficient
 
 
 def to_x0(kind: str | Prediction, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Clean-image estimate from a network's output.
+    """Return the estimate ``x0 [B, *D]`` of the clean image that a network's output stands for.
 
     Args:
-        kind: what the network predicts.
+        kind: the prediction type.
         output: the network's output ``[B, *D]``.
-        x: the state it was evaluated at ``[B, *D]``.
+        x: the state it was evaluated at, ``[B, *D]``.
         alpha, sigma: scales at that time, ``[]`` or ``[B]``.
+
+    Raises:
+        ModelError: the output says nothing about x0 at this time.
     """
     a, b = x0_coefficients(kind, alpha, sigma)
     return (aligned(a, x) * x).addcmul_(aligned(b, x), output.to(x.dtype))
 
 
 def from_x0(kind: str | Prediction, x0: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The network output that would give ``x0`` at the state ``x``: the inverse of `to_x0`. Shapes as there."""
+    """Return the network output ``[B, *D]`` that stands for ``x0`` at the state ``x``: the inverse of `to_x0`, with its errors."""
     a, b = x0_coefficients(kind, alpha, sigma)
     return (x0 - aligned(a, x) * x) / aligned(b, x)
 
 
 def convert(source: str | Prediction, target: str | Prediction, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """One prediction type as another, at the same state. Shapes as in `to_x0`."""
+    """Return an output ``[B, *D]`` of one prediction type as that of another at the same state; arguments and errors of `to_x0`."""
     return from_x0(target, to_x0(source, output, x, alpha, sigma), x, alpha, sigma)

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,41 +20,69 @@ from fewstep.runtime.errors import ModelError, look_up
 __all__ = ["DiscreteVP", "NoiseSchedule", "RectifiedFlow", "VarianceExploding", "VPCosine", "VPLinear", "schedule_from_config"]
 
 
-class NoiseSchedule(Protocol):
-    """An immutable noise law. ``t_max`` is where sampling starts, ``t_min`` where it ends unless a grid says otherwise,
-    and ``t_clean`` the time at which ``sigma`` is zero.
+class NoiseSchedule(ABC):
+    """An immutable noise law ``alpha(t), sigma(t)`` of the forward process ``x_t = alpha_t x0 + sigma_t eps``.
+
+    Subclass it for a law of one's own: define the three times and the five methods below.
+
+    Attributes:
+        t_max: the time at which sampling starts.
+        t_min: the time at which it ends, unless a grid says otherwise.
+        t_clean: the time at which ``sigma`` is zero.
     """
 
-    @property
-    def t_max(self) -> float: ...
-    @property
-    def t_min(self) -> float: ...
-    @property
-    def t_clean(self) -> float: ...
+    t_max: Any  # floats, as fields or properties
+    t_min: Any
+    t_clean: Any
 
+    @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """Signal scale at ``t``. ``[*] -> [*]``."""
-        ...
+        """Return the signal scale at ``t``. ``[*] -> [*]``."""
 
+    @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
-        """Noise scale at ``t``. ``[*] -> [*]``."""
-        ...
+        """Return the noise scale at ``t``. ``[*] -> [*]``."""
 
+    @abstractmethod
     def lam(self, t: Tensor) -> Tensor:
-        """``log(alpha/sigma)`` at ``t``; ``-inf`` where alpha is 0 and ``+inf`` where sigma is 0. ``[*] -> [*]``."""
-        ...
+        """Return ``log(alpha/sigma)`` at ``t``; ``-inf`` where alpha is 0 and ``+inf`` where sigma is 0. ``[*] -> [*]``."""
 
+    @abstractmethod
     def t_of_lam(self, lam: Tensor) -> Tensor:
-        """The inverse of `lam`. ``[*] -> [*]``."""
-        ...
+        """Return the time with this ``lam``: the inverse of `lam`. ``[*] -> [*]``."""
 
+    @abstractmethod
     def to_config(self) -> dict[str, Any]:
-        """A JSON-able description that `schedule_from_config` reads back."""
-        ...
+        """Return a JSON-able description that `schedule_from_config` reads back."""
+
+    @property
+    def times(self) -> Tensor | None:
+        """The only times that the network knows, increasing ``[T+1]`` from the clean image on; None if it knows all."""
+        return None
+
+    @property
+    def t_last(self) -> float:
+        """The last time at which the network is evaluated when sampling runs to ``t_min``."""
+        return self.t_min
+
+    @property
+    def ends(self) -> Tensor:
+        """The first and the last time of sampling, ``[t_max, t_min]``, float64."""
+        return torch.tensor([self.t_max, self.t_min], dtype=torch.float64)
+
+    @property
+    def starts_at_noise(self) -> bool:
+        """Whether ``alpha = 0`` at ``t_max``, so that the start is pure noise."""
+        return bool(self.alpha(self.ends[0]) == 0)
+
+    @property
+    def ends_clean(self) -> bool:
+        """Whether ``sigma = 0`` at ``t_min``."""
+        return bool(self.sigma(self.ends[1]) == 0)
 
 
-class _VariancePreserving(ABC):
-    """Laws with ``alpha^2 + sigma^2 = 1`` given by ``log alpha``: sigma and lam follow without cancellation."""
+class _VariancePreserving(NoiseSchedule):
+    """The laws with ``alpha^2 + sigma^2 = 1``, given by ``log alpha``: sigma and lam follow without cancellation."""
 
     @abstractmethod
     def log_alpha(self, t: Tensor) -> Tensor: ...
@@ -117,8 +145,8 @@ class VPCosine(_VariancePreserving):
 
 
 @dataclass(frozen=True)
-class VarianceExploding:
-    r"""``alpha = 1, sigma = t``: the law of VE models and of EDM (Karras et al., arXiv 2206.00364), whose time is the noise level."""
+class VarianceExploding(NoiseSchedule):
+    r"""The law ``alpha = 1, sigma = t`` of VE models and of EDM (Karras et al., arXiv 2206.00364): its time is the noise level."""
 
     t_min: float = 0.002
     t_max: float = 80.0
@@ -141,10 +169,17 @@ class VarianceExploding:
 
 
 @dataclass(frozen=True)
-class RectifiedFlow:
-    r"""``x_t = (1 - u) x0 + u eps`` with ``u = shift t / (1 + (shift - 1) t)`` (Liu et al., arXiv 2209.03003; the shift is that
-    of Esser et al., arXiv 2403.03206). Sampling starts at ``alpha = 0`` and ends at ``sigma = 0``, both exact.
-    The time a network of this family expects is ``u`` (often times 1000), that is ``sigma(t)``.
+class RectifiedFlow(NoiseSchedule):
+    r"""The law ``x_t = (1 - u) x0 + u eps`` with ``u = shift t / (1 + (shift - 1) t)`` of rectified flows.
+
+    See Liu et al., arXiv 2209.03003; the shift is that of Esser et al., arXiv 2403.03206. Sampling starts at ``alpha = 0`` and ends at
+    ``sigma = 0``, both exact. The time a network of this family expects is ``u`` (often times 1000), which is ``sigma(t)``.
+
+    Args:
+        shift: 1 for none; the larger, the more time is spent at high noise.
+
+    Raises:
+        ModelError: the shift is not positive.
     """
 
     shift: float = 1.0
@@ -172,12 +207,19 @@ class RectifiedFlow:
         return {"law": "flow", **asdict(self)}
 
 
-@dataclass(frozen=True, eq=False)
-class DiscreteVP:
-    r"""A model trained on a table ``alphas_cumprod [T]``; its times are ``0 .. T-1`` and ``t = -1`` is the clean image.
+@dataclass(frozen=True, eq=False, repr=False)
+class DiscreteVP(NoiseSchedule):
+    r"""The law of a model trained on a table ``alphas_cumprod [T]``; its times are ``0 .. T-1``, and ``t = -1`` is the clean image.
 
-    Between the table's times the angle ``theta = arctan(sigma/alpha)`` is interpolated linearly. It is finite at both ends,
-    so a table with zero terminal SNR needs no special case.
+    Between the table's times the angle ``theta = arctan(sigma/alpha)`` is interpolated linearly. It is finite at both ends, so a table with
+    zero terminal SNR needs no special case.
+
+    Attributes:
+        theta: the angles ``[T+1]``, float64; the first, 0, is the clean image.
+        t_min: where grids end: 0, the network's last time, or -1, the clean image.
+
+    Raises:
+        ModelError: a table that does not decrease within [0, 1), or another end.
     """
 
     theta: Tensor  # [T+1] float64, theta[0] = 0 is the clean image, theta[k+1] belongs to time k
@@ -190,43 +232,48 @@ class DiscreteVP:
         if self.t_min not in (0.0, self.t_clean):
             raise ModelError(f"grids of a discrete law end at time 0 or at the clean image, -1, not at {self.t_min}")
 
+    def __repr__(self) -> str:
+        low, high = torch.exp(-self.lam(torch.tensor([0.0, self.t_max], dtype=torch.float64))).tolist()
+        end = ", to the clean image" if self.t_min == self.t_clean else ""
+        return f"DiscreteVP({len(self.theta) - 1} times, noise levels {low:.3g} to {high:.3g}{end})"
+
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> DiscreteVP:
-        """From ``prod (1 - beta)``, ``[T]``. A float32 table is taken at its exact float32 values."""
+        """Make the law of ``alphas_cumprod = prod (1 - beta) [T]``. A float32 table is taken at its exact float32 values."""
         table = torch.as_tensor(alphas_cumprod).cpu().double()
         theta = torch.atan2(torch.sqrt(1 - table), torch.sqrt(table))
         return cls(torch.nn.functional.pad(theta, (1, 0)))  # the clean image
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> DiscreteVP:
-        """From the variances ``beta [T]``, multiplied up in the dtype given."""
+        """Make the law of the variances ``beta [T]``, multiplied up in the dtype given."""
         return cls.from_alphas_cumprod(torch.cumprod(1 - torch.as_tensor(betas), dim=0))
 
     @classmethod
     def linear(cls, count: int = 1000, start: float = 1e-4, end: float = 0.02) -> DiscreteVP:
-        """Betas linear in time (DDPM, arXiv 2006.11239)."""
+        """Make the law of ``count`` betas linear in time from ``start`` to ``end`` (DDPM, arXiv 2006.11239)."""
         return cls.from_betas(torch.linspace(start, end, count, dtype=torch.float64))
 
     @classmethod
     def scaled_linear(cls, count: int = 1000, start: float = 0.00085, end: float = 0.012) -> DiscreteVP:
-        """Square roots of betas linear in time (latent diffusion, arXiv 2112.10752)."""
+        """Make the law of ``count`` betas whose square roots are linear in time (latent diffusion, arXiv 2112.10752)."""
         return cls.from_betas(torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2)
 
     @classmethod
     def squared_cosine(cls, count: int = 1000, max_beta: float = 0.999) -> DiscreteVP:
-        """Alphas_cumprod from a squared cosine, betas capped (improved DDPM, arXiv 2102.09672)."""
+        """Make the law whose alphas_cumprod follow a squared cosine, with betas up to ``max_beta`` (improved DDPM, arXiv 2102.09672)."""
         t = torch.arange(count + 1, dtype=torch.float64) / count
         bar = torch.cos((t + 0.008) / 1.008 * (math.pi / 2)) ** 2
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta))
 
     def zero_terminal_snr(self) -> DiscreteVP:
-        """The table shifted and scaled in ``alpha`` so that the last one is exactly 0 (Lin et al., arXiv 2305.08891, algorithm 1)."""
+        """Return the law shifted and scaled in ``alpha`` so that the last one is exactly 0 (Lin et al., arXiv 2305.08891, algorithm 1)."""
         alpha = torch.cos(self.theta[1:])
         alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
         return DiscreteVP.from_alphas_cumprod(alpha**2)
 
     def to_clean(self) -> DiscreteVP:
-        """The same law, whose grids end at the clean image: the step from their last evaluation leads to ``sigma = 0``."""
+        """Return the law whose grids end at the clean image: the step from their last evaluation leads to ``sigma = 0``."""
         return DiscreteVP(self.theta, self.t_clean)
 
     @property
@@ -244,7 +291,7 @@ class DiscreteVP:
 
     @property
     def times(self) -> Tensor:
-        """Where a grid may lie when the network only knows its own times: ``-1`` (clean) and ``0 .. T-1``. ``[T+1]``."""
+        """The times that the network knows, ``[T+1]``: ``-1`` (the clean image) and ``0 .. T-1``."""
         return torch.arange(len(self.theta), dtype=torch.float64) - 1
 
     def _theta_at(self, t: Tensor) -> Tensor:
@@ -276,10 +323,10 @@ _LAWS = {"vp-linear": VPLinear, "vp-cosine": VPCosine, "edm": VarianceExploding,
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
-    """The schedule that `NoiseSchedule.to_config` described.
+    """Make the schedule that `NoiseSchedule.to_config` described.
 
     Raises:
-        ModelError: for an unknown law or fields that it does not have.
+        ModelError: an unknown law, or fields that it does not have.
     """
     fields = dict(config)
     law = str(fields.pop("law", None))

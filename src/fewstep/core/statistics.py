@@ -38,7 +38,7 @@ SLACK = 1e-6  # of a cell: how far outside the grid, or from one of its points, 
 
 
 class Integrals(NamedTuple):
-    """From ``lam_s`` to ``lam_t``, each ``[*E]``; ``E(lam) = exp int_{lam_s}^{lam} (l + s)``."""
+    """The integrals of one step from ``lam_s`` to ``lam_t``, each ``[*E]``; ``E(lam) = exp int_{lam_s}^{lam} (l + s)``."""
 
     l: Tensor  # int l
     s: Tensor  # int s
@@ -47,18 +47,19 @@ class Integrals(NamedTuple):
     moments: tuple[Tensor, ...]  # int E (lam - lam_s)^k / k!
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ModelStatistics(Shared):
-    """``l, s, b`` on a grid uniform in ``lam``, between whose points they are linear, and whose they are.
+    """The statistics ``l, s, b`` of a model, piecewise linear in ``lam``, together with the model that they belong to.
 
     Attributes:
-        lam: ``[S+1]`` float64, increasing: from the start of sampling to its end.
-        l, s, b: ``[S+1, *E]`` float64; each ``*E`` broadcasts to ``shape`` and may be smaller (one number for all, or per channel).
-        shape: of one sample, ``*D``.
-        schedule: of the model.
-        model: its fingerprint; empty where that is not known.
-        guidance: the scale that the statistics are for.
-        card: how they were made.
+        lam: a uniform grid ``[S+1]``, float64, increasing from the start of sampling to its end.
+        l, s, b: values on the grid, ``[S+1, *E]`` float64; each ``*E`` broadcasts to ``shape`` and may be smaller (one number, or one per
+            channel).
+        shape: the shape ``*D`` of one sample.
+        schedule: the noise law of the model.
+        model: the model's fingerprint; empty where it is not known.
+        guidance: the guidance scale that the statistics are for.
+        card: provenance, plain JSON values.
 
     Raises:
         ArtifactError: shapes that do not fit, a grid that is not uniform and increasing, a number that is not finite (which).
@@ -96,20 +97,24 @@ class ModelStatistics(Shared):
             if len(bad):
                 raise ArtifactError(f"{name} of statistics is not finite at level {int(bad[0][0])}, lam = {self.lam[bad[0][0]]:g}")
 
+    def __repr__(self) -> str:
+        ends = f"{float(self.lam[0]):.3g} to {float(self.lam[-1]):.3g}"
+        return f"ModelStatistics({len(self.lam)} levels, lam {ends}, samples of {self.shape}, guidance {self.guidance:g})"
+
     # -- numbers ----------------------------------------------------------------------------------------------------
 
     @property
     def step(self) -> Tensor:
-        """Width of a cell in ``lam``, ``[]``."""
+        """The width of a cell in ``lam``, ``[]``."""
         return (self.lam[-1] - self.lam[0]) / (len(self.lam) - 1)
 
     @property
     def element(self) -> tuple[int, ...]:
-        """``*E``, the shape that ``l``, ``s`` and ``b`` have together."""
+        """The shape ``*E`` that ``l``, ``s`` and ``b`` broadcast to together."""
         return tuple(torch.broadcast_shapes(*(value.shape[1:] for value in (self.l, self.s, self.b))))
 
     def at(self, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``l, s, b`` at ``lam [n]``, linear between the grid's points: each ``[n, *E]``."""
+        """Return ``l, s, b`` at ``lam [n]``, linear between the grid's points: each ``[n, *E]``."""
         where = (lam - self.lam[0]) / self.step
         index = where.detach().floor().long().clamp(0, len(self.lam) - 2)
         weight = (where - index).reshape(-1, *(1,) * len(self.shape))
@@ -117,15 +122,19 @@ class ModelStatistics(Shared):
         return l, s, b
 
     def covers(self, lam: Tensor) -> bool:
-        """Whether all finite ``lam [*]`` lie on the grid."""
+        """Return whether all finite ``lam [*]`` lie on the grid."""
         lam, slack = lam.detach()[torch.isfinite(lam.detach())], SLACK * self.step
         return bool(((lam >= self.lam[0] - slack) & (lam <= self.lam[-1] + slack)).all())
 
     def integrals(self, s: Tensor, t: Tensor, count: int, rule: Rule) -> Integrals:
-        """All integrals of one step from ``lam = s []`` to ``t []`` (forwards or back), with ``count`` moments.
+        """Return all integrals of one step from ``lam = s`` to ``t`` (forwards or back).
 
-        ``exact`` integrates the piecewise linear statistics to rounding, between any two ``lam``; ``trapezoid`` is what the authors'
-        code does, between points of the grid only.
+        Args:
+            s: start of the step in ``lam``, ``[]``.
+            t: end of the step in ``lam``, ``[]``.
+            count: number of moments.
+            rule: ``exact`` integrates the piecewise linear statistics to rounding, between any two ``lam``; ``trapezoid`` is the rule of
+                the authors' code, between points of the grid only.
 
         Raises:
             GridError: ``trapezoid``, and an end that is not a point of the grid.
@@ -140,7 +149,7 @@ class ModelStatistics(Shared):
         return Integrals(whole(l), whole(s_), whole(drive), whole(E * cumulative(drive)), moments)
 
     def _gauss(self, s: Tensor, t: Tensor) -> Quadrature:
-        """Gauss-Legendre points ``[c, q]`` in each cell, or part of one, between ``s`` and ``t``."""
+        """Return Gauss-Legendre points ``[c, q]`` in each cell, or part of one, between ``s`` and ``t``, and two integrals over them."""
         low, high = sorted((float(s.detach()), float(t.detach())))
         inside = self.lam[(self.lam > low + SLACK * self.step) & (self.lam < high - SLACK * self.step)]
         edges = torch.cat([s[None], inside if s <= t else inside.flip(0), t[None]])
@@ -157,7 +166,7 @@ class ModelStatistics(Shared):
         return lam, cumulative, lambda f: by_cell(f).sum(0)
 
     def _trapezoid(self, s: Tensor, t: Tensor) -> Quadrature:
-        """The grid's points ``[n]`` from ``s`` to ``t``."""
+        """Return the grid's points ``[n]`` from ``s`` to ``t``, with their two integrals."""
         first, last = (int(i) for i in self.indices(torch.stack([s, t]), exactly=True))
         forwards = 1 if first <= last else -1
         lam = self.lam[list(range(first, last + forwards, forwards))]
@@ -171,7 +180,11 @@ class ModelStatistics(Shared):
     # -- time grids -------------------------------------------------------------------------------------------------
 
     def indices(self, lam: Tensor, *, exactly: bool = False) -> Tensor:
-        """The nearest points of the grid to ``lam [n]``, ties to the even one: ``[n]``.
+        """Return the indices ``[n]`` of the grid's points nearest to ``lam [n]``, ties to the even one.
+
+        Args:
+            lam: levels.
+            exactly: refuse levels between the points.
 
         Raises:
             GridError: ``exactly``, and a ``lam`` that is not a point of the grid.
@@ -183,14 +196,14 @@ class ModelStatistics(Shared):
         return index.long()
 
     def grid(self, schedule: NoiseSchedule, indices: list[int] | Tensor) -> TimeGrid:
-        """The time grid through these points of the statistics' grid, ``[M+1]`` increasing indices."""
+        """Return the time grid through these points of the statistics' grid, by increasing indices ``[M+1]``."""
         return TimeGrid(schedule.t_of_lam(self.lam[torch.as_tensor(indices)]))
 
     def snap(self, grid: TimeGrid, schedule: NoiseSchedule) -> TimeGrid:
-        """Each time of a grid moved to the nearest point of the statistics' grid, as the authors do.
+        """Return a time grid with each time moved to the nearest point of the statistics' grid, as the authors do.
 
         Raises:
-            GridError: two times that fall on one point (use more levels or fewer steps).
+            GridError: two times fall on one point (use more levels or fewer steps).
         """
         lam = schedule.lam(grid.t)
         near = schedule.t_of_lam(self.lam[self.indices(lam)])
@@ -200,17 +213,23 @@ class ModelStatistics(Shared):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the numbers and of the model, guidance and schedule that they belong to."""
+        """The hash of the numbers and of the model, guidance and schedule that they belong to."""
         digest = hashlib.sha256(repr((self.model, self.guidance, self.shape, self.schedule.to_config())).encode())
         for value in (self.lam, self.l, self.s, self.b):
             digest.update(value.float().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def check(self, *, model: str, guidance: float, schedule: NoiseSchedule, shape: tuple[int, ...]) -> None:
-        """See that the statistics were made for this model (by fingerprint), guidance scale, schedule and shape.
+        """Refuse statistics that were made for another model, guidance scale, schedule or shape.
+
+        Args:
+            model: the fingerprint of the model.
+            guidance: its guidance scale.
+            schedule: its noise law.
+            shape: the shape of its samples.
 
         Raises:
-            ArtifactError: they were not; the message names both sides.
+            ArtifactError: they differ; the message names both sides.
         """
         ours = {"model": self.model, "guidance": self.guidance, "sample shape": self.shape, "schedule": self.schedule.to_config()}
         theirs = {"model": model, "guidance": guidance, "sample shape": tuple(shape), "schedule": schedule.to_config()}
@@ -225,7 +244,7 @@ class ModelStatistics(Shared):
     # -- disk -------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``statistics.json``, ``statistics.safetensors`` (float32) and a ``README.md`` card.
+        """Write ``statistics.json``, ``statistics.safetensors`` (float32) and a ``README.md`` card, and return the folder.
 
         Raises:
             ArtifactError: the folder cannot be written.
@@ -246,7 +265,7 @@ class ModelStatistics(Shared):
 
     @classmethod
     def load(cls, folder: str | Path) -> ModelStatistics:
-        """Read what `save` wrote.
+        """Load statistics that `save` wrote.
 
         Raises:
             ArtifactError: a file is missing, damaged, or of another version.
@@ -282,7 +301,7 @@ solver = fewstep.make_solver("dpm-solver-v3", statistics=statistics)
 
 
 def _gauss_legendre(points: int) -> tuple[Tensor, Tensor, Tensor]:
-    """On [0, 1]: nodes ``[q]``, weights ``[q]``, and the integrals from 0 to each node of the polynomial through all, ``[q, q]``."""
+    """Return nodes ``[q]``, weights ``[q]`` on [0, 1], and integrals ``[q, q]`` from 0 to each node of the polynomial through all."""
     roots, weights = np.polynomial.legendre.leggauss(points)
     nodes = (roots + 1) / 2
     powers = np.arange(points)

@@ -13,9 +13,11 @@ unit vectors, once, in float64; `advance` is the step.
 
 from __future__ import annotations
 
+import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, SupportsInt
 
 import torch
 from torch import Tensor
@@ -24,7 +26,10 @@ from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import SolverError
 
-__all__ = ["Nodes", "Row", "Solver", "State", "Tableau", "advance", "tabulate"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Nodes", "Row", "Solver", "State", "Tableau", "Unrolled", "advance", "tabulate"]
 
 
 def _scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -32,7 +37,14 @@ def _scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 
 class Nodes(NamedTuple):
-    """Where the network is evaluated, and the end: each ``[N+1]`` float64. ``lam`` may be infinite at either end."""
+    """The times at which the network is evaluated, and the end, with their scales: each ``[N+1]`` float64.
+
+    Attributes:
+        t: times of the schedule.
+        alpha: signal scales.
+        sigma: noise scales.
+        lam: ``log(alpha/sigma)``; infinite at pure noise and at the clean image.
+    """
 
     t: Tensor
     alpha: Tensor
@@ -41,7 +53,7 @@ class Nodes(NamedTuple):
 
     @classmethod
     def at(cls, schedule: NoiseSchedule, t: Tensor) -> Nodes:
-        """The nodes at the times ``t [N+1]``. An end whose ``lam`` is infinite is fixed: no gradient reaches it."""
+        """Return the nodes at the times ``t [N+1]``. An end whose ``lam`` is infinite is fixed: no gradient reaches it."""
         if t.requires_grad:
             finite = torch.isfinite(schedule.lam(t.detach()))
             parts = [_scales(schedule, value if keep else value.detach()) for value, keep in zip(t, finite, strict=True)]
@@ -50,42 +62,65 @@ class Nodes(NamedTuple):
 
     @property
     def evaluations(self) -> int:
-        """``N``."""
+        """The number of network evaluations ``N``."""
         return len(self.t) - 1
 
+    def __repr__(self) -> str:
+        return f"Nodes({self.evaluations} evaluations, t = {float(self.t[0]):.4g} to {float(self.t[-1]):.4g})"
 
-class Solver(Protocol):
-    """What an author writes: hyper-parameters and formulas, in the paper's notation. No state, no loop, no order logic.
+    def first_order(self, s: int | slice = slice(None, -1), t: int | slice = slice(1, None)) -> tuple[Tensor, Tensor]:
+        """Return ``r, g`` of the step ``x_t = r x_s + g x0`` from node ``s`` to ``t``; by default of all steps.
 
-    Subclass it explicitly as a frozen dataclass; a multistep solver needs to define `update` alone.
+        It is exact for a constant ``x0``: the step of DDIM, of first-order DPM-Solver and DPM-Solver++, and of Euler's method in
+        ``sigma/alpha`` (arXiv 2010.02502, 2206.00927).
+        """
+        return self.sigma[t] / self.sigma[s], -self.alpha[t] * torch.expm1(self.lam[s] - self.lam[t])
+
+
+class Solver(ABC):
+    """The formulas of a sampler, in the notation of its paper: no state, no loop, no order logic.
+
+    Subclass it as a frozen dataclass, whose fields are the options. Define `order`, `memory` and `update`; a method that evaluates at
+    other places than the start of each interval defines `nodes` too.
+
+    Attributes:
+        order: the claimed order of convergence, a whole number; the test suite holds a solver to it.
+        memory: ``K``, the number of recorded evaluations that the formulas read.
+        stages: the number of evaluations in each grid interval.
+        references: arXiv ids.
+
+    Raises:
+        SolverError: at construction, where one of the three is missing (which).
     """
 
-    references: ClassVar[tuple[str, ...]] = ()  # arXiv ids
-    stages: ClassVar[int] = 1  # evaluations per grid interval
+    order: Any  # int, as a class attribute or a property of the options
+    memory: Any
+    stages: ClassVar[int] = 1
+    references: ClassVar[tuple[str, ...]] = ()
 
-    @property
-    def order(self) -> int:
-        """The claimed order of convergence; the test suite holds the solver to it."""
-        ...
-
-    @property
-    def memory(self) -> int:
-        """``K``, how many recorded evaluations the formulas read."""
-        ...
+    def __new__(cls, *args: Any, **options: Any) -> Self:  # noqa: ANN401, ARG004 - the subclass's own options
+        missing = [*sorted(cls.__abstractmethods__), *(name for name in ("order", "memory") if not hasattr(cls, name))]
+        if missing:
+            raise SolverError(f"{cls.__name__} is no solver yet: define {' and '.join(missing)} in it (docs/extending.md has a whole one)")
+        return super().__new__(cls)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``*E``, the shape of one coefficient: ``()`` unless the solver carries per-channel or per-element numbers."""
+        """The shape ``*E`` of one coefficient: ``()`` unless the solver carries numbers per channel or per element."""
         return ()
 
     def steps_for(self, nfe: int, *, to_clean: bool = False) -> int:
-        """Grid intervals that use exactly ``nfe`` evaluations; ``to_clean`` if the grid ends at ``sigma = 0``, where a
-        solver of several stages takes one evaluation for the last interval (as EDM does).
+        """Return the number of grid intervals that use exactly ``nfe`` evaluations.
+
+        Args:
+            nfe: network evaluations.
+            to_clean: whether the grid ends at ``sigma = 0``, where a solver of several stages takes one evaluation for the last interval
+                (as EDM does).
 
         Raises:
             SolverError: if ``nfe`` is below 1, or this solver cannot use exactly that many.
         """
-        if nfe != int(nfe) or nfe < 1:
+        if not isinstance(nfe, SupportsInt) or nfe != int(nfe) or nfe < 1:
             raise SolverError(f"nfe must be a whole number of at least 1, got {nfe}")
         extra = 1 if to_clean and self.stages > 1 else 0
         steps, left = divmod(int(nfe) - extra, self.stages)
@@ -96,33 +131,62 @@ class Solver(Protocol):
         return steps + extra
 
     def steps_on(self, schedule: NoiseSchedule, nfe: int) -> int:
-        """`steps_for` on a grid that ends at the schedule's ``t_min``, as the named ones do."""
-        end = torch.tensor(schedule.t_min, dtype=torch.float64)
-        return self.steps_for(nfe, to_clean=bool(schedule.sigma(end) == 0))
+        """Return `steps_for` on a grid that ends at the schedule's ``t_min``, as the grids by name do."""
+        return self.steps_for(nfe, to_clean=schedule.ends_clean)
 
     def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
-        """Where to evaluate on this grid; by default once per interval, at its start."""
+        """Return the nodes at which to evaluate on this grid; by default once per interval, at its start."""
         return Nodes.at(schedule, grid.t)
 
     def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
-        """What to remember of evaluation ``i``; by default ``x0``."""
+        """Return the quantity to record of evaluation ``i``, linear in ``x`` and ``x0``; by default ``x0``."""
         return x0
 
+    @abstractmethod
     def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """``(anchor', x')`` after evaluation ``i``, affine in the tensors given; ``history[0]`` is evaluation ``i`` itself."""
-        ...
+        """Return ``(anchor', x')`` after evaluation ``i``, affine in the tensors given.
+
+        Args:
+            nodes: of the grid.
+            i: number of the evaluation.
+            anchor: the state to step from.
+            x: the state of the evaluation.
+            history: ``K`` recorded evaluations, newest first: ``history[0]`` is evaluation ``i`` itself.
+        """
 
     def noise(self, nodes: Nodes, i: int) -> Tensor:
-        """Standard deviation of the noise added to ``x'`` after evaluation ``i``; 0 for an ODE solver."""
+        """Return the standard deviation ``[]`` of the noise added to ``x'`` after evaluation ``i``; 0 for an ODE solver."""
         return torch.zeros((), dtype=torch.float64)
 
 
 class State(NamedTuple):
-    """``x [B, *D]`` is where to evaluate next. ``anchor`` is ``None`` where no row of the tableau reads it."""
+    """The state of a sampler between two evaluations.
+
+    Attributes:
+        x: where to evaluate next, ``[B, *D]``.
+        anchor: the state to step from, ``[B, *D]``; None where no row of the tableau reads it.
+        history: ``K`` recorded evaluations ``[B, *D]``, newest first.
+    """
 
     x: Tensor
     anchor: Tensor | None
-    history: tuple[Tensor, ...]  # K tensors [B, *D], newest first
+    history: tuple[Tensor, ...]
+
+
+class Unrolled(NamedTuple):
+    """A whole tableau as one linear map: ``x_{i+1} = start_i x_T + sum_{j<=i} (answers_ij x0_j + noise_ij xi_j) + bias_i``.
+
+    Attributes:
+        start: weights of the start in each state, ``[N, *E]``.
+        answers: weights of the denoiser's answers, ``[N, N, *E]``, lower triangular.
+        noise: weights of the noises, ``[N, N, *E]``, lower triangular; zero for ODE solvers.
+        bias: constants, ``[N, *E]``.
+    """
+
+    start: Tensor
+    answers: Tensor
+    noise: Tensor
+    bias: Tensor
 
 
 class Row(NamedTuple):
@@ -135,9 +199,17 @@ class Row(NamedTuple):
     noise: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tableau:
-    """A solver on a grid, as numbers. It runs anywhere `advance` runs, without the solver's code."""
+    """A solver on a grid, as numbers: `advance` runs it anywhere, without the solver's code.
+
+    Attributes:
+        nodes: where the network is evaluated, ``N`` evaluations and the end.
+        record: weights of x and x0 in the quantity that is recorded, ``[N, 2, *E]``.
+        update: rows anchor', x'; columns anchor, x, history: ``[N, 2, 2+K, *E]``.
+        bias: constants of anchor' and x', ``[N, 2, *E]``.
+        noise: standard deviations of the noise added to x', ``[N]``.
+    """
 
     nodes: Nodes
     record: Tensor  # [N, 2, *E]        weights of x and x0 in what is remembered
@@ -147,8 +219,20 @@ class Tableau:
 
     @property
     def memory(self) -> int:
-        """``K``."""
+        """The number ``K`` of recorded evaluations that its rows read."""
         return self.update.shape[2] - 2
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The hash of all its numbers."""
+        digest = hashlib.sha256()
+        for value in (*self.nodes, self.record, self.update, self.bias, self.noise):
+            digest.update(value.detach().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        element = tuple(self.update.shape[3:])
+        return f"Tableau({self.nodes.evaluations} evaluations, memory {self.memory}{f', coefficients {element}' if element else ''})"
 
     @property
     def stochastic(self) -> bool:
@@ -157,10 +241,10 @@ class Tableau:
 
     @cached_property
     def _used(self) -> tuple[list[bool], list[list[bool]], list[bool], bool]:
-        """Which coefficients are zero in no row at all: known before the loop, so the kernel has no branches on numbers."""
+        """The coefficients that any row has, as nested bools, so that the kernel branches on no number."""
 
         def used(table: Tensor, dims: int) -> Any:  # noqa: ANN401 - nested lists of bools, as deep as dims
-            """Over rows and elements; everything while the table is being learned, when a zero may become something."""
+            """Return which entries are not zero in every row and element; all of a table that is learned, where a zero may change."""
             shape = table.shape[1 : 1 + dims]
             if table.requires_grad and table.is_leaf:
                 return torch.ones(shape, dtype=torch.bool).tolist()
@@ -169,7 +253,7 @@ class Tableau:
         return used(self.record, 1), used(self.update, 2), used(self.bias, 1), self.stochastic
 
     def rows(self, x: Tensor) -> list[Row]:
-        """All rows in the dtype and on the device of ``x [B, *D]``: one transfer, nothing left to do in the loop."""
+        """Return all rows in the dtype and on the device of ``x [B, *D]``: one transfer, and nothing left to do in the loop."""
 
         def ready(table: Tensor) -> Tensor:
             return table.to(x.dtype).to(x.device)
@@ -194,9 +278,30 @@ class Tableau:
         ]
 
     def start(self, x: Tensor) -> State:
-        """The state before the first evaluation, at ``x [B, *D]``. No tensor twice: a compiled `advance` would be specialised to that."""
+        """Return the state before the first evaluation, at ``x [B, *D]``.
+
+        No tensor appears in it twice: a compiled `advance` would be specialised to that.
+        """
         reads_anchor = self._used[1][0][0] or self._used[1][1][0]
         return State(x, x.clone() if reads_anchor else None, tuple(torch.zeros_like(x) for _ in range(self.memory)))
+
+    def unrolled(self) -> Unrolled:
+        """Return every state as a linear function of the start, of the denoiser's answers and of the noise, in float64.
+
+        The weights are found by running the rows on unit vectors: one sample is all zero, one has the start alone, and one each answer and
+        each noise.
+        """
+        count = self.nodes.evaluations
+        element = torch.broadcast_shapes(self.record.shape[2:], self.update.shape[3:], self.bias.shape[2:])
+        units = torch.eye(1 + 2 * count, dtype=torch.float64).reshape(1 + 2 * count, 1 + 2 * count, *(1,) * len(element))
+        probes = torch.cat([torch.zeros_like(units[:1]), units]).expand(-1, -1, *element)  # [2+2N, 1+2N, *E]
+        state, states = self.start(probes[:, 0].contiguous()), []
+        for i, row in enumerate(self.rows(probes)):
+            state = advance(row, state, probes[:, 1 + i].contiguous(), probes[:, 1 + count + i])
+            states.append(state.x)
+        response = torch.stack(states)  # [N, 2+2N, *E]
+        bias, response = response[:, 0], response[:, 1:] - response[:, :1]
+        return Unrolled(response[:, 0], response[:, 1 : 1 + count], response[:, 1 + count :], bias)
 
 
 def _combine(coefficients: tuple[Tensor | None, ...], tensors: tuple[Tensor | None, ...], bias: Tensor | None = None) -> Tensor:
@@ -210,9 +315,16 @@ def _combine(coefficients: tuple[Tensor | None, ...], tensors: tuple[Tensor | No
 
 
 def advance(row: Row, state: State, x0: Tensor, noise: Tensor | None = None) -> State:
-    """One step of any solver: from the network's answer ``x0 [B, *D]`` at ``state.x`` to where it is evaluated next.
+    """Take one step of any solver, from the network's answer at ``state.x`` to the state at which it is evaluated next.
 
-    ``noise`` is standard normal ``[B, *D]``, wanted where ``row.noise`` is not ``None``.
+    Args:
+        row: of the tableau, see `Tableau.rows`.
+        state: before the step.
+        x0: the network's answer, ``[B, *D]``.
+        noise: standard normal ``[B, *D]``, needed where ``row.noise`` is not None.
+
+    Raises:
+        SolverError: noise is missing.
     """
     h = x0 if row.record is None else _combine(row.record, (state.x, x0))
     history = (h, *state.history[:-1]) if state.history else ()
@@ -230,9 +342,13 @@ UNITS = torch.tensor([[0, 0], [1, 0], [0, 1]], dtype=torch.float64)  # the origi
 
 
 def tabulate(solver: Solver, nodes: Nodes) -> Tableau:
-    """The solver's numbers on these nodes: its own formulas, run on the origin and the unit vectors in float64.
+    """Return the solver's numbers on these nodes: its own formulas, run on the origin and the unit vectors in float64.
 
-    Differentiable in the nodes, so that a grid can be learned through it.
+    They are differentiable in the nodes, so that a grid can be learned through them.
+
+    Args:
+        solver: the formulas.
+        nodes: where they are evaluated, see `Solver.nodes`.
 
     Raises:
         SolverError: a coefficient that is not finite (which evaluation, between which times), or a constant in `Solver.record`.

@@ -1,1 +1,1 @@
-"""Images as tensors."""
+"""Data sets of images as tensors."""

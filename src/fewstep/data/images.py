@@ -1,4 +1,4 @@
-"""Images as tensors in [-1, 1]: the digits that every install has, or the user's own folder or array."""
+"""Data sets of images as tensors in [-1, 1]: the digits that every install has, or the user's own folder or array."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ DIGIT_LEVELS = 17  # grey values 0..16 of scikit-learn's digits
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """``x [n, C, H, W]`` float32 in [-1, 1]; each pixel is the middle of a cell of width ``2/levels``; ``labels [n]`` or None."""
+    """A data set of images, with 256 or fewer values for each pixel.
+
+    Attributes:
+        x: images ``[n, C, H, W]``, float32 in [-1, 1]; each pixel is the middle of a cell of width ``2/levels``.
+        labels: class labels ``[n]``, or None.
+        levels: number of values that a pixel can have.
+        name: of the data set.
+    """
 
     x: Tensor
     labels: Tensor | None
@@ -27,15 +34,22 @@ class Images:
     name: str
 
     def dequantised(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """The images ``index [b]``, each pixel drawn uniformly from its cell, so that the data has a density to learn."""
+        """Return the images at ``index [b]``, each pixel drawn uniformly from its cell, so that the data has a density to learn.
+
+        Args:
+            index: numbers of the images.
+            generator: of the draws.
+        """
         x = self.x[index]
         return x + (torch.rand(x.shape, generator=generator) - 0.5) * (2 / self.levels)
 
 
 def load_images(source: str | Path) -> Images:
-    """``digits`` (scikit-learn's 1797 scans, 8x8), an ``.npz`` with ``images`` and optional ``labels``, or a folder of pictures.
+    """Load a data set of images.
 
-    ``images`` are uint8 ``[n, H, W]`` or ``[n, H, W, C]``. A folder's sub-folders, if any, are its classes.
+    Args:
+        source: ``digits`` (scikit-learn's 1797 scans, 8x8); an ``.npz`` with ``images``, uint8 ``[n, H, W]`` or ``[n, H, W, C]``, and
+            optional ``labels [n]``; or a folder of pictures, whose sub-folders, if any, are its classes.
 
     Raises:
         FewstepError: nothing readable there, or pictures of different sizes (which).

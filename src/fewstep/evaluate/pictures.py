@@ -1,4 +1,4 @@
-"""Samples as pictures: plain grids, and samplers side by side on the same seeds."""
+"""Show samples as pictures: plain grids, and samplers side by side on the same seeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INK, PAPER, MUTED = (24, 24, 27), (255, 255, 255), (113, 113, 122)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """``[B, C, H, W]`` in [-1, 1] as uint8 ``[B, H, W, 3]``; grey images get three equal channels, 2 or more than 4 show the first."""
+    """Convert ``[B, C, H, W]`` in [-1, 1] to uint8 ``[B, H, W, 3]``; without three channels the first is shown in grey."""
     if images.ndim != 4:
         raise FewstepError(f"pictures need samples of shape [B, C, H, W], these have {tuple(images.shape)}")
     images = images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)
@@ -26,7 +26,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def _tile(images: np.ndarray, columns: int, scale: int, gap: int = 2) -> Image.Image:
-    """Images in reading order, each pixel enlarged ``scale`` times."""
+    """Lay images out in reading order, each pixel enlarged ``scale`` times."""
     count, height, width, _ = images.shape
     rows = -(-count // columns)
     sheet = np.full((rows * (height * scale + gap) - gap, columns * (width * scale + gap) - gap, 3), PAPER, np.uint8)
@@ -41,7 +41,7 @@ def _scale(height: int) -> int:
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int | None = None) -> Path:
-    """One PNG of all ``[B, C, H, W]``, as square as it gets."""
+    """Write one PNG of all samples ``[B, C, H, W]``, as square as it gets."""
     columns = columns or max(1, round(len(images) ** 0.5))
     picture = _tile(to_uint8(images), columns, _scale(images.shape[-2]))
     write_whole(path, lambda temporary: picture.save(temporary, format="PNG"))
@@ -49,14 +49,14 @@ def save_grid(images: Tensor, path: Path, *, columns: int | None = None) -> Path
 
 
 def save_singles(images: Tensor, folder: Path, seeds: Sequence[int]) -> Path:
-    """One PNG per sample, named by its seed."""
+    """Write one PNG per sample, named by its seed."""
     for seed, pixels in zip(seeds, to_uint8(images), strict=True):
         write_whole(folder / f"{seed:06d}.png", lambda temporary, pixels=pixels: Image.fromarray(pixels).save(temporary, format="PNG"))
     return folder
 
 
 def save_comparison(cells: Mapping[tuple[str, str], tuple[Tensor, str]], path: Path, *, title: str, across: int = 6) -> Path:
-    """Samplers side by side: rows and columns named by the keys ``(row, column)``, in order of appearance.
+    """Write samplers side by side: rows and columns named by the keys ``(row, column)``, in order of appearance.
 
     A cell is the first of its samples ``[B, C, H, W]`` and a caption; one that is missing stays empty.
     """

@@ -1,1 +1,1 @@
-"""Other people's loops, driven by this library's samplers: one file per host, none imported before it is asked for."""
+"""Samplers of this library in other programs: one file per program, each imported on first use."""

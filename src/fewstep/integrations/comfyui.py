@@ -1,8 +1,8 @@
 """ComfyUI nodes: this library's solvers and saved samplers as SAMPLER, its spacings as SIGMAS.
 
 A node is a class with ``INPUT_TYPES``, ``RETURN_TYPES``, ``FUNCTION`` and ``CATEGORY``, found through ``NODE_CLASS_MAPPINGS``. ComfyUI's
-own modules (``comfy``, ``folder_paths``) exist only inside it and are imported when a node is asked for something. What a node does is
-`sample_fewstep` and `sigmas_for`; here is only what ComfyUI calls things.
+own modules (``comfy``, ``folder_paths``) exist only inside it and are imported when a node runs. The work is done by `sample_fewstep` and
+`sigmas_for`; this file translates ComfyUI's names and values.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ LAWS = ("auto", "eps", "flow")
 ENDS = ("clean", "append", "sigma_min")
 
 
-class Chosen(NamedTuple):
-    """What goes along a FEWSTEP_ARTIFACT link."""
+class ArtifactLink(NamedTuple):
+    """The value of a FEWSTEP_ARTIFACT link between nodes: an artifact and the name that it was chosen by."""
 
     name: str
     artifact: Sampler | ModelStatistics
 
 
 class FewstepArtifact:
-    """A sampler's or statistics' folder below ``models/fewstep``, chosen by its name."""
+    """A ComfyUI node that loads a sampler or statistics from a folder below ``models/fewstep``."""
 
     RETURN_TYPES = ("FEWSTEP_ARTIFACT",)
     RETURN_NAMES = ("artifact",)
@@ -50,27 +50,27 @@ class FewstepArtifact:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
-        """The folders that there are now."""
+        """Return the node's inputs: the names of the folders that exist now."""
         return {"required": {"name": (sorted(_folders()),)}}
 
     @classmethod
     def IS_CHANGED(cls, name: str) -> str:  # noqa: N802 - ComfyUI's name
-        """Another value when the folder holds another artifact: ComfyUI then loads it again."""
+        """Return the artifact's JSON text, by whose change ComfyUI knows to load it again."""
         kind, folder = _folder(name)
         return (folder / f"{kind}.json").read_text()
 
-    def load(self, name: str) -> tuple[Chosen]:
-        """The artifact.
+    def load(self, name: str) -> tuple[ArtifactLink]:
+        """Load the artifact of this name, as the node's one output.
 
         Raises:
             ArtifactError: there is none of that name, or it is damaged.
         """
         kind, folder = _folder(name)
-        return (Chosen(name, KINDS[kind].load(folder)),)
+        return (ArtifactLink(name, KINDS[kind].load(folder)),)
 
 
 class FewstepSampler:
-    """A SAMPLER for ComfyUI's custom sampling nodes: a solver with options, or an artifact."""
+    """A ComfyUI node that makes a SAMPLER for custom sampling: a solver with options, or an artifact."""
 
     RETURN_TYPES = ("SAMPLER",)
     RETURN_NAMES = ("sampler",)
@@ -80,7 +80,7 @@ class FewstepSampler:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
-        """Solver, options, law, artifact."""
+        """Return the node's inputs: solver, options, law, artifact."""
         tips = {
             "options": "options of the solver, for example steps=3:corrector=same",
             "law": "what the model's sigmas are: auto asks the model, eps is Stable Diffusion's, flow is SD3's and Flux'",
@@ -94,8 +94,14 @@ class FewstepSampler:
             "optional": {"artifact": ("FEWSTEP_ARTIFACT",)},
         }
 
-    def build(self, solver: str, options: str = "", law: str = "auto", artifact: Chosen | None = None) -> tuple[Any]:
-        """``comfy.samplers.KSAMPLER`` around `sample_fewstep`.
+    def build(self, solver: str, options: str = "", law: str = "auto", artifact: ArtifactLink | None = None) -> tuple[Any]:
+        """Return a ``comfy.samplers.KSAMPLER`` around `sample_fewstep`, as the node's one output.
+
+        Args:
+            solver: its name in this library.
+            options: of the solver, as ``key=value`` joined by colons.
+            law: what the model's sigmas are: ``eps``, ``flow``, or ``auto`` to ask the model.
+            artifact: a sampler in place of the solver, or statistics for one that takes them.
 
         Raises:
             FewstepError: outside ComfyUI, or a law that is not known.
@@ -115,7 +121,10 @@ class FewstepSampler:
 
 
 class FewstepSigmas:
-    """SIGMAS: a spacing on the levels of a MODEL, or those of a sampler artifact (statistics have none: there the spacing counts)."""
+    """A ComfyUI node that makes SIGMAS: a spacing on the levels of a MODEL, or the levels of a sampler artifact.
+
+    Statistics have no levels of their own: with them the spacing counts.
+    """
 
     RETURN_TYPES = ("SIGMAS",)
     RETURN_NAMES = ("sigmas",)
@@ -125,7 +134,7 @@ class FewstepSigmas:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
-        """Model, spacing, steps, denoise, end, artifact."""
+        """Return the node's inputs: model, spacing, steps, denoise, end, artifact."""
         tips = {
             "spacing": "leading, linspace and trailing are for models with discrete times; an artifact has its own",
             "end": "clean: the last step goes to 0; append: sigma_min, and then 0; sigma_min: stop there",
@@ -148,9 +157,18 @@ class FewstepSigmas:
         steps: int,
         denoise: float = 1.0,
         end: str = "clean",
-        artifact: Chosen | None = None,  # noqa: ANN401
+        artifact: ArtifactLink | None = None,  # noqa: ANN401
     ) -> tuple[Tensor]:
-        """``[steps+1]`` float32. Less than the whole ``denoise`` takes the last ``steps`` of as many more, as ComfyUI's schedulers do.
+        """Return the sigmas ``[steps+1]``, float32, as the node's one output.
+
+        Args:
+            model: ComfyUI's MODEL.
+            spacing: the name of a spacing of this library.
+            steps: intervals.
+            denoise: 0..1, the part of the noise that is removed: below 1 these are the last ``steps`` of ``steps / denoise``, as ComfyUI's
+                own schedulers have it.
+            end: ``clean``, ``append`` or ``sigma_min``, see `sigmas_for`.
+            artifact: a sampler, whose levels are then taken.
 
         Raises:
             GridError: a spacing that the model's law does not have, or ``denoise`` of a sampler artifact, which starts where it does.
@@ -195,7 +213,7 @@ def _sample(
     law: str = "auto",
     **choice: Any,  # noqa: ANN401 - solver, sampler, statistics
 ) -> Tensor:
-    """What ComfyUI calls: the law from the model, the noise from the seed that ComfyUI hands along."""
+    """Sample as ComfyUI's sampler functions do, with the law of the model and noise from the seed in ``extra_args``."""
     known: dict[str, Law] = {"eps": "eps", "flow": "flow"}
     seeds = _seeds((extra_args or {}).get("seed"), len(x))
     return sample_fewstep(
@@ -204,13 +222,17 @@ def _sample(
 
 
 def _seeds(seed: int | None, count: int) -> Tensor:
-    """One for each sample of a batch, from ComfyUI's single one: the next seed shares none of them."""
+    """Return one seed per sample of a batch from ComfyUI's single seed, with no seed in common with the next one's."""
     generator = torch.Generator().manual_seed(0 if seed is None else int(seed))
     return torch.stack([torch.randint(2**62, (), generator=generator) for _ in range(count)]) if count else torch.empty(0)
 
 
 def _sampling_of(model: Any) -> Any:  # noqa: ANN401
-    """The ``model_sampling`` behind what a sampler function is called with: patched, where ComfyUI knows of a patch."""
+    """Return the ``model_sampling`` behind a sampler function's model, patched where ComfyUI knows of a patch.
+
+    Raises:
+        FewstepError: the model has none.
+    """
     guider = getattr(model, "inner_model", None)
     patcher = getattr(guider, "model_patcher", None)
     if patcher is not None:
@@ -222,7 +244,7 @@ def _sampling_of(model: Any) -> Any:  # noqa: ANN401
 
 
 def law_of(sampling: Any) -> Law:  # noqa: ANN401
-    """``flow`` for ComfyUI's ``CONST`` model sampling, where ``x = (1 - sigma) x0 + sigma eps``, else ``eps``.
+    """Return the law of a ComfyUI ``model_sampling``: ``flow`` for ``CONST``, where ``x = (1 - sigma) x0 + sigma eps``, else ``eps``.
 
     Raises:
         FewstepError: outside ComfyUI.
@@ -231,7 +253,7 @@ def law_of(sampling: Any) -> Law:  # noqa: ANN401
 
 
 def _schedule_of(sampling: Any, law: Law) -> NoiseSchedule:  # noqa: ANN401
-    """The noise law in whose time a spacing is laid out.
+    """Return the noise law in whose time a spacing is laid out.
 
     * A flow model: the shift is where its table has the middle of time, ``u = shift / (1 + shift)``, whatever it is called there.
     * A table of levels at discrete times: a `DiscreteVP`, so that the levels are those that the network knows.
@@ -259,7 +281,7 @@ def _comfy(name: str) -> Any:  # noqa: ANN401
 
 
 def _folders() -> dict[str, tuple[str, Path]]:
-    """Kind and folder of every artifact below ComfyUI's ``models/fewstep`` (and what ``extra_model_paths.yaml`` adds), by its name."""
+    """Return the kind and folder of every artifact by its name, below ``models/fewstep`` and the paths of ``extra_model_paths.yaml``."""
     paths = _comfy("folder_paths")
     if FOLDER not in paths.folder_names_and_paths:
         paths.add_model_folder_path(FOLDER, str(Path(paths.models_dir) / FOLDER))

@@ -12,20 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fewstep.core.denoiser import Cond
 from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.schedule import NoiseSchedule, RectifiedFlow, VarianceExploding
 from fewstep.core.statistics import ModelStatistics
-from fewstep.core.tableau import Solver, Tableau, advance, tabulate
+from fewstep.core.tableau import Solver, Tableau, tabulate
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError, look_up
-from fewstep.sampling.loop import FiniteCheck
-from fewstep.sampling.noise import seeded_noise
+from fewstep.sampling.loop import steps
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, takes_statistics
 
@@ -39,16 +38,17 @@ SLACK = 1e-4  # relative: hosts keep their levels in float32, some after a few o
 
 
 class _Bridge(NamedTuple):
-    """A tableau and what the host has to be told: at each evaluation and at the end."""
+    """A tableau with the noise law of its own states, and the scale that leads from them to the host's."""
 
     tableau: Tableau
+    schedule: NoiseSchedule
     scale: Tensor  # [N+1] c
     sigma: Tensor  # [N+1] the host's
     intervals: int  # M
 
     @property
     def stages(self) -> int:
-        """Evaluations per interval; a last one to ``sigma = 0`` may have a single one."""
+        """The number of evaluations in an interval; a last one to ``sigma = 0`` may have a single one."""
         evaluations = self.tableau.nodes.evaluations
         clean = self.intervals > 1 and bool(self.sigma[-1] == 0)
         return (evaluations - 1) // (self.intervals - 1) if clean else evaluations // self.intervals
@@ -86,7 +86,10 @@ def sample_fewstep(
         sampler: a saved or fitted sampler, or its folder, in place of ``solver``.
         law: what the host's ``sigmas`` are: ``eps`` (k-diffusion) or ``flow`` (ComfyUI's flow models).
         seeds: one per sample, for solvers that add noise: the noise of `fewstep.sample`.
-        noise_sampler: the same as k-diffusion has it, ``(sigma, sigma_next) -> [B, *D]``.
+        noise_sampler: in place of seeds, k-diffusion's function ``(sigma [], sigma_next []) -> standard normal [B, *D]``.
+
+    Returns:
+        The samples ``[B, *D]`` at the last sigma, in the dtype of ``x``.
 
     Raises:
         GridError: ``sigmas`` that do not decrease (which), or that are not those of ``sampler``.
@@ -100,32 +103,33 @@ def sample_fewstep(
     bridge = _bridge_on(solver, statistics, levels, law, x) if sampler is None else _bridge_of(sampler, statistics, levels, law)
     _check_shape(bridge.tableau, x)
     noise = _noise_of(bridge, x, seeds, noise_sampler)
-    tell = _teller(callback, bridge, x if levels is None else levels)
+    report = _reporter(callback, bridge, x if levels is None else levels)
+    denoiser = _HostDenoiser(model, bridge, x, report)
     with _progress(bridge.tableau.nodes.evaluations, shows=disable is False) as tick:
-        return _run(partial(model, **(extra_args or {})), x, bridge, noise, lambda *seen: (tell(*seen), tick()))
+        end = start = x.to(denoiser.scale.dtype) / denoiser.scale[0]
+        for step in steps(denoiser, bridge.tableau, start, extra_args or {}, seeds=seeds, noise=noise):
+            end = step.x_next
+            tick()
+    return (denoiser.scale[-1] * end).to(x.dtype)
 
 
-def _run(
-    model: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    bridge: _Bridge,
-    noise: Callable[[int], Tensor | None],
-    observe: Callable[[int, Tensor, Tensor], Any],
-) -> Tensor:
-    wide = _wide(x)
-    scale, sigma = bridge.scale.to(wide).to(x.device), bridge.sigma.to(x.dtype).to(x.device)
-    state = bridge.tableau.start(x.to(wide) / scale[0])
-    ones, finite = x.new_ones(len(x)), FiniteCheck()
-    for i, row in enumerate(bridge.tableau.rows(state.x)):
-        seen = (scale[i] * state.x).to(x.dtype)
-        denoised = model(seen, sigma[i] * ones)
-        if denoised.shape != x.shape:
-            raise ModelError(f"the model answered shape {tuple(denoised.shape)} to a state of shape {tuple(x.shape)}")
-        finite.note(denoised)
-        observe(i, seen, denoised)
-        state = advance(row, state, denoised.to(wide), noise(i))
-    finite.done(lambda i: f"sigma = {float(bridge.sigma[i]):g}")
-    return (scale[-1] * state.x).to(x.dtype)
+class _HostDenoiser:
+    """A host's model as a `Denoiser` for one run of a tableau: called with scaled states and the host's sigma, in the dtype of ``like``."""
+
+    def __init__(self, model: Callable[..., Tensor], bridge: _Bridge, like: Tensor, report: Callable[[int, Tensor, Tensor], None]) -> None:
+        self.model, self.schedule, self.report = model, bridge.schedule, report
+        self.evaluations = 0
+        self.scale = bridge.scale.to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
+        self.sigma = bridge.sigma.to(like.dtype).to(like.device)
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        i, self.evaluations = self.evaluations, self.evaluations + 1  # by number: a solver may evaluate twice at one time
+        seen = (self.scale[i] * x).to(self.sigma.dtype)
+        denoised = self.model(seen, self.sigma[i] * seen.new_ones(len(seen)), **cond)
+        if denoised.shape != seen.shape:  # before a callback draws it
+            raise ModelError(f"the model answered shape {tuple(denoised.shape)} to a state of shape {tuple(seen.shape)}")
+        self.report(i, seen, denoised)
+        return denoised
 
 
 def sigmas_for(
@@ -138,7 +142,7 @@ def sigmas_for(
     end: Literal["clean", "append", "sigma_min"] = "clean",
     law: Law = "eps",
 ) -> Tensor:
-    """The ``sigmas [M+1]``, float32, that a host wants: those of a saved sampler, or of a spacing of this library.
+    """Return the ``sigmas [M+1]``, float32, for a host's sampling loop: those of a saved sampler, or of a spacing of this library.
 
     Args:
         source: a `Sampler` or the `Path` of its folder; the name of a spacing (``"karras:rho=5"``) of ``steps`` intervals; or a grid.
@@ -154,6 +158,7 @@ def sigmas_for(
         ArtifactError: a folder that cannot be read.
 
     Example:
+        >>> from fewstep.integrations.kdiffusion import sigmas_for
         >>> sigmas_for("karras", 3, 0.03, 14.6).tolist()[-1]
         0.0
     """
@@ -182,7 +187,11 @@ def sigmas_for(
 
 
 def _levels(schedule: NoiseSchedule, t: Tensor, law: str) -> Tensor:
-    """The host's sigmas ``[*]``, float32, at the times ``t [*]`` of a schedule."""
+    """Return the host's sigmas ``[*]``, float32, at the times ``t [*]`` of a schedule.
+
+    Raises:
+        GridError: an unknown law, or pure noise under the law ``eps``.
+    """
     alpha, sigma = schedule.alpha(t.detach()), schedule.sigma(t.detach())
     levels = sigma * look_up(law, SPACES, "law", GridError).scale(alpha, sigma)
     if not bool(torch.isfinite(levels).all()):
@@ -194,7 +203,7 @@ def _levels(schedule: NoiseSchedule, t: Tensor, law: str) -> Tensor:
 
 
 class _Space(NamedTuple):
-    """The host's own law, whose time is its sigma, and ``c`` from ``alpha`` and ``sigma`` of any other."""
+    """A host's convention: its own noise law, whose time is its sigma, and ``c`` from the ``alpha`` and ``sigma`` of another law."""
 
     schedule: type[VarianceExploding] | type[RectifiedFlow]
     scale: Callable[[Tensor, Tensor], Tensor]
@@ -206,20 +215,20 @@ SPACES = {
 }
 
 
-def _bridge(tableau: Tableau, intervals: int, law: str) -> _Bridge:
+def _bridge(tableau: Tableau, schedule: NoiseSchedule, intervals: int, law: str) -> _Bridge:
     nodes = tableau.nodes
     scale = look_up(law, SPACES, "law", GridError).scale(nodes.alpha, nodes.sigma)
     if not bool(torch.isfinite(scale.detach()).all()):
         raise GridError("the sampler starts at pure noise (alpha = 0), for which the law eps has no finite sigma: use it with a flow model")
-    return _Bridge(tableau, scale, nodes.sigma * scale, intervals)
+    return _Bridge(tableau, schedule, scale, nodes.sigma * scale, intervals)
 
 
 def _bridge_of(source: Sampler | str | Path, statistics: ModelStatistics | str | Path | None, levels: Tensor | None, law: str) -> _Bridge:
-    """A sampler as it is, on the host's levels only if these are its own."""
+    """Return the bridge of a sampler with its own numbers; the host's levels have to start and end where it does."""
     if statistics is not None:
         raise SolverError("a sampler has its statistics in its numbers: pass sampler= or statistics=, not both")
     sampler = source if isinstance(source, Sampler) else Sampler.load(source)
-    bridge = _bridge(sampler.tableau, sampler.grid.steps, law)
+    bridge = _bridge(sampler.tableau, sampler.schedule, sampler.grid.steps, law)
     if levels is not None:
         if len(levels) < 2:
             raise GridError(f"a sampler takes the sigmas of its start and its end, or none at all, got {levels.tolist()}")
@@ -230,7 +239,7 @@ def _bridge_of(source: Sampler | str | Path, statistics: ModelStatistics | str |
 def _bridge_on(
     solver: str | Solver, statistics: ModelStatistics | str | Path | None, levels: Tensor | None, law: str, x: Tensor
 ) -> _Bridge:
-    """A solver on the host's levels; with statistics in the space of their own schedule, whose time its options may speak of."""
+    """Return the bridge of a solver on the host's levels; with statistics in the space of their schedule, to whose time options refer."""
     if levels is None:
         raise GridError("say which sigmas to sample at; only a saved sampler has its own")
     levels = levels.cpu().double()
@@ -243,13 +252,17 @@ def _bridge_on(
     if isinstance(driving, ModelStatistics):
         own = driving.schedule
         grid = TimeGrid(_times(levels, host, own))
-    bridge = _bridge(tabulate(solver, solver.nodes(grid, own)), grid.steps, law)
+    bridge = _bridge(tabulate(solver, solver.nodes(grid, own)), own, grid.steps, law)
     _check_ends(bridge.sigma, levels, "with these options the solver", "integrals=exact, or levels of the statistics")
     return bridge
 
 
 def _on_levels(levels: Tensor, law: str) -> tuple[VarianceExploding | RectifiedFlow, TimeGrid]:
-    """The host's law on the range of these levels ``[M+1]``, and the grid through them."""
+    """Return the host's law on the range of these levels ``[M+1]``, and the grid through them.
+
+    Raises:
+        GridError: levels outside the law's range, or that do not decrease.
+    """
     plain = levels.detach()
     if bool((plain < 0).any()) or (law == "flow" and bool((plain > 1).any())):
         raise GridError(f"sigmas lie between 0 and {'1' if law == 'flow' else 'infinity'} under the law {law}, got {plain.tolist()}")
@@ -270,7 +283,7 @@ def _with_statistics(solver: str | Solver, source: ModelStatistics | str | Path,
 
 
 def _times(levels: Tensor, host: NoiseSchedule, own: NoiseSchedule) -> Tensor:
-    """The times of another law with the host's ``lam``. An end whose ``lam`` is infinite is fixed: a gradient there would be NaN."""
+    """Return the times of another law that have the host's ``lam``, ``[M+1]``. An end of infinite ``lam`` is fixed: its gradient is NaN."""
     lam = host.lam(levels.detach())
     fixed = torch.where(torch.isposinf(lam), own.t_clean, own.t_of_lam(lam))
     inner = own.t_of_lam(host.lam(torch.where(torch.isfinite(lam), levels, 0.5)))
@@ -298,53 +311,53 @@ def _check_shape(tableau: Tableau, x: Tensor) -> None:
 # -- noise, callbacks, progress --------------------------------------------------------------------------------------------------------
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _noise_of(
     bridge: _Bridge, x: Tensor, seeds: Sequence[int] | Tensor | None, noise_sampler: NoiseSampler | None
-) -> Callable[[int], Tensor | None]:
-    """Standard normal noise for evaluation ``i``, or ``None`` of an ODE solver."""
+) -> Callable[[int], Tensor] | None:
+    """Return the host's noise sampler by evaluation, ``i -> standard normal [B, *D]``; None where no noise is added or seeds give it.
+
+    Raises:
+        SolverError: neither or both of the two for a stochastic sampler, another number of seeds, or noise of another shape.
+    """
     if not bridge.tableau.stochastic:
-        return lambda i: None
+        return None
     if (seeds is None) == (noise_sampler is None):
         raise SolverError("this solver adds noise: pass seeds=, one for each sample, or noise_sampler=, and not both")
     if seeds is not None and len(seeds) != len(x):
         raise SolverError(f"{len(seeds)} seeds for {len(x)} samples: pass one for each")
-    noisy, wide = (bridge.tableau.noise.detach() != 0).tolist(), _wide(x)
-    sigma = bridge.sigma.detach().to(wide).to(x.device)
+    if noise_sampler is None:
+        return None
+    noisy, sigma = (bridge.tableau.noise.detach() != 0).tolist(), bridge.sigma.detach()
+    sigma = sigma.to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
 
     def noise(i: int) -> Tensor:
         if not noisy[i]:
-            return torch.zeros_like(x, dtype=wide)
-        if noise_sampler is None:
-            return seeded_noise(() if seeds is None else seeds, x.shape[1:], stream=i + 1).to(wide).to(x.device)
+            return torch.zeros_like(x)
         drawn = noise_sampler(sigma[i], sigma[i + 1])
         if drawn.shape != x.shape:
             raise SolverError(f"the noise sampler answered shape {tuple(drawn.shape)} for samples of shape {tuple(x.shape)}")
-        return drawn.to(x.device).to(wide)
+        return drawn
 
     return noise
 
 
-def _teller(callback: Callback | None, bridge: _Bridge, like: Tensor) -> Callable[[int, Tensor, Tensor], None]:
-    """k-diffusion's dictionary to ``callback``, its sigma in the dtype and on the device of the tensor ``like``."""
+def _reporter(callback: Callback | None, bridge: _Bridge, like: Tensor) -> Callable[[int, Tensor, Tensor], None]:
+    """Return a function ``(i, x, denoised)`` that calls ``callback`` with k-diffusion's dictionary, its sigma in the dtype of ``like``."""
     if callback is None:
         return lambda i, x, denoised: None
     dtype = like.dtype if like.is_floating_point() else torch.float32
     sigma = bridge.sigma.to(dtype).to(like.device)
 
-    def tell(i: int, x: Tensor, denoised: Tensor) -> None:
+    def report(i: int, x: Tensor, denoised: Tensor) -> None:
         interval = min(i // bridge.stages, bridge.intervals - 1)
         callback({"x": x, "i": interval, "sigma": sigma[i], "sigma_hat": sigma[i], "denoised": denoised})
 
-    return tell
+    return report
 
 
 @contextmanager
 def _progress(total: int, *, shows: bool) -> Iterator[Callable[[], None]]:
-    """A bar on stderr where one is wanted; ``tick()`` after each evaluation."""
+    """Show a progress bar on stderr, or none; the function it gives is called after each evaluation."""
     if not shows:
         yield lambda: None
         return

@@ -1,1 +1,1 @@
-"""Trained networks as denoisers, wherever they come from."""
+"""Trained networks as models, whatever their origin, with guidance, artifacts and files."""

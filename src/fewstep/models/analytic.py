@@ -1,4 +1,4 @@
-r"""Denoisers known in closed form: for tests, for docs, and for anyone who wants a sampling problem without a network.
+r"""Denoisers in closed form: for tests, for docs, and for anyone who wants a sampling problem without a network.
 
 For data ``x0 ~ sum_k w_k N(mu_k, v_k)`` with independent elements the posterior mean at ``x = alpha x0 + sigma eps`` is
 
@@ -22,14 +22,18 @@ from fewstep.runtime.errors import ModelError
 __all__ = ["DatasetDenoiser", "GaussianDenoiser", "MixtureDenoiser"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MixtureDenoiser:
-    """The exact denoiser of a Gaussian mixture.
+    """The exact denoiser of a Gaussian mixture with independent elements.
 
     Args:
-        means: ``[k, *D]``.
-        stds: ``[k]``, or ``[k, *D]`` per element; 0 is a point mass.
-        weights: ``[k]``, positive; normalised here. Equal by default.
+        schedule: the noise law.
+        means: of the components, ``[k, *D]``.
+        stds: standard deviations, ``[k]``, or ``[k, *D]`` per element; 0 is a point mass.
+        weights: of the components, ``[k]``, positive; normalised here. Equal by default.
+
+    Raises:
+        ModelError: another number of stds or weights than of means.
     """
 
     schedule: NoiseSchedule
@@ -42,8 +46,17 @@ class MixtureDenoiser:
         if len(self.stds) != count or (self.weights is not None and self.weights.shape != (count,)):
             raise ModelError(f"{count} means need as many stds and weights, got {tuple(self.stds.shape)} stds")
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(means {tuple(self.means.shape)}, {type(self.schedule).__name__})"
+
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """``E[x0 | x] [B, *D]`` at ``x [B, *D]`` and ``t`` (``[]`` or ``[B]``), in the dtype of ``x``; ``cond`` is ignored."""
+        """Return ``E[x0 | x] [B, *D]`` in the dtype of ``x``.
+
+        Args:
+            x: states ``[B, *D]``.
+            t: their time, ``[]`` or ``[B]``.
+            cond: ignored.
+        """
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         column = (-1, 1, 1) if t.ndim else ()
         alpha, sigma = (v.to(x.dtype).to(x.device).reshape(column) for v in (alpha, sigma))
@@ -60,18 +73,22 @@ class MixtureDenoiser:
 
 
 class GaussianDenoiser(MixtureDenoiser):
-    """The exact denoiser of ``N(mean, std^2)``; its sampling ODE has a closed solution.
+    """The exact denoiser of the normal distribution ``N(mean, std^2)``; its sampling ODE has a closed solution.
 
     Args:
-        mean: ``[*D]``.
-        std: ``[]`` or ``[*D]``.
+        schedule: the noise law.
+        mean: of each element, ``[*D]``.
+        std: standard deviation, ``[]`` or ``[*D]``.
     """
 
     def __init__(self, schedule: NoiseSchedule, mean: Tensor, std: Tensor) -> None:
         super().__init__(schedule, mean[None], torch.as_tensor(std)[None])
 
     def flow(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """The exact solution of the sampling ODE from ``x [B, *D]`` at time ``s`` to time ``t``: the standardised state is kept."""
+        """Return the exact solution ``[B, *D]`` of the sampling ODE from ``x [B, *D]`` at time ``s`` to time ``t``.
+
+        The standardised state is constant along it.
+        """
 
         def moments(time: Tensor) -> tuple[Tensor, Tensor]:
             alpha, sigma = self.schedule.alpha(time), self.schedule.sigma(time)
@@ -82,7 +99,16 @@ class GaussianDenoiser(MixtureDenoiser):
 
 
 class DatasetDenoiser(MixtureDenoiser):
-    """The exact denoiser of a data set ``[n, *D]``, every point smoothed to a Gaussian of standard deviation ``std``."""
+    """The exact denoiser of a data set, every point smoothed to a Gaussian.
+
+    Args:
+        schedule: the noise law.
+        data: ``[n, *D]``.
+        std: standard deviation of the Gaussians, at least 0.
+
+    Raises:
+        ModelError: a std that is negative or not finite.
+    """
 
     def __init__(self, schedule: NoiseSchedule, data: Tensor, std: float) -> None:
         if not (std >= 0 and math.isfinite(std)):

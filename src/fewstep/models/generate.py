@@ -1,46 +1,278 @@
-"""Many samples by seed: in batches, shared between processes, resumed after a kill."""
+"""The function `sample`: samples of any model by any sampler; and many of them, batch by batch, into a folder."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, SupportsFloat, SupportsInt
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.core.denoiser import Denoiser
+from fewstep.core.denoiser import Cond, Denoiser, FlowMap
+from fewstep.core.grid import TimeGrid
+from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics
-from fewstep.core.tableau import Solver
-from fewstep.models.formats.folders import Model
+from fewstep.core.tableau import Solver, Tableau
+from fewstep.models.carried import FITTED, OPTIMIZED
+from fewstep.models.model import Model
+from fewstep.models.problem import Problem
 from fewstep.runtime.artifact import check_writable, write_whole
-from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError
-from fewstep.runtime.process import default_device, process, wait_for_all
+from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
+from fewstep.runtime.front_door import checked
+from fewstep.runtime.process import process, wait_for_all
 from fewstep.runtime.spec import parse_spec
-from fewstep.sampling.loop import sample
-from fewstep.sampling.noise import start_noise
+from fewstep.sampling.loop import Step, run
+from fewstep.sampling.noise import seed_list, start_noise
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, takes_statistics
 
-__all__ = ["check_seeds", "generate", "generate_to", "solver_for"]
+__all__ = ["best_sampler", "check_made_for", "check_statistics", "generate_to", "sample", "sampler_for", "solver_for"]
+
+What = str | Solver | Sampler | Tableau
+GRID = "angle"  # where no grid is named
+log = logging.getLogger("fewstep")
 
 
-def check_seeds(first: int, count: int) -> None:
-    """See that ``first, first + 1, ...`` are seeds.
-
-    Raises:
-        FewstepError: one is negative or does not fit in 63 bits.
-    """
-    if first < 0 or first + count > 2**63:
-        raise FewstepError(f"seeds must lie between 0 and 2^63, got {first} and the {count - 1} after it")
-
-
-def solver_for(name: str, model: Model, *, guidance: float = 1.0, statistics: Path | None = None, any_statistics: bool = False) -> Solver:
-    """A solver for this model: one that takes statistics gets those named with it, those of the folder, or the model's own.
+@checked
+@torch.no_grad()
+def sample(
+    model: Model | Denoiser | FlowMap,
+    what: What | None = None,
+    x: Tensor | None = None,
+    cond: Cond = None,
+    *,
+    nfe: int | None = None,
+    seeds: Iterable[int] | Tensor | None = None,
+    guidance: float | None = None,
+    grid: str | TimeGrid | None = None,
+    observe: Callable[[Step], None] | None = None,
+) -> Tensor:
+    """Sample a model, without gradients (iterate over `steps` for those).
 
     Args:
+        model: a `Model`; or any `Denoiser` or `FlowMap`, which has to be given ``x``.
+        what: the name of a solver (``"unipc-2"``, ``"DPM++ 2M"``), a `Solver`, a `Sampler` or a `Tableau`. Without it the best sampler
+            that the model carries for ``nfe`` evaluations; the logger ``fewstep`` says which.
+        x: where to start, ``[B, *D]`` at the sampler's first time; by default the noise of the seeds.
+        cond: what the network is conditioned on; by default the class labels of the seeds (of 0, 1, ... without seeds), if the model has
+            classes.
+        nfe: network evaluations per sample. A sampler or tableau has its own.
+        seeds: one for each sample. A seed gives the same picture in any batch and on any device.
+        guidance: classifier-free guidance scale; by default the model's own, which is 1 but for pipelines.
+        grid: where to evaluate: the name of a spacing (``"karras"``), ``"optimized"`` for the model's own, or a `TimeGrid`; by default
+            ``"angle"``. A sampler or tableau has its own.
+        observe: called with each `Step`.
+
+    Returns:
+        The samples ``[B, *D]`` on the model's device.
+
+    Raises:
+        ModelError: something that is no model, or a model without a shape; a guidance scale that it cannot have.
+        SolverError: an unknown solver; no ``nfe`` where one is needed, or one that the solver cannot use.
+        GridError: an unknown spacing, or one of another number of evaluations.
+        ArtifactError: a sampler that was made for another model or guidance scale.
+
+    Example:
+        >>> import fewstep
+        >>> model = fewstep.load_model("digits-edm")
+        >>> fewstep.sample(model, "unipc-2", nfe=6, seeds=range(4)).shape
+        torch.Size([4, 1, 8, 8])
+    """
+    _check_denoiser(model)
+    if not isinstance(guidance, SupportsFloat | None):
+        raise ModelError(f"guidance is a scale, as 2.0, got {guidance!r}")
+    if observe is not None and not callable(observe):
+        raise FewstepError(f"observe is a function that is called with each Step, got {observe!r}")
+    if isinstance(model, Model):
+        guidance = model.default_guidance if guidance is None else float(guidance)
+        denoiser = model.guided(guidance)
+    else:
+        denoiser, guidance = model, 1.0 if guidance is None else float(guidance)
+        if guidance != 1:
+            raise ModelError(
+                "only a Model can be guided by a scale: wrap the denoiser with fewstep.classifier_free(denoiser, scale, uncond)"
+            )
+    seeds = None if seeds is None else seed_list(seeds)
+    sampler = sampler_for(model, what, nfe=nfe, guidance=guidance, grid=grid)
+    tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
+    if x is None:
+        if not isinstance(model, Model) or seeds is None:
+            missing = "a denoiser does not know the shape of its samples: pass x=, the start" if not isinstance(model, Model) else _SEEDS
+            raise ModelError(missing)
+        x = start_noise(tableau.nodes, seeds, model.need_shape()).to(model.device)
+    elif not isinstance(x, Tensor):
+        raise ModelError(f"x is the start, a tensor [B, *D], not a {type(x).__name__}: for noise of the model's shape pass seeds= alone")
+    elif seeds is not None and len(seeds) != len(x):
+        raise ModelError(f"{len(seeds)} seeds for {len(x)} starts: pass one for each")
+    if cond is None and isinstance(model, Model):
+        labels = model.labels(range(len(x)) if seeds is None else seeds)
+        cond = None if labels is None else labels.to(x.device)
+    return run(denoiser, tableau, x, cond, seeds=seeds, observe=observe)
+
+
+_SEEDS = "say which samples: pass seeds=, as in seeds=range(4), or x=, the start"
+
+
+def _check_denoiser(model: object) -> None:
+    if callable(model) and isinstance(getattr(model, "schedule", None), NoiseSchedule):
+        return
+    if isinstance(model, str | Path):
+        raise ModelError(f"sample takes a fewstep.Model, not a name: load it first, as in fewstep.load_model({str(model)!r})")
+    raise ModelError(
+        f"sample takes a fewstep.Model, not a {type(model).__name__}: wrap a network with its noise law and what it predicts, as in "
+        'fewstep.Model(net, fewstep.DiscreteVP.scaled_linear(), "epsilon", shape=(4, 64, 64))'
+    )
+
+
+def sampler_for(
+    model: Model | Denoiser | FlowMap,
+    what: What | None,
+    *,
+    nfe: int | None = None,
+    guidance: float = 1.0,
+    grid: str | TimeGrid | None = None,
+    statistics: ModelStatistics | str | Path | None = None,
+    any_statistics: bool = False,
+) -> Sampler | Tableau:
+    """Return the sampler that `sample` would run. Arguments and errors are those of `sample` and `solver_for`."""
+    if not isinstance(nfe, SupportsInt | None):
+        raise SolverError(f"nfe is one number of network evaluations, as nfe=8, got {nfe!r}")
+    if not isinstance(grid, str | TimeGrid | None):
+        raise GridError(f"a grid is the name of a spacing or a fewstep.TimeGrid(times), got a {type(grid).__name__}")
+    if isinstance(what, Sampler | Tableau):
+        count = what.nfe if isinstance(what, Sampler) else what.nodes.evaluations
+        if nfe not in (None, count):
+            raise SolverError(f"this sampler makes {count} evaluations, not {nfe}: leave nfe out, or take another sampler")
+        if grid is not None:
+            raise GridError("a sampler has a grid of its own: leave grid out")
+        if isinstance(what, Sampler) and isinstance(model, Model):
+            check_made_for(what, model, guidance)
+        return what
+    if what is None:
+        if not isinstance(model, Model):
+            raise SolverError("say which sampler: a solver's name and nfe, as in sample(denoiser, 'unipc-2', x, nfe=8), or a Sampler")
+        if grid is not None:
+            raise GridError("a grid belongs to a solver: name one, as in sample(model, 'unipc-2', nfe=8, grid=...)")
+        return best_sampler(model, nfe, guidance)
+    if isinstance(what, type):
+        raise SolverError(f"{what.__name__} is a class: make a solver of it first, as in {what.__name__}()")
+    if not isinstance(what, str | Solver):
+        hint = ": load a folder by fewstep.Sampler.load" if isinstance(what, Path) else ""
+        raise SolverError(f"a sampler is a solver's name, a Solver, a Sampler or a Tableau, not a {type(what).__name__}{hint}")
+    if what == FITTED:
+        if not isinstance(model, Model) or nfe is None:
+            raise SolverError("a fitted sampler is one of a Model, for a number of evaluations: pass nfe=")
+        if grid not in (None, OPTIMIZED) or statistics is not None:
+            raise GridError("a fitted sampler has noise levels and coefficients of its own: leave grid and statistics out")
+        return model.fitted(nfe, guidance)
+    if isinstance(what, Solver):
+        solver, name = what, type(what).__name__
+        check_statistics(solver, model, guidance)
+    else:
+        solver, name = _named(what, model, guidance, statistics, any_statistics), what
+    if isinstance(grid, TimeGrid):
+        return Sampler.build(solver, grid.known_to(model.schedule), model.schedule, nfe=nfe)
+    if nfe is None:
+        raise SolverError(f"say how many network evaluations {name} may use: pass nfe=, as in nfe=8")
+    if grid == OPTIMIZED:
+        if not isinstance(model, Model) or not isinstance(what, str):
+            raise GridError("optimized grids are those that a Model carries, for a solver by name")
+        return Sampler.build(solver, model.optimized(what, nfe, guidance), model.schedule, nfe=nfe)
+    return Sampler.build(solver, GRID if grid is None else grid, model.schedule, nfe=nfe)
+
+
+def _named(
+    name: str, model: Model | Denoiser | FlowMap, guidance: float, statistics: ModelStatistics | str | Path | None, any_statistics: bool
+) -> Solver:
+    if isinstance(model, Model):
+        return solver_for(name, model, guidance=guidance, statistics=statistics, any_statistics=any_statistics)
+    if takes_statistics(name):
+        raise SolverError(f"{name} needs statistics of its model: pass fewstep.DPMSolverV3(statistics) instead of its name")
+    return make_solver(name)
+
+
+def check_statistics(solver: Solver, model: Model | Denoiser | FlowMap, guidance: float) -> None:
+    """Refuse a solver whose statistics are those of another model."""
+    statistics = getattr(solver, "statistics", None)
+    if isinstance(statistics, ModelStatistics) and isinstance(model, Model) and statistics.model:
+        statistics.check(model=model.fingerprint, guidance=guidance, schedule=model.schedule, shape=model.need_shape())
+
+
+def best_sampler(model: Model, nfe: int | None = None, guidance: float = 1.0) -> Sampler:
+    """Return the best sampler that a model carries for a number of evaluations: what it was tuned for, a fitted one, or an optimised grid.
+
+    Args:
+        nfe: by default what the model was tuned for, and the fewest jumps of a student.
+
+    Raises:
+        SolverError: it carries none (and what there is).
+    """
+    tuned = model.tuned
+    if tuned is not None and guidance == 1 and (nfe is None or nfe in (model.num_jumps or (tuned.nfe,))):
+        return _said(model, _on_own_grid(model, tuned.solver, tuned.nfe if nfe is None else nfe, guidance))
+    fitted = {one.nfe: one for one in model.carried.samplers if one.card.get("guidance") == guidance}
+    tables = [table for table in model.carried.grids if table.guidance == guidance]
+    if nfe is None:
+        known = sorted({*fitted, *(n for table in tables for n in table.grids)})
+        carries = f"it carries samplers for {', '.join(map(str, known))} evaluations: pass nfe=" if known else _NOTHING
+        raise SolverError(f"say how to sample {model.name}: {carries}")
+    if nfe in fitted:
+        return _said(model, model.fitted(nfe, guidance))
+    rows = [(row["error"][0], table.solver) for table in tables for row in table.card.get("rows", ()) if row["nfe"] == nfe]
+    if rows:
+        return _said(model, _on_own_grid(model, min(rows)[1], nfe, guidance))
+    known = sorted({*fitted, *(n for table in tables for n in table.grids)})
+    there = f"it carries some for {', '.join(map(str, known))}; " if known else ""
+    raise SolverError(f"{model.name} carries no sampler for {nfe} evaluations at guidance {guidance:g}: {there}{_NOTHING}")
+
+
+_NOTHING = "name a solver, as in sample(model, 'unipc-2', nfe=8, seeds=range(4)), or make a sampler with fewstep.fit"
+
+
+def _on_own_grid(model: Model, solver: str, nfe: int, guidance: float) -> Sampler:
+    grid = model.optimized(solver, nfe, guidance)
+    return Sampler.build(solver_for(solver, model, guidance=guidance), grid, model.schedule, card={"name": solver, "grid": OPTIMIZED})
+
+
+def _said(model: Model, sampler: Sampler) -> Sampler:
+    log.info("%s is sampled by %s, which it carries", model.name, sampler)
+    return sampler
+
+
+def check_made_for(sampler: Sampler, model: Model, guidance: float, where: object = "this") -> None:
+    """Refuse a sampler that was made for one model and guidance scale, with another; a hand-made one is for all.
+
+    Raises:
+        ArtifactError: it was made for another (and which).
+    """
+    made_for = (sampler.card.get("model"), sampler.card.get("guidance", guidance))
+    if made_for[0] is None and made_for[1] == guidance:
+        return
+    if made_for != (model.fingerprint, guidance):
+        raise ArtifactError(
+            f"{where} is a sampler of {sampler.card.get('of')} ({made_for[0]}) at guidance {made_for[1]:g}, "
+            f"not of {model.name} ({model.fingerprint}) at {guidance:g}"
+        )
+
+
+def solver_for(
+    name: str,
+    model: Model,
+    *,
+    guidance: float = 1.0,
+    statistics: ModelStatistics | str | Path | None = None,
+    any_statistics: bool = False,
+) -> Solver:
+    """Make a solver for a model: one that takes statistics gets those named with it, those given, or those that the model carries.
+
+    Args:
+        name: as for `make_solver`.
+        statistics: of this model, or their folder.
         any_statistics: take them though they were made for something else.
 
     Raises:
@@ -50,72 +282,67 @@ def solver_for(name: str, model: Model, *, guidance: float = 1.0, statistics: Pa
     if not takes_statistics(name):
         return make_solver(name)
     named = parse_spec(name, SolverError)[1].get("statistics", statistics)
-    found = model.statistics(guidance) if named is None else ModelStatistics.load(str(named))
+    found = (
+        model.statistics(guidance) if named is None else named if isinstance(named, ModelStatistics) else ModelStatistics.load(str(named))
+    )
     if found is None:
         raise SolverError(
             f"{name} needs statistics of {model.name} at guidance {guidance:g}: make them with "
             f"'fewstep calibrate {model.command_name(guidance)} --out DIR' and pass --statistics DIR"
         )
     if not any_statistics:
-        found.check(model=model.fingerprint, guidance=guidance, schedule=model.denoiser.schedule, shape=model.shape)
+        found.check(model=model.fingerprint, guidance=guidance, schedule=model.schedule, shape=model.need_shape())
     return make_solver(name, statistics=found)
 
 
+# -- into a folder ------------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
-def generate(
-    denoiser: Denoiser, sampler: Sampler, seeds: Sequence[int], shape: Sequence[int], labels: Tensor | None, device: torch.device
-) -> Tensor:
-    """Samples ``[len(seeds), *shape]`` on the CPU, from the noise of their seeds."""
-    x = start_noise(sampler.tableau.nodes, seeds, shape).to(device)
-    return sample(denoiser, sampler, x, None if labels is None else labels.to(device), seeds=seeds).cpu()
-
-
 def generate_to(
     folder: Path,
-    model: Model,
+    problem: Problem,
     sampler: Sampler,
     seeds: Sequence[int],
     *,
-    guidance: float = 1.0,
     label: int | None = None,
     batch: int = 256,
-    observe: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Path] | None:
-    """Samples of all seeds, kept in ``folder`` batch by batch, so that a killed run continues.
-
-    Gives the samples ``[len(seeds), *shape]`` and the folder of their batches, for the caller to remove once they are kept
-    elsewhere; None in all processes but the first.
+    """Sample all seeds batch by batch into ``folder``, so that a killed run continues and processes share the work.
 
     Batches are the same whatever the number of processes, so are the pictures.
+
+    Returns:
+        The samples ``[len(seeds), *D]`` on the CPU and the folder of their batches, for the caller to remove once they are kept elsewhere;
+        None in all processes but the first.
 
     Raises:
         ArtifactError: the folder holds the unfinished samples of another command, or cannot be written.
     """
     check_writable(folder)
     rank, world = process()
-    device, denoiser, labels = default_device(), model.guided(guidance), model.labels(seeds, label)
     tableau = sampler.tableau
-    numbers = [table.tolist() for table in (*tableau.nodes, tableau.record, tableau.update, tableau.bias, tableau.noise)]
-    request = (model.fingerprint, numbers, guidance, label, list(seeds), batch)
+    request: tuple[Any, ...] = (problem.fingerprint, tableau.fingerprint, problem.guidance, label, list(seeds), batch)
     parts = folder / f"parts-{hashlib.sha256(repr(request).encode()).hexdigest()[:16]}"
     others = [path for path in folder.glob("parts-*") if path != parts]
     if others:
         raise ArtifactError(f"{folder} holds unfinished samples of another command: remove {others[0]}, or choose another folder")
-    model.to(device)
     starts = range(0, len(seeds), batch)
-    for number, start in enumerate(starts):
-        path = parts / f"{start:08d}.safetensors"
+    for number, first in enumerate(starts):
+        path = parts / f"{first:08d}.safetensors"
         if number % world == rank and not path.exists():
-            part = slice(start, start + batch)
-            images = generate(denoiser, sampler, seeds[part], model.shape, None if labels is None else labels[part], device)
+            part = seeds[first : first + batch]
+            x = problem.start(part, tableau.nodes)
+            images = run(problem.denoiser, tableau, x, problem.cond(part, label), seeds=part).cpu()
             write_whole(path, lambda temporary, images=images: save_file({"x": images.contiguous()}, temporary))
-        if observe is not None and number % world == rank:
-            observe(min(start + batch, len(seeds)))
+        if on_progress is not None and number % world == rank:
+            on_progress(min(first + batch, len(seeds)))
     wait_for_all()
     if rank != 0:
         return None
     try:
-        samples = torch.cat([load_file(parts / f"{start:08d}.safetensors")["x"] for start in starts])
+        samples = torch.cat([load_file(parts / f"{first:08d}.safetensors")["x"] for first in starts])
     except (OSError, SafetensorError, KeyError) as error:
         raise ArtifactError(f"{parts} is damaged ({error}): remove it and sample again") from error
     return samples, parts

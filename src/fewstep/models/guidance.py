@@ -1,11 +1,11 @@
-r"""Guidance and thresholding: each takes a denoiser and gives a denoiser, so they compose and no solver knows of them."""
+r"""Guidance and thresholding: functions from a denoiser to a denoiser, so they compose and no solver knows of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import ModelError
 
-__all__ = ["classifier_free", "classifier_guided", "dynamic_threshold", "static_threshold", "thresholded"]
+__all__ = ["Wrapped", "classifier_free", "classifier_guided", "dynamic_threshold", "static_threshold", "thresholded"]
 
 
 @dataclass(frozen=True, eq=False)
-class _Wrapped:
-    """A denoiser with the schedule of the one it wraps."""
+class Wrapped:
+    """A denoiser made of a function and a schedule."""
 
     schedule: NoiseSchedule
     function: Callable[[Tensor, Tensor, Cond], Tensor] = field(repr=False)
@@ -32,12 +32,13 @@ class _Wrapped:
 def classifier_free(
     denoiser: Denoiser, scale: float, uncond: Cond, *, interval: tuple[float, float] = (0.0, math.inf), rescale: float = 0.0
 ) -> Denoiser:
-    r"""``x0 = uncond + scale (cond - uncond)`` (Ho and Salimans, arXiv 2207.12598), both from one call on a doubled batch.
+    r"""Return a denoiser with classifier-free guidance, ``x0 = uncond + scale (cond - uncond)`` (Ho and Salimans, arXiv 2207.12598).
 
-    Scale 1 is the conditional model at its own cost, scale 0 the unconditional one. One guided evaluation counts as one
-    network evaluation in every ``nfe`` of this library.
+    Both come from one call on a doubled batch. Scale 1 is the conditional model at its own cost, scale 0 the unconditional one. One guided
+    evaluation counts as one network evaluation in every ``nfe`` of this library.
 
     Args:
+        denoiser: the conditional model.
         scale: guidance scale.
         uncond: the null condition: a label, a tensor for one sample, or a dict of those; broadcast to the batch.
         interval: noise levels ``sigma/alpha`` within which to guide; outside it the scale is 1 (Kynkaanniemi et al., arXiv 2404.07724).
@@ -46,7 +47,7 @@ def classifier_free(
     Raises:
         ModelError: a rescale outside [0, 1], an empty interval, or a call without a condition.
     """
-    if not 0 <= rescale <= 1 or not interval[0] < interval[1] or not math.isfinite(scale):
+    if not isinstance(scale, SupportsFloat) or not math.isfinite(scale) or not 0 <= rescale <= 1 or not interval[0] < interval[1]:
         raise ModelError(f"guidance wants a finite scale, rescale in [0, 1] and interval (low, high), got {scale}, {rescale}, {interval}")
 
     def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -66,14 +67,18 @@ def classifier_free(
         inside = active.to(x.device).reshape((-1,) + (1,) * (x.ndim - 1))
         return torch.where(inside, x0, wanted)
 
-    return _Wrapped(denoiser.schedule, guided)
+    return Wrapped(denoiser.schedule, guided)
 
 
 def classifier_guided(denoiser: Denoiser, log_prob: Callable[[Tensor, Tensor, Cond], Tensor], scale: float) -> Denoiser:
-    r"""``x0 + scale sigma^2/alpha grad_x log p(cond | x, t)`` (Dhariwal and Nichol, arXiv 2105.05233): the guided score as an ``x0``.
+    r"""Return a denoiser guided by a classifier, ``x0 + scale sigma^2/alpha grad_x log p(cond | x, t)`` (arXiv 2105.05233).
+
+    It is the guided score of Dhariwal and Nichol as an ``x0``.
 
     Args:
+        denoiser: the model.
         log_prob: ``(x [B, *D], t, cond) -> [B]``. At ``alpha = 0`` the state knows nothing of the class and no guidance is added.
+        scale: guidance scale.
     """
 
     def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -85,19 +90,33 @@ def classifier_guided(denoiser: Denoiser, log_prob: Callable[[Tensor, Tensor, Co
         gain = torch.where(alpha > 0, scale * sigma**2 / alpha, torch.zeros_like(alpha))
         return x0 + aligned(gain, x) * gradient
 
-    return _Wrapped(denoiser.schedule, guided)
+    return Wrapped(denoiser.schedule, guided)
 
 
 def static_threshold(denoiser: Denoiser, bound: float = 1.0) -> Denoiser:
-    """``x0`` clipped to ``[-bound, bound]``."""
+    """Return a denoiser whose ``x0`` is clipped to ``[-bound, bound]``.
+
+    Raises:
+        ModelError: the bound is not positive.
+    """
     if not bound > 0:
         raise ModelError(f"the bound of a threshold must be positive, got {bound}")
-    return _Wrapped(denoiser.schedule, lambda x, t, cond: denoiser(x, t, cond).clamp(-bound, bound))
+    return Wrapped(denoiser.schedule, lambda x, t, cond: denoiser(x, t, cond).clamp(-bound, bound))
 
 
 def dynamic_threshold(denoiser: Denoiser, quantile: float = 0.995, *, bound: float = 1.0, most: float = math.inf) -> Denoiser:
-    """``x0`` of each sample clipped at its own ``quantile`` of absolute values and scaled back to ``bound`` where that is larger
-    (Imagen, arXiv 2205.11487, section 2.3); the quantile counts at most ``most``.
+    """Return a denoiser with dynamic thresholding (Imagen, arXiv 2205.11487, section 2.3).
+
+    The ``x0`` of each sample is clipped at its own quantile of absolute values, and scaled back to ``bound`` where that is larger.
+
+    Args:
+        denoiser: the model.
+        quantile: in (0, 1].
+        bound: the range of the data.
+        most: upper limit of the quantile's value.
+
+    Raises:
+        ModelError: numbers out of range.
     """
     if not 0 < quantile <= 1 or not 0 < bound <= most:
         raise ModelError(f"dynamic thresholding wants 0 < quantile <= 1 and 0 < bound <= most, got {quantile}, {bound}, {most}")
@@ -105,18 +124,22 @@ def dynamic_threshold(denoiser: Denoiser, quantile: float = 0.995, *, bound: flo
     def clipped(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return thresholded(denoiser(x, t, cond), quantile, bound, most)
 
-    return _Wrapped(denoiser.schedule, clipped)
+    return Wrapped(denoiser.schedule, clipped)
 
 
 def thresholded(x0: Tensor, quantile: float, bound: float = 1.0, most: float = math.inf) -> Tensor:
-    """What `dynamic_threshold` makes of one answer ``x0 [B, *D]``."""
+    """Return an answer ``x0 [B, *D]`` after dynamic thresholding, see `dynamic_threshold`."""
     limit = torch.quantile(x0.flatten(1).abs().float(), quantile, dim=1).clamp(bound, most).to(x0.dtype)
     limit = limit.reshape((-1,) + (1,) * (x0.ndim - 1))
     return x0.clamp(-limit, limit) * (bound / limit)
 
 
 def _like_batch(uncond: Any, cond: Any) -> Any:  # noqa: ANN401 - conditions are whatever the network takes
-    """The null condition for every sample of ``cond``."""
+    """Return the null condition for every sample of ``cond``.
+
+    Raises:
+        ModelError: it does not fit.
+    """
     if isinstance(cond, dict):
         if not isinstance(uncond, dict) or set(uncond) != set(cond):
             raise ModelError(f"the null condition needs the keys of the condition, {sorted(cond)}")

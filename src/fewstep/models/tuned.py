@@ -1,4 +1,4 @@
-"""What a tuned model knows of itself: its teacher, and the sampler that it was tuned for."""
+"""The record of a student: its teacher, and the sampler that it was tuned for."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ BESIDE = "../"
 
 @dataclass(frozen=True)
 class Tuned:
-    """``tuned.json`` in a model's folder.
+    """The record of a student's teacher and of the sampler that it was tuned for: ``tuned.json`` in the model's folder.
 
     Attributes:
         teacher: a bundled name or a folder. The file names a folder beside the model's own relative to it, so both can be moved together.
         fingerprint: the teacher's.
         guidance: the scale at which the teacher sampled; the tuned model itself is sampled without.
-        solver, nfe: what it was tuned for, on the grid of ``optimized/``.
-        form: how it was tuned.
+        solver: the solver that it was tuned for, on the grid of ``optimized/``.
+        nfe: the network evaluations that it was tuned for.
+        form: how it was tuned: mean, score or operator.
     """
 
     teacher: str
@@ -40,6 +41,11 @@ class Tuned:
         if Path(self.teacher).is_absolute() and Path(self.teacher).parent == folder.resolve().parent:
             meta["teacher"] = BESIDE + Path(self.teacher).name
         write_whole(folder / "tuned.json", (json.dumps(meta, indent=1) + "\n").encode())
+
+    @staticmethod
+    def in_folder(folder: Path) -> bool:
+        """Return whether a folder holds a finished student."""
+        return (folder / "tuned.json").exists()
 
     @classmethod
     def load(cls, folder: Path) -> Tuned | None:

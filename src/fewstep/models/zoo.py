@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fewstep.models.formats.checkpoints import load_checkpoint
-from fewstep.models.formats.folders import Model, load_folder
+from fewstep.models.formats.folders import load_folder
+from fewstep.models.model import Model
 from fewstep.runtime.errors import ModelError, nearest
+from fewstep.runtime.front_door import checked
 
 __all__ = ["BUNDLED", "load_model"]
 
@@ -22,6 +25,7 @@ BUNDLED = {  # name -> (what it is, the data it was trained on)
 }
 
 
+@checked
 def load_model(
     name: str | Path,
     *,
@@ -29,21 +33,23 @@ def load_model(
     config: Mapping[str, Any] | None = None,
     trust: bool = False,
 ) -> Model:
-    """A bundled model by its name, one from a folder or the hub (see `load_folder`), or one from a file (see `load_checkpoint`).
+    """Load a bundled model by its name, one from a folder or the hub (see `load_folder`), or one from a file (see `load_checkpoint`).
 
     Args:
-        name: the name, folder or file.
+        name: the name, folder, hub id or file.
         format, config, trust: of a file, see `load_checkpoint`.
 
     Raises:
-        ModelError: neither a bundled name nor a readable folder or file; options of a file for what is none.
+        ModelError: neither a bundled name nor a readable folder or file; options of a file for anything else.
     """
+    if not isinstance(name, str | Path):
+        raise ModelError(f"a model is loaded by a name, a folder or a file, got {type(name).__name__} {str(name)[:80]}")
     if str(name) not in BUNDLED and Path(name).is_file():
         return load_checkpoint(name, format=format, config=config, trust=trust)
     if format is not None or config:
         raise ModelError(f"{name} is no file: format and config are for checkpoint files; a folder or a bundled model says them itself")
     if str(name) in BUNDLED:
-        return load_folder(WEIGHTS / str(name)).named(str(name), BUNDLED[str(name)][1])
+        return replace(load_folder(WEIGHTS / str(name)), name=str(name), data=BUNDLED[str(name)][1])
     if "/" not in str(name) and not Path(name).exists():
         raise ModelError(f"no model {str(name)!r}: {nearest(str(name), BUNDLED)}")
     return load_folder(name)

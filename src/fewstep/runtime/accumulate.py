@@ -1,4 +1,4 @@
-"""One pass over many data: sums that add up over batches and processes, kept on disk so that a killed pass continues."""
+"""One pass over many data: sums that add up over batches and processes, stored on disk so that a killed pass continues."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ SAVE_EVERY = 20.0  # seconds
 
 
 class Total(Protocol):
-    """What is accumulated: float64 sums or means over ``count`` data."""
+    """Something to accumulate: float64 sums or means over ``count`` data."""
 
     count: int
 
     def merge(self, other: Any, /) -> None:  # noqa: ANN401 - of this class
-        """Take in another's data."""
+        """Merge the data of another total."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it but the count."""
+        """Return everything except `count`, for serialisation."""
         ...
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], count: int) -> Any:  # noqa: ANN401 - this class
-        """The inverse of `tensors`."""
+        """Rebuild a total from its `tensors`."""
         ...
 
 
@@ -44,7 +44,7 @@ T = TypeVar("T", bound=Total)
 
 
 def seed_batches(seed: int, num: int, batch: int) -> list[range]:
-    """The seeds ``seed .. seed + num - 1``, batch by batch."""
+    """Split the seeds ``seed .. seed + num - 1`` into batches, in order."""
     seeds = range(seed, seed + num)
     return [seeds[start : start + batch] for start in range(0, num, batch)]
 
@@ -58,14 +58,22 @@ def accumulate(
     note: Callable[[], str] = str,
     verb: str = "work",
 ) -> tuple[T, str] | None:
-    """The total of ``fresh(seeds, data so far, note)`` over all batches, and the note, which was made before the first of them.
+    """Merge the totals of all batches, and return the result with the note of the pass.
 
     With a ``store`` a killed pass continues and ends with the same numbers, and the processes of ``torchrun`` share the batches
     (all but the first get None).
 
+    Args:
+        batches: the seeds of each batch.
+        fresh: makes the total of one batch, from its seeds, the number of data merged before, and the note.
+        empty: makes a total of no data.
+        store: where the totals are stored; None to have them in memory alone.
+        note: makes a note before the first batch, which is stored with the totals and read back by a pass that continues.
+        verb: the name of the pass in errors, as in "several processes can only calibrate together".
+
     Raises:
         FewstepError: several processes and no store to meet in.
-        ArtifactError: as `Store`.
+        ArtifactError: see `Store`.
     """
     rank, world = process()
     if world > 1 and store is None:
@@ -96,13 +104,18 @@ def accumulate(
 
 
 class Store(Generic[T]):
-    """The totals of each process on disk: whole at any time, and only ever continued by the work that began them.
+    """The totals of each process on disk: whole at any time, and only ever continued by the pass that began them.
 
     Args:
-        name: of the files.
-        identity: what the total depends on; a file with another is refused.
+        folder: where the files are written.
+        name: the beginning of their names.
+        identity: everything that the total depends on; a file with another identity is refused.
         kind: the class of the total.
-        work, again: what it is called in errors, and what to do once more if a file is damaged.
+        work: the name of the total in errors, as in "belongs to another Gram matrix".
+        again: the advice after a damaged file, as in "remove it and run the command again".
+
+    Raises:
+        ArtifactError: the folder cannot be written; later, a file is damaged, of another identity or of another number of processes.
     """
 
     def __init__(self, folder: Path, name: str, identity: str, kind: type[T], *, work: str, again: str) -> None:
@@ -114,12 +127,12 @@ class Store(Generic[T]):
         return self.folder / f"{self.name}-{rank}-of-{process()[1]}.safetensors"
 
     def save(self, total: T, batches: int, note: str) -> None:
-        """Keep the total of ``batches`` batches of this process."""
+        """Write the total of this process's first ``batches`` batches."""
         about = {"identity": self.identity, "count": str(total.count), "batches": str(batches), "note": note}
         write_whole(self._path(process()[0]), lambda temporary: save_file(total.tensors(), temporary, about))
 
     def read(self, rank: int) -> tuple[T, int, str]:
-        """The total of a process, the number of its batches in it, and the note."""
+        """Return the total of a process, the number of its batches in it, and the note."""
         path = self._path(rank)
         try:
             with safe_open(path, "pt") as file:
@@ -135,7 +148,7 @@ class Store(Generic[T]):
         return total, batches, note
 
     def resume(self, most: int) -> tuple[T, int, str] | None:
-        """What this process had done, if anything."""
+        """Return the total, number of batches and note that this process has stored; None if it has none."""
         path = self._path(process()[0])
         files = self.folder.glob(f"{self.name}-*-of-*.safetensors")
         others = [other for other in files if other.name.split("-of-")[1] != path.name.split("-of-")[1]]

@@ -1,4 +1,4 @@
-"""Artifacts on disk: numbers as safetensors, what they are as JSON, a card for people. Never a pickle, never half-written."""
+"""Artifacts on disk: numbers as safetensors, their description as JSON, a card for people. Never a pickle, never half-written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ T = TypeVar("T")
 
 
 def save_artifact(folder: Path, kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], readme: str) -> Path:
-    """Write ``{kind}.safetensors``, a ``README.md`` card and ``{kind}.json``, which holds the checksum of the first; gives ``folder``.
+    """Write ``{kind}.safetensors``, a ``README.md`` card and ``{kind}.json``, and return the folder.
+
+    Args:
+        folder: where they go; made if it is not there.
+        kind: of the artifact, as ``sampler``.
+        meta: JSON values; the format, its version and the checksum of the tensors are added.
+        tensors: by name.
+        readme: the text of the card.
 
     Raises:
         ArtifactError: the folder cannot be written, or ``meta`` is not JSON-able.
@@ -42,7 +49,12 @@ def save_artifact(folder: Path, kind: str, meta: Mapping[str, Any], tensors: Map
 
 
 def load_artifact(folder: Path, kind: str, build: Callable[[dict[str, Any], dict[str, Tensor]], T]) -> T:
-    """Read what `save_artifact` wrote and make ``build(meta, tensors)`` of it.
+    """Read files that `save_artifact` wrote, and return ``build(meta, tensors)``.
+
+    Args:
+        folder: where they are.
+        kind: of the artifact.
+        build: makes the object; its errors are those of a damaged artifact.
 
     Raises:
         ArtifactError: a file is missing, damaged, or of another version.
@@ -69,7 +81,8 @@ def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
     """Write a file under a temporary name and rename it, so that nobody ever sees half of it.
 
     Args:
-        content: the bytes, or a function that writes the file at the path it is given.
+        path: of the file; its folder is made if it is not there.
+        content: the bytes, or a function that writes the file at the path it is called with.
 
     Raises:
         ArtifactError: the folder cannot be made or written.
@@ -97,7 +110,7 @@ def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Fail before long work, not after it, if nothing can be written to a folder that may not exist yet.
+    """Refuse a folder that cannot be written to, before long work; it may not exist yet.
 
     Raises:
         ArtifactError: the nearest existing parent is a file, or may not be written to.
@@ -111,7 +124,7 @@ def check_writable(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
         ArtifactError: it is missing, not JSON, or not an object.

@@ -1,4 +1,4 @@
-"""The errors that a user can meet. Each message says what is wrong, where, and how to mend it."""
+"""The errors for users. Each message says what is wrong, where, and how to mend it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class FewstepError(Exception):
-    """Anything that the caller can mend. The command line prints it in one line and exits with 2."""
+    """An error that the caller can mend. The command line prints it in one line and exits with 2."""
 
 
 class GridError(FewstepError):
@@ -25,7 +25,7 @@ class SolverError(FewstepError):
 
 
 class ModelError(FewstepError):
-    """A network or its inputs: wrong shapes, a non-finite output, a prediction undefined at this time."""
+    """A network or its inputs that do not fit: wrong shapes, a non-finite output, a prediction undefined at this time."""
 
 
 class ArtifactError(FewstepError):
@@ -33,14 +33,24 @@ class ArtifactError(FewstepError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Say which of ``choices`` the reader of an error probably meant: the nearest names, else all of them."""
+    """Return a hint for the message of an error: the names in ``choices`` nearest to ``name``, else all of them."""
     choices = sorted(choices)
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(choices)}"
 
 
 def look_up(name: str, table: Mapping[str, T], kind: str, error: type[FewstepError] = FewstepError) -> T:
-    """``table[name]``, or an ``error`` that names the nearest keys."""
+    """Return ``table[name]``.
+
+    Args:
+        name: the key.
+        table: where to look.
+        kind: what the error calls such a key, as ``solver``.
+        error: the class of the error.
+
+    Raises:
+        error: there is no such key; the message names the nearest ones.
+    """
     if name not in table:
         raise error(f"unknown {kind} {name!r}: {nearest(name, table)}")
     return table[name]

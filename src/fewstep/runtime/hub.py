@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, TypeVar
@@ -28,9 +28,13 @@ PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".webp")
 
 
 def header(card: Mapping[str, Any], *tags: str) -> str:
-    """The YAML block at the top of a model card, by which the hub files it.
+    """Return the YAML block at the top of a model card, by which the hub files it.
 
     ``license`` is given only where the card says one, ``base_model`` where it names a hub id (as ``base_model``, or ``of``).
+
+    Args:
+        card: provenance of the artifact.
+        tags: further tags.
     """
     lines = ["library_name: fewstep", "tags:", *(f"- {tag}" for tag in ("fewstep", "diffusion", *tags))]
     if card.get("license"):
@@ -42,8 +46,8 @@ def header(card: Mapping[str, Any], *tags: str) -> str:
 
 
 def loading(repo_id: str, subfolder: str | None, revision: str | None) -> str:
-    """How a card says ``from_pretrained(...)`` of what is pushed there."""
-    options = {"subfolder": subfolder, "revision": revision}
+    """Return the call ``from_pretrained(...)`` that loads an artifact pushed there, for its card."""
+    options: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     said = [json.dumps(repo_id), *(f"{name}={json.dumps(value)}" for name, value in options.items() if value)]
     return f"from_pretrained({', '.join(said)})"
 
@@ -59,10 +63,17 @@ def push(
     commit_message: str,
     token: str | bool | None,
 ) -> str:
-    """Make the repository if there is none, and commit what ``write(folder)`` writes, with the pictures; gives the commit's address.
+    """Commit the files that ``write(folder)`` writes, with the pictures, to a repository; return the address of the commit.
+
+    Args:
+        write: writes the files into the folder it is called with.
+        repo_id: ``owner/name``; the repository is made if there is none.
+        subfolder: where in the repository.
+        pictures: files to put beside them.
+        private, revision, commit_message, token: as ``huggingface_hub`` has them.
 
     Raises:
-        ArtifactError: without ``huggingface_hub``; a picture that is none; or what the hub, or the way there, says against it.
+        ArtifactError: without ``huggingface_hub``; a picture that is none; or a refusal of the hub, or no way to it.
     """
     below = _below(subfolder)
     for picture in map(Path, pictures):
@@ -92,7 +103,13 @@ def fetch(
     cache_dir: str | Path | None,
     local_files_only: bool,
 ) -> Path:
-    """The folder of an artifact: one on this machine as it is, else that of a hub repository, from the cache or downloaded into it.
+    """Return the folder of an artifact: one on this machine as it is, else that of a hub repository, downloaded into the cache.
+
+    Args:
+        source: a folder or a hub id.
+        kind: of the artifact.
+        subfolder: where in the repository or folder.
+        revision, token, cache_dir, local_files_only: as ``huggingface_hub`` has them.
 
     Raises:
         ArtifactError: without ``huggingface_hub``; no such repository, revision or artifact in it; or the hub cannot be reached.
@@ -101,7 +118,7 @@ def fetch(
     if isinstance(source, Path) or Path(source).is_dir():
         return Path(source, below)
     names = [(below / name).as_posix() for name in (f"{kind}.json", f"{kind}.safetensors", "README.md")]
-    how = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    how: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     root = snapshot(source, f"a {kind}", [glob.escape(name) for name in names], **how)
     if not Path(root, names[0]).is_file():
         where = f"its folder {subfolder}" if subfolder else "its top folder: if it has several in folders of their own, pass subfolder="
@@ -110,7 +127,14 @@ def fetch(
 
 
 def snapshot(source: str, what: str, patterns: Sequence[str], *, revision: str | None = None, **how: Any) -> Path:  # noqa: ANN401
-    """The files of a hub repository that match the patterns, from the cache or downloaded into it: the folder they lie in.
+    """Return the folder with the files of a hub repository that match the patterns, downloaded into the cache.
+
+    Args:
+        source: a hub id.
+        what: how errors call the files.
+        patterns: of their names.
+        revision: of the repository.
+        how: options of ``huggingface_hub.snapshot_download``.
 
     Raises:
         ArtifactError: as `fetch`.
@@ -127,8 +151,8 @@ def _below(subfolder: str | None) -> PurePosixPath:
 
 
 @contextmanager
-def _hub(doing: str, revision: str | None) -> Iterator[Any]:
-    """``huggingface_hub``, and what it raises as an `ArtifactError` that says what to do."""
+def _hub(doing: str, revision: str | None) -> Generator[Any, None, None]:
+    """Give ``huggingface_hub``, and turn its errors into an `ArtifactError` that says what to do."""
     try:
         hub, errors = importlib.import_module("huggingface_hub"), importlib.import_module("huggingface_hub.errors")
     except ImportError as error:
@@ -172,14 +196,14 @@ def _why(error: BaseException, errors: Any, revision: str | None) -> str:  # noq
 
 
 class Shared(ABC):
-    """An artifact that can be put on the hub and fetched from there."""
+    """An artifact that can be pushed to the hub and loaded from there."""
 
     kind: ClassVar[str]  # of its files
 
     @classmethod
     @abstractmethod
     def load(cls: type[T], folder: str | Path) -> T:
-        """Read it from a folder."""
+        """Load the artifact from a folder."""
 
     @abstractmethod
     def _write(self, folder: Path, readme: str) -> Path: ...
@@ -198,22 +222,24 @@ class Shared(ABC):
         commit_message: str | None = None,
         token: str | bool | None = None,
     ) -> str:
-        """Put the artifact into a repository ``owner/name`` of the Hugging Face hub, made where there is none, as one commit.
+        """Push the artifact to a repository of the Hugging Face hub as one commit.
 
         Args:
+            repo_id: ``owner/name``; the repository is made if there is none.
             subfolder: where in the repository; by default its top folder, whose card is the repository's.
             pictures: files to put beside it, shown in the card.
             private, revision, token: as ``huggingface_hub`` has them; ``revision`` is a branch, made where there is none.
+            commit_message: of the commit.
 
         Returns:
             The address of the commit.
 
         Raises:
-            ArtifactError: without ``huggingface_hub``, or what the hub says against it, and what to do.
+            ArtifactError: without ``huggingface_hub``, or a refusal of the hub (with what to do).
         """
         readme = self._readme(loading(repo_id, subfolder, revision), [Path(picture).name for picture in pictures])
         message = commit_message or f"Upload fewstep {self.kind}"
-        options = {"private": private, "revision": revision, "commit_message": message, "token": token}
+        options: dict[str, Any] = {"private": private, "revision": revision, "commit_message": message, "token": token}
         return push(lambda folder: self._write(folder, readme), repo_id, subfolder=subfolder, pictures=pictures, **options)
 
     @classmethod
@@ -227,10 +253,15 @@ class Shared(ABC):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> T:
-        """Read the artifact from a folder, or from a repository of the Hugging Face hub, through the hub's cache.
+        """Load the artifact from a folder, or from a repository of the Hugging Face hub, through the hub's cache.
+
+        Args:
+            repo_id_or_folder: ``owner/name``, or a folder.
+            subfolder: where in the repository or folder.
+            revision, token, cache_dir, local_files_only: as ``huggingface_hub`` has them.
 
         Raises:
             ArtifactError: as `load`; without ``huggingface_hub``; nothing there by that name, or the hub cannot be reached.
         """
-        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         return cls.load(fetch(repo_id_or_folder, cls.kind, subfolder=subfolder, **options))

@@ -1,4 +1,4 @@
-"""Which process this is, of how many, on which device; and what they know together."""
+"""The processes of ``torchrun``: which one this is, of how many, on which device, and what they do together."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ __all__ = ["default_device", "process", "sum_over_processes", "wait_for_all"]
 
 
 def default_device() -> torch.device:
-    """The accelerator if there is one."""
+    """Return the accelerator if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def process() -> tuple[int, int]:
-    """This process and how many there are, as ``torchrun`` sets them."""
+    """Return the rank of this process and the number of processes, as ``torchrun`` sets them; 0 and 1 without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def wait_for_all() -> None:
-    """Until every process is here."""
+    """Wait until every process is here."""
     if process()[1] > 1:
         _meet()
         torch.distributed.barrier()
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
-    """The sum of every process's ``value``, a tensor on the CPU; the same to the bit in all of them."""
+    """Return the sum of every process's ``value``, a tensor on the CPU (all-reduce); the same to the bit in all of them."""
     if process()[1] > 1:
         _meet()
         value = value.clone()
@@ -44,6 +44,6 @@ def _meet() -> None:
 
 
 def _part() -> None:
-    """At the end: a process that exits while threads of the group still run is aborted now and then."""
+    """Leave the process group at exit: a process that exits while threads of the group still run is aborted now and then."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

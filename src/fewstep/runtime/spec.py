@@ -1,4 +1,4 @@
-"""Names with options, as people type them: ``unipc-3``, ``ddim:eta=0.5``, ``dpm-solver-pp-3m:third_order=corrected``, ``angle:c=0.7``."""
+"""Names with options as text: ``unipc-3``, ``ddim:eta=0.5``, ``dpm-solver-pp-3m:third_order=corrected``, ``angle:c=0.7``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ __all__ = ["check_options", "parse_spec"]
 
 
 def parse_spec(text: str, error: type[FewstepError]) -> tuple[str, dict[str, Any]]:
-    """The name and the options of ``name:option=value:option=value``; values are JSON, or else words.
+    """Return the name and the options of ``name:option=value:option=value``; values are JSON, or else words.
+
+    Args:
+        text: the name with its options.
+        error: the class of the errors.
 
     Raises:
-        error: an option without a value.
+        error: it is no text, or an option has no value.
     """
+    if not isinstance(text, str):
+        raise error(f"a name is text, as 'ddim:eta=0.5', got {type(text).__name__} {str(text)[:80]}")
     name, *parts = text.split(":")
     options: dict[str, Any] = {}
     for part in parts:
@@ -34,7 +40,14 @@ def parse_spec(text: str, error: type[FewstepError]) -> tuple[str, dict[str, Any
 def check_options(
     options: dict[str, Any], factory: Callable[..., Any], what: str, error: type[FewstepError], hidden: tuple[str, ...] = ()
 ) -> None:
-    """See that ``factory`` has these options.
+    """Refuse options that a factory does not take.
+
+    Args:
+        options: the options by name.
+        factory: the function or class that they are for.
+        what: how the error calls it.
+        error: the class of the errors.
+        hidden: parameters of the factory that are no options.
 
     Raises:
         error: it lacks one; the message lists those it has.

@@ -19,9 +19,18 @@ __all__ = ["GridTable"]
 FORMAT, VERSION = "fewstep-grids", 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GridTable:
-    """``grids[nfe]`` for the solver named ``solver`` on the model with this fingerprint, at one guidance scale."""
+    """Optimised time grids of one solver on one model at one guidance scale, by number of evaluations.
+
+    Attributes:
+        solver: the name of the solver.
+        model: the fingerprint of the model.
+        guidance: its guidance scale.
+        schedule: its noise law.
+        grids: number of evaluations -> grid.
+        card: provenance and figures, plain JSON values.
+    """
 
     solver: str
     model: str
@@ -30,8 +39,13 @@ class GridTable:
     grids: Mapping[int, TimeGrid]
     card: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"GridTable({self.solver}, {min(self.grids)} to {max(self.grids)} evaluations, guidance {self.guidance:g})"
+
     def grid(self, nfe: int) -> TimeGrid:
-        """The grid for ``nfe`` evaluations; between two numbers that the table has, the nearer one's stretched to as many steps.
+        """Return the grid for ``nfe`` evaluations.
+
+        Between two numbers that the table has, the nearer one's grid is stretched to as many steps.
 
         Raises:
             GridError: there is none; the message names those that exist.
@@ -46,7 +60,11 @@ class GridTable:
         raise GridError(f"no optimized grid of {nfe} evaluations for {self.solver} here, only of {known}: run fewstep optimize")
 
     def save(self, folder: Path) -> Path:
-        """Write ``grids.json``, whole or not at all."""
+        """Write ``grids.json``, whole or not at all, and return the folder.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
         meta = {
             "format": FORMAT,
             "version": VERSION,
@@ -62,10 +80,10 @@ class GridTable:
 
     @classmethod
     def load(cls, folder: Path) -> GridTable:
-        """Read what `save` wrote.
+        """Load a table that `save` wrote.
 
         Raises:
-            ArtifactError: missing, damaged, or of another version.
+            ArtifactError: it is missing, damaged, or of another version.
         """
         path = folder / "grids.json"
         meta = read_json(path)

@@ -1,108 +1,211 @@
-"""The one sampling loop."""
+"""The one sampling loop.
+
+`steps` drives every tableau of this library: sampling, benchmarks, teacher trajectories, fits, and loops of one's own iterate over it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fewstep.core.denoiser import Cond, Denoiser
+from fewstep.core.denoiser import Cond, Denoiser, FlowMap
+from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.core.tableau import Nodes, Tableau, advance
+from fewstep.core.tableau import Nodes, State, Tableau, advance
 from fewstep.runtime.errors import ModelError, SolverError
 from fewstep.sampling.noise import seeded_noise
-from fewstep.sampling.sampler import Sampler
 
-__all__ = ["Aimable", "FiniteCheck", "Step", "aimed", "sample"]
-
-
-@runtime_checkable
-class Aimable(Protocol):
-    """A denoiser that has to know its steps."""
-
-    def aimed(self, tableau: Tableau) -> Denoiser: ...
-
-
-def aimed(denoiser: Denoiser, tableau: Tableau) -> Denoiser:
-    """The denoiser for the steps of one sampler: itself, unless it has to know them."""
-    return denoiser.aimed(tableau) if isinstance(denoiser, Aimable) else denoiser
+__all__ = ["Edit", "Step", "jumps", "run", "steps"]
 
 
 class Step(NamedTuple):
-    """What `sample` shows an observer after each evaluation."""
+    """One network evaluation, with the state that the sampler made of it.
 
-    i: int  # evaluation, 0 .. N-1
-    t: Tensor  # [] its time
-    x: Tensor  # [B, *D] the state it was evaluated at
-    x0: Tensor  # [B, *D] the denoiser's answer
-    x_next: Tensor  # [B, *D] where the next evaluation happens; the sample itself after the last
+    Attributes:
+        i: the number of the evaluation, ``0 .. N-1``.
+        t: its time, ``[]``.
+        x: the state it was made at, ``[B, *D]``.
+        x0: the denoiser's answer, ``[B, *D]``.
+        state: the sampler's state after it, for ``resume=(step.i + 1, step.state)``.
+    """
+
+    i: int
+    t: Tensor
+    x: Tensor
+    x0: Tensor
+    state: State
+
+    def __repr__(self) -> str:
+        return f"Step({self.i}, t = {float(self.t):.4g}, states of {tuple(self.x.shape)})"
+
+    @property
+    def x_next(self) -> Tensor:
+        """The state of the next evaluation, ``[B, *D]``; the sample itself after the last."""
+        return self.state.x
 
 
-def sample(
-    denoiser: Denoiser,
-    sampler: Sampler | Tableau,
+Edit = Callable[[Step], Tensor | None]
+
+
+def steps(
+    denoiser: Denoiser | FlowMap,
+    tableau: Tableau,
     x: Tensor,
     cond: Cond = None,
     *,
     seeds: Sequence[int] | Tensor | None = None,
-    observe: Callable[[Step], None] | None = None,
-) -> Tensor:
-    """Run a sampler from ``x [B, *D]`` at its first time to its last.
+    noise: Callable[[int], Tensor] | None = None,
+    resume: tuple[int, State] | None = None,
+    edit: Edit | None = None,
+) -> Iterator[Step]:
+    """Run a tableau evaluation by evaluation, from ``x [B, *D]`` at its first time to its last.
 
     The state is kept in at least float32; the denoiser is called with it once per row of the tableau, at a float64 ``t []``.
-    Gradients flow through everything; wrap the call in ``torch.no_grad()`` when none are wanted.
+    Gradients flow through everything; iterate under ``torch.no_grad()`` when none are wanted.
 
     Args:
-        denoiser: the model; its schedule must be the sampler's.
-        sampler: a `Sampler`, or a bare `Tableau`.
-        x: start, see `start_noise`.
+        denoiser: the model; its schedule must be the tableau's. A `FlowMap` takes each step by one call, and its tableau must be of first
+            order (DDIM's), since there is nothing left for a solver to do.
+        tableau: the numbers of a solver on a grid.
+        x: the start, see `start_noise`.
         cond: handed to the denoiser unchanged.
-        seeds: one per sample, for samplers that add noise.
-        observe: called after every evaluation.
+        seeds: one per sample, for tableaux that add noise.
+        noise: the same by evaluation, ``i -> standard normal [B, *D]``.
+        resume: begin at this evaluation with this state instead of at 0 with ``x``, which then only says the shape and dtype.
+        edit: may change the state after each evaluation, ``step -> [B, *D]`` or None: guidance by projection, constraints, inpainting.
+
+    Yields:
+        A `Step` after each evaluation.
 
     Raises:
         ModelError: the denoiser's schedule is another, its output has another shape, or is not finite (which evaluation).
-        SolverError: a stochastic sampler without seeds.
+        SolverError: a stochastic tableau without noise, a solver whose steps an edit does not reach, or one that a flow map cannot take.
     """
-    tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
+    if not isinstance(tableau, Tableau):
+        raise SolverError(f"the loop runs a Tableau, as sampler.tableau, not a {type(tableau).__name__}")
     nodes = tableau.nodes
-    _check_schedule(nodes, denoiser.schedule)
-    denoiser = aimed(denoiser, tableau)
-    if tableau.stochastic and (seeds is None or len(seeds) != len(x)):
+    _check_schedule(nodes, denoiser)
+    if tableau.stochastic and noise is None and (seeds is None or len(seeds) != len(x)):
         raise SolverError(f"this sampler adds noise: pass seeds=, one for each of the {len(x)} samples")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    state, finite = tableau.start(x), FiniteCheck()
-    for i, row in enumerate(tableau.rows(x)):
-        x0 = denoiser(state.x, nodes.t[i], cond)
+    answer = jumps(denoiser, tableau) if isinstance(denoiser, FlowMap) else denoiser
+    first, state = (0, tableau.start(x)) if resume is None else resume
+    if edit is not None and state.anchor is not None:
+        raise SolverError(
+            "this solver steps from a state before the one that it evaluates (UniPC's corrector, Heun), so an edit would be undone: use "
+            "ddim, dpm-solver-pp-2m, deis-3, ipndm or unipc-2:corrector=false"
+        )
+    finite = _FiniteCheck(nodes, first)
+    for i, row in enumerate(tableau.rows(x)[first:], first):
+        x0 = answer(state.x, nodes.t[i], cond)
         if x0.shape != x.shape:
             raise ModelError(f"the denoiser answered shape {tuple(x0.shape)} to a state of shape {tuple(x.shape)}")
         x0 = x0.to(x.dtype)
         finite.note(x0)
-        noise = None
-        if row.noise is not None and seeds is not None:
-            noise = seeded_noise(seeds, x.shape[1:], stream=i + 1).to(x.dtype).to(x.device)
-        before, state = state, advance(row, state, x0, noise)
+        xi = None
+        if row.noise is not None:
+            xi = (
+                (seeded_noise(() if seeds is None else seeds, x.shape[1:], stream=i + 1) if noise is None else noise(i))
+                .to(x.dtype)
+                .to(x.device)
+            )
+        before, state = state, advance(row, state, x0, xi)
+        step = Step(i, nodes.t[i], before.x, x0, state)
+        edited = None if edit is None else edit(step)
+        if edited is not None:
+            if edited.shape != x.shape:
+                raise ModelError(f"edit answered shape {tuple(edited.shape)} for a state of shape {tuple(x.shape)}")
+            state = state._replace(x=edited.to(x.dtype))
+            step = step._replace(state=state)
+        yield step
+    finite.done()
+
+
+def run(
+    denoiser: Denoiser | FlowMap,
+    tableau: Tableau,
+    x: Tensor,
+    cond: Cond = None,
+    *,
+    seeds: Sequence[int] | Tensor | None = None,
+    edit: Edit | None = None,
+    observe: Callable[[Step], None] | None = None,
+) -> Tensor:
+    """Run a tableau to its end and return the samples ``[B, *D]``. Arguments and errors are those of `steps`.
+
+    Args:
+        observe: called with every step.
+    """
+    end = x
+    for step in steps(denoiser, tableau, x, cond, seeds=seeds, edit=edit):
+        end = step.x_next
         if observe is not None:
-            observe(Step(i, nodes.t[i], before.x, x0, state.x))
-    finite.done(lambda i: f"t = {nodes.t[i]:g}, sigma = {nodes.sigma[i]:g}")
-    return state.x
+            observe(step)
+    return end
 
 
-class FiniteCheck:
-    """Whether all answers of a network were finite: noted after each, looked at once at the end, so that no step waits for the device."""
+def jumps(flow_map: FlowMap, tableau: Tableau) -> Denoiser:
+    """Return the denoiser whose first-order steps on this tableau land where the flow map does.
 
-    def __init__(self) -> None:
-        self.extremes: list[Tensor] = []
+    Raises:
+        SolverError: the tableau is not of first order, or has times that the map does not know.
+    """
+    nodes = tableau.nodes
+    flow_map.check(nodes.t)
+    ratio, gain = nodes.first_order()
+    if tableau.stochastic or not _is_first_order(tableau, ratio, gain):
+        raise SolverError("a flow map makes first-order steps alone: use the solver ddim, on a grid of as many steps as there are jumps")
+    return _Jumps(flow_map, nodes, ratio, gain)
+
+
+def _is_first_order(tableau: Tableau, ratio: Tensor, gain: Tensor) -> bool:
+    """Return whether every step is ``x' = ratio x + gain x0``, by its unrolled coefficients."""
+    made = tableau.unrolled()
+    if made.start.ndim > 1:  # numbers per channel or element
+        return False
+    through = ratio.cumprod(0)  # from the start to each state
+    answers = torch.tril(gain * through[:, None] / through, -1) + torch.diag(gain)  # the last ratio may be 0
+    close = [torch.allclose(one, two, rtol=1e-9, atol=1e-12) for one, two in ((made.start, through), (made.answers, answers))]
+    return all(close) and not bool(made.bias.any())
+
+
+class _Jumps:
+    """A flow map as a denoiser: its ``x0`` is the one with which a first-order step lands on the map's own ``x_t``."""
+
+    def __init__(self, flow_map: FlowMap, nodes: Nodes, ratio: Tensor, gain: Tensor) -> None:
+        self.flow_map, self.nodes, self.ratio, self.gain = flow_map, nodes, ratio, gain
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.flow_map.schedule
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        i = int((self.nodes.t == t).nonzero())
+        landed = self.flow_map(x, t, self.nodes.t[i + 1], cond)
+        return (landed - aligned(self.ratio[i], x) * x) / aligned(self.gain[i], x)
+
+
+class _FiniteCheck:
+    """A check that all answers of a network are finite: recorded after each, read once at the end, so that no step waits for the device.
+
+    Args:
+        nodes: where the answers are made.
+        first: the first evaluation.
+    """
+
+    def __init__(self, nodes: Nodes, first: int) -> None:
+        self.nodes, self.first, self.extremes = nodes, first, list[Tensor]()
 
     def note(self, answer: Tensor) -> None:
-        """An answer ``[B, *D]``. Its least and greatest value are kept: that reads it once, where ``isfinite`` writes three copies."""
+        """Record an answer ``[B, *D]`` by its least and greatest value, which reads it once where ``isfinite`` writes three copies."""
         if answer.numel():
             self.extremes.append(torch.stack(answer.detach().aminmax()))
 
-    def done(self, place: Callable[[int], str]) -> None:
-        """See that all were finite; ``place`` says where evaluation ``i`` was made.
+    def done(self) -> None:
+        """Refuse answers that were not finite.
 
         Raises:
             ModelError: one was not (the first).
@@ -111,15 +214,17 @@ class FiniteCheck:
             return
         bad = (~torch.isfinite(torch.stack(self.extremes)).all(1)).nonzero()
         if len(bad):
-            i = int(bad[0])
+            i = self.first + int(bad[0])
             raise ModelError(
-                f"the network's output is not finite (NaN or infinite) at evaluation {i + 1} of {len(self.extremes)}, {place(i)}: "
-                f"check its weights and dtype, or clip its inputs"
+                f"the network's output is not finite (NaN or infinite) at evaluation {i + 1} of {self.nodes.evaluations}, "
+                f"t = {self.nodes.t[i]:g}, sigma = {self.nodes.sigma[i]:g}: check its weights and dtype, or clip its inputs"
             )
 
 
-def _check_schedule(nodes: Nodes, schedule: NoiseSchedule) -> None:
-    t = nodes.t.detach()
+def _check_schedule(nodes: Nodes, denoiser: Denoiser | FlowMap) -> None:
+    t, schedule = nodes.t.detach(), getattr(denoiser, "schedule", None)
+    if not isinstance(schedule, NoiseSchedule):
+        raise ModelError(f"a {type(denoiser).__name__} is no denoiser, since its schedule is no noise law: make a fewstep.Model of it")
     for name, ours, theirs in (("alpha", nodes.alpha, schedule.alpha(t)), ("sigma", nodes.sigma, schedule.sigma(t))):
         wrong = (~torch.isclose(ours.detach(), theirs, rtol=1e-6, atol=1e-9)).nonzero()
         if len(wrong):

@@ -2,31 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fewstep.core.tableau import Nodes
+from fewstep.runtime.errors import FewstepError
 
-__all__ = ["seeded_noise", "start_noise"]
+__all__ = ["seed_list", "seeded_noise", "start_noise"]
+
+
+def seed_list(seeds: Iterable[int] | Tensor) -> list[int]:
+    """Return seeds as a list of whole numbers.
+
+    Raises:
+        FewstepError: they are no whole numbers of 64 bits.
+    """
+    try:
+        numbers = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
+        whole = [int(number) for number in numbers]
+        fits = all(one == two and -(2**63) <= one < 2**63 for one, two in zip(whole, numbers, strict=True))
+    except (TypeError, ValueError, OverflowError):
+        whole, fits = [], False
+    if not fits:
+        raise FewstepError(f"seeds are whole numbers, one for each sample, as in seeds=range(4), got {str(seeds)[:80]!r}")
+    return whole
 
 
 def seeded_noise(seeds: Sequence[int] | Tensor, shape: Sequence[int], *, stream: int = 0) -> Tensor:
-    """Standard normal noise ``[len(seeds), *shape]``, float32 on the CPU; row ``k`` depends on ``seeds[k]`` alone.
+    """Return standard normal noise ``[len(seeds), *shape]``, float32 on the CPU; row ``k`` depends on ``seeds[k]`` alone.
 
     So a seed gives the same picture whatever the batch it is in, the device and the number of processes.
-    Stream 0 of seed ``s`` is what ``torch.manual_seed(s)`` would start with; other streams are independent of it.
+
+    Args:
+        seeds: one whole number per sample.
+        shape: of one sample, ``*D``.
+        stream: 0 is the noise that ``torch.manual_seed(seed)`` would start with; other streams are independent of it and of each other.
+
+    Raises:
+        FewstepError: seeds that are no whole numbers.
     """
     rows = []
-    for seed in torch.as_tensor(seeds).tolist():
-        generator = torch.Generator().manual_seed(_mix(int(seed), stream))
+    for seed in seed_list(seeds):
+        generator = torch.Generator().manual_seed(_mix(seed, stream))
         rows.append(torch.randn(tuple(shape), generator=generator))
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
 def _mix(seed: int, stream: int) -> int:
-    """A seed for (seed, stream): the finaliser of splitmix64, which maps different inputs to unrelated outputs."""
+    """Return a seed for (seed, stream) by the finaliser of splitmix64, which maps different inputs to unrelated outputs."""
     if stream == 0:
         return seed
     z = (seed + 0x9E3779B97F4A7C15 * stream) % 2**64
@@ -36,5 +61,5 @@ def _mix(seed: int, stream: int) -> int:
 
 
 def start_noise(nodes: Nodes, seeds: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:
-    """The start ``x_T = sigma_T eps`` of the sampling ODE, ``[len(seeds), *shape]``, seeded per sample."""
+    """Return the start ``x_T = sigma_T eps [len(seeds), *shape]`` of the sampling ODE at the first node, seeded per sample."""
     return seeded_noise(seeds, shape) * nodes.sigma[0].float()

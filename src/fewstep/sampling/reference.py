@@ -1,4 +1,4 @@
-"""The tight trajectory that every error is measured against."""
+"""The tight trajectory that errors are measured against."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REFERENCE_NFE = 128
 
 
 def reference_sampler(schedule: NoiseSchedule, nfe: int = REFERENCE_NFE) -> Sampler:
-    """UniPC-3 on the Karras grid (the angle grid from ``alpha = 0``), times not snapped."""
+    """Return UniPC-3 with ``nfe`` evaluations on the Karras grid (the angle grid from ``alpha = 0``), its times not snapped."""
     from_signal = bool(schedule.alpha(torch.tensor(schedule.t_max, dtype=torch.float64)) > 0)
     grid = TimeGrid.karras(schedule, nfe) if from_signal else TimeGrid.angle(schedule, nfe)
     return Sampler.build(UniPC(steps=3), grid, schedule)

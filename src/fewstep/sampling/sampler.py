@@ -1,33 +1,54 @@
-"""The `Sampler` artifact: a solver on a grid as data, in a folder that can be shared and runs without the solver's code."""
+"""The `Sampler`: a solver on a grid as data, which can be saved, shared and run without the solver's code."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.core.grid import TimeGrid
+from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
+from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
 from fewstep.runtime.artifact import load_artifact, save_artifact
+from fewstep.runtime.errors import GridError, ModelError, SolverError
+from fewstep.runtime.front_door import checked
 from fewstep.runtime.hub import Shared, header
+from fewstep.runtime.spec import parse_spec
+from fewstep.solvers import SOLVERS, make_solver, spec_of, takes_statistics
 
 __all__ = ["Sampler"]
 
 TABLES = ("record", "update", "bias", "noise")
+TAIL = "unipc-2"  # on the rest of a grid whose own formulas are not known here
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sampler(Shared):
-    """A tableau with its grid and where it came from.
+    """A solver on a grid as data: a tableau with its grid and its provenance.
 
-    ``solver`` and ``options`` name the formulas, for the reader and for whoever rebuilds it on another grid;
-    running it needs the tableau alone. ``card`` holds provenance: model fingerprint, command, quality rows.
+    Running it needs the tableau alone. ``solver`` and ``options`` name the formulas for the reader, and for `tail` and `after`, which put
+    them on the rest of the grid.
+
+    Attributes:
+        tableau: the numbers.
+        grid: its times, ``M`` intervals.
+        schedule: the noise law that they are times of.
+        solver: the class of the solver, or ``fitted``.
+        options: of the solver.
+        card: provenance, plain JSON values: model fingerprint, command, quality.
+
+    Example:
+        >>> import fewstep
+        >>> sampler = fewstep.Sampler.build("unipc-2", "angle", fewstep.VPLinear(), nfe=8)
+        >>> sampler
+        Sampler(unipc-2, 8 evaluations, noise levels 152 to 0.0105)
     """
 
     tableau: Tableau
@@ -36,21 +57,145 @@ class Sampler(Shared):
     solver: str
     options: Mapping[str, Any] = field(default_factory=dict)
     card: Mapping[str, Any] = field(default_factory=dict)
+    formulas: Solver | None = None  # the solver itself, while it is in memory
     kind = "sampler"
 
     @classmethod
-    def build(cls, solver: Solver, grid: TimeGrid, schedule: NoiseSchedule, **card: Any) -> Sampler:  # noqa: ANN401
-        """Put a solver on a grid."""
+    @checked
+    def build(
+        cls,
+        solver: Solver | str,
+        grid: TimeGrid | str,
+        schedule: NoiseSchedule,
+        *,
+        nfe: int | None = None,
+        card: Mapping[str, Any] | None = None,
+    ) -> Sampler:
+        """Put a solver on a grid.
+
+        Args:
+            solver: a `Solver`, or its name for `make_solver`.
+            grid: a `TimeGrid`, or the name of a spacing for `make_grid`.
+            schedule: the noise law of the model.
+            nfe: network evaluations, where the grid is a name.
+            card: facts to keep with the sampler.
+
+        Raises:
+            SolverError: an unknown solver, or one that cannot use exactly ``nfe`` evaluations.
+            GridError: an unknown spacing; a name without ``nfe``, or a grid with one that it does not have.
+            ModelError: something that is no noise law.
+        """
+        if not isinstance(solver, str | Solver):
+            raise SolverError(f"a solver is a name or a Solver, got {_shown(solver)}")
+        if not isinstance(grid, str | TimeGrid):
+            raise GridError(f"a grid is the name of a spacing or a fewstep.TimeGrid(times), got {_shown(grid)}")
+        if not isinstance(schedule, NoiseSchedule):
+            raise ModelError(f"a sampler is made for a noise law, as fewstep.VPLinear() or model.schedule, got {_shown(schedule)}")
+        solver = make_solver(solver) if isinstance(solver, str) else solver
+        if isinstance(grid, str):
+            if nfe is None:
+                raise GridError(f"the spacing {grid!r} needs a number of evaluations: pass nfe=")
+            grid = make_grid(grid, schedule, solver.steps_on(schedule, nfe))
         options = {f.name: _plain(getattr(solver, f.name)) for f in fields(solver)} if is_dataclass(solver) else {}
-        return cls(tabulate(solver, solver.nodes(grid, schedule)), grid, schedule, type(solver).__name__, options, card)
+        made = cls(tabulate(solver, solver.nodes(grid, schedule)), grid, schedule, type(solver).__name__, options, card or {}, solver)
+        if nfe is not None and made.nfe != nfe:
+            raise GridError(
+                f"this grid makes {made.nfe} evaluations of {type(solver).__name__}, not {nfe}: leave nfe out, or name a spacing"
+            )
+        return made
 
     @property
     def nfe(self) -> int:
-        """Network evaluations per sample."""
+        """The number of network evaluations per sample."""
         return self.tableau.nodes.evaluations
 
+    @property
+    def name(self) -> str:
+        """The name that tables show: the one on the card, else that of the solver."""
+        return str(self.card.get("name") or spec_of(self.solver, self.options) or self.solver)
+
+    @property
+    def stages(self) -> int:
+        """The number of evaluations in a step, counted in the first: the last step to ``sigma = 0`` may have fewer."""
+        if self.grid.steps == 1:
+            return self.nfe
+        second = (self.tableau.nodes.t[:-1] == self.grid.t[1]).nonzero()  # Heun's first step ends with an evaluation there too
+        return int(second[-1]) if len(second) else 1
+
+    def __repr__(self) -> str:
+        first, last = torch.exp(-self.tableau.nodes.lam[[0, -1]]).tolist()
+        return f"Sampler({self.name}, {self.nfe} evaluations, noise levels {first:.3g} to {last:.3g})"
+
+    # -- the rest of a grid -----------------------------------------------------------------------------------------
+
+    def tail(self, begin: int, *, statistics: ModelStatistics | None = None) -> Sampler:
+        """Return the sampler that starts at evaluation ``begin``: the solver put on the rest of the grid as on one of its own.
+
+        Image to image starts there, from the noised image. What the solver would have read of earlier evaluations does not exist, so its
+        first steps are of lower order, as everywhere. A fitted sampler continues with the hand-made solver that it was fitted from.
+
+        Args:
+            begin: evaluations left out, a multiple of `stages`.
+            statistics: for a sampler of DPM-Solver-v3 that was loaded from disk.
+
+        Raises:
+            SolverError: ``begin`` is inside a step or past the end, or the solver is not known here.
+        """
+        if begin == 0:
+            return self
+        if begin % self.stages or not 0 < begin < self.nfe:
+            raise SolverError(
+                f"this solver makes {self.stages} evaluations a step, {self.nfe} in all: begin at a multiple of {self.stages} below that, "
+                f"not at evaluation {begin}"
+            )
+        solver = self.formulas if self.formulas is not None else self._rebuilt(statistics)
+        grid = TimeGrid(self.grid.t[begin // self.stages :])
+        return Sampler.build(solver, grid, self.schedule, card={**self.card, "tail_from": begin})
+
+    def after(self, level: float, *, statistics: ModelStatistics | None = None) -> Sampler:
+        """Return the `tail` that starts at the first time whose noise level ``sigma/alpha`` is at most ``level``.
+
+        Raises:
+            SolverError: no step starts at so low a level.
+        """
+        levels = torch.exp(-self.schedule.lam(self.grid.t[:-1]))
+        below = (levels <= level).nonzero()
+        if not len(below):
+            raise SolverError(
+                f"no step of this sampler starts at noise level {level:g} or below: the last starts at {float(levels[-1]):.3g}"
+            )
+        return self.tail(int(below[0]) * self.stages, statistics=statistics)
+
+    def _rebuilt(self, statistics: ModelStatistics | None) -> Solver:
+        """Return the solver that can be put on the rest of the grid: its own, or the hand-made one that a fitted sampler began with."""
+        names = [
+            str(name) for name in (self.card.get("name"), self.options.get("parent"), spec_of(self.solver, self.options), TAIL) if name
+        ]
+        for name in names:
+            if parse_spec(name, SolverError)[0] not in SOLVERS:
+                continue
+            if takes_statistics(name):
+                if statistics is not None:
+                    return make_solver(name, statistics=statistics)
+                raise SolverError(f"a part of a {name} sampler needs the statistics of its model: pass statistics=")
+            solver = make_solver(name)
+            if solver.stages == self.stages:
+                return solver
+        raise SolverError(f"none of {', '.join(names)} can be put on the rest of this sampler's times")
+
+    # -- as a folder ------------------------------------------------------------------------------------------------
+
+    def with_card(self, **facts: Any) -> Sampler:  # noqa: ANN401 - plain JSON values
+        """Return the same sampler with more facts on its card, plain JSON values."""
+        return replace(self, card={**self.card, **facts})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The hash of the numbers."""
+        return self.tableau.fingerprint
+
     def save(self, folder: str | Path) -> Path:
-        """Write ``sampler.json``, ``sampler.safetensors`` and a ``README.md`` card; each appears whole or not at all.
+        """Write ``sampler.json``, ``sampler.safetensors`` and a ``README.md`` card, each whole or not at all, and return the folder.
 
         Raises:
             ArtifactError: the folder cannot be written, or the options or the card are not JSON-able.
@@ -72,7 +217,7 @@ class Sampler(Shared):
 
     @classmethod
     def load(cls, folder: str | Path) -> Sampler:
-        """Read what `save` wrote.
+        """Load a sampler that `save` wrote.
 
         Raises:
             ArtifactError: a file is missing or damaged, or of a newer version.
@@ -100,13 +245,18 @@ class Sampler(Shared):
 import fewstep
 
 sampler = fewstep.Sampler.{load}
-images = fewstep.sample(denoiser, sampler, x_T)
+images = fewstep.sample(model, sampler, seeds=range(16))
 ```
 """
 
 
+def _shown(value: object) -> str:
+    """Return how an error shows a value that does not belong where it was passed."""
+    return f"the class {value.__name__}: make one first" if isinstance(value, type) else f"{type(value).__name__} {str(value)[:80]}"
+
+
 def _plain(value: Any) -> Any:  # noqa: ANN401
-    """A solver's option as JSON will give it back: what has a fingerprint by that, a function by its name, a tuple as a list."""
+    """Return a solver's option as JSON gives it back: its fingerprint if it has one, a function by its name, a tuple as a list."""
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return getattr(value, "fingerprint", None) or getattr(value, "__qualname__", value)

@@ -1,8 +1,8 @@
-"""The field's solvers, one file per family. To add one: write the file, add a line below."""
+"""The solvers, one file per family, and their names. To add one: write the file, add a line to `SOLVERS`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib.metadata import entry_points
@@ -11,7 +11,9 @@ from typing import Any
 
 from fewstep.core.tableau import Solver
 from fewstep.runtime.errors import SolverError, nearest
+from fewstep.runtime.front_door import checked
 from fewstep.runtime.spec import check_options, parse_spec
+from fewstep.solvers.aliases import ALIASES, GRID_HINT, LEVELS
 from fewstep.solvers.ddim import DDIM
 from fewstep.solvers.deis import DEIS, IPNDM
 from fewstep.solvers.dpm_solver import DPMSolver2S, DPMSolver3S, DPMSolverM
@@ -35,6 +37,7 @@ __all__ = [
     "SDEDPMSolverPP2M",
     "UniPC",
     "make_solver",
+    "spec_of",
     "takes_statistics",
 ]
 
@@ -58,15 +61,21 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
 }
 
 
+@checked
 def make_solver(name: str, **options: Any) -> Solver:  # noqa: ANN401 - the solver's own options
-    """A solver by its registry name, or by that of an installed ``fewstep.solvers`` entry point.
+    """Make a solver by its name: one of this library, of A1111's or ComfyUI's menus, or of an installed ``fewstep.solvers`` entry point.
 
     Options may be given as arguments or in the name: ``make_solver("ddim:eta=0.5")``.
+
+    Example:
+        >>> from fewstep import make_solver
+        >>> make_solver("DPM++ 2M") == make_solver("dpmpp_2m") == make_solver("dpm-solver-pp-2m")
+        True
 
     Raises:
         SolverError: an unknown name (with the nearest ones) or option (with those it has).
     """
-    bare, written = parse_spec(name, SolverError)
+    bare, written = _parsed(name)
     options, factory = {**written, **options}, _factory(bare)  # an argument wins over what the name says
     check_options(options, factory, f"solver {bare!r}", SolverError)
     for key, value in written.items():  # corrector=true is a word where words are wanted
@@ -87,12 +96,49 @@ def make_solver(name: str, **options: Any) -> Solver:  # noqa: ANN401 - the solv
 
 
 def takes_statistics(name: str) -> bool:
-    """Whether a solver, named as for `make_solver`, is driven by `ModelStatistics`."""
-    return "statistics" in signature(_factory(parse_spec(name, SolverError)[0])).parameters
+    """Return whether a solver, named as for `make_solver`, is driven by `ModelStatistics`."""
+    return "statistics" in signature(_factory(_parsed(name)[0])).parameters
+
+
+def spec_of(kind: str, options: Mapping[str, Any]) -> str | None:
+    """Return the name with options by which `make_solver` makes a solver, as short as it gets; None if it makes no such solver.
+
+    Args:
+        kind: the name of the solver's class.
+        options: its fields, with tuples as lists; statistics do not count.
+    """
+    found: list[tuple[int, str]] = []
+    for name, factory in SOLVERS.items():
+        cls: Any = factory.func if isinstance(factory, partial) else factory
+        if cls.__name__ != kind:
+            continue
+        known = {one.name: one.default for one in fields(cls)} | (factory.keywords if isinstance(factory, partial) else {})
+        others = {key: value for key, value in options.items() if key in known and key != "statistics" and value != _listed(known[key])}
+        words = (f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in others.items())
+        found.append((len(others), ":".join([name, *words])))
+    return min(found)[1] if found else None
+
+
+def _listed(value: Any) -> Any:  # noqa: ANN401 - as JSON gives a tuple back
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _parsed(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the registry name and the options of a solver's name, which may be that of another program's menu."""
+    bare, written = parse_spec(name, SolverError)
+    if bare in SOLVERS or bare not in ALIASES:
+        return bare, written
+    bare, meant = parse_spec(ALIASES[bare], SolverError)
+    return bare, {**meant, **written}
 
 
 def _factory(bare: str) -> Callable[..., Solver]:
     factory = SOLVERS.get(bare) or next((entry.load() for entry in entry_points(group="fewstep.solvers", name=bare)), None)
     if factory is None:
-        raise SolverError(f"unknown solver {bare!r}: {nearest(bare.replace('++', '-pp'), SOLVERS)}")  # as the papers write it
+        levels = next((words for words in LEVELS if bare.lower().endswith(words.lower())), None)
+        if levels is not None:
+            raise SolverError(
+                f"unknown solver {bare!r}: {levels.strip()} is a choice of noise levels, so name them by the grid, as in {GRID_HINT}"
+            )
+        raise SolverError(f"unknown solver {bare!r}: {nearest(bare.replace('++', '-pp'), [*SOLVERS, *ALIASES])}")  # as the papers write it
     return factory

@@ -14,28 +14,28 @@ __all__ = ["DDIM", "first_order"]
 
 
 def first_order(nodes: Nodes, s: int, t: int, x: Tensor, x0: Tensor) -> Tensor:
-    """The exact step from node ``s`` to ``t`` for a constant ``x0``: DDIM, DPM-Solver-1 and -++-1, and Euler's method in sigma/alpha."""
-    h = nodes.lam[t] - nodes.lam[s]
-    return nodes.sigma[t] / nodes.sigma[s] * x - nodes.alpha[t] * torch.expm1(-h) * x0
+    """Return the state ``x_t`` after a first-order step from node ``s`` to ``t``, see `Nodes.first_order`."""
+    ratio, gain = nodes.first_order(s, t)
+    return ratio * x + gain * x0
 
 
 @dataclass(frozen=True)
 class DDIM(Solver):
-    """``x_t = alpha_t x0 + sqrt(sigma_t^2 - v^2) eps + v xi`` with ``v = eta sigma_t sqrt(1 - e^{-2h})`` (eq. 12 and 16 there).
+    """DDIM, the first-order solver, deterministic or stochastic (Song, Meng, Ermon, arXiv 2010.02502, eq. 12 and 16).
 
-    ``eta = 0`` is deterministic, ``eta = 1`` is DDPM's ancestral sampling.
+    Its step is ``x_t = alpha_t x0 + sqrt(sigma_t^2 - v^2) eps + v xi`` with ``v = eta sigma_t sqrt(1 - e^{-2h})``.
+
+    Args:
+        eta: 0 is deterministic, 1 is DDPM's ancestral sampling.
+
+    Raises:
+        SolverError: ``eta`` outside [0, 1].
     """
 
     eta: float = 0.0
     references = ("2010.02502",)
-
-    @property
-    def order(self) -> int:
-        return 1
-
-    @property
-    def memory(self) -> int:
-        return 1
+    order = 1
+    memory = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:

@@ -18,9 +18,9 @@ __all__ = ["DEIS", "IPNDM", "NoiseMultistep"]
 
 @dataclass(frozen=True)
 class NoiseMultistep(Solver):
-    """``x_t = alpha_t/alpha_s (x_s - sigma_s integral)`` with an estimate of ``int_0^h e^{-r} eps dr`` from past evaluations.
+    """A multistep solver in ``eps``, whose step is ``x_t = alpha_t/alpha_s (x_s - sigma_s integral)``.
 
-    From ``alpha = 0`` the step is of first order.
+    The integral estimates ``int_0^h e^{-r} eps dr`` from past evaluations. From ``alpha = 0`` the step is of first order.
     """
 
     steps: int
@@ -47,19 +47,21 @@ class NoiseMultistep(Solver):
 
     @abstractmethod
     def integral(self, nodes: Nodes, i: int, eps: list[Tensor]) -> Tensor:
-        """``int_0^h e^{-r} eps(lam_s + r) dr`` over the step after evaluation ``i``; ``eps`` newest first."""
-        ...
+        """Return the estimate of ``int_0^h e^{-r} eps(lam_s + r) dr`` over the step after evaluation ``i``; ``eps`` newest first."""
 
 
 @dataclass(frozen=True)
 class DEIS(NoiseMultistep):
-    """tAB-DEIS: ``eps`` as the polynomial through the last ``steps`` evaluations, integrated exactly (eq. 14 and 15 there).
+    """tAB-DEIS: ``eps`` is the polynomial through the last ``steps`` evaluations, integrated exactly (arXiv 2204.13902, eq. 14 and 15).
 
     The polynomial is in ``lam``, the choice that diffusers calls ``logrho``.
 
     Args:
-        steps: how many evaluations the polynomial passes through; the order.
+        steps: number of evaluations that the polynomial passes through, 1 to 4; the order.
         lower_order_below: grids of fewer steps end with orders ..., 2, 1 (see `stencil.effective_order`).
+
+    Raises:
+        SolverError: another number of steps.
     """
 
     steps: int = 3
@@ -81,9 +83,15 @@ ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 2
 
 @dataclass(frozen=True)
 class IPNDM(NoiseMultistep):
-    """iPNDM: DDIM's step with ``eps`` replaced by the Adams-Bashforth mean of the last ``steps`` evaluations.
+    """iPNDM: DDIM's step with ``eps`` replaced by the Adams-Bashforth mean of the last ``steps`` evaluations (arXiv 2204.13902).
 
     The weights are those of equal steps whatever the grid, so on a smooth grid the order is 2 however many are used.
+
+    Args:
+        steps: number of evaluations in the mean, 1 to 4.
+
+    Raises:
+        SolverError: another number of steps.
     """
 
     steps: int = 4

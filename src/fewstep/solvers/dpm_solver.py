@@ -1,9 +1,12 @@
-r"""DPM-Solver (Lu et al., arXiv 2206.00927) on the noise form: singlestep, Runge-Kutta in ``lam`` with evaluations inside the step, and
-multistep, polynomials for ``eps`` from past evaluations.
+r"""DPM-Solver (Lu et al., arXiv 2206.00927) in ``eps``, as a singlestep and as a multistep method.
+
+Singlestep solvers are Runge-Kutta methods in ``lam`` with evaluations inside the step; multistep ones put polynomials through the
+``eps`` of past evaluations.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,8 +28,10 @@ __all__ = ["DPMSolver2S", "DPMSolver3S", "DPMSolverM"]
 
 
 class _Singlestep(Solver):
-    """Stages at ``lam_s + fraction h``. A step from ``alpha = 0`` (``h`` infinite) is the Runge-Kutta method of the same fractions
-    in ``v = alpha/sigma``, for which ``d(x/sigma)/dv = D``; a step to ``sigma = 0`` is one evaluation of first order.
+    """A singlestep solver with stages at ``lam_s + fraction h``.
+
+    A step from ``alpha = 0`` (``h`` infinite) is the Runge-Kutta method of the same fractions in ``v = alpha/sigma``, for which
+    ``d(x/sigma)/dv = D``; a step to ``sigma = 0`` is one evaluation of first order.
     """
 
     references = ("2206.00927",)
@@ -61,16 +66,16 @@ class _Singlestep(Solver):
             x_t = self.stage(nodes, stage, s, t, anchor, history)
         return (x_t if stage == self.stages - 1 else anchor), x_t
 
+    @abstractmethod
     def stage(self, nodes: Nodes, stage: int, s: int, t: int, x_s: Tensor, history: list[Tensor]) -> Tensor:
-        """Where stage ``1, 2, ...`` leads, from the state ``x_s`` at the step's start."""
-        ...
+        """Return the state after stage ``1, 2, ...``, from the state ``x_s`` at the step's start."""
 
+    @abstractmethod
     def from_zero_alpha(self, nodes: Nodes, stage: int, s: int, t: int, x_s: Tensor, x0: Tensor, history: list[Tensor]) -> Tensor:
-        """The same where ``alpha_s = 0``; ``x0`` is the newest estimate."""
-        ...
+        """Return the state after a stage where ``alpha_s = 0``; ``x0`` is the newest estimate."""
 
     def expand(self, nodes: Nodes, s: int, t: int, x_s: Tensor, eps: Tensor, slope: Tensor) -> Tensor:
-        """The noise form for ``eps(lam_s + r) = eps + r slope``."""
+        """Return the state at node ``t`` for ``eps(lam_s + r) = eps + r slope``, by the noise form of `phi`."""
         h = nodes.lam[t] - nodes.lam[s]
         integral = noise_moment(0, h) * eps + noise_moment(1, h) * slope
         return nodes.alpha[t] / nodes.alpha[s] * (x_s - nodes.sigma[s] * integral)
@@ -78,18 +83,14 @@ class _Singlestep(Solver):
 
 @dataclass(frozen=True)
 class DPMSolver2S(_Singlestep):
-    """DPM-Solver-2 (algorithm 1 there): one evaluation half-way in ``lam``; its difference weighted by ``e^h - 1`` as published."""
+    """DPM-Solver-2 (arXiv 2206.00927, algorithm 1): one evaluation half-way in ``lam``.
+
+    Its difference is weighted by ``e^h - 1``, as published.
+    """
 
     stages = 2
-
-    @property
-    def order(self) -> int:
-        return 2
-
-    @property
-    def memory(self) -> int:
-        return 2
-
+    order = 2
+    memory = 2
     fractions = (0.5,)
 
     def stage(self, nodes: Nodes, stage: int, s: int, t: int, x_s: Tensor, history: list[Tensor]) -> Tensor:
@@ -102,18 +103,11 @@ class DPMSolver2S(_Singlestep):
 
 @dataclass(frozen=True)
 class DPMSolver3S(_Singlestep):
-    """DPM-Solver-3 (algorithm 2 there): evaluations at one and two thirds of the step in ``lam``."""
+    """DPM-Solver-3 (arXiv 2206.00927, algorithm 2): evaluations at one and two thirds of the step in ``lam``."""
 
     stages = 3
-
-    @property
-    def order(self) -> int:
-        return 3
-
-    @property
-    def memory(self) -> int:
-        return 3
-
+    order = 3
+    memory = 3
     fractions = (1 / 3, 2 / 3)
 
     def stage(self, nodes: Nodes, stage: int, s: int, t: int, x_s: Tensor, history: list[Tensor]) -> Tensor:
@@ -128,14 +122,17 @@ class DPMSolver3S(_Singlestep):
 
 @dataclass(frozen=True)
 class DPMSolverM(NoiseMultistep):
-    """DPM-Solver of ``steps`` 1, 2 or 3 past evaluations, as diffusers' ``algorithm_type="dpmsolver"``; ``sde`` is ``sde-dpmsolver``.
+    """Multistep DPM-Solver in ``eps``, of 1, 2 or 3 past evaluations: diffusers' ``dpmsolver``, and with ``sde`` its ``sde-dpmsolver``.
 
     The SDE form weighs ``eps`` twice and adds noise. A step from ``alpha = 0`` or to ``sigma = 0`` is DDIM's.
 
     Args:
-        steps: how many evaluations the polynomial passes through; at most 2 of the SDE form.
+        steps: number of evaluations that the polynomial passes through, 1 to 3; at most 2 of the SDE form.
         form, third_order, lower_order_below, euler_at_final: as of `DPMSolverPP`.
         sde: solve the reverse-time SDE.
+
+    Raises:
+        SolverError: an option that is none of these.
     """
 
     steps: int = 2

@@ -32,9 +32,15 @@ def multistep_integral(
     form: Form = "midpoint",
     third_order: ThirdOrder = "published",
 ) -> Tensor:
-    """The integral, over the step after evaluation ``i``, of a kernel times the polynomial through the last ``p`` values, newest first.
+    """Return the integral over the step after evaluation ``i`` of a kernel times the polynomial through past values.
 
-    ``moment(k, h)`` is that of ``r^k/k!`` under the kernel (see `phi`): the data or the noise one.
+    Args:
+        nodes: of the grid.
+        i: number of the evaluation.
+        p: number of values that the polynomial passes through.
+        values: of past evaluations, newest first.
+        moment: ``(k, h)`` -> integral of ``r^k/k!`` under the kernel, `data_moment` or `noise_moment`.
+        form, third_order: as of `DPMSolverPP`.
     """
     h = nodes.lam[i + 1] - nodes.lam[i]
     total = moment(0, h) * values[0]
@@ -52,15 +58,18 @@ def multistep_integral(
 
 @dataclass(frozen=True)
 class DPMSolverPP(Solver):
-    """DPM-Solver++ of ``steps`` 1, 2 or 3 past evaluations (2M: algorithm 2 there).
+    """Multistep DPM-Solver++ of 1, 2 or 3 past evaluations (Lu et al., arXiv 2211.01095; 2M is algorithm 2 there).
 
     Args:
-        steps: how many evaluations the polynomial passes through.
+        steps: number of evaluations that the polynomial passes through, 1 to 3.
         form: ``midpoint`` weighs the slope of 2M by ``(1 - e^{-h})/2``, ``taylor`` exactly.
         third_order: the published 3M weighs its second divided difference as if it were half a derivative and so converges with
             order 2; ``corrected`` doubles that term. ``published`` is the default, for parity with every other library.
         lower_order_below: grids of fewer steps end with orders ..., 2, 1 (see `stencil.effective_order`).
-        euler_at_final: the last step is of first order on every grid.
+        euler_at_final: make the last step of first order on every grid.
+
+    Raises:
+        SolverError: an option that is none of these.
     """
 
     steps: int = 2
@@ -92,20 +101,23 @@ class DPMSolverPP(Solver):
 
 @dataclass(frozen=True)
 class SDEDPMSolverPP2M(Solver):
-    """SDE-DPM-Solver++(2M): the same polynomial for the reverse-time SDE, whose kernel is ``e^{-2(h-r)}`` and which adds noise."""
+    """SDE-DPM-Solver++(2M) (Lu et al., arXiv 2211.01095): the polynomial of 2M in the reverse-time SDE, which adds noise.
+
+    Its kernel is ``e^{-2(h-r)}``.
+
+    Args:
+        form, lower_order_below, euler_at_final: as of `DPMSolverPP`.
+
+    Raises:
+        SolverError: an option that is none of these.
+    """
 
     form: Form = "midpoint"
     lower_order_below: int = 15
     euler_at_final: bool = False
     references = ("2211.01095",)
-
-    @property
-    def order(self) -> int:
-        return 2
-
-    @property
-    def memory(self) -> int:
-        return 2
+    order = 2
+    memory = 2
 
     def __post_init__(self) -> None:
         if self.form not in ("midpoint", "taylor"):

@@ -23,6 +23,7 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics, Rule
 from fewstep.core.tableau import Nodes, Solver
 from fewstep.runtime.errors import SolverError, look_up
+from fewstep.runtime.front_door import checked_class
 from fewstep.solvers.ddim import first_order
 from fewstep.solvers.phi import divided_difference_weights, interpolation_weights
 from fewstep.solvers.stencil import ALWAYS, NEVER, effective_order
@@ -37,9 +38,10 @@ GATES: dict[str, Gate] = {  # of the time as a part of the first one
 }
 
 
+@checked_class
 @dataclass(frozen=True)
 class DPMSolverV3(Solver):
-    """DPM-Solver-v3 of ``steps`` 1, 2 or 3 past evaluations.
+    """DPM-Solver-v3 of 1, 2 or 3 past evaluations (Zheng et al., arXiv 2310.13268), driven by statistics of the model.
 
     Args:
         statistics: of the model that is sampled; a path is loaded.
@@ -97,7 +99,7 @@ class DPMSolverV3(Solver):
         return self.statistics.element
 
     def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
-        """The grid's own times; with trapezoid integrals the nearest of the statistics."""
+        """Return the grid's own times; with trapezoid integrals the nearest points of the statistics' grid."""
         nodes, table = Nodes.at(schedule, grid.t), self.statistics.lam
         if not self.statistics.covers(nodes.lam):
             raise SolverError(
@@ -107,7 +109,7 @@ class DPMSolverV3(Solver):
         return nodes if self.integrals == "exact" else Nodes.at(schedule, self.statistics.snap(grid, schedule).t)
 
     def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
-        """``F``; where ``alpha = 0`` it does not exist, and ``x0`` is remembered."""
+        """Return ``F``; where ``alpha = 0`` it does not exist, and ``x0`` is recorded."""
         if not bool(torch.isfinite(nodes.lam[i])):
             return x0
         return self._linear(nodes, i) * x - x0
@@ -125,7 +127,7 @@ class DPMSolverV3(Solver):
         return x, self.step(nodes, i, i + 1, x, {i - k: history[k] for k in range(p)}, pseudo=self.predictor == "pseudo")
 
     def step(self, nodes: Nodes, s: int, t: int, x: Tensor, past: dict[int, Tensor], *, pseudo: bool) -> Tensor:
-        """From node ``s`` to ``t`` with ``F`` at the nodes ``past``, the first of which is ``s``."""
+        """Return the state at node ``t`` from ``x`` at node ``s``, with ``F`` at the nodes ``past``, the first of which is ``s``."""
         ems, lam = self.statistics, nodes.lam
         over = ems.integrals(lam[s], lam[t], len(past), self.integrals)
         g = []
@@ -138,7 +140,7 @@ class DPMSolverV3(Solver):
         return nodes.alpha[t] * torch.exp(-over.l) * (x / nodes.alpha[s] - change)
 
     def _linear(self, nodes: Nodes, i: int) -> Tensor:
-        """``(1 - l) / alpha [*E]`` at a node."""
+        """Return ``(1 - l) / alpha [*E]`` at a node."""
         return (1 - self.statistics.at(nodes.lam[i : i + 1])[0][0]) / nodes.alpha[i]
 
     def _corrects(self, nodes: Nodes, i: int) -> bool:
@@ -149,7 +151,7 @@ class DPMSolverV3(Solver):
 
 
 class Setting(NamedTuple):
-    """How the authors sampled: solver options, grid and end time, for up to so many evaluations."""
+    """Options of the authors' experiments: those of the solver, the grid and the end time, for up to ``most`` evaluations."""
 
     most: int
     grid: str
@@ -181,7 +183,11 @@ PUBLISHED: dict[str, tuple[Setting, ...]] = {  # from the authors' scripts; wher
 
 
 def published(setting: str, nfe: int) -> Setting:
-    """The authors' own options for one of their experiments at this number of evaluations.
+    """Return the authors' own options for one of their experiments at this number of evaluations.
+
+    Args:
+        setting: a key of `PUBLISHED`.
+        nfe: number of evaluations.
 
     Raises:
         SolverError: an experiment they did not make, or more evaluations than they had.

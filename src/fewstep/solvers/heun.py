@@ -19,17 +19,14 @@ __all__ = ["Euler", "Heun"]
 
 @dataclass(frozen=True)
 class Euler(Solver):
-    """``z_t = z_s + (r_t - r_s) dz/dr``. In these variables Euler's method and deterministic DDIM are the same numbers."""
+    """Euler's method in ``z = x/alpha`` over ``r = sigma/alpha``: ``z_t = z_s + (r_t - r_s) dz/dr`` (EDM, arXiv 2206.00364).
+
+    In these variables it and deterministic DDIM are the same numbers.
+    """
 
     references = ("2206.00364",)
-
-    @property
-    def order(self) -> int:
-        return 1
-
-    @property
-    def memory(self) -> int:
-        return 1
+    order = 1
+    memory = 1
 
     def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
         x_t = first_order(nodes, i, i + 1, x, history[0])
@@ -38,22 +35,16 @@ class Euler(Solver):
 
 @dataclass(frozen=True)
 class Heun(Solver):
-    """An Euler step, then the trapezoid: two evaluations a step, the second at the step's end. ``dz/dr`` is ``eps``.
+    """Heun's method in ``z = x/alpha`` over ``r = sigma/alpha``: an Euler step, then the trapezoid (EDM, arXiv 2206.00364, algorithm 1).
 
-    A last step to ``sigma = 0`` is Euler's (one evaluation). A first step from ``alpha = 0``, where ``r`` is infinite, is
-    the trapezoid in ``1/r`` instead: ``d(x/sigma)/d(1/r) = D``.
+    It makes two evaluations a step, the second at the step's end; ``dz/dr`` is ``eps``. A last step to ``sigma = 0`` is Euler's (one
+    evaluation). A first step from ``alpha = 0``, where ``r`` is infinite, is the trapezoid in ``1/r`` instead: ``d(x/sigma)/d(1/r) = D``.
     """
 
     references = ("2206.00364",)
     stages = 2
-
-    @property
-    def order(self) -> int:
-        return 2
-
-    @property
-    def memory(self) -> int:
-        return 2
+    order = 2
+    memory = 2
 
     def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
         t = torch.cat([grid.t[:1], grid.t[1:].repeat_interleave(2)])  # s, t, t, u, u, ..., end; stages at (s, t), (t, u), ...

@@ -1,4 +1,4 @@
-r"""The integrals that exponential integrators weigh their data with, exact in float64 from ``h -> 0`` to ``h = inf``.
+r"""The moments of the kernels of exponential integrators, exact in float64 from ``h -> 0`` to ``h = inf``.
 
 Between ``lam_s`` and ``lam_t = lam_s + h`` the sampling ODE has two exact forms (DPM-Solver, arXiv 2206.00927; ++, 2211.01095):
 
@@ -21,7 +21,7 @@ _SERIES_BELOW = 1.0  # there the recursion below would lose digits, and 20 terms
 
 
 def phi(k: int, z: Tensor) -> Tensor:
-    r"""``phi_k(z) = sum_n z^n / (n + k)!``: ``phi_0 = e^z``, ``phi_{k+1} = (phi_k - 1/k!) / z``. Elementwise, float64."""
+    r"""Return ``phi_k(z) = sum_n z^n / (n + k)!``, where ``phi_0 = e^z`` and ``phi_{k+1} = (phi_k - 1/k!) / z``. Elementwise, float64."""
     small = z.abs() < _SERIES_BELOW
     tiny, safe = torch.where(small, z, 0.0), torch.where(small, 1.0, z)
     series = torch.zeros_like(tiny)
@@ -34,19 +34,23 @@ def phi(k: int, z: Tensor) -> Tensor:
 
 
 def data_moment(k: int, h: Tensor) -> Tensor:
-    r"""``int_0^h e^{-(h-r)} r^k/k! dr = h^{k+1} phi_{k+1}(-h)``; for ``k = 0`` it is 1 at ``h = inf``."""
+    r"""Return ``int_0^h e^{-(h-r)} r^k/k! dr = h^{k+1} phi_{k+1}(-h)``, elementwise; for ``k = 0`` it is 1 at ``h = inf``."""
     return -torch.expm1(-h) if k == 0 else h ** (k + 1) * phi(k + 1, -h)
 
 
 def noise_moment(k: int, h: Tensor) -> Tensor:
-    r"""``int_0^h e^{-r} r^k/k! dr``, the regularised incomplete gamma function; 1 at ``h = inf`` for every ``k``."""
+    r"""Return ``int_0^h e^{-r} r^k/k! dr``, the regularised incomplete gamma function, elementwise; 1 at ``h = inf``."""
     return -torch.expm1(-h) if k == 0 else torch.special.gammainc(torch.full_like(h, k + 1.0), h)
 
 
 def interpolation_weights(offsets: list[Tensor], moments: list[Tensor]) -> Tensor:
-    r"""Weights ``[p, *E]`` that integrate the polynomial through values at ``offsets`` (of ``lam``, from the step's start).
+    r"""Return weights ``[p, *E]`` that integrate the polynomial through ``p`` values.
 
-    They solve ``sum_j w_j offset_j^k / k! = moment_k [*E]`` for ``k = 0 .. p-1``.
+    They solve ``sum_j w_j offset_j^k / k! = moment_k`` for ``k = 0 .. p-1``.
+
+    Args:
+        offsets: where the values are, in ``lam`` from the step's start, each ``[]``.
+        moments: integrals of ``r^k/k!`` under the kernel, each ``[*E]``.
     """
     at, wanted = torch.stack(offsets), torch.stack(moments)
     rows = [at**k / math.factorial(k) for k in range(len(moments))]
@@ -54,7 +58,10 @@ def interpolation_weights(offsets: list[Tensor], moments: list[Tensor]) -> Tenso
 
 
 def divided_difference_weights(offsets: list[Tensor], moments: list[Tensor]) -> Tensor:
-    r"""Weights ``[p, *E]`` as above, but with ``k!`` times the divided difference over the first ``k + 1`` points as k-th derivative."""
+    r"""Return weights ``[p, *E]`` with ``k!`` times the divided difference over the first ``k + 1`` points as the k-th derivative.
+
+    Arguments are those of `interpolation_weights`.
+    """
     weights = [torch.zeros_like(moments[0]) for _ in offsets]
     for k, moment in enumerate(moments):
         for j in range(k + 1):

@@ -1,4 +1,4 @@
-"""Which past evaluations a multistep formula may use at each step: decided here, before the loop, for every solver."""
+"""The past evaluations that a multistep formula may use at each step, decided here, before the loop, for every solver."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALWAYS, NEVER = 1_000_000, 0  # for lower_order_below
 
 
 def effective_order(nodes: Nodes, i: int, order: int, lower_order_below: int = NEVER, *, euler_at_final: bool = False) -> int:
-    """The order of the step that follows evaluation ``i`` (of a solver that evaluates once per step).
+    """Return the order of the step that follows evaluation ``i`` of a solver that evaluates once per step.
 
     * Warm-up: only ``i + 1`` evaluations exist.
     * End: on a grid of fewer than ``lower_order_below`` steps the last steps have order ..., 2, 1. The implementations
@@ -37,7 +37,7 @@ def effective_order(nodes: Nodes, i: int, order: int, lower_order_below: int = N
 
 
 def noise_or_data(nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
-    """What a solver in ``eps`` remembers: ``eps``, but ``x0`` where ``alpha = 0`` and ``eps = x/sigma`` knows nothing of it."""
+    """Return the quantity that a solver in ``eps`` records: ``eps``, but ``x0`` where ``alpha = 0``, since ``eps = x/sigma`` there."""
     if bool(nodes.alpha[i] == 0):
         return x0
     return from_x0("epsilon", x0, x, nodes.alpha[i], torch.as_tensor(nodes.sigma[i]))

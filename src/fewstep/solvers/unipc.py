@@ -20,7 +20,7 @@ __all__ = ["UniPC"]
 
 @dataclass(frozen=True)
 class UniPC(Solver):
-    """UniPC-p in data prediction: the evaluation at the predicted point also corrects the step that led there.
+    """UniPC-p in data prediction (Zhao et al., arXiv 2302.04867): the evaluation at the predicted point also corrects the step to it.
 
     Both halves add to the first-order step a sum ``alpha_t B(h) sum_k rho_k (D_k - D_s)/r_k`` over past points (and, in the
     corrector, the new one) whose weights match the exact moments. Where there is a single such point the paper takes
@@ -66,7 +66,15 @@ class UniPC(Solver):
         return x, self.step(nodes, i, i + 1, x, {i - k: history[k] for k in range(p)})
 
     def step(self, nodes: Nodes, s: int, t: int, x: Tensor, past: dict[int, Tensor], new: Tensor | None = None) -> Tensor:
-        """From node ``s`` to ``t`` with the evaluations ``past`` (``s`` and before) and, to correct, the one at ``t`` (eq. 3 and 9)."""
+        """Return the state at node ``t`` from ``x`` at node ``s`` (eq. 3 and 9).
+
+        Args:
+            nodes: of the grid.
+            s, t: start and end of the step.
+            x: the state at ``s``.
+            past: evaluations by node: ``s`` and earlier ones.
+            new: the evaluation at ``t``, to correct a step.
+        """
         x_t = first_order(nodes, s, t, x, past[s])
         h = nodes.lam[t] - nodes.lam[s]
         others = [(k, value) for k, value in past.items() if k != s] + ([] if new is None else [(t, new)])

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tests.conftest import shorten_reference
 
-from fewstep import Sampler, TimeGrid, load_model, make_grid, make_solver, sample
+from fewstep import Sampler, TimeGrid, load_model, make_grid, sample
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig
-from fewstep.evaluate.benchmark.run import benchmark, picture_file, read_samples
-from fewstep.sampling.noise import start_noise
+from fewstep.evaluate.benchmark.run import benchmark
+from fewstep.evaluate.rows import picture_file, read_samples
 
 SCRIPT = """
 def two_stages(model, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -33,7 +33,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = BenchmarkConfig(("ddim", "heun", "unipc-2"), ("angle",), (4,), num=4, batch=3, peers=peers)
     with pytest.MonkeyPatch.context() as patch:
         shorten_reference(patch)
-        benchmark(load_model("digits-edm"), config, folder, command="levels")
+        benchmark(load_model("digits-edm"), config, folder)
     sys.path.remove(str(folder))
     return folder
 
@@ -45,7 +45,7 @@ def levels(out: Path) -> dict[tuple[str, str], list[float]]:
 
 
 def test_multistep_solvers_are_asked_at_the_grid_whoever_wrote_them(out: Path) -> None:
-    grid = make_grid("angle", load_model("digits-edm").denoiser.schedule, 4).t.tolist()  # sigma is the time there
+    grid = make_grid("angle", load_model("digits-edm").schedule, 4).t.tolist()  # sigma is the time there
     found = levels(out)
     for key in (("fewstep", "ddim"), ("fewstep", "unipc-2"), ("diffusers", "ddim"), ("diffusers", "unipc-3"), ("diffusers", "lms")):
         assert found[key] == pytest.approx(grid, rel=1e-12), key
@@ -61,11 +61,9 @@ def test_stages_between_levels_are_named_too(out: Path) -> None:
 
 def test_a_row_can_be_made_again_from_its_levels(out: Path) -> None:
     model = load_model("digits-edm")
-    law = model.denoiser.schedule
+    law = model.schedule
     lam = -torch.log(torch.tensor(levels(out)["fewstep", "unipc-2"], dtype=torch.float64))
-    again = Sampler.build(make_solver("unipc-2"), TimeGrid(law.t_of_lam(lam)), law)
-    seeds = [0, 1, 2, 3]
-    with torch.no_grad():
-        made = sample(model.denoiser, again, start_noise(again.tableau.nodes, seeds, model.shape), model.labels(seeds))
+    again = Sampler.build("unipc-2", TimeGrid(law.t_of_lam(lam)), law)
+    made = sample(model, again, seeds=range(4))
     kept = read_samples(picture_file(out, ("fewstep", "unipc-2", "angle", 4)))
     torch.testing.assert_close(made, kept, rtol=0, atol=2e-5)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.evaluate.benchmark.test_third_party import toy
+from tests.evaluate.problems import toy
 
 from fewstep import FewstepError, load_model
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig
@@ -22,7 +22,7 @@ def pictures(path: Path, side: int = 8, brightness: int = 128) -> str:
 
 
 def run(out: Path, data: str | None, **more: object) -> dict:
-    return benchmark(load_model("digits-edm"), BenchmarkConfig(("ddim",), ("angle",), (3,), data=data, **SMALL, **more), out, command="")
+    return benchmark(load_model("digits-edm"), BenchmarkConfig(("ddim",), ("angle",), (3,), data=data, **SMALL, **more), out).results
 
 
 def test_other_data_gives_other_distances_the_same_errors_and_another_table(tmp_path: Path) -> None:
@@ -39,9 +39,8 @@ def test_other_data_gives_other_distances_the_same_errors_and_another_table(tmp_
 def test_a_model_without_data_of_its_own(tmp_path: Path) -> None:
     model = toy()
     assert model.data is None
-    side = model.shape[-1]
-    config = BenchmarkConfig(("ddim",), ("angle",), (3,), data=pictures(tmp_path / "x.npz", side), **SMALL)
-    assert benchmark(model, config, tmp_path / "out", command="")["rows"][0]["fd"] > 0
+    config = BenchmarkConfig(("ddim",), ("angle",), (3,), data=pictures(tmp_path / "x.npz", 2), **SMALL)
+    assert benchmark(model, config, tmp_path / "out").results["rows"][0]["fd"] > 0
 
 
 SCRIPT = """
@@ -71,4 +70,4 @@ def test_images_of_another_shape_and_features_without_data_are_refused(tmp_path:
     with pytest.raises(FewstepError, match=r"large.npz has images of shape \(1, 9, 9\), digits-edm makes \(1, 8, 8\)"):
         run(tmp_path, pictures(tmp_path / "large.npz", 9))
     with pytest.raises(FewstepError, match="name the data"):
-        benchmark(toy(), BenchmarkConfig(("ddim",), ("angle",), (3,), features="pixels", **SMALL), tmp_path, command="")
+        benchmark(toy(), BenchmarkConfig(("ddim",), ("angle",), (3,), features="pixels", **SMALL), tmp_path)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep import DiscreteVP, SolverError, TimeGrid, VarianceExploding, seeded_noise
+from fewstep import DiscreteVP, SolverError, TimeGrid, VarianceExploding
 from fewstep.core.tableau import Nodes
 from fewstep.evaluate.benchmark.peers import PEERS, peer_nodes, peer_steps, run_peer
 from fewstep.models.analytic import MixtureDenoiser
+from fewstep.sampling.noise import seeded_noise
 from fewstep.solvers import SOLVERS
 
 EDM, DISCRETE = VarianceExploding(), DiscreteVP.linear()

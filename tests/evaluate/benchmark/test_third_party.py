@@ -1,4 +1,4 @@
-"""Anybody's sampler by ``module:function``: what it is told, what is counted, what its failures do."""
+"""Third-party samplers by ``module:function``: what they are given, what is counted, what their failures do."""
 
 import re
 import sys
@@ -7,26 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.evaluate.problems import toy
 from torch import Tensor
 
-from fewstep import (
-    AdaptedDenoiser,
-    FewstepError,
-    GaussianDenoiser,
-    Model,
-    Sampler,
-    SolverError,
-    TimeGrid,
-    VarianceExploding,
-    load_model,
-    make_solver,
-    sample,
-    start_noise,
-)
+from fewstep import FewstepError, Sampler, SolverError, TimeGrid, VarianceExploding, load_model, sample
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig
-from fewstep.evaluate.benchmark.run import benchmark, picture_file, read_errors
-from fewstep.evaluate.benchmark.third_party import load_third_party, run_third_party
+from fewstep.evaluate.benchmark.run import benchmark
+from fewstep.evaluate.benchmark.third_party import ThirdPartySampler, run_third_party
+from fewstep.evaluate.rows import picture_file, read_errors
+from fewstep.models.analytic import GaussianDenoiser
+from fewstep.sampling.noise import start_noise
 
 SOURCE = """
 import torch
@@ -55,6 +46,9 @@ def nothing(model, x, sigmas, **_):
 
 def half(model, x, sigmas, **_):
     return x[:, :, ::2]
+
+def blind(model, x, sigmas, **_):
+    return x
 
 def nan(model, x, sigmas, **_):
     model(x, sigmas[0])
@@ -86,9 +80,9 @@ def test_its_samples_are_those_of_our_solver_of_the_formula(module: str, schedul
     grid = TimeGrid.uniform(schedule, 6, t_max=start, t_min=end or schedule.t_min)
     for clean in (False, True) if name == "euler" else (False,):
         grid = grid.to_clean(schedule) if clean else grid
-        sampler = Sampler.build(make_solver(ours), grid, schedule)
+        sampler = Sampler.build(ours, grid, schedule)
         x = start_noise(sampler.tableau.nodes, range(5), (1, 2, 2)).double()
-        made = run_third_party(load_third_party(f"{module}:{name}"), denoiser, grid, x, None, range(5))
+        made = run_third_party(ThirdPartySampler.load(f"{module}:{name}"), denoiser, grid, x, None, range(5))
         assert float((made - sample(denoiser, sampler, x)).abs().max()) < 1e-6
 
 
@@ -105,14 +99,13 @@ def test_the_model_is_told_times_exactly_and_may_be_asked_for_others(module: str
             return exact(x, t)
 
     grid, x = TimeGrid.karras(schedule, 4), torch.zeros(3, 1, 2, 2)
-    run_third_party(load_third_party(f"{module}:euler"), Seen(), grid, x, "condition", range(3))
+    run_third_party(ThirdPartySampler.load(f"{module}:euler"), Seen(), grid, x, "condition", range(3))
     assert [t.shape for t in asked] == [()] * 4 and torch.equal(torch.stack(asked), grid.t[:-1])  # not those rounded to float32
 
     def two_levels(model, x, sigmas, **_):
         return model(x, torch.tensor([3.0, 80.0, 3.0]))
 
-    object.__setattr__(sampler := load_third_party(f"{module}:euler"), "function", two_levels)
-    made = run_third_party(sampler, Seen(), grid, x + 1, "condition", range(3))
+    made = run_third_party(ThirdPartySampler.of(two_levels), Seen(), grid, x + 1, "condition", range(3))
     torch.testing.assert_close(made[1], exact(x + 1, torch.tensor(80.0).double())[1])
     torch.testing.assert_close(asked[-1], torch.tensor([3.0, 80.0, 3.0]).double())
 
@@ -129,33 +122,27 @@ def test_entries_that_cannot_be_are_named(module: str, tmp_path: Path) -> None:
             BenchmarkConfig(("ddim",), ("angle",), (5,), peers=(entry,))
     (tmp_path / "broken.py").write_text("def f(:\n")
     with pytest.raises(FewstepError, match="cannot import broken:f: SyntaxError"):
-        load_third_party("broken:f")
+        ThirdPartySampler.load("broken:f")
     assert str(tmp_path) not in sys.path
     flow = RectifiedFlow()
     with pytest.raises(SolverError, match="theirs:euler cannot start at alpha = 0"):
         denoiser = GaussianDenoiser(flow, torch.zeros(1, 2, 2), torch.tensor(0.5))
-        run_third_party(load_third_party("theirs:euler"), denoiser, TimeGrid.uniform(flow, 3), torch.zeros(1, 1, 2, 2), None, [0])
-
-
-def toy() -> Model:
-    """An analytic one without data."""
-    exact = GaussianDenoiser(VarianceExploding(), torch.zeros(1, 2, 2), torch.tensor(0.5))
-    return Model("toy", AdaptedDenoiser(lambda x, t: exact(x, t), exact.schedule, "sample"), (1, 2, 2))
+        run_third_party(ThirdPartySampler.load("theirs:euler"), denoiser, TimeGrid.uniform(flow, 3), torch.zeros(1, 1, 2, 2), None, [0])
 
 
 def test_rows_say_what_was_made_and_why_it_failed(module: str, tmp_path: Path) -> None:
-    peers = tuple(f"theirs:{name}" for name in ("euler", "midpoint", "raises", "nothing", "half", "nan", "random"))
+    peers = tuple(f"theirs:{name}" for name in ("euler", "midpoint", "raises", "nothing", "half", "nan", "blind", "random"))
     config = BenchmarkConfig(("euler",), ("karras",), (5,), peers=peers, **SMALL)
-    results = benchmark(toy(), config, tmp_path / "out", command="")
+    results = benchmark(toy(), config, tmp_path / "out").results
     rows = {(row["library"], row["solver"]): row for row in results["rows"]}
     assert rows["theirs", "euler"]["rmse"] == pytest.approx(rows["fewstep", "euler"]["rmse"], rel=FLOAT32)
     assert (rows["theirs", "euler"]["nfe"], rows["theirs", "euler"]["planned"]) == (5, None)
     assert (rows["theirs", "midpoint"]["nfe"], rows["theirs", "midpoint"]["planned"]) == (10, 5)
     assert (rows["theirs", "random"]["nfe"], rows["theirs", "random"]["planned"]) == (1, 5)
-    why = {name: rows["theirs", name]["failed"] for name in ("raises", "nothing", "half", "nan")}
+    why = {name: rows["theirs", name]["failed"] for name in ("raises", "nothing", "half", "nan", "blind")}
     assert why["raises"] == "KeyError: 'no such thing'"
     assert "answered a NoneType to a state of shape (8, 1, 2, 2)" in why["nothing"] and "answered shape (8, 1, 1, 2)" in why["half"]
-    assert why["nan"].endswith("of 12 samples are not finite")
+    assert why["nan"].endswith("of 12 samples are not finite") and why["blind"] == "it made no network evaluation"
     for name in why:
         row = rows["theirs", name]
         assert row["rmse"] is row["seconds"] is row["fd"] is row["rmse_ci"] is None and row["nfe"] == 5
@@ -167,7 +154,7 @@ def test_rows_are_run_again_when_the_source_changed_or_they_failed_and_not_befor
     config = BenchmarkConfig(("euler",), ("karras",), (4,), peers=("theirs:euler", "theirs:midpoint", "theirs:random"), **SMALL)
 
     def rows(config: BenchmarkConfig = config) -> dict[str, dict]:
-        made = benchmark(toy(), config, tmp_path / "out", command="")["rows"]
+        made = benchmark(toy(), config, tmp_path / "out").results["rows"]
         return {f"{row['library']}:{row['solver']}": row for row in made}
 
     first = rows()
@@ -191,22 +178,25 @@ def test_rows_are_run_again_when_the_source_changed_or_they_failed_and_not_befor
 @pytest.mark.usefixtures("short_reference")
 def test_class_labels_reach_the_model_unseen(module: str, tmp_path: Path) -> None:
     config = BenchmarkConfig(("euler",), ("angle",), (3,), peers=("theirs:euler",), num=8, batch=8)
-    mine, theirs = benchmark(load_model("digits-edm"), config, tmp_path / "out", command="")["rows"]
+    mine, theirs = benchmark(load_model("digits-edm"), config, tmp_path / "out").results["rows"]
     assert theirs["rmse"] == pytest.approx(mine["rmse"], rel=FLOAT32) and theirs["labels"] == mine["labels"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_reference")
 def test_the_guide_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its three lines are one step of DDIM, and its comparison of two rows runs as it is written."""
-    compared, jump = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text(), re.S)
+    """Its three lines are one step of DDIM, and both of its comparisons run as they are written."""
+    front, compared, jump = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_samplers.py").write_text(jump)
     config = BenchmarkConfig(("ddim", "unipc-2"), ("karras",), (1, 5), peers=("my_samplers:jump", "diffusers"), **SMALL)
     rows = {
-        (row["library"], row["solver"], row["nfe"]): row
-        for row in benchmark(toy(), config, tmp_path / "runs" / "bench", command="")["rows"]
+        (row["library"], row["solver"], row["nfe"]): row for row in benchmark(toy(), config, tmp_path / "runs" / "bench").results["rows"]
     }
     sys.modules.pop("my_samplers")
     assert rows["my_samplers", "jump", 1]["rmse"] == pytest.approx(rows["fewstep", "ddim", 1]["rmse"], rel=FLOAT32)
     names: dict = {}
+    exec(compile(front, "benchmarks.md", "exec"), names)
+    assert names["best"].nfe == 5 and (tmp_path / "report.html").is_file()
     exec(compile(compared, "benchmarks.md", "exec"), names)
     assert names["verdict"] == "equal" and names["low"] <= names["difference"] <= names["high"]

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep import FewstepError, VarianceExploding, make_grid, make_solver, sample, seeded_noise
+from fewstep import FewstepError, VarianceExploding, make_grid, make_solver, sample
 from fewstep.core.tableau import tabulate
-from fewstep.evaluate.metrics.confidence import compare, half_subsets, rms, rmse_interval, sample_errors, subset_interval
+from fewstep.evaluate.metrics.confidence import compare_errors, half_subsets, rms, rmse_interval, sample_errors, subset_interval
 from fewstep.evaluate.metrics.distances import Gaussian, rmse
 from fewstep.models.analytic import MixtureDenoiser
+from fewstep.sampling.noise import seeded_noise
 from fewstep.sampling.reference import reference_sampler
 
 LAW, SHAPE, COUNT = VarianceExploding(), (1, 2, 2), 1024
@@ -41,7 +42,7 @@ def test_the_interval_of_the_rmse_holds_it_nineteen_times_of_twenty() -> None:
 def test_intervals_are_the_same_each_time_leave_the_global_generator_alone_and_are_cheap() -> None:
     errors, state = drawn(COUNT).abs(), torch.random.get_rng_state()
     first, begin = rmse_interval(errors), time.perf_counter()
-    assert rmse_interval(errors) == first and compare(errors, errors.flip(0)) == compare(errors, errors.flip(0))
+    assert rmse_interval(errors) == first and compare_errors(errors, errors.flip(0)) == compare_errors(errors, errors.flip(0))
     assert time.perf_counter() - begin < 0.5  # measured 0.02
     assert torch.equal(torch.random.get_rng_state(), state)
     many = drawn(100_000).abs()  # in blocks
@@ -102,28 +103,28 @@ def ends(solver: str, steps: int, wrong: float = 0.0) -> Tensor:
 @pytest.mark.parametrize(("solver", "steps"), [("dpm-solver-pp-2m", 20), ("unipc-2", 40), ("unipc-3", 40)])
 def test_a_wrong_coefficient_is_caught_and_a_second_run_is_not(solver: str, steps: int) -> None:
     right = ends(solver, steps)
-    assert compare(ends(solver, steps), right) == ("equal", 0.0, 0.0, 0.0)
-    wrong = compare(ends(solver, steps, wrong=0.01), right)
+    assert compare_errors(ends(solver, steps), right) == ("equal", 0.0, 0.0, 0.0)
+    wrong = compare_errors(ends(solver, steps, wrong=0.01), right)
     assert wrong.verdict == "worse" and 0 < wrong.low <= wrong.difference <= wrong.high
-    assert compare(right, ends(solver, steps, wrong=0.01)).verdict == "better"
+    assert compare_errors(right, ends(solver, steps, wrong=0.01)).verdict == "better"
 
 
 def test_a_wrong_coefficient_of_a_coarse_solver_is_seen_even_where_it_happens_to_help() -> None:
     """DDIM's steps fall short of the image, so one that goes 1 % farther lands nearer: a verdict is on the result, not on the formula."""
-    assert compare(ends("ddim", 20, wrong=0.01), ends("ddim", 20)).verdict == "better"
-    assert compare(ends("ddim", 20, wrong=-0.01), ends("ddim", 20)).verdict == "worse"
+    assert compare_errors(ends("ddim", 20, wrong=0.01), ends("ddim", 20)).verdict == "better"
+    assert compare_errors(ends("ddim", 20, wrong=-0.01), ends("ddim", 20)).verdict == "worse"
 
 
 def test_rounding_is_equal_and_pairing_sees_what_two_intervals_do_not() -> None:
     errors = drawn(COUNT).exp()
-    assert compare(errors * (1 + 1e-6), errors).verdict == "equal"
+    assert compare_errors(errors * (1 + 1e-6), errors).verdict == "equal"
     better = errors * 0.98
-    assert compare(better, errors).verdict == "better" and rmse_interval(better)[1] > rmse_interval(errors)[0]
-    assert compare(errors, errors[torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))]).verdict == "equal"
+    assert compare_errors(better, errors).verdict == "better" and rmse_interval(better)[1] > rmse_interval(errors)[0]
+    assert compare_errors(errors, errors[torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))]).verdict == "equal"
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(FewstepError, match="same noises"):
-        compare(torch.ones(4), torch.ones(5))
+        compare_errors(torch.ones(4), torch.ones(5))
     with pytest.raises(FewstepError, match="failed"):
-        compare(torch.ones(4), torch.full((4,), torch.nan))
+        compare_errors(torch.ones(4), torch.full((4,), torch.nan))

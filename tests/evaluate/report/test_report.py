@@ -19,11 +19,13 @@ from tests.conftest import shorten_reference
 
 from fewstep import ArtifactError, FewstepError, load_model
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig
-from fewstep.evaluate.benchmark.run import benchmark, picture_file
+from fewstep.evaluate.benchmark.run import benchmark
 from fewstep.evaluate.report import write as report
+from fewstep.evaluate.report.findings import grouped, read_folders
 from fewstep.evaluate.report.plots import DARK, LIGHT, Point, strip, svg, work_precision
 from fewstep.evaluate.report.verdict import key_of
 from fewstep.evaluate.report.write import to_csv, to_markdown, write_report
+from fewstep.evaluate.rows import picture_file
 
 OLD = {"library": "fewstep", "num": 64, "guidance": 1.0, "fd": 0.5, "fd_features": "digits", "seconds": 1.0, "solver_seconds": 0.1}
 NEW = ("rmse_ci", "error_median", "error_p95", "fd_ci", "kd", "kd_ci", "precision", "recall", "labels", "peak_memory", "failed")
@@ -260,27 +262,34 @@ def changed(before: dict[str, Any], after: dict[str, Any], tmp_path: Path, **mor
     return page, next(iter(verdicts), "equal")
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "verdict"),
-    [
-        ((0.100, None), (0.1021, None), "worse"),
-        ((0.100, None), (0.1019, None), "equal"),
-        ((0.100, None), (0.0979, None), "better"),
-        ((0.100, [0.09, 0.11]), (0.12, [0.111, 0.13]), "worse"),
-        ((0.100, [0.09, 0.11]), (0.12, [0.109, 0.13]), "equal"),
-        ((0.100, [0.09, 0.11]), (0.08, [0.07, 0.089]), "better"),
-        ((0.100, None), (0.12, [0.11, 0.13]), "worse"),
-        ((0.100, None), (None, None), "worse"),
-        ((None, None), (0.1, None), "better"),
-        ((None, None), (None, None), "equal"),
-    ],
-)
-def test_regressions_are_marked(tmp_path: Path, before: tuple, after: tuple, verdict: str) -> None:
-    rows = [row("ddim", 5, error, rmse_ci=ends, failed="why" if error is None else None) for error, ends in (before, after)]
-    page, found = changed(*rows, tmp_path)
-    assert found == verdict
-    if after[0] is not None:
-        assert f"In two runs: 1 row; {int(verdict == 'worse')} got worse, {int(verdict == 'better')} better." in page.text
+REGRESSIONS = [  # error and interval before and after
+    ((0.100, None), (0.1021, None), "worse"),
+    ((0.100, None), (0.1019, None), "equal"),
+    ((0.100, None), (0.0979, None), "better"),
+    ((0.100, [0.09, 0.11]), (0.12, [0.111, 0.13]), "worse"),
+    ((0.100, [0.09, 0.11]), (0.12, [0.109, 0.13]), "equal"),
+    ((0.100, [0.09, 0.11]), (0.08, [0.07, 0.089]), "better"),
+    ((0.100, None), (0.12, [0.11, 0.13]), "worse"),
+    ((0.100, None), (None, None), "worse"),
+    ((None, None), (0.1, None), "better"),
+    ((None, None), (None, None), "equal"),
+]
+
+
+def test_regressions_are_marked(tmp_path: Path) -> None:
+    runs = []
+    for part in range(2):
+        ends = [case[part] for case in REGRESSIONS]
+        rows = [row(f"s{k}", 5, error, rmse_ci=ci, failed="why" if error is None else None) for k, (error, ci) in enumerate(ends)]
+        runs.append(results(rows))
+    folders = [put(tmp_path / name, made, None) for name, made in zip(("before", "after"), runs, strict=True)]
+    (group,) = grouped(read_folders(folders))
+    assert [change.verdict for change in group.changes] == [verdict for *_, verdict in REGRESSIONS]
+    page = Page(write_report(folders, tmp_path))
+    check_numbers(page, *runs)
+    assert "In two runs: 10 rows; 4 got worse, 3 better." in page.text
+    marks = [str(attrs.get("class")).split() for tag, attrs in page.tags if tag == "td"]
+    assert [sum(mark in one for one in marks) for mark in ("worse", "better")] == [4, 3]
 
 
 def test_errors_on_other_noises_are_compared_by_intervals_only(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 from tests.evaluate.report.test_report import results, row
 
-from fewstep.evaluate.report.findings import Format, Name, Number, Problem, Run, summary
+from fewstep.evaluate.report.findings import Format, Name, Number, ResultsFolder, RowGroup, summary
 
 
 def said(rows: Sequence[dict[str, Any]]) -> list[str]:
-    problem = Problem([Run(Path(), "run", results(rows))])
-    return ["".join(map(shown, sentence)) for sentence in summary(problem, Format(rows))]
+    group = RowGroup([ResultsFolder(Path(), "run", results(rows))])
+    return ["".join(map(shown, sentence)) for sentence in summary(group, Format(rows))]
 
 
 def shown(part: str | Number | Name) -> str:
@@ -54,9 +54,9 @@ def test_what_is_made_for_a_model_and_what_is_not_certain_are_said() -> None:
 
 def test_evaluations_to_equal_quality() -> None:
     rows = [row("a", 5, 0.1), row("a", 8, 0.05), row("b", 5, 0.3), row("b", 5, 0.2, "karras"), row("b", 8, 0.1), row("c", 6, 0.5)]
-    problem = Problem([Run(Path(), "run", results(rows))])
-    goals = [problem.winners(nfe)[0] for nfe in (5, 6, 8)]
-    table = {name: [problem.needs(("fewstep", name), goal) for goal in goals] for name in "abc"}
+    group = RowGroup([ResultsFolder(Path(), "run", results(rows))])
+    goals = [group.winners(nfe)[0] for nfe in (5, 6, 8)]
+    table = {name: [group.needs(("fewstep", name), goal) for goal in goals] for name in "abc"}
     assert [(need.nfe, need.more, need.best) for need in table["a"]] == [(5, False, True), (5, False, False), (8, False, True)]
     assert [(need.nfe, need.more, need.best) for need in table["b"]] == [(8, False, False), (5, False, False), (8, True, False)]
     assert [(need.nfe, need.more, need.best) for need in table["c"]] == [(6, True, False), (6, False, True), (6, True, False)]

@@ -1,4 +1,4 @@
-"""Whether a row got worse: by the errors of single samples where they were kept, else by intervals."""
+"""Whether a row got worse: by the errors of single samples where they were saved, else by intervals."""
 
 import json
 from pathlib import Path
@@ -10,21 +10,21 @@ from torch import Tensor
 from fewstep import load_model
 from fewstep.core.tableau import Nodes
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig
-from fewstep.evaluate.benchmark.rows import keep_samples, picture_file
 from fewstep.evaluate.benchmark.run import benchmark
 from fewstep.evaluate.metrics.confidence import rms, rmse_interval
-from fewstep.evaluate.report.findings import problems_of, read_runs
+from fewstep.evaluate.report.findings import grouped, read_folders
 from fewstep.evaluate.report.verdict import Version, key_of, verdict
 from fewstep.evaluate.report.write import write_report
+from fewstep.evaluate.rows import picture_file, save_samples
 from fewstep.solvers.dpm_solver_pp import DPMSolverPP
 
 NOISES = (0, 512)
 
 
-def version(folder: Path, errors: Tensor, *, kept: Tensor | None = None, noises: tuple[int, int] = NOISES) -> Version:
-    """A row with these errors, which were kept, or others."""
+def version(folder: Path, errors: Tensor, *, saved: Tensor | None = None, noises: tuple[int, int] = NOISES) -> Version:
+    """A row with these errors, of which these or others were saved."""
     row = {"library": "fewstep", "solver": "ddim", "grid": "angle", "nfe": 5, "rmse": rms(errors), "rmse_ci": rmse_interval(errors)}
-    keep_samples(picture_file(folder, key_of(row)), torch.zeros(1, 1, 2, 2), errors if kept is None else kept)
+    save_samples(picture_file(folder, key_of(row)), torch.zeros(1, 1, 2, 2), errors if saved is None else saved)
     return Version(row, folder, noises)
 
 
@@ -42,8 +42,8 @@ def test_one_percent_is_seen_in_pairs_where_intervals_overlap(tmp_path: Path, er
 def test_errors_of_other_noises_or_of_another_row_are_not_compared_in_pairs(tmp_path: Path, errors: Tensor) -> None:
     before = version(tmp_path / "a", errors)
     assert verdict(version(tmp_path / "b", 1.01 * errors, noises=(512, 512)), before) == "equal"
-    assert verdict(version(tmp_path / "c", 1.01 * errors, kept=3 * errors), before) == "equal"  # a file of an older run
-    assert verdict(version(tmp_path / "d", 2 * errors, kept=errors), before) == "worse"  # the intervals say so
+    assert verdict(version(tmp_path / "c", 1.01 * errors, saved=3 * errors), before) == "equal"  # a file of an older run
+    assert verdict(version(tmp_path / "d", 2 * errors, saved=errors), before) == "worse"  # the intervals say so
     assert verdict(version(tmp_path / "e", 1.01 * errors[:256]), before) == "equal"
     picture_file(tmp_path / "b", key_of(before.row)).write_bytes(b"damaged")
     assert verdict(before._replace(folder=tmp_path / "b"), before) == "equal"
@@ -71,8 +71,8 @@ def test_a_wrong_coefficient_is_a_regression_in_the_report(tmp_path: Path, monke
             monkeypatch.setattr("fewstep.evaluate.benchmark.plan.solver_for", lambda *_, **__: OnePercent(2))
         benchmark(model, config, tmp_path / name, command=name)
     same, changed = ([tmp_path / "before", tmp_path / other] for other in ("again", "after"))
-    assert [change.verdict for change in problems_of(read_runs(same))[0].changes] == ["equal"]
-    assert [change.verdict for change in problems_of(read_runs(changed))[0].changes] == ["worse"]
+    assert [change.verdict for change in grouped(read_folders(same))[0].changes] == ["equal"]
+    assert [change.verdict for change in grouped(read_folders(changed))[0].changes] == ["worse"]
     assert "got worse" in write_report(changed, tmp_path).read_text()
     rows = [json.loads((tmp_path / name / "results.json").read_text())["rows"][0] for name in ("before", "again")]
     work = ("seconds", "solver_seconds", "peak_memory")

@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from tests.problems import pairwise
 
 from fewstep.integrations.diffusers import FewstepScheduler
 
@@ -130,14 +131,12 @@ SWEEPS = [
     *({"num_train_timesteps": count} for count in (25, 50, 100, 999, 1000)),
     *(
         {"thresholding": True, "solver_order": order, "solver_type": kind, "sample_max_value": most, "prediction_type": prediction}
-        for order, kind, most, prediction in product((1, 2, 3), ("midpoint", "heun", "bh1", "bh2"), (0.5, 1.0, 2.0), ("epsilon", "sample"))
+        for order, kind, most, prediction in pairwise((1, 2, 3), ("midpoint", "heun", "bh1", "bh2"), (0.5, 1.0, 2.0), ("epsilon", "sample"))
     ),
     *(
         {"algorithm_type": algorithm, "solver_type": kind, "solver_order": order, "prediction_type": prediction}
-        for algorithm, kind, order, prediction in product(
-            ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"), ("midpoint", "heun"), (1, 2, 3), ("epsilon", "sample")
-        )
-        if not (algorithm.startswith("sde") and order == 3)
+        for algorithm in ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
+        for order, kind, prediction in pairwise((1, 2) if "sde" in algorithm else (1, 2, 3), ("midpoint", "heun"), ("epsilon", "sample"))
     ),
     *({key: value} for key in ("lower_order_final", "euler_at_final", "rescale_betas_zero_snr", "thresholding") for value in (True, False)),
     *({"lambda_min_clipped": value} for value in (-float("inf"), -5.1)),
@@ -158,7 +157,7 @@ def test_a_saved_configuration_steps_alike(options, tmp_path):
         again = FewstepScheduler.from_pretrained(tmp_path)
         ends = []
         for one in (scheduler, again):
-            one.set_timesteps(10)
+            one.set_timesteps(6)
             ends.append(run(one, ramp(), generator=torch.manual_seed(0))[0])
         assert torch.equal(*ends) and bool(ends[0].isfinite().all())
 
@@ -322,7 +321,7 @@ PARITY = [
 
 
 @theirs_warn
-@pytest.mark.parametrize("steps", [5, 8, 20])
+@pytest.mark.parametrize("steps", [5, 16])  # on both sides of 15, where diffusers changes its order rule
 @pytest.mark.parametrize(
     ("name", "options"), PARITY, ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value
 )

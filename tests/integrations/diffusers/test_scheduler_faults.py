@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from tests.integrations.diffusers.test_scheduler import relative, run, tame
-from tests.solvers.problems import statistics
+from tests.problems import pairwise, statistics
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep import Sampler, TimeGrid, load_model, make_grid, make_solver
@@ -84,16 +84,23 @@ def test_a_terminal_shift_of_few_steps(solver, steps):
     assert steps == 1 or float(scheduler.timesteps[-1]) == pytest.approx(100, rel=1e-5)
 
 
-@pytest.mark.parametrize("prediction", ["v_prediction", "sample", "epsilon"])
-@pytest.mark.parametrize("options", [{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, {},
-                                     {"beta_schedule": "squaredcos_cap_v2"}], ids=["latent", "ddpm", "cosine"])  # fmt: skip
-@pytest.mark.parametrize("solver", SOLVERS[::2])
-def test_starts_without_signal_are_finite(solver, options, prediction):
-    for more in ({}, {"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}):
-        scheduler = made(6, rescale_betas_zero_snr=True, solver=solver, **{**options, **more, "prediction_type": prediction})
-        network = tame if prediction != "epsilon" else lambda x, t: x  # the answer for no image at all; others are without meaning there
-        x, states = run(scheduler, noise(), network)
-        assert all(bool(state.isfinite().all()) for state in states) and float(x.abs().max()) < 1e3
+LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+@pytest.mark.parametrize(
+    ("solver", "betas", "levels", "prediction"),
+    pairwise(
+        SOLVERS,
+        (LATENT, {}, {"beta_schedule": "squaredcos_cap_v2"}),
+        ({}, {"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}),
+        ("v_prediction", "sample", "epsilon"),
+    ),
+)
+def test_starts_without_signal_are_finite(solver, betas, levels, prediction):
+    scheduler = made(6, rescale_betas_zero_snr=True, solver=solver, **{**betas, **levels, "prediction_type": prediction})
+    network = tame if prediction != "epsilon" else lambda x, t: x  # the answer for no image at all; others are without meaning there
+    x, states = run(scheduler, noise(), network)
+    assert all(bool(state.isfinite().all()) for state in states) and float(x.abs().max()) < 1e3
 
 
 # -- many samples on one scheduler ----------------------------------------------------------------------------------------------------
@@ -268,9 +275,12 @@ class NoWaiting(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, FLOW, {"thresholding": True}, {"use_karras_sigmas": True}], ids=str)
-@pytest.mark.parametrize("solver", [*SOLVERS, "sde-dpm-solver-pp-2m"])
+@pytest.mark.parametrize(
+    ("solver", "options", "dtype"),
+    pairwise(
+        (*SOLVERS, "sde-dpm-solver-pp-2m"), ({}, FLOW, {"thresholding": True}, {"use_karras_sigmas": True}), (torch.float32, torch.bfloat16)
+    ),
+)
 def test_a_step_never_waits_for_its_device(solver, options, dtype):
     """On the meta device, which has no numbers to wait for."""
     if solver == "dpm-solver-v3" or (solver.startswith("sde") and options is FLOW):
@@ -329,7 +339,7 @@ def test_a_tail_is_a_grid_of_its_own(solver, announced):
         scheduler.set_begin_index(first)
     ours, _ = run(scheduler, noise(), tame, first=first)
     fresh = FewstepScheduler(**V, solver=solver, **extra)
-    fresh.set_timesteps(timesteps=scheduler._law.time(scheduler._grid.t[begin:-1]))
+    fresh.set_timesteps(timesteps=scheduler._law.time(scheduler._sampler.grid.t[begin:-1]))
     assert torch.equal(scheduler.timesteps[first:], fresh.timesteps)
     assert relative(ours, run(fresh, noise(), tame)[0]) < SAME
 
@@ -338,7 +348,8 @@ def test_a_tail_is_a_grid_of_its_own(solver, announced):
 @pytest.mark.parametrize("card", [True, False])
 def test_the_tail_of_a_saved_sampler_is_its_own_solver(solver, card, tmp_path):
     law = FewstepScheduler(**V)._law.schedule
-    sampler = Sampler.build(make_solver(solver), make_grid("angle", law, 6), law, prediction="v", **({"name": solver} if card else {}))
+    facts = {"prediction": "v"} | ({"name": solver} if card else {})
+    sampler = Sampler.build(make_solver(solver), make_grid("angle", law, 6), law, card=facts)
     sampler.save(tmp_path / "one")
     scheduler = FewstepScheduler.from_sampler(tmp_path / "one")
     scheduler.set_timesteps(6)
@@ -357,7 +368,7 @@ def test_the_tail_of_a_fitted_sampler_is_its_parent():
     sampler = Sampler.load(model.folder / "fitted" / "nfe-06")
     scheduler.set_begin_index(2)
     solver, grid = make_solver(sampler.options["parent"]), TimeGrid(sampler.grid.t[2:])
-    assert torch.equal(scheduler._tail(2).update, tabulate(solver, solver.nodes(grid, sampler.schedule)).update)
+    assert torch.equal(scheduler._sampler.tail(2).tableau.update, tabulate(solver, solver.nodes(grid, sampler.schedule)).update)
     x = run(scheduler, torch.randn(1, 1, 8, 8), tame, first=2)[0]
     assert bool(x.isfinite().all())
 

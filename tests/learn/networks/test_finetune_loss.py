@@ -2,24 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.learn.networks.test_finetune import DECREASE, FLOAT64, SHAPE, TINY, coarse, ours  # noqa: F401 - a fixture of every test is among them
+from tests.learn.networks.test_finetune import DECREASE, FLOAT64, SHAPE, TINY, coarse, rounds  # noqa: F401 - a fixture of every test is among them
+from tests.problems import tiny_folder
 from torch import Tensor, nn
 
-from fewstep import (
-    AdaptedDenoiser,
-    GaussianDenoiser,
-    TimeGrid,
-    VarianceExploding,
-    VPLinear,
-    load_model,
-)
+from fewstep import GaussianDenoiser, Model, TimeGrid, VarianceExploding, VPLinear, finetune, load_model
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.learn.networks import finetune as module
-from fewstep.learn.networks.finetune import finetune
+from fewstep.learn.networks.objectives.steps import LandingObjective
+from fewstep.learn.teacher.batches import Batch
+from fewstep.models.problem import Problem
 
 # -- the loss --------------------------------------------------------------------------------------------------------
 
@@ -52,20 +46,14 @@ def test_the_loss_is_the_distance_to_the_teacher_after_each_step(law: str) -> No
     grid, index = TimeGrid.angle(schedule, 6), [0, 2, 3, 6]
     t, moved = grid.t[index], 0.1
     x = schedule.sigma(grid.t[0]) * torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    states = torch.stack([x, *(exact.flow(x, grid.t[0], time) for time in grid.t[1:])])
+    states = torch.stack([x, *(exact.flow(x, grid.t[0], time) for time in grid.t[1:])], 1)
 
     def loss(states_of: str, shift: float) -> float:
-        network = Means(exact, t, shift)
-        stub = SimpleNamespace(
-            schedule=schedule,
-            grid=grid,
-            config=replace(TINY, states=states_of),
-            model=SimpleNamespace(adapted=AdaptedDenoiser(network, schedule, "sample")),
-            _batch=lambda index: (states, None),
-        )
-        return float(module._Tuning.landing(stub, index)(network, 5, torch.Generator().manual_seed(0)).detach())
+        problem = Problem(Model(network := Means(exact, t, shift), schedule, "sample", shape=SHAPE))
+        objective = LandingObjective(problem, grid, index, own_states=states_of == "own")
+        return float(objective.loss(network, Batch(states, None), torch.Generator()).detach())
 
-    scale = float(states[-1].square().mean())
+    scale = float(states[:, -1].square().mean())
     for states_of in ("own", "teacher"):
         assert loss(states_of, 0.0) < FLOAT64 * scale
     level = torch.exp(-schedule.lam(t)).tolist()
@@ -80,6 +68,6 @@ def test_the_loss_is_the_distance_to_the_teacher_after_each_step(law: str) -> No
 
 
 def test_states_of_the_teacher(tmp_path: Path) -> None:
-    model = load_model(ours(tmp_path / "teacher"))
-    (one,) = finetune(model, replace(TINY, rounds=1, states="teacher"), tmp_path / "out")
+    model = load_model(tiny_folder(tmp_path / "teacher"))
+    (one,) = rounds(finetune(model, config=replace(TINY, rounds=1, states="teacher")))
     assert one.bound_trained < DECREASE * one.bound_before

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
+from safetensors.torch import load_file
 from tests.learn.networks.test_finetune import (
     BRIEF,
     DECREASE,
@@ -15,26 +16,26 @@ from tests.learn.networks.test_finetune import (
     TINY,
     Spied,
     coarse,  # noqa: F401 - a fixture of every test
-    contents,
     fresh_error,
     killed_at,
-    ours,
     pictures,
-    theirs,
+    rounds,
 )
+from tests.problems import diffusers_folder, tiny_folder
 from torch import Tensor
 
 from fewstep import (
-    AdaptedDenoiser,
     ArtifactError,
     FewstepError,
+    FinetuneConfig,
     GridError,
+    Model,
     Sampler,
+    finetune,
     load_model,
 )
 from fewstep.data.images import Images
-from fewstep.learn.networks import finetune as module
-from fewstep.learn.networks.finetune import FinetuneConfig, finetune
+from fewstep.learn.networks.objectives import steps as module
 from fewstep.models.formats.folders import save_ours
 
 
@@ -46,7 +47,7 @@ class Drawn:
         self.conditional, self.labels = None, set[int]()
         real = module.score_matching
 
-        def spy(denoiser: AdaptedDenoiser, images: Images, levels: Callable, **options: Any) -> Callable:
+        def spy(model: Model, images: Images, levels: Callable, **options: Any) -> Callable:
             self.conditional = options["conditional"]
 
             def draw(b: int, g: torch.Generator) -> Tensor:
@@ -54,7 +55,7 @@ class Drawn:
                 self.times |= set(t.tolist())
                 return t
 
-            return real(denoiser, images, draw, **options)
+            return real(model, images, draw, **options)
 
         monkeypatch.setattr(module, "score_matching", spy)
         unet = UNet2DModel.forward
@@ -69,9 +70,9 @@ class Drawn:
 
 @pytest.mark.parametrize("classes", [None, 2])
 def test_scores_are_matched_at_the_scheduled_levels_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int | None) -> None:
-    model, drawn, spied = load_model(ours(tmp_path / "teacher", classes, dropout=0.1)), Drawn(monkeypatch), Spied(monkeypatch)
+    model, drawn, spied = load_model(tiny_folder(tmp_path / "teacher", classes, dropout=0.1)), Drawn(monkeypatch), Spied(monkeypatch)
     config = replace(TINY, rounds=1, nfe=3, steps=20, form="score")
-    (one,) = finetune(model, config, tmp_path / "out", images=pictures())
+    (one,) = rounds(finetune(model, config=config, out=tmp_path / "out", images=pictures()))
     assert len(drawn.times) == 3  # all levels but the last, where nothing is evaluated
     assert sorted(drawn.times, reverse=True) == pytest.approx(one.noise_levels[:-1], rel=1e-6)  # float32
     assert drawn.conditional == (classes is not None) and drawn.labels == (set() if classes is None else {0, 1, 2})  # 2 is the null label
@@ -80,25 +81,24 @@ def test_scores_are_matched_at_the_scheduled_levels_alone(tmp_path: Path, monkey
 
 
 def test_a_diffusers_folder_stays_one(tmp_path: Path) -> None:
-    model = load_model(theirs(tmp_path / "teacher"))
-    (one,) = finetune(model, replace(TINY, rounds=1, lr=1e-3), tmp_path / "out")
+    model = load_model(diffusers_folder(tmp_path / "teacher"))
+    (one,) = rounds(finetune(model, config=replace(TINY, rounds=1, lr=1e-3), out=tmp_path / "out"))
     assert one.bound_trained < DECREASE * one.bound_before
     student = load_model(tmp_path / "out")
     assert not (tmp_path / "out" / "fewstep.json").exists() and (tmp_path / "out" / "scheduler" / "scheduler_config.json").exists()
-    assert student.denoiser.schedule.to_config() == model.denoiser.schedule.to_config() and student.denoiser.prediction.name == "epsilon"
+    assert student.schedule.to_config() == model.schedule.to_config() and student.prediction.name == "epsilon"
     grid = student.optimized("ddim", 2)
-    assert set(grid.t.tolist()) <= set(model.denoiser.schedule.times.tolist())
+    assert set(grid.t.tolist()) <= set(model.schedule.times.tolist())
     assert fresh_error(student, grid, model) < 0.8 * fresh_error(model, grid, model)
 
 
 def test_a_guided_teacher_makes_a_student_without_guidance(tmp_path: Path) -> None:
-    model = load_model(ours(tmp_path / "teacher", 2))
+    model = load_model(tiny_folder(tmp_path / "teacher", 2))
     with torch.no_grad():
-        model.denoiser.network.class_embedding.weight.mul_(5)  # so that guidance does something
-    save_ours(tmp_path / "teacher", model.denoiser.network, "edm(0.5)", model.denoiser.schedule, SHAPE, 2)
+        model.network.class_embedding.weight.mul_(5)  # so that guidance does something
+    save_ours(tmp_path / "teacher", model.network, "edm(0.5)", model.schedule, SHAPE, 2)
     model = load_model(tmp_path / "teacher")
-    finetune(model, replace(TINY, rounds=1, guidance=2.0), tmp_path / "out")
-    student = load_model(tmp_path / "out")
+    student = finetune(model, guidance=2.0, config=replace(TINY, rounds=1), out=tmp_path / "out")
     grid = student.optimized("ddim", 2)
     assert student.tuned.guidance == 2.0 and student.classes == 2
     assert Sampler.load(tmp_path / "out" / "sampler").card["guidance"] == 1.0
@@ -134,25 +134,17 @@ def test_configurations_that_could_not_train_are_refused(options: dict[str, Any]
         FinetuneConfig(**options)
 
 
-def test_no_model_is_overwritten(tmp_path: Path) -> None:
-    model = load_model(ours(tmp_path / "teacher"))
-    before = contents(tmp_path / "teacher")
-    with pytest.raises(FewstepError, match="already holds a model, which would be lost"):
-        finetune(model, BRIEF, tmp_path / "teacher")
-    assert contents(tmp_path / "teacher") == before
-
-
-def test_a_round_that_makes_it_worse_is_not_kept(tmp_path: Path) -> None:
-    model = load_model(ours(tmp_path / "teacher"))
-    history = finetune(model, replace(TINY, steps=10, lr=0.03, rounds=8), tmp_path / "out")
+def test_a_round_that_makes_it_worse_is_dropped(tmp_path: Path) -> None:
+    model = load_model(tiny_folder(tmp_path / "teacher"))
+    tuned = finetune(model, config=replace(TINY, steps=10, lr=0.03, rounds=8), out=tmp_path / "out")
+    history = rounds(tuned)
     assert len(history) < 8 and all(two.bound <= one.bound for one, two in zip(history[:-1], history[1:], strict=True))
-    student = load_model(tmp_path / "out").denoiser.network.state_dict()
-    again = UNet2DModel.from_pretrained(tmp_path / "out" / "work" / f"round-{len(history)}" / "unet", low_cpu_mem_usage=False).state_dict()
-    assert all(torch.equal(student[key], again[key]) for key in student)
+    again = load_file(tmp_path / "out" / "work" / f"round-{len(history)}" / "student.safetensors")
+    assert all(torch.equal(value, again[key]) for key, value in tuned.network.state_dict().items())
 
 
 def test_images_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
-    plain, conditional = load_model(ours(tmp_path / "plain")), load_model(ours(tmp_path / "conditional", 2))
+    plain, conditional = load_model(tiny_folder(tmp_path / "plain")), load_model(tiny_folder(tmp_path / "conditional", 2))
     config, good = replace(BRIEF, form="score"), pictures()
     wide = Images(torch.zeros(4, 1, 4, 5), None, 256, "wide")
     for model, images, says in [
@@ -161,17 +153,17 @@ def test_images_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
         (conditional, Images(good.x, good.labels + 1, 256, "more"), "has labels 0 to 1, and more has none or others"),
     ]:
         with pytest.raises(FewstepError, match=says):
-            finetune(model, config, tmp_path / "out", images=images)
+            finetune(model, config=config, out=tmp_path / "out", images=images)
         assert not (tmp_path / "out").exists()
 
 
 def test_other_images_are_another_work(tmp_path: Path) -> None:
-    model, config = load_model(ours(tmp_path / "teacher")), replace(BRIEF, form="score", steps=4)
+    model, config = load_model(tiny_folder(tmp_path / "teacher")), replace(BRIEF, form="score", steps=4)
     with pytest.raises(KeyboardInterrupt):
-        finetune(model, config, tmp_path / "out", images=pictures(), observe=killed_at("loss", 2))
+        finetune(model, config=config, out=tmp_path / "out", images=pictures(), on_progress=killed_at("loss", 2))
     with pytest.raises(ArtifactError, match=r"remove it|another run"):
-        finetune(model, config, tmp_path / "out", images=replace(pictures(), name="others"))
-    finetune(model, config, tmp_path / "out", images=pictures())
+        finetune(model, config=config, out=tmp_path / "out", images=replace(pictures(), name="others"))
+    finetune(model, config=config, out=tmp_path / "out", images=pictures())
 
 
 @pytest.mark.parametrize("options", [{"lr": float("nan")}, {"lr": float("inf")}, {"seed": -1}])

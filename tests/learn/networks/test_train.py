@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep import ArtifactError, FewstepError, VarianceExploding, load_model
+from fewstep import ArtifactError, FewstepError, Model, VarianceExploding, load_model
 from fewstep.data.images import Images, load_images
 from fewstep.learn.networks.loop import LoopConfig, identity_of
-from fewstep.learn.networks.train import TrainConfig, score_matching, train
-from fewstep.models.denoiser import AdaptedDenoiser
+from fewstep.learn.networks.score_matching import score_matching
+from fewstep.learn.networks.train import TrainConfig, train
 
 LOOP = LoopConfig(steps=12, batch=16, checkpoint_every=100)
 
@@ -27,8 +27,8 @@ def test_a_trained_folder_loads_as_a_model(tmp_path: Path, kind: str, conditiona
     assert model.shape == (1, 8, 8) and model.classes == (10 if conditional else None)
     assert losses[-1] < losses[0]
     assert "fewstep train" in (out / "README.md").read_text() and not (out / "checkpoint").exists()
-    t = torch.tensor(model.denoiser.schedule.t_max, dtype=torch.float64)
-    assert bool(torch.isfinite(model.denoiser(torch.randn(2, 1, 8, 8), t, model.labels([0, 1]))).all())
+    t = torch.tensor(model.schedule.t_max, dtype=torch.float64)
+    assert bool(torch.isfinite(model(torch.randn(2, 1, 8, 8), t, model.labels([0, 1]))).all())
     with pytest.raises(FewstepError, match="already holds a trained model"):
         train(load_images("digits"), config, LOOP, out, command="")
 
@@ -107,7 +107,7 @@ def test_pictures_need_not_be_square(tmp_path: Path) -> None:
     pictures = Images(torch.rand(6, 3, 8, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1, None, 256, "wide")
     out = train(pictures, TrainConfig("edm", channels=(16, 16)), replace(LOOP, steps=2), tmp_path / "m", command="")
     model = load_model(out)
-    assert model.shape == (3, 8, 12) and model.denoiser(torch.randn(2, 3, 8, 12), torch.tensor(1.0)).shape == (2, 3, 8, 12)
+    assert model.shape == (3, 8, 12) and model(torch.randn(2, 3, 8, 12), torch.tensor(1.0)).shape == (2, 3, 8, 12)
 
 
 class Seen(torch.nn.Module):
@@ -127,9 +127,9 @@ def test_half_of_the_images_are_mirrored() -> None:
     given = []
     for flip in (False, True):
         network = Seen()
-        denoiser = AdaptedDenoiser(network, VarianceExploding(), "sample")
+        model = Model(network, VarianceExploding(), "sample")
         images = Images(ramp, None, 256, "ramps")
-        loss = score_matching(denoiser, images, lambda b, g: torch.full((b,), 1e-3), conditional=False, flip=flip)
+        loss = score_matching(model, images, lambda b, g: torch.full((b,), 1e-3), conditional=False, flip=flip)
         loss(network, 64, torch.Generator().manual_seed(0))
         given.append((network.x[..., -1] > network.x[..., 0]).all((1, 2)))
     assert bool(given[0].all()) and 16 < int(given[1].sum()) < 48

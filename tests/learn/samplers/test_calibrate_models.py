@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.learn.samplers.test_calibrate import F64, FLOAT32, LAW, SHAPE, SMALL, clean, kept, mixture, trajectories
+from tests.learn.samplers.test_calibrate import F64, FLOAT32, SHAPE, SMALL, clean, mixture, recorded, stored, trajectories
+from tests.problems import LAW, names
 from torch import Tensor
 
 from fewstep import (
-    AdaptedDenoiser,
     ArtifactError,
     FewstepError,
     MixtureDenoiser,
@@ -27,7 +27,7 @@ from fewstep import (
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics
 from fewstep.data.images import Images
-from fewstep.learn.samplers.calibrate import FINITE, CalibrationConfig, States, calibrate, collect, diffused
+from fewstep.learn.samplers.calibrate import FINITE, CalibrationConfig, States, calibrate, diffused
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode of some PyTorch releases says so
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 def toy(schedule: NoiseSchedule = LAW) -> Model:
     """A mixture as a loaded model."""
     denoiser = mixture(schedule)
-    return Model("toy", AdaptedDenoiser(lambda x, t: denoiser(x, t), schedule, "sample"), SHAPE)
+    return Model(lambda x, t: denoiser(x, t), schedule, "sample", shape=SHAPE, name="toy")
 
 
 def conditional() -> Model:
@@ -47,7 +47,7 @@ def conditional() -> Model:
         answers = torch.stack([one(x, t), two(x, t), both(x, t)])
         return answers[label, torch.arange(len(x))]
 
-    return Model("toy", AdaptedDenoiser(network, LAW, "sample"), SHAPE, classes=2, null_label=2)
+    return Model(network, LAW, "sample", shape=SHAPE, classes=2, null_label=2, name="toy")
 
 
 def pictures(count: int = 40, *, low: float = -1.0, high: float = 1.0, shape: Sequence[int] = SHAPE, labels: bool = True) -> Images:
@@ -69,7 +69,7 @@ def test_states_are_images_of_their_seeds_with_their_labels() -> None:
 
 def test_statistics_are_saved_with_what_they_are_of(tmp_path: Path) -> None:
     model, images = toy(), pictures()
-    made = calibrate(model, replace(SMALL, seed=3), tmp_path, images=images, command="fewstep calibrate toy")
+    made = calibrate(model, out=tmp_path, config=replace(SMALL, seed=3), images=images, command="fewstep calibrate toy")
     loaded = ModelStatistics.load(tmp_path)
     assert loaded.fingerprint == ModelStatistics.load(tmp_path).fingerprint and loaded.model == model.fingerprint
     torch.testing.assert_close(loaded.l, made.l, rtol=1e-6, atol=1e-6)
@@ -83,9 +83,8 @@ def test_statistics_are_saved_with_what_they_are_of(tmp_path: Path) -> None:
         "denoiser": "as sampled",
         "command": "fewstep calibrate toy",
     }
-    assert calibrate(model, SMALL).card["states"] == "own trajectories"
-    names = {"moments-0-of-1.safetensors", "statistics.json", "statistics.safetensors", "README.md"}
-    assert {path.name for path in tmp_path.iterdir()} == names
+    assert calibrate(model, config=SMALL).card["states"] == "own trajectories"
+    assert names(tmp_path) == {"moments-0-of-1.safetensors", "statistics.json", "statistics.safetensors", "README.md"}
     loaded.check(model=model.fingerprint, guidance=1.0, schedule=LAW, shape=SHAPE)
 
 
@@ -93,7 +92,7 @@ def test_a_flow_gets_a_finite_range(monkeypatch) -> None:
     flow = RectifiedFlow()
     lam = SMALL.lam(flow)
     torch.testing.assert_close(lam[[0, -1]], torch.tensor(FINITE, dtype=F64))
-    made = calibrate(toy(flow), SMALL)
+    made = calibrate(toy(flow), config=SMALL)
     assert bool(torch.isfinite(made.l).all() & torch.isfinite(made.b).all())
     assert float(made.l[0].mean()) > 0.99 and float(made.l[-1].mean()) < 0.01  # all noise, no noise
     sampler = Sampler.build(make_solver("dpm-solver-v3", statistics=made), make_grid("angle", flow, 6), flow)
@@ -137,7 +136,7 @@ def test_impossible_calibrations_are_refused(options: dict, says: str) -> None:
 )
 def test_images_that_do_not_fit_are_refused(tmp_path: Path, images: Images, says: str) -> None:
     with pytest.raises(FewstepError, match=says):
-        calibrate(conditional(), SMALL, tmp_path / "out", images=images)
+        calibrate(conditional(), out=tmp_path / "out", config=SMALL, images=images)
     assert not (tmp_path / "out").exists()
 
 
@@ -153,31 +152,31 @@ def test_a_network_that_is_not_finite_is_named_with_its_level(tmp_path: Path, st
             return denoiser(x, t) * (torch.nan if abs(float(t) / level - 1) < 1e-3 else 1)
 
     with pytest.raises(ModelError, match=f"not finite at noise level {level:.4g}, t = .* seeds 0 to 7: check its weights and dtype"):
-        collect(Sick(), SHAPE, SMALL, states, folder=tmp_path / "out")
+        stored(tmp_path / "out", SMALL, states, denoiser=Sick())
     assert not (tmp_path / "out").exists()
 
 
 def test_a_network_that_is_never_finite_is_not_said_to_be_rough() -> None:
     model = toy()
     with pytest.raises(ModelError, match="not finite.*check its weights and dtype"):
-        calibrate(replace(model, denoiser=replace(model.denoiser, network=lambda x, t: x * torch.nan)), SMALL)
+        calibrate(replace(model, network=lambda x, t: x * torch.nan), config=SMALL)
 
 
 def test_a_network_without_a_derivative_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = toy()
-    rough = replace(model, denoiser=replace(model.denoiser, network=lambda x, t: torch.round(x * 8) / 8))
+    rough = replace(model, network=lambda x, t: torch.round(x * 8) / 8)
     with pytest.raises(ModelError, match="forward: .*; reverse: .*; difference: "):
-        calibrate(rough, SMALL, tmp_path / "out")
+        calibrate(rough, out=tmp_path / "out", config=SMALL)
     with pytest.raises(ModelError, match="cannot be guided"):
-        calibrate(model, SMALL, tmp_path / "out", guidance=2.0)
+        calibrate(model, out=tmp_path / "out", config=SMALL, guidance=2.0)
     with pytest.raises(ModelError, match="unknown way to differentiate"):
-        calibrate(model, replace(SMALL, jvp="forwardd"), tmp_path / "out")
+        calibrate(model, out=tmp_path / "out", config=replace(SMALL, jvp="forwardd"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["reverse", "difference"])
 def test_the_way_to_differentiate_can_be_chosen(method: str) -> None:
-    forward, other = (calibrate(toy(), replace(SMALL, jvp=jvp), images=pictures()) for jvp in ("forward", method))
+    forward, other = (calibrate(toy(), config=replace(SMALL, jvp=jvp), images=pictures()) for jvp in ("forward", method))
     assert other.card["derivatives"] == method
     torch.testing.assert_close(other.l, forward.l, rtol=0, atol=1e-4 if method == "reverse" else 0.02)  # steps of a 20th of the level
 
@@ -188,56 +187,48 @@ def test_the_way_to_differentiate_can_be_chosen(method: str) -> None:
     ids=lambda changes: next(iter(changes)),
 )
 def test_moments_of_another_calibration_are_not_continued(tmp_path: Path, changes: dict) -> None:
-    collect(mixture(), SHAPE, SMALL, clean, folder=tmp_path)
+    stored(tmp_path)
     before = (tmp_path / "moments-0-of-1.safetensors").read_bytes()
     with pytest.raises(ArtifactError, match="belongs to another calibration.*remove it, or use another folder"):
-        collect(mixture(), SHAPE, replace(SMALL, **changes), clean, folder=tmp_path)
+        stored(tmp_path, replace(SMALL, **changes))
     assert (tmp_path / "moments-0-of-1.safetensors").read_bytes() == before
 
 
-def test_moments_of_another_model_guidance_or_data_are_not_continued(tmp_path: Path) -> None:
+def test_moments_of_another_guidance_or_data_are_not_continued(tmp_path: Path) -> None:
     model, images = conditional(), pictures()
-    calibrate(model, SMALL, tmp_path, images=images)
+    calibrate(model, out=tmp_path, config=SMALL, images=images)
     others = [
-        lambda: calibrate(model, SMALL, tmp_path),
-        lambda: calibrate(model, SMALL, tmp_path, images=images, guidance=2.0),
-        lambda: calibrate(model, SMALL, tmp_path, images=images, guidance=2.0, unguided=True),
-        lambda: calibrate(model, SMALL, tmp_path, images=replace(images, x=images.x * 0.9)),
-        lambda: calibrate(
-            replace(model, denoiser=replace(model.denoiser, schedule=VarianceExploding(0.05, 21.0))), SMALL, tmp_path, images=images
-        ),
+        {},
+        {"images": images, "guidance": 2.0},
+        {"images": images, "guidance": 2.0, "unguided": True},
+        {"images": replace(images, x=images.x * 0.9)},
     ]
     for other in others:
         with pytest.raises(ArtifactError, match="belongs to another calibration"):
-            other()
+            calibrate(model, out=tmp_path, config=SMALL, **other)
+    other = replace(model, schedule=VarianceExploding(0.05, 21.0))
+    with pytest.raises(ArtifactError, match="belongs to another calibration"):
+        calibrate(other, out=tmp_path, config=SMALL, images=images)
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign"])
 def test_damaged_moments_are_named(tmp_path: Path, damage: str) -> None:
-    collect(mixture(), SHAPE, SMALL, clean, folder=tmp_path)
+    stored(tmp_path)
     path = tmp_path / "moments-0-of-1.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-8] if damage == "cut" else whole.replace(b'"identity"', b'"idontity"'))
     with pytest.raises(ArtifactError, match=r"moments-0-of-1.safetensors is damaged .*: remove it and calibrate again"):
-        collect(mixture(), SHAPE, SMALL, clean, folder=tmp_path)
-
-
-def test_a_folder_that_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    visits: list[int] = []
-    with pytest.raises(ArtifactError, match="choose a folder"):
-        collect(mixture(), SHAPE, SMALL, clean, folder=tmp_path / "file", observe=lambda visited, note: visits.append(visited))
-    assert not visits
+        stored(tmp_path)
 
 
 def test_guidance_and_the_network_without_it_have_their_own_statistics(tmp_path: Path) -> None:
-    model, images = conditional(), pictures()
+    model, images, config = conditional(), pictures(), replace(SMALL, num=16)
     plain, guided, unguided = (
-        calibrate(model, SMALL, tmp_path / name, images=images, **options)
+        calibrate(model, out=tmp_path / name, config=config, images=images, **options)
         for name, options in {"1": {}, "3": {"guidance": 3.0}, "u": {"guidance": 3.0, "unguided": True}}.items()
     )
     # l is 1 - diagonal: that of an extrapolation is the extrapolation of those, at the same states
-    zero = calibrate(model, SMALL, images=images, conditions=None, guidance=0.0)
+    zero = calibrate(model, config=config, images=images, guidance=0.0)
     torch.testing.assert_close(guided.l, zero.l + 3 * (plain.l - zero.l), rtol=0, atol=1e-4)
     assert float((guided.l - plain.l).abs().max()) > 0.02
     assert [s.guidance for s in (plain, guided, unguided)] == [1.0, 3.0, 3.0]
@@ -248,31 +239,31 @@ def test_guidance_and_the_network_without_it_have_their_own_statistics(tmp_path:
 
 
 def test_unguided_statistics_are_measured_on_guided_trajectories(monkeypatch) -> None:
-    seen, model = kept(monkeypatch), conditional()
+    seen, model = recorded(monkeypatch), conditional()
     for options in ({}, {"guidance": 3.0}, {"guidance": 3.0, "unguided": True}):
-        calibrate(model, replace(SMALL, num=8), **options)
+        calibrate(model, config=replace(SMALL, num=8), **options)
     plain, guided, unguided = seen
     torch.testing.assert_close(unguided[:, 0], guided[:, 0], rtol=0, atol=FLOAT32)  # states of the guided sampler
     assert float((unguided[-1, 0] - plain[-1, 0]).abs().max()) > 0.1
     X, D, *_ = unguided[1]  # noqa: N806 - at noise level 4.5, where the classes differ
-    denoised = model.denoiser(X.float(), LAW.t_of_lam(SMALL.lam(LAW)[1]), model.labels(range(8))).double()
+    denoised = model(X.float(), LAW.t_of_lam(SMALL.lam(LAW)[1]), model.labels(range(8))).double()
     torch.testing.assert_close(D, denoised, rtol=0, atol=FLOAT32)  # but the denoiser without guidance
     assert float((guided[1, 1] - D).abs().max()) > 0.1
 
 
 def test_another_pooling_of_a_finished_folder_is_free(tmp_path: Path) -> None:
     model, visits = toy(), []
-    network = model.denoiser.network
+    network = model.network
 
     def counted(x: Tensor, t: Tensor) -> Tensor:
         visits.append(len(x))
         return network(x, t)
 
-    model = replace(model, denoiser=replace(model.denoiser, network=counted))
-    first = calibrate(model, SMALL, tmp_path)
+    model = replace(model, network=counted)
+    first = calibrate(model, out=tmp_path, config=SMALL)
     assert sum(visits) > 32 * 5
     visits.clear()
-    again = calibrate(model, replace(SMALL, pool="scalar/element"), tmp_path)
+    again = calibrate(model, out=tmp_path, config=replace(SMALL, pool="scalar/element"))
     assert visits == []
     assert again.l.shape[1:] == (1, 1, 1) and again.b.shape[1:] == SHAPE and again.card["pool"] == "scalar/element"
     assert again.card["derivatives"] == first.card["derivatives"] == "forward"

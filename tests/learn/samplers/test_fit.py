@@ -4,20 +4,19 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.problems import LAW, Counted, names, toy
 from torch import Tensor
 
 from fewstep import (
-    AdaptedDenoiser,
     DiscreteVP,
-    MixtureDenoiser,
     Model,
     ModelError,
     RectifiedFlow,
     Sampler,
-    VarianceExploding,
     make_grid,
     make_solver,
     sample,
@@ -28,12 +27,11 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Tableau
 from fewstep.learn.samplers import fit_search
-from fewstep.learn.samplers.fit import FitConfig, Fitted, fit, nfe_folder
+from fewstep.learn.samplers.fit import FitConfig, fit, nfe_folder
 from fewstep.learn.search.coefficients import FitForm
 from fewstep.learn.teacher.trajectories import Trajectories
 
 SHAPE = (2, 2)
-LAW = VarianceExploding(0.05, 20.0)
 TINY = FitConfig(num=32, held_out=16, levels=16, noises=16, window=8, iterations=2, batch=16)
 SCALAR = FitForm(pool="scalar", bias=False)
 FLOAT32 = 1e-4  # of an RMSE: `sample` and the fit sum a few float32 steps in batches of different size
@@ -41,44 +39,21 @@ ORDER = 1e-5  # of an error of the fit in sequence: float64 sums in another orde
 SWEPT = 1e-3  # of an error of the sweep, whose differences of float32 states pass such rounding on; measured 3e-5
 
 
-class Counted:
-    """An analytic denoiser as a network, which counts its samples and calls and can be told to stop at a call or to fail there."""
-
-    def __init__(self, denoiser: MixtureDenoiser, stop: int = -1, bad: int = -1) -> None:
-        self.denoiser, self.stop, self.bad, self.calls, self.samples, self.times = denoiser, stop, bad, 0, 0, set[float]()
-
-    def __call__(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        self.calls, self.samples = self.calls + 1, self.samples + len(x)
-        self.times.add(float(t[0]))
-        if self.calls == self.stop:
-            raise KeyboardInterrupt
-        answer = self.denoiser(x, t[0].double()) * (torch.nan if 0 <= self.bad <= self.calls else 1)
-        return answer if label is None else answer + (label.float() - 2)[:, None, None] / 10  # class 2 stands for none
-
-
-def toy(schedule: NoiseSchedule = LAW, *, classes: int | None = None, **options: int) -> Model:
-    means = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)) * 0.8
-    network = Counted(MixtureDenoiser(schedule, means, torch.full((4,), 0.25)), **options)
-    return Model("toy", AdaptedDenoiser(network, schedule, "sample"), SHAPE, classes, classes)
-
-
 def network(model: Model) -> Counted:
-    return model.denoiser.network
+    return model.network
 
 
-def made(folder: Path, model: Model | None = None, nfe: Sequence[int] = (2,), config: FitConfig = TINY, **options: object) -> dict:
-    return fit(model or toy(), nfe, config, folder, command="it", **options)
+def made(
+    folder: Path, model: Model | None = None, nfe: Sequence[int] = (2,), config: FitConfig = TINY, **options: Any
+) -> dict[int, Sampler]:
+    return fit(model or toy(), nfe, out=folder, config=config, command="it", **options)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def errors(model: Model, sampler: Sampler, folder: Path, config: FitConfig = TINY, guidance: float = 1.0) -> tuple[float, float]:
+def errors(model: Model, sampler: Sampler, trajectories: Trajectories, guidance: float = 1.0) -> tuple[float, float]:
     """Mean error and RMSE on the held-out trajectories, by running the sampler."""
-    kept, rows = Trajectories.load(folder / "trajectories"), range(config.num, config.num + config.held_out)
-    states = kept.states(rows)
-    gap = sample(model.guided(guidance), sampler, states[:, 0], kept.labels(rows)) - states[:, -1]
+    rows = range(TINY.num, TINY.num + TINY.held_out)
+    states = trajectories.states(rows)
+    gap = sample(model, sampler.tableau, states[:, 0], trajectories.labels(rows), guidance=guidance) - states[:, -1]
     each = gap.double().square().mean((1, 2)).sqrt()
     return float(each.mean()), float(each.square().mean().sqrt())
 
@@ -104,38 +79,35 @@ PROBLEMS: Mapping[str, Callable[[], NoiseSchedule]] = {
 }
 
 
-@pytest.mark.parametrize("law", [pytest.param(law, marks=[pytest.mark.slow] if law == "edm" else []) for law in PROBLEMS])
+@pytest.mark.parametrize("law", PROBLEMS)
 def test_samplers_are_kept_with_figures_that_are_true_and_better(tmp_path: Path, law: str) -> None:
     schedule, told, before = PROBLEMS[law](), [], set[float]()
     model = toy(schedule)
 
-    def observe(done: int, note: str) -> None:
+    def on_progress(done: int, note: str) -> None:
         told.append((done, note))
         before.update(network(model).times if "trajectories" in note else ())
 
-    found, readme = made(tmp_path, model, (3, 1, 2, 3), observe=observe), (tmp_path / "README.md").read_text()
-    start, sigma = Trajectories.load(tmp_path / "trajectories").states([32], [0])[0, 0], schedule.sigma(torch.tensor(schedule.t_max))
+    found, readme = made(tmp_path, model, (3, 1, 2, 3), on_progress=on_progress), (tmp_path / "README.md").read_text()
+    stored = Trajectories.load(tmp_path / "trajectories")
+    start, sigma = stored.states([32], [0])[0, 0], schedule.sigma(torch.tensor(schedule.t_max))
     assert torch.equal(start, seeded_noise([TINY.seed + 32], SHAPE)[0] * sigma)
-    assert list(found) == [1, 2, 3] and {path.name for path in tmp_path.iterdir()} == {
-        "README.md", "trajectories", "nfe-01", "nfe-02", "nfe-03"
-    }  # fmt: skip
+    assert list(found) == [1, 2, 3] and names(tmp_path) == {"README.md", "trajectories", "nfe-01", "nfe-02", "nfe-03"}
     for nfe, one in found.items():
-        kept, card = Sampler.load(nfe_folder(tmp_path, nfe)), one.sampler.card
-        assert same(kept.tableau, one.sampler.tableau) and kept.card == json.loads(json.dumps(dict(card))) and kept.nfe == nfe
+        kept, card = Sampler.load(nfe_folder(tmp_path, nfe)), one.card
+        assert same(kept.tableau, one.tableau) and kept.card == json.loads(json.dumps(dict(card))) and kept.nfe == nfe
         assert (kept.solver, kept.options) == ("fitted", {**asdict(TINY.form), "parent": TINY.parent_with(nfe)})
         assert (card["name"], card["of"], card["model"], card["guidance"]) == ("fitted", "toy", model.fingerprint, 1.0)
         assert (card["noises"], card["held_out_noises"], card["command"]) == (32, 16, "it")
         assert (float(kept.grid.t[0]), float(kept.grid.t[-1])) == (schedule.t_max, schedule.t_min)
         best = card["best_hand_made"]
-        assert list(one.stages) == ["fitted in sequence", "swept", best] and one.stages[card["chosen"]] == (
-            card["error"][0],
-            card["rmse"][0],
-        )
+        assert list(card["stages"]) == ["fitted in sequence", "swept", best]
+        assert card["stages"][card["chosen"]] == [card["error"][0], card["rmse"][0]]
         for sampler, which in ((kept, 0), (named(best, schedule, nfe), 1)):
-            measured = errors(model, sampler, tmp_path)
+            measured = errors(model, sampler, stored)
             assert measured == pytest.approx((card["error"][which], card["rmse"][which]), rel=FLOAT32)
-        allowed = [name for name in one.stages if one.stages[name][1] <= 1.2 * card["rmse"][1]]  # 16 noises: chance
-        assert card["chosen"] == min(allowed, key=lambda name: one.stages[name][0])
+        allowed = [name for name in card["stages"] if card["stages"][name][1] <= 1.2 * card["rmse"][1]]  # 16 noises: chance
+        assert card["chosen"] == min(allowed, key=lambda name: card["stages"][name][0])
         assert card["error"][0] < 0.85 * card["error"][1]  # measured 0.28 (table, 3) to 0.80 (table, 2)
         assert f"| {nfe} | {card['error'][0]:.4f} ({card['rmse'][0]:.4f}) | {card['error'][1]:.4f}" in readme and best in readme
         if law == "table":
@@ -146,63 +118,61 @@ def test_samplers_are_kept_with_figures_that_are_true_and_better(tmp_path: Path,
     assert (2, "3 evaluations: sweep 1 of at most 2") in counted and (0, "48 of 48 trajectories") in told and told[-1] == (3, "")
 
 
-def test_no_hand_made_pair_is_better_than_the_one_on_the_card(tmp_path: Path) -> None:
+def test_no_hand_made_pair_is_better_than_the_one_on_the_card(given: Trajectories) -> None:
     """All pairs, measured here on the noises that rank them: the first of those that are fitted to, here all."""
-    found, trajectories = made(tmp_path, model := toy(), (3,))[3].sampler.card, Trajectories.load(tmp_path / "trajectories")
-    states, error = trajectories.states(range(32)), dict[str, float]()
+    found = fit(model := toy(), 3, config=TINY, trajectories=given)[3].card
+    states, error = given.states(range(32)), dict[str, float]()
     for solver in ("dpm-solver-pp-2m", "unipc-2", "ipndm"):
         for spacing in GRIDS.keys() - {"linspace", "leading", "trailing"}:  # those of a table
             pair = f"{solver} on {spacing}"
-            gap = sample(model.denoiser, named(pair, LAW, 3), states[:, 0]) - states[:, -1]
+            gap = sample(model, named(pair, LAW, 3), states[:, 0]) - states[:, -1]
             error[pair] = float(gap.double().square().mean((1, 2)).sqrt().mean())
     assert found["best_hand_made"] == min(error, key=error.__getitem__) and found["error"][0] < found["error"][1]
 
 
 def test_network_evaluations_are_counted_and_foreseen(tmp_path: Path) -> None:
     found = made(tmp_path, model := toy(), (1, 2, 4))
-    on_cards = sum(one.sampler.card["network_evaluations"] for one in found.values())
+    on_cards = sum(one.card["network_evaluations"] for one in found.values())
     shared = 48 * 16 + 16 * 8 + 32 * 17  # trajectories, those on half the steps in the first batch, moments at all levels
     assert network(model).samples == on_cards + shared
     assert 0.5 < TINY.evaluations((1, 2, 4)) / (48 * 16 + on_cards) < 2  # measured 1.4
     many = replace(TINY, num=256, held_out=64, noises=128, window=64, iterations=3, batch=128)
-    spent = made(tmp_path / "many", toy(), (5,), many)[5].sampler.card["network_evaluations"] + 320 * 16
+    spent = made(tmp_path / "many", toy(), (5,), many)[5].card["network_evaluations"] + 320 * 16
     assert 0.5 < many.evaluations((5,)) / spent < 2
 
 
-def test_options_change_what_is_fitted(tmp_path: Path) -> None:
-    made(tmp_path, toy(), (1,))
-    given = Trajectories.load(tmp_path / "trajectories")
+def test_options_change_what_is_fitted(given: Trajectories) -> None:
+    def of(**changes: Any) -> Sampler:
+        return fit(toy(), 3, config=replace(TINY, **changes), trajectories=given)[3]
 
-    def of(name: str, **changes: object) -> Fitted:
-        return made(tmp_path / name, toy(), (3,), replace(TINY, **changes), trajectories=given)[3]
-
-    full, short = of("full", iterations=0), of("short", iterations=0, form=replace(SCALAR, history=1))
-    assert "swept" not in full.stages and full.sampler.tableau.update.shape == (3, 2, 5, *SHAPE)
-    assert short.sampler.tableau.update.shape == (3, 2, 3) and not bool(short.sampler.tableau.bias.any())
-    drawn = of("drawn", iterations=0, form=FitForm(ridge=1e5, shrink=1e5)).stages["fitted in sequence"]
-    assert drawn[0] > 2 * full.stages["fitted in sequence"][0]  # near the parent: measured 2.5
-    still = of("still", form=SCALAR, move=False).sampler
+    full, short = of(iterations=0), of(iterations=0, form=replace(SCALAR, history=1))
+    assert "swept" not in full.card["stages"] and full.tableau.update.shape == (3, 2, 5, *SHAPE)
+    assert short.tableau.update.shape == (3, 2, 3) and not bool(short.tableau.bias.any())
+    drawn = of(iterations=0, form=FitForm(ridge=1e5, shrink=1e5)).card["stages"]["fitted in sequence"]
+    assert drawn[0] > 2 * full.card["stages"]["fitted in sequence"][0]  # near the parent: measured 2.5
+    still = of(form=SCALAR, move=False)
     assert still.card["chosen"] == "swept" and bool(torch.isin(still.grid.t, given.t).all())
-    moved = of("moved", form=SCALAR).sampler
+    moved = of(form=SCALAR)
     assert moved.card["levels_from"] == still.card["levels_from"] and not bool(torch.isin(moved.grid.t, given.t).all())
 
 
-def test_statistics_of_the_model_let_a_third_solver_compete(tmp_path: Path, monkeypatch) -> None:
+def test_statistics_of_the_model_let_a_third_solver_compete(given: Trajectories, monkeypatch) -> None:
     lam, ones = torch.linspace(-4, 4, 9, dtype=torch.float64), torch.ones(9, *SHAPE)
     asked = []
     monkeypatch.setattr(
         Model, "statistics", lambda model, guidance: asked.append(guidance) or ModelStatistics(lam, ones, 0 * ones, 0 * ones, SHAPE, LAW)
     )
     monkeypatch.setattr(fit_search, "HAND_MADE", ())
-    card = made(tmp_path, toy(), (3,), replace(TINY, iterations=0))[3].sampler.card
+    card = fit(toy(), 2, config=replace(TINY, iterations=0), trajectories=given)[2].card
     assert card["best_hand_made"].startswith("dpm-solver-v3 on ") and asked == [1.0]
 
 
 def test_a_guided_model(tmp_path: Path) -> None:
-    one = made(tmp_path, model := toy(classes=2), guidance=3.0)[2].sampler
-    assert one.card["guidance"] == Trajectories.load(tmp_path / "trajectories").guidance == 3.0
-    assert errors(model, one, tmp_path, guidance=3.0) == pytest.approx((one.card["error"][0], one.card["rmse"][0]), rel=FLOAT32)
-    assert errors(model, one, tmp_path)[0] > 1.5 * one.card["error"][0]
+    one = made(tmp_path, model := toy(classes=2), guidance=3.0)[2]
+    stored = Trajectories.load(tmp_path / "trajectories")
+    assert one.card["guidance"] == stored.guidance == 3.0
+    assert errors(model, one, stored, guidance=3.0) == pytest.approx((one.card["error"][0], one.card["rmse"][0]), rel=FLOAT32)
+    assert errors(model, one, stored)[0] > 1.5 * one.card["error"][0]
     assert "at guidance 3" in (tmp_path / "README.md").read_text()
     with pytest.raises(ModelError, match="cannot be guided"):
         made(tmp_path / "none", guidance=3.0)
@@ -229,19 +199,19 @@ def some(usual: float, large: float = 0.0, count: int = 0) -> Tensor:
     ],
 )
 def test_the_stage_is_the_one_of_least_error_that_has_no_larger_rmse_but_by_chance(
-    tmp_path: Path, monkeypatch, sequence: Tensor, swept: Tensor, hand_made: Tensor, chosen: str
+    given: Trajectories, monkeypatch, sequence: Tensor, swept: Tensor, hand_made: Tensor, chosen: str
 ) -> None:
     """Than the best hand-made pair has; both on the held-out noises."""
-    real, given, seen = fit_search.FitSearch.errors, iter((sequence, swept, hand_made)), []
+    real, errors, seen = fit_search.FitSearch.errors, iter((sequence, swept, hand_made)), []
 
-    def told(self, tableau: Tableau, rows: range) -> Tensor:
+    def fake(self, tableau: Tableau, rows: range) -> Tensor:
         if rows != range(32, 48):
             return real(self, tableau, rows)
         seen.append(tableau)
-        return next(given)
+        return next(errors)
 
-    monkeypatch.setattr(fit_search.FitSearch, "errors", told)
-    one = made(tmp_path)[2].sampler
+    monkeypatch.setattr(fit_search.FitSearch, "errors", fake)
+    one = fit(toy(), 2, config=replace(TINY, iterations=1), trajectories=given)[2]
     which = {"fitted in sequence": 0, "swept": 1, " on ": 2}[chosen]
     ours = (sequence, swept, hand_made)[which]
     assert chosen in one.card["chosen"] and same(one.tableau, seen[which])
@@ -250,7 +220,7 @@ def test_the_stage_is_the_one_of_least_error_that_has_no_larger_rmse_but_by_chan
 
 
 @pytest.mark.parametrize("spoiled", ["sweep", "fit_in_sequence", "both"])
-def test_where_a_fit_goes_wrong_another_sampler_takes_its_place(tmp_path: Path, monkeypatch, spoiled: str) -> None:
+def test_where_a_fit_goes_wrong_another_sampler_takes_its_place(given: Trajectories, tmp_path: Path, monkeypatch, spoiled: str) -> None:
     def worse(tableau: Tableau) -> Tableau:
         return replace(tableau, update=1e-3 * tableau.update)
 
@@ -259,11 +229,11 @@ def test_where_a_fit_goes_wrong_another_sampler_takes_its_place(tmp_path: Path, 
     if spoiled != "sweep":
         real = fit_search.fit_in_sequence
         monkeypatch.setattr(fit_search, "fit_in_sequence", lambda *args, **options: worse(real(*args, **options)))
-    one, card = made(tmp_path, model := toy(), (3,))[3].sampler, Sampler.load(tmp_path / "nfe-03").card
+    one, card = made(tmp_path, model := toy(), (3,), trajectories=given)[3], Sampler.load(tmp_path / "nfe-03").card
     if spoiled == "sweep":
         assert card["chosen"] == "fitted in sequence" and card["error"][0] < card["error"][1]
         return
     assert card["chosen"] == card["best_hand_made"] and card["error"][0] == card["error"][1] and card["rmse"][0] == card["rmse"][1]
     assert same(one.tableau, named(card["chosen"], LAW, 3).tableau)
-    assert errors(model, one, tmp_path)[0] == pytest.approx(card["error"][0], rel=FLOAT32)
+    assert errors(model, one, given)[0] == pytest.approx(card["error"][0], rel=FLOAT32)
     assert f"| {card['chosen']} |" in (tmp_path / "README.md").read_text()

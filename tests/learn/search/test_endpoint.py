@@ -24,7 +24,16 @@ from fewstep import (
     tabulate,
 )
 from fewstep.learn.search import endpoint as module
-from fewstep.learn.search.endpoint import Ends, Move, Moves, Objective, Run, descend, mean_over_processes, rms, sizes
+from fewstep.learn.search.endpoint import (
+    CachedRun,
+    EndpointError,
+    Parameters,
+    Perturbation,
+    levenberg_marquardt,
+    mean_over_processes,
+    per_sample_rmse,
+    rms,
+)
 
 F64 = torch.float64
 EDM, FLOW, TABLE = VarianceExploding(0.02, 20.0), RectifiedFlow(), DiscreteVP.linear(200)
@@ -33,7 +42,7 @@ STEPS = 4
 
 
 class Counted:
-    """A denoiser that counts the samples that it is asked for, and can be told to fail at some calls."""
+    """A denoiser that counts the samples it evaluates, and may fail at some calls."""
 
     def __init__(self, law: NoiseSchedule, bad: Sequence[int] = ()) -> None:
         means = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
@@ -58,8 +67,8 @@ def trajectories(law: NoiseSchedule = EDM) -> tuple[Tensor, Tensor]:
     return x, sample(Counted(law), solved("unipc-3", law, 60), x)
 
 
-def problem(law: NoiseSchedule = EDM, **options: object) -> Ends:
-    return Ends(Counted(law, **options), *trajectories(law))
+def problem(law: NoiseSchedule = EDM, **options: object) -> EndpointError:
+    return EndpointError(Counted(law, **options), *trajectories(law))
 
 
 def changed(tableau: Tableau, name: str, i: int) -> Tableau:
@@ -72,14 +81,20 @@ def changed(tableau: Tableau, name: str, i: int) -> Tableau:
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpm-solver-pp-2m", "unipc-2", "deis-3"])
-@pytest.mark.parametrize("law", [EDM, FLOW, TABLE], ids=["edm", "flow", "table"])
+@pytest.mark.parametrize(
+    "law, name",
+    [
+        (law, name)
+        for law, names in {EDM: ("ddim", "unipc-2"), FLOW: ("dpm-solver-pp-2m", "unipc-2"), TABLE: ("deis-3", "dpm-solver-pp-2m")}.items()
+        for name in names
+    ],
+)
 def test_a_run_begins_like_another(law: NoiseSchedule, name: str) -> None:
     """As far as it can, to the bit, and the other stays as it was."""
     error, tableau = problem(law), solved(name, law)
     base, run = error.run(tableau)
     assert torch.equal(base, sample(error.denoiser, tableau, error.x) - error.exact) and error.evaluations == 24 * STEPS
-    kept = [state.x.clone() for state in run.states], [output.clone() for output in run.outputs]
+    copies = [state.x.clone() for state in run.states], [output.clone() for output in run.outputs]
     others = {(table, i): changed(tableau, table, i) for table in ("record", "update", "bias") for i in range(STEPS)}
     for i in range(STEPS):
         t = tableau.nodes.t.clone()
@@ -88,14 +103,14 @@ def test_a_run_begins_like_another(law: NoiseSchedule, name: str) -> None:
     for (what, i), other in others.items():
         same = i + (what != "level")  # evaluations at the same states: that of the row that changed too
         assert run.shared(other) == same, (what, i)
-        before, asked = error.evaluations, error.denoiser.samples
+        before, counted = error.evaluations, error.denoiser.samples
         residual, made = error.run(other, run)
-        assert error.evaluations - before == error.denoiser.samples - asked == 24 * (STEPS - same)
+        assert error.evaluations - before == error.denoiser.samples - counted == 24 * (STEPS - same)
         assert torch.equal(residual, error.run(other)[0]), (what, i)
         assert made.tableau is other and len(made.states) == STEPS + 1 and len(made.outputs) == STEPS
         assert torch.equal(error.run(tableau, made)[0], base)
-    assert all(torch.equal(a.x, b) for a, b in zip(run.states, kept[0], strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(run.outputs, kept[1], strict=True))
+    assert all(torch.equal(a.x, b) for a, b in zip(run.states, copies[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run.outputs, copies[1], strict=True))
     before = error.evaluations
     assert run.shared(tableau) == STEPS and torch.equal(error.run(tableau, run)[0], base) and error.evaluations == before
 
@@ -122,14 +137,20 @@ def test_conditions_reach_the_network() -> None:
 
 def test_errors_are_measured_by_sample() -> None:
     residual = torch.tensor([[[3.0, 4.0]], [[0.0, 0.0]], [[1.0, -1.0]]])
-    torch.testing.assert_close(sizes(residual), torch.tensor([12.5**0.5, 0.0, 1.0], dtype=F64), rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(per_sample_rmse(residual), torch.tensor([12.5**0.5, 0.0, 1.0], dtype=F64), rtol=0, atol=ROUNDING)
     assert rms(residual) == pytest.approx((13.5 / 3) ** 0.5, rel=ROUNDING)
 
 
-@pytest.mark.parametrize("call", range(1, STEPS + 1))
-def test_a_network_that_is_not_finite_is_named(call: int) -> None:
-    with pytest.raises(ModelError, match=r"the samples on the grid \[20.0, .*, 0.02\] are not finite: check the network"):
-        problem(bad=[call]).run(solved())
+def test_a_network_that_is_not_finite_is_named() -> None:
+    for call in range(1, STEPS + 1):
+        with pytest.raises(
+            ModelError, match=rf"the network's output is not finite .* at evaluation {call} of 4, t = .*: check its weights"
+        ):
+            problem(bad=[call]).run(solved())
+    update = solved().update.clone()
+    update[-1, 1, 1:3] = 1e308
+    with pytest.raises(ModelError, match=r"the samples on the grid \[20.0, .*, 0.02\] are not finite, though the network's outputs are"):
+        problem().run(replace(solved(), update=update))
 
 
 # -- objective -------------------------------------------------------------------------------------------------------
@@ -138,12 +159,12 @@ def test_a_network_that_is_not_finite_is_named(call: int) -> None:
 @pytest.mark.parametrize("c", [0.0, 0.3, 10.0])
 def test_the_weights_are_those_of_the_objective(c: float) -> None:
     """``W R`` is its gradient, but for the number of residuals."""
-    objective, residual = Objective(c), torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(2), dtype=F64)
+    objective, residual = module._Objective(c), torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(2), dtype=F64)
     slopes = torch.zeros_like(residual).flatten()
     for k in range(30):
         far = torch.zeros(30, dtype=F64)
         far[k] = 1e-5
-        up, down = (objective(sizes(residual + way * far.reshape(5, 2, 3))) for way in (1, -1))
+        up, down = (objective(per_sample_rmse(residual + way * far.reshape(5, 2, 3))) for way in (1, -1))
         slopes[k] = (up - down) / 2e-5
     torch.testing.assert_close(objective.weights(residual) * residual.flatten() / 30, slopes, rtol=0, atol=1e-9)  # of differences
 
@@ -153,7 +174,7 @@ def test_a_mean_is_over_the_numbers_of_all_processes(monkeypatch: pytest.MonkeyP
     assert mean_over_processes(numbers) == 3.0
     monkeypatch.setattr(module, "sum_over_processes", lambda value: value + torch.tensor([7.0, 1.0]))  # another, with a 7
     assert mean_over_processes(numbers) == 4.0
-    assert Objective(0.0)(numbers) == 4.0
+    assert module._Objective(0.0)(numbers) == 4.0
 
 
 # -- descent ---------------------------------------------------------------------------------------------------------
@@ -169,16 +190,16 @@ class Scaled:
     refuse: Callable[[Tensor], bool] = lambda far: False
     seen: list[int] | None = None
 
-    def moves(self, runs: Sequence[Run], size: float) -> Moves:
+    def parameters(self, runs: Sequence[CachedRun], size: float) -> Parameters:
         if self.seen is not None:
             self.seen.append(sum(len(run.states[0].x) for run in runs))
 
-        def one(k: int) -> Move:
+        def one(k: int) -> Perturbation:
             far = torch.zeros(len(self.free), dtype=F64)
             far[k] = 1e-4
             return lambda: None if k in self.stuck else (self.moved(far).tableau, 1e-4)
 
-        return Moves([one(k) for k in range(len(self.free))], lambda far: None if self.refuse(far) else self.moved(far))
+        return Parameters([one(k) for k in range(len(self.free))], lambda far: None if self.refuse(far) else self.moved(far))
 
     def moved(self, far: Tensor) -> "Scaled":
         update = self.tableau.update.clone()
@@ -187,74 +208,75 @@ class Scaled:
         return replace(self, tableau=replace(self.tableau, update=update))
 
 
-class Watched(Ends):
+class WatchedError(EndpointError):
     """Notes which windows are looked at for a Jacobian."""
 
-    def watch(self, name: int, notes: list[int]) -> "Watched":
+    def watch(self, name: int, notes: list[int]) -> "WatchedError":
         self.name, self.notes = name, notes
         return self
 
-    def run(self, tableau: Tableau, base: Run | None = None) -> tuple[Tensor, Run]:
+    def run(self, tableau: Tableau, base: CachedRun | None = None) -> tuple[Tensor, CachedRun]:
         if base is not None and (not self.notes or self.notes[-1] != self.name):
             self.notes.append(self.name)
         return super().run(tableau, base)
 
 
-def windows(count: int, batches: int = 1, notes: list[int] | None = None, law: NoiseSchedule = EDM) -> list[list[Ends]]:
+def windows(count: int, batches: int = 1, notes: list[int] | None = None, law: NoiseSchedule = EDM) -> list[list[EndpointError]]:
     x, exact = trajectories(law)
     parts = zip(x.chunk(count * batches), exact.chunk(count * batches), strict=True)
-    each = [Watched(Counted(law), *part).watch(k // batches, [] if notes is None else notes) for k, part in enumerate(parts)]
+    each = [WatchedError(Counted(law), *part).watch(k // batches, [] if notes is None else notes) for k, part in enumerate(parts)]
     return [each[k : k + batches] for k in range(0, len(each), batches)]
 
 
 def value(tableau: Tableau, before: Tableau) -> float:
     error = problem()
-    c = sizes(error.run(before)[0]).median()
-    return float((sizes(error.run(tableau)[0]) ** 2 + c**2).sqrt().mean())
+    c = per_sample_rmse(error.run(before)[0]).median()
+    return float((per_sample_rmse(error.run(tableau)[0]) ** 2 + c**2).sqrt().mean())
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count, steps", [(1, 1), (1, 4), (2, 2), (3, 1), (3, 4)])
 def test_descent_only_descends(count: int, steps: int) -> None:
-    begun, told, notes, seen = Scaled(solved("ddim")), [], [], []
+    begun, shown, notes, seen = Scaled(solved("ddim")), [], [], []
     begun = replace(begun, seen=seen)
-    found = descend(windows(count, 1, notes), begun, iterations=6, steps=steps, observe=lambda i, best: told.append((i, best)))
-    values = [value(begun.tableau, begun.tableau), *(best for _, best in told)]
-    assert [i for i, _ in told] == [*range(1, len(told) + 1)] and count < len(told) <= 6
+    found = levenberg_marquardt(
+        windows(count, 1, notes), begun, iterations=6, steps_each=steps, observe=lambda i, best: shown.append((i, best))
+    )
+    values = [value(begun.tableau, begun.tableau), *(best for _, best in shown)]
+    assert [i for i, _ in shown] == [*range(1, len(shown) + 1)] and count < len(shown) <= 6
     assert values == sorted(values, reverse=True) and values[-1] < 0.7 * values[0]
     assert values[-1] == pytest.approx(value(found.tableau, begun.tableau), rel=1e-9)
-    assert notes == ([0] if count == 1 else [k % count for k in range(len(told))])  # each in its turn
-    assert seen == [24 // count] * len(told)  # one Jacobian an iteration
+    assert notes == ([0] if count == 1 else [k % count for k in range(len(shown))])  # each in its turn
+    assert seen == [24 // count] * len(shown)  # one Jacobian an iteration
 
 
 def test_more_steps_with_one_jacobian_go_further() -> None:
     best = []
     for steps in (1, 2, 3):
         parts = windows(1)
-        descend(parts, Scaled(solved("ddim")), iterations=1, steps=steps, observe=lambda i, value: best.append(value))
+        levenberg_marquardt(parts, Scaled(solved("ddim")), iterations=1, steps_each=steps, observe=lambda i, value: best.append(value))
         assert parts[0][0].evaluations <= 24 * (STEPS + 2 * (3 + 2 + 1) + STEPS * (module.TRIALS + steps - 1))
     assert best[2] < best[1] < best[0]
 
 
 def test_windows_may_differ_in_size() -> None:
-    (x, exact), told = trajectories(), []
-    parts = [[Ends(Counted(EDM), x[a:b], exact[a:b])] for a, b in ((0, 2), (2, 14), (14, 24))]
-    descend(parts, Scaled(solved("ddim")), iterations=3, steps=3, observe=lambda i, value: told.append(value))
-    assert len(told) == 3 and told == sorted(told, reverse=True) and told[2] < told[0]
+    (x, exact), shown = trajectories(), []
+    parts = [[EndpointError(Counted(EDM), x[a:b], exact[a:b])] for a, b in ((0, 2), (2, 14), (14, 24))]
+    levenberg_marquardt(parts, Scaled(solved("ddim")), iterations=3, steps_each=3, observe=lambda i, value: shown.append(value))
+    assert len(shown) == 3 and shown == sorted(shown, reverse=True) and shown[2] < shown[0]
 
 
 def test_the_equations_are_those_of_the_objective() -> None:
     """Their right side is its gradient, found by differences of the objective itself."""
     begun, (window,) = Scaled(solved("ddim")), windows(1, 3)
-    objective = Objective(0.5)
-    kept = [batch.run(begun.tableau) for batch in window]
-    moves, jacobians = module._jacobians(window, kept, begun)
-    normal, slope = module._equations(jacobians, [residual for residual, _ in kept], objective)
+    objective = module._Objective(0.5)
+    runs = [batch.run(begun.tableau) for batch in window]
+    free, jacobians = module._jacobians(window, runs, begun)
+    normal, slope = module._equations(jacobians, [residual for residual, _ in runs], objective)
 
     def at(far: Tensor) -> float:
-        return objective(torch.cat([sizes(batch.run(begun.moved(far).tableau)[0]) for batch in window]))
+        return objective(torch.cat([per_sample_rmse(batch.run(begun.moved(far).tableau)[0]) for batch in window]))
 
-    unit = torch.eye(len(moves.each), dtype=F64)
+    unit = torch.eye(len(free.perturb), dtype=F64)
     gradient = torch.tensor([(at(1e-6 * far) - at(-1e-6 * far)) / 2e-6 for far in unit], dtype=F64)
     torch.testing.assert_close(slope / (24 * 3), gradient, rtol=2e-3, atol=1e-4)  # its differences are one-sided
     torch.testing.assert_close(normal, normal.T, rtol=ROUNDING, atol=1e-9)
@@ -262,7 +284,7 @@ def test_the_equations_are_those_of_the_objective() -> None:
 
 
 def test_batches_of_a_window_do_not_matter() -> None:
-    one, many = (descend(windows(2, batches), Scaled(solved("ddim")), iterations=4).tableau for batches in (1, 4))
+    one, many = (levenberg_marquardt(windows(2, batches), Scaled(solved("ddim")), iterations=4).tableau for batches in (1, 4))
     torch.testing.assert_close(one.update, many.update, rtol=0, atol=1e-9)  # measured 1e-12, of differences of 1e-4
 
 
@@ -279,8 +301,8 @@ def test_a_step_that_gains_makes_the_next_bolder() -> None:
     update = torch.zeros_like(plain.update)
     update[:, :, 2], missed = 1000.0, []
     for iterations in (1, 2):
-        error = Ends(One(), torch.ones(7, 1, dtype=F64), exact[:, None])
-        found = descend([[error]], Scaled(replace(plain, update=update), free=[(0, 2)]), iterations=iterations)
+        error = EndpointError(One(), torch.ones(7, 1, dtype=F64), exact[:, None])
+        found = levenberg_marquardt([[error]], Scaled(replace(plain, update=update), free=[(0, 2)]), iterations=iterations)
         missed.append(float(found.tableau.update[0, 1, 2]))
     assert missed == pytest.approx([1000 / 11, 1000 / 11 / 101], rel=0.01)
 
@@ -292,8 +314,8 @@ def test_the_size_that_counts_is_the_median_at_the_start() -> None:
     for begin in (0.45, 2.0, 1000.0):
         update = torch.zeros_like(plain.update)
         update[:, :, 2] = begin  # of the output
-        error = Ends(One(), torch.ones(7, 1, dtype=F64), exact[:, None])
-        found = descend([[error]], Scaled(replace(plain, update=update), free=[(0, 2)]), iterations=60)
+        error = EndpointError(One(), torch.ones(7, 1, dtype=F64), exact[:, None])
+        found = levenberg_marquardt([[error]], Scaled(replace(plain, update=update), free=[(0, 2)]), iterations=60)
         places.append(float(found.tableau.update[0, 1, 2]))
         c = (begin - exact).abs().median()
         objective = [((place - exact) ** 2 + c**2).sqrt().mean() for place in (places[-1], *torch.linspace(0, 2, 201, dtype=F64))]
@@ -305,11 +327,11 @@ def test_the_size_that_counts_is_the_median_at_the_start() -> None:
 def test_descent_stops_at_its_evaluations() -> None:
     counts, start = [], Scaled(solved("ddim"))
     for most in (0, 500, 10**6):
-        told, parts = [], windows(2)
+        shown, parts = [], windows(2)
         for window in parts:
             window[0].evaluations = 10_000  # spent before, on something else
-        descend(parts, start, iterations=6, evaluations=most, observe=lambda i, best, told=told: told.append(i))
-        counts.append(len(told))
+        levenberg_marquardt(parts, start, iterations=6, evaluations=most, observe=lambda i, best, shown=shown: shown.append(i))
+        counts.append(len(shown))
         spent = sum(batch.evaluations - 10_000 for window in parts for batch in window)
         assert spent == sum(batch.denoiser.samples for window in parts for batch in window)
         one = 12 * 2 * (3 + 2 + 1) + 12 * STEPS + 5 * 24 * STEPS  # a Jacobian, the next window's runs, trials
@@ -323,16 +345,18 @@ def test_what_cannot_move_stays() -> None:
         (replace(begun, free=()), {"iterations": 3}),
         (begun, {"iterations": 0}),
     ]:
-        assert descend(windows(2), start, observe=lambda i, best: pytest.fail("nothing to tell"), **options) is start
-    told = []
+        assert levenberg_marquardt(windows(2), start, observe=lambda i, best: pytest.fail("nothing to tell"), **options) is start
+    shown = []
     none = replace(begun, stuck=range(8))
-    assert torch.equal(descend(windows(1), none, iterations=3, observe=lambda *a: told.append(a)).tableau.update, begun.tableau.update)
-    assert len(told) == 1 and told[0][1] == pytest.approx(value(begun.tableau, begun.tableau), rel=1e-9)
-    some = descend(windows(2), replace(begun, stuck=(0, 3)), iterations=3).tableau.update
+    assert torch.equal(
+        levenberg_marquardt(windows(1), none, iterations=3, observe=lambda *a: shown.append(a)).tableau.update, begun.tableau.update
+    )
+    assert len(shown) == 1 and shown[0][1] == pytest.approx(value(begun.tableau, begun.tableau), rel=1e-9)
+    some = levenberg_marquardt(windows(2), replace(begun, stuck=(0, 3)), iterations=3).tableau.update
     moved = (some - begun.tableau.update).abs().amax(1)[:, 1:3].flatten()
     assert [k for k in range(8) if float(moved[k]) == 0] == [0, 3]
     never = replace(begun, refuse=lambda far: True)
-    assert descend(windows(2), never, iterations=3) is never
+    assert levenberg_marquardt(windows(2), never, iterations=3) is never
 
 
 def test_a_step_that_fails_is_tried_again_shorter() -> None:
@@ -342,28 +366,32 @@ def test_a_step_that_fails_is_tried_again_shorter() -> None:
         steps.append(float(far.norm()))
         return len(steps) < 4
 
-    begun, told = Scaled(solved("ddim"), refuse=refuse), []
-    descend(windows(1), begun, iterations=1, observe=lambda i, best: told.append(best))
-    assert len(steps) == 4 and steps == sorted(steps, reverse=True) and told[0] < value(begun.tableau, begun.tableau)
+    begun, shown = Scaled(solved("ddim"), refuse=refuse), []
+    levenberg_marquardt(windows(1), begun, iterations=1, observe=lambda i, best: shown.append(best))
+    assert len(steps) == 4 and steps == sorted(steps, reverse=True) and shown[0] < value(begun.tableau, begun.tableau)
     steps.clear()
     begun = Scaled(solved("ddim"), refuse=lambda far: bool(steps.append(float(far.norm())) or True))
-    assert descend(windows(1), begun, iterations=9) is begun and len(steps) == module.TRIALS  # and one that gained nothing was the last
+    assert (
+        levenberg_marquardt(windows(1), begun, iterations=9) is begun and len(steps) == module.TRIALS
+    )  # and one that gained nothing was the last
 
 
 def test_a_perfect_start_is_given_back() -> None:
     begun, (x, _) = Scaled(solved("ddim")), trajectories()
     ends = sample(Counted(EDM), begun.tableau, x)
-    assert torch.equal(descend([[Ends(Counted(EDM), x, ends)]], begun, iterations=3).tableau.update, begun.tableau.update)
+    assert torch.equal(
+        levenberg_marquardt([[EndpointError(Counted(EDM), x, ends)]], begun, iterations=3).tableau.update, begun.tableau.update
+    )
     mostly = ends.clone()
     mostly[:5] += 0.1  # the median error is 0
-    found = descend([[Ends(Counted(EDM), x, mostly)]], begun, iterations=3)
-    assert rms(Ends(Counted(EDM), x, mostly).run(found.tableau)[0]) <= rms(ends - mostly) * (1 + ROUNDING)
+    found = levenberg_marquardt([[EndpointError(Counted(EDM), x, mostly)]], begun, iterations=3)
+    assert rms(EndpointError(Counted(EDM), x, mostly).run(found.tableau)[0]) <= rms(ends - mostly) * (1 + ROUNDING)
 
 
 @pytest.mark.parametrize("call", [1, 4, 5, 9, 11, 30])
 def test_descent_names_a_network_that_is_not_finite(call: int) -> None:
-    with pytest.raises(ModelError, match="are not finite: check the network"):
-        descend([[problem(bad=range(call, 1000))]], Scaled(solved("ddim")), iterations=3)
+    with pytest.raises(ModelError, match="the network's output is not finite"):
+        levenberg_marquardt([[problem(bad=range(call, 1000))]], Scaled(solved("ddim")), iterations=3)
 
 
 def test_levels_that_differ_make_another_run() -> None:

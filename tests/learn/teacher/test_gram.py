@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tests.learn.teacher import problems
+from tests.learn.teacher.problems import LAW, calls
 from torch import Tensor
 
 from fewstep import (
-    AdaptedDenoiser,
     ArtifactError,
     DiscreteVP,
     FewstepError,
@@ -26,11 +29,12 @@ from fewstep import (
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.learn.search.bound import Bound
 from fewstep.learn.teacher.gram import FINITE, PROBE, Gram, GramConfig, collect_gram, fine_grid, solve
-from fewstep.runtime import accumulate as module
+from fewstep.models.problem import Problem
+from fewstep.runtime import accumulate, job
+from fewstep.runtime.job import Job, Progress
 
 F64 = torch.float64
 SHAPE = (2, 3)
-LAW = VarianceExploding(0.05, 20.0)
 SMALL = GramConfig(levels=8, num=12, batch=4, seed=5)
 FLOAT32 = 2e-5  # of the data's size: the network's and the states' own arithmetic
 ROUNDING = 1e-12  # of the data's variance: moments in float64
@@ -38,32 +42,22 @@ MEAN, STD = torch.linspace(-1, 1, 6, dtype=F64).reshape(SHAPE), torch.linspace(0
 TABLE = DiscreteVP.linear(100)
 
 
-def mixture(schedule: NoiseSchedule = LAW, dtype: torch.dtype = F64) -> MixtureDenoiser:
-    means = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=F64) * 0.6
-    return MixtureDenoiser(schedule, means.to(dtype), torch.full((4,), 0.25, dtype=dtype))
+def mixture(schedule: NoiseSchedule = LAW) -> MixtureDenoiser:
+    return problems.mixture(SHAPE, schedule, F64)
 
 
-class Counted:
-    """An analytic denoiser as a network, which counts its calls and can be told to stop at one or to fail there."""
-
-    def __init__(self, denoiser: MixtureDenoiser, stop: int = -1, bad: int = -1) -> None:
-        self.denoiser, self.stop, self.bad, self.calls = denoiser, stop, bad, 0
-
-    def __call__(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        self.calls += 1
-        if self.calls == self.stop:
-            raise KeyboardInterrupt
-        answer = self.denoiser(x, t[0].double()) * (torch.nan if self.calls == self.bad else 1)
-        return answer if label is None else answer + (label.float() - 2)[:, None, None] / 10  # class 2 stands for none
+def toy(denoiser: MixtureDenoiser | None = None, **options: Any) -> Model:
+    return problems.toy(denoiser or mixture(), **options)
 
 
-def toy(denoiser: MixtureDenoiser | None = None, *, classes: int | None = None, **options: int) -> Model:
-    denoiser = denoiser or mixture()
-    return Model("toy", AdaptedDenoiser(Counted(denoiser, **options), denoiser.schedule, "sample"), SHAPE, classes, classes)
-
-
-def gathered(model: Model, config: GramConfig = SMALL, folder: Path | None = None, **options: object) -> Gram:
-    return collect_gram(model, config, folder, **options)
+def gathered(
+    model: Model, config: GramConfig = SMALL, folder: Path | None = None, guidance: float = 1.0, on_progress: Progress | None = None
+) -> Gram | None:
+    problem = Problem(model, guidance)
+    if folder is None:
+        return collect_gram(problem, config)
+    with Job.open("make a Gram matrix", folder, on_progress=on_progress) as here:
+        return collect_gram(problem, config, here)
 
 
 def trajectories(schedule: NoiseSchedule, cells: int, num: int = 16) -> tuple[Nodes, Tensor, Tensor]:
@@ -84,7 +78,7 @@ def same(one: Gram, two: Gram, tolerance: float = ROUNDING) -> bool:
 
 @pytest.mark.parametrize("schedule", [LAW, VPLinear()], ids=["edm", "vp"])
 def test_cell_means_are_the_integrals_over_the_inverse_level(schedule: NoiseSchedule) -> None:
-    """Of a Gaussian, whose trajectories and outputs are closed; the integral by Simpson's rule on 100 intervals."""
+    """Of a Gaussian, whose trajectories and outputs are closed; the integral by Gauss's rule at 12 points."""
     denoiser, nodes = GaussianDenoiser(schedule, MEAN, STD), Nodes.at(schedule, fine_grid(schedule, 12).t)
     start = nodes.sigma[0] * torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=F64)
 
@@ -93,14 +87,14 @@ def test_cell_means_are_the_integrals_over_the_inverse_level(schedule: NoiseSche
         return x, torch.stack([denoiser(state, time) for state, time in zip(x, t, strict=True)])
 
     (x, outputs), means = at(nodes.t), []
-    simpson = torch.tensor([1.0, *[4.0, 2.0] * 49, 4.0, 1.0], dtype=F64) / 300
+    places, weights = (torch.from_numpy(values) / 2 for values in np.polynomial.legendre.leggauss(12))
     for v, w in (1 / torch.exp(-nodes.lam)).unfold(0, 2, 1):
-        _, inside = at(schedule.t_of_lam(torch.log(torch.linspace(float(v), float(w), 101, dtype=F64))))
-        means.append(torch.einsum("n,n...->...", simpson, inside))
+        _, inside = at(schedule.t_of_lam(torch.log((v + w) / 2 + (w - v) * places)))
+        means.append(torch.einsum("n,n...->...", weights, inside))
     pictures = torch.cat([outputs, torch.stack(means)]).flatten(1)
     gram = Gram.of(nodes, x, outputs)
     assert gram.cells == 12 and gram.count == 3 and bool(gram.slopes.isnan().all())
-    torch.testing.assert_close(gram.matrix, pictures @ pictures.T / 18, rtol=0, atol=1e-9)  # Simpson's h^4, and t_of_lam
+    torch.testing.assert_close(gram.matrix, pictures @ pictures.T / 18, rtol=0, atol=1e-9)  # t_of_lam
     torch.testing.assert_close(gram.D, outputs.flatten(1) @ outputs.flatten(1).T / 18, rtol=0, atol=ROUNDING)
 
 
@@ -238,30 +232,31 @@ def test_the_batch_does_not_matter() -> None:
 def test_a_killed_pass_continues_to_the_same_numbers(tmp_path: Path) -> None:
     config = replace(SMALL, jacobian=True)
     whole = gathered(model := toy(), config)
-    calls, told = model.denoiser.network.calls, []
+    once, shown = calls(model), []
     with pytest.raises(KeyboardInterrupt):
-        gathered(toy(stop=calls - 3), config, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["gram-0-of-1.safetensors"]
-    resumed = gathered(model := toy(), config, tmp_path, observe=lambda done, note: told.append((done, note)))
-    assert same(resumed, whole, 0) and told == [(12, "9 levels"), (12, "")]
-    assert model.denoiser.network.calls < calls / 2
+        gathered(toy(stop=once - 3), config, tmp_path)
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["gram-0-of-1.safetensors"]
+    resumed = gathered(model := toy(), config, tmp_path, on_progress=lambda done, note: shown.append((done, note)))
+    assert same(resumed, whole, 0) and shown == [(12, "9 levels"), (12, "")]
+    assert calls(model) < once / 2
     gathered(idle := toy(), config, tmp_path)
-    assert idle.denoiser.network.calls == 0  # a finished one is only read
+    assert calls(idle) == 0  # a finished one is only read
     more = gathered(model := toy(), replace(config, num=16), tmp_path)
-    assert same(more, gathered(toy(), replace(config, num=16)), 0) and model.denoiser.network.calls < calls / 2
+    assert same(more, gathered(toy(), replace(config, num=16)), 0) and calls(model) < once / 2
 
 
 def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = gathered(toy())
-    monkeypatch.setattr(module, "wait_for_all", lambda: None)
+    for module in (accumulate, job):  # the processes come one after the other
+        monkeypatch.setattr(module, "wait_for_all", lambda: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
-        found = collect_gram(toy(), SMALL, tmp_path)
+        found = gathered(toy(), folder=tmp_path)
         assert (found is None) == (rank == "1")
     assert same(found, one)
     with pytest.raises(FewstepError, match="only make a Gram matrix together with a folder"):
-        collect_gram(toy(), SMALL)
+        gathered(toy())
 
 
 def test_other_work_is_not_mixed_in(tmp_path: Path) -> None:
@@ -271,10 +266,10 @@ def test_other_work_is_not_mixed_in(tmp_path: Path) -> None:
     requests = [(model, config, 1.0) for config in others] + [(toy(mixture(VPLinear())), SMALL, 1.0), (model, SMALL, 2.0)]
     for other, config, guidance in requests:
         with pytest.raises(ArtifactError, match="belongs to another Gram matrix .*: remove it, or use another folder"):
-            collect_gram(other, config, tmp_path, guidance=guidance)
+            gathered(other, config, tmp_path, guidance)
     (tmp_path / "gram-0-of-1.safetensors").write_bytes(b"cut")
     with pytest.raises(ArtifactError, match="is damaged .*: remove it and run the command again"):
-        collect_gram(model, SMALL, tmp_path)
+        gathered(model, folder=tmp_path)
 
 
 def test_guidance_and_labels_reach_the_network() -> None:
@@ -290,8 +285,8 @@ def test_guidance_and_labels_reach_the_network() -> None:
 def test_a_network_that_is_not_finite_is_named(bad: int, tmp_path: Path) -> None:
     level = float(torch.exp(-LAW.lam(fine_grid(LAW, 8).t))[bad - 1])
     with pytest.raises(ModelError, match=rf"not finite at noise level {level:.4g}, t = .*: check its weights and dtype"):
-        gathered(toy(bad=bad), folder=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        gathered(toy(bad=bad), folder=tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.parametrize("options", [{"levels": 3}, {"num": 0}, {"batch": 0}, {"seed": -1}])

@@ -1,16 +1,16 @@
 """Derivatives through networks: right through attention and group normalisation, and by the first way that a network allows."""
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.modules.module import _global_forward_pre_hooks
 
-from fewstep import ModelError, load_model
+from fewstep import Model, ModelError, load_model
 from fewstep.core.prediction import aligned
 from fewstep.learn.teacher.jvp import JVP_METHODS, choose_jvp, differentiable
-from fewstep.models.formats.folders import Model
 from fewstep.models.zoo import BUNDLED
 
 DENOISERS = [name for name in BUNDLED if name != "digits-dsno"]  # which answers for steps
@@ -22,15 +22,16 @@ COARSE = 0.03  # of a central difference over a twentieth of the noise level, th
 STEP = 0.01  # of the noise level, and in lam: there fourth-order differences of a float64 network are right to 1e-5
 
 
+@cache
 def _problem(name: str) -> tuple[Model, Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, Tensor]:
     """A bundled model, ``(X, lam) -> D``, and a state, a level and a direction in the middle of its range."""
     model = load_model(name)
-    schedule, labels = model.denoiser.schedule, model.labels(range(2))
-    assert any("Attn" in type(module).__name__ for module in model.denoiser.network.modules())
+    schedule, labels = model.schedule, model.labels(range(2))
+    assert any("Attn" in type(module).__name__ for module in model.network.modules())
 
     def function(X: Tensor, lam: Tensor) -> Tensor:  # noqa: N803
         t = schedule.t_of_lam(lam)
-        return model.denoiser(X * aligned(schedule.alpha(t), X), t, labels)
+        return model(X * aligned(schedule.alpha(t), X), t, labels)
 
     t = torch.tensor(0.5 if name == "digits-edm" else 64.5, dtype=F64)  # of the table: the middle of a segment
     lam = schedule.lam(t)
@@ -40,9 +41,9 @@ def _problem(name: str) -> tuple[Model, Callable[[Tensor, Tensor], Tensor], Tens
 
 def _exactly(model: Model, function: Callable[[Tensor], Tensor], h: float) -> Tensor:
     """The derivative of a function of one number at 0: a fourth-order difference of the float64 network."""
-    model.denoiser.network.double()
+    model.network.double()
     wide, narrow = (function(torch.tensor(k * h, dtype=F64)) - function(torch.tensor(-k * h, dtype=F64)) for k in (2.0, 1.0))
-    model.denoiser.network.float()
+    model.network.float()
     return (8 * narrow - wide) / (12 * h)
 
 
@@ -67,7 +68,7 @@ def test_derivatives_in_the_noise_level_are_right(name: str) -> None:
     still, one = torch.zeros_like(v), torch.ones_like(lam)
     h = STEP
     if name == "digits-ddpm":  # the angle is linear in t within a segment and bends between two: stay in its inner half
-        ends = model.denoiser.schedule.lam(torch.tensor([65.0, 64.0], dtype=F64))
+        ends = model.schedule.lam(torch.tensor([65.0, 64.0], dtype=F64))
         h = float(ends[1] - ends[0]) / 8
     exact = _exactly(model, lambda step: function(X.double(), lam + step), h)
     for method in ("forward", "reverse"):

@@ -1,11 +1,12 @@
 """Trajectories as a data set, and what is refused."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
-from tests.learn.teacher.test_trajectories import LAW, SHAPE, made, toy
+from tests.learn.teacher.test_trajectories import SHAPE, made, mixture, toy
 from torch.utils.data import DataLoader
 
 from fewstep import (
@@ -15,6 +16,7 @@ from fewstep import (
     seeded_noise,
 )
 from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig
+from fewstep.models.problem import Problem
 
 
 def test_the_noise_is_not_stored_but_made_from_the_seed(tmp_path) -> None:
@@ -82,17 +84,17 @@ def test_half_the_bytes_lose_half_a_unit(tmp_path, dtype: str, rounding: float) 
 
 
 def test_another_teacher_is_told_apart(tmp_path) -> None:
-    found, model = made(tmp_path), toy()
-    same = {"model": model.fingerprint, "schedule": LAW, "shape": SHAPE, "guidance": 1.0}
-    found.check(**same)
-    for change, says in [
-        ({"model": "abc"}, f'of model "{model.fingerprint}", but they are used with model "abc"'),
-        ({"guidance": 2.0}, "of guidance 1.0, but they are used with guidance 2.0"),
-        ({"shape": (3,)}, r"of sample shape \[2, 2\], but they are used with sample shape \[3\]"),
-        ({"schedule": VPLinear()}, "of schedule .*edm.* with schedule .*vp-linear"),
+    found, model = made(tmp_path, toy(classes=2)), toy(classes=2)
+    found.check(Problem(model))
+    other = replace(model, time=lambda t: 2 * t)
+    for problem, says in [
+        (Problem(other), f'of model "{model.fingerprint}", but they are used with model "{other.fingerprint}"'),
+        (Problem(model, 2.0), "of guidance 1.0, but they are used with guidance 2.0"),
+        (Problem(replace(model, shape=(3,))), r"of sample shape \[2, 2\], but they are used with sample shape \[3\]"),
+        (Problem(toy(mixture(VPLinear()), classes=2)), "of schedule .*edm.* with schedule .*vp-linear"),
     ]:
         with pytest.raises(ArtifactError, match=says):
-            found.check(**{**same, **change})
+            found.check(problem)
 
 
 REFUSED = [

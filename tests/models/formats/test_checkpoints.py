@@ -73,10 +73,10 @@ def song(options: dict | None = None, seed: int = 0) -> SongUNet:
 
 def sampled(model: Model) -> Tensor:
     """Three steps."""
-    schedule, solver = model.denoiser.schedule, make_solver("ddim")
+    schedule, solver = model.schedule, make_solver("ddim")
     sampler = Sampler.build(solver, make_grid("angle", schedule, 3), schedule)
     with torch.no_grad():
-        x0 = sample(model.denoiser, sampler, start_noise(sampler.tableau.nodes, [1, 2], model.shape), model.labels([1, 2]))
+        x0 = sample(model, sampler, start_noise(sampler.tableau.nodes, [1, 2], model.shape), model.labels([1, 2]))
     assert bool(torch.isfinite(x0).all()) and x0.shape == (2, *model.shape)
     return x0
 
@@ -122,13 +122,13 @@ def test_edm_pickles_against_table_1(tmp_path: Path, precond: str, label_dim: in
         skip, out, c_in, noise = formulas(sigma)
         x, scale = at(sigma, vp)
         f = network(c_in * x, torch.full((2,), noise), labels)
-        x0 = model.denoiser(scale * x, torch.tensor(time(sigma), dtype=torch.float64), labels)
+        x0 = model(scale * x, torch.tensor(time(sigma), dtype=torch.float64), labels)
         torch.testing.assert_close(x0, skip * x + out * f, rtol=FLOAT32, atol=FLOAT32 * (1 + sigma))
     sampled(model)
     if label_dim:
         assert model.guided(2.0)(x, torch.tensor(1.0, dtype=torch.float64), labels).shape == x.shape
     if precond == "EDMPrecond":
-        assert (model.denoiser.schedule.t_min, model.denoiser.schedule.t_max) == (0.002, 80.0)
+        assert (model.schedule.t_min, model.schedule.t_max) == (0.002, 80.0)
 
 
 @pytest.mark.usefixtures("edm_modules")
@@ -141,12 +141,12 @@ def test_an_improved_ddpm_pickle_at_the_levels_of_its_table(tmp_path: Path) -> N
     for j in range(m, 0, -1):
         u[j - 1] = ((u[j] ** 2 + 1) / max(bar[j - 1] / bar[j], 0.001) - 1).sqrt()
     model = load_checkpoint(edm_pickle(tmp_path / "i.pkl", "iDDPMPrecond", network, "DhariwalUNet", options, M=m, u=u), trust=True)
-    assert isinstance(model.denoiser.schedule, DiscreteVP) and model.denoiser.schedule.t_max == m - 1
+    assert isinstance(model.schedule, DiscreteVP) and model.schedule.t_max == m - 1
     for j in (0, 7, m - 1):
         sigma = float(u[j])
         x, scale = at(sigma, True)
         f = network(x * scale, torch.full((2,), float(m - 1 - j)))[:, :3]
-        x0 = model.denoiser(scale * x, torch.tensor(m - 1 - j, dtype=torch.float64))
+        x0 = model(scale * x, torch.tensor(m - 1 - j, dtype=torch.float64))
         torch.testing.assert_close(x0, x - sigma * f, rtol=FLOAT32, atol=FLOAT32 * (1 + sigma))
     sampled(model)
 
@@ -304,7 +304,7 @@ def test_edm_weights_without_a_pickle(tmp_path: Path) -> None:
     model = load_checkpoint(tmp_path / "edm.safetensors", format="edm", config=config)
     x = torch.randn(2, 3, 8, 8)
     expected = 0.2 * x + 0.5 / math.sqrt(1.25) * network(x / math.sqrt(1.25), torch.zeros(2))
-    torch.testing.assert_close(model.denoiser(x, torch.tensor(1.0, dtype=torch.float64)), expected, rtol=FLOAT32, atol=FLOAT32)
+    torch.testing.assert_close(model(x, torch.tensor(1.0, dtype=torch.float64)), expected, rtol=FLOAT32, atol=FLOAT32)
     with pytest.raises(ModelError, match="config of an EDM network lacks model_type, img_resolution, in_channels"):
         load_checkpoint(tmp_path / "edm.safetensors", format="edm", config={"precond": "EDMPrecond"})
     with pytest.raises(ModelError, match="does not show which format it has: pass format=, one of edm, guided-diffusion, safe"):

@@ -35,8 +35,8 @@ def checkpoints(tmp_path: Path, edm_modules: None) -> dict[str, tuple[Path, dict
 def _same(one: Model, other: Model) -> None:
     for what in ("shape", "classes", "null_label", "fingerprint"):
         assert getattr(one, what) == getattr(other, what)
-    assert one.denoiser.schedule.to_config() == other.denoiser.schedule.to_config()
-    mine, theirs = one.denoiser.network.state_dict(), other.denoiser.network.state_dict()
+    assert one.schedule.to_config() == other.schedule.to_config()
+    mine, theirs = one.network.state_dict(), other.network.state_dict()
     assert set(mine) == set(theirs) and all(torch.equal(mine[key], theirs[key]) for key in mine)
     assert torch.equal(sampled(one), sampled(other))
 
@@ -75,13 +75,13 @@ def test_a_unet_of_diffusers_as_a_single_file(tmp_path: Path, name: str) -> None
 
 def test_what_cannot_be_written_down(tmp_path: Path) -> None:
     model = load_model("digits-edm")
-    own = Model("mine", type(model.denoiser)(model.denoiser.network, model.denoiser.schedule, "edm(0.5)", lambda t: 3 * t), model.shape)
-    function = Model("mine", type(model.denoiser)(lambda x, t: x, model.denoiser.schedule, "sample"), model.shape)
+    own = Model(model.network, model.schedule, "edm(0.5)", time=lambda t: 3 * t, shape=model.shape, name="mine")
+    function = Model(lambda x, t: x, model.schedule, "sample", shape=model.shape)
     for bad, path, says in [
         (own, "a.safetensors", "mine cannot be written down: its time is a function of your own"),
         (function, "a.safetensors", "its network is a function of your own"),
         (model, "a.bin", r"a single file is named \*.safetensors"),
-        (load_model("digits-dsno"), "a.safetensors", "is an operator student"),
+        (load_model("digits-dsno"), "a.safetensors", "is a student"),
     ]:
         with pytest.raises(ModelError, match=says):
             save_single_file(bad, tmp_path / path)

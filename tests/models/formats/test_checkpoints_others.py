@@ -55,10 +55,10 @@ def test_score_sde_against_its_own_network(tmp_path: Path, name: str) -> None:
     ve = config["sde"] == "ve"
     sigmas = torch.exp(torch.linspace(math.log(50), math.log(0.01), 10, dtype=torch.float64)) if ve else None
     model = load_checkpoint(score_sde_file(tmp_path / "checkpoint_8.pth", network, sigmas), config=config)
-    schedule, y = model.denoiser.schedule, torch.randn(2, 3, 8, 8)
+    schedule, y = model.schedule, torch.randn(2, 3, 8, 8)
     for share in (0.01, 0.3, 1.0):
         t = torch.tensor(round(share * schedule.t_max) if isinstance(schedule, DiscreteVP) else share * schedule.t_max, dtype=torch.float64)
-        x0, alpha, sigma = model.denoiser(y, t), float(schedule.alpha(t)), float(schedule.sigma(t))
+        x0, alpha, sigma = model(y, t), float(schedule.alpha(t)), float(schedule.sigma(t))
         if ve:  # their picture is (y+1)/2, their network moves it back; its output is divided by their sigma: x0 = x + sigma^2 score
             gain = 1 if config.get("centered") else 2
             theirs = torch.full((2,), sigma / gain)
@@ -84,7 +84,7 @@ def test_score_sde_weights_of_the_model_itself(tmp_path: Path) -> None:
     path = score_sde_file(tmp_path / "a.pth", network)
     averaged, own = (load_checkpoint(path, config={**VP, "fir": False, "weights": which}) for which in ("ema", "model"))
     key = "map_layer0.bias"
-    torch.testing.assert_close(own.denoiser.network.state_dict()[key], averaged.denoiser.network.state_dict()[key] + 1)
+    torch.testing.assert_close(own.network.state_dict()[key], averaged.network.state_dict()[key] + 1)
     flat = {f"module.{key}": value.contiguous() for key, value in network.store.items()}  # resaved by somebody
     save_file(flat, tmp_path / "b.safetensors")
     again = load_checkpoint(tmp_path / "b.safetensors", format="score-sde", config={**VP, "fir": False})
@@ -150,7 +150,7 @@ def test_guided_diffusion_against_its_own_network(tmp_path: Path, name: str) -> 
     torch.save(state_of(network, *cond), path)
     model = load_checkpoint(path, config=config)
     assert model.classes == network.c["classes"] and model.null_label is None
-    steps, schedule = config.get("diffusion_steps", 1000), model.denoiser.schedule
+    steps, schedule = config.get("diffusion_steps", 1000), model.schedule
     if config["noise_schedule"] == "linear":
         betas = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
     else:
@@ -163,12 +163,12 @@ def test_guided_diffusion_against_its_own_network(tmp_path: Path, name: str) -> 
         time = torch.full((2,), t * (1000 / steps if "rescale_timesteps" in config else 1.0))
         output = network(x, time, *(() if labels is None else (labels,)))[:, :3]
         expected = output if "predict_xstart" in config else (x - math.sqrt(1 - alpha_bar) * output) / math.sqrt(alpha_bar)
-        x0 = model.denoiser(x, torch.tensor(t, dtype=torch.float64), labels)
+        x0 = model(x, torch.tensor(t, dtype=torch.float64), labels)
         torch.testing.assert_close(x0, expected, rtol=FLOAT32, atol=FLOAT32 / math.sqrt(alpha_bar))
     sampled(model)
     if cond:
         with pytest.raises(ModelError, match="a class for every image"):
-            model.denoiser(x, torch.tensor(1.0))
+            model(x, torch.tensor(1.0))
 
 
 @pytest.mark.parametrize(

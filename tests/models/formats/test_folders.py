@@ -28,7 +28,6 @@ from fewstep import (
 )
 from fewstep.core.prediction import to_x0
 from fewstep.core.statistics import ModelStatistics
-from fewstep.models.denoiser import AdaptedDenoiser
 from fewstep.models.formats.folders import NetworkTime, save_described, save_like
 from fewstep.models.networks.operator import OperatorForm, OperatorStudent
 from fewstep.models.networks.unets import SongUNet, build_network
@@ -45,18 +44,18 @@ def test_bundled_models_load_small_and_denoise(name: str) -> None:
     files = [file for file in (WEIGHTS / name).rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 6e6
     assert any(verb in (WEIGHTS / name / "README.md").read_text() for verb in ("fewstep train", "fewstep finetune", "fewstep distill"))
-    if model.is_operator:  # its steps lead between times of its own
-        x = torch.randn(4, *model.shape) * model.denoiser.schedule.t_max
+    if model.flow_map is not None:  # its steps lead between times of its own
+        x = torch.randn(4, *model.shape) * model.schedule.t_max
         ends = sample(
-            model.denoiser,
-            Sampler.build(make_solver("ddim"), model.optimized("ddim", 1), model.denoiser.schedule),
+            model,
+            Sampler.build(make_solver("ddim"), model.optimized("ddim", 1), model.schedule),
             x,
             model.labels(range(4)),
         )
-        assert model.passes == (1, 2, 3, 4) and ends.shape == x.shape and float(ends.abs().max()) < 2
+        assert model.num_jumps == (1, 2, 3, 4) and ends.shape == x.shape and float(ends.abs().max()) < 2
         return
-    t = T * model.denoiser.schedule.t_max / 2
-    x0 = model.denoiser(x := torch.randn(4, *model.shape) * model.denoiser.schedule.sigma(t).float(), t, model.labels(range(4)))
+    t = T * model.schedule.t_max / 2
+    x0 = model(x := torch.randn(4, *model.shape) * model.schedule.sigma(t).float(), t, model.labels(range(4)))
     assert x0.shape == x.shape and float(x0.abs().max()) < 2 and len(model.fingerprint) == 16
 
 
@@ -86,12 +85,12 @@ def _save(folder: Path, scheduler: object, **options: object) -> Path:
 )
 def test_diffusers_folders_of_every_family(tmp_path: Path, scheduler: object, law: type, prediction: str) -> None:
     model = load_model(_save(tmp_path, scheduler))
-    schedule = model.denoiser.schedule
-    assert isinstance(schedule, law) and model.denoiser.prediction.name == prediction and model.shape == (1, 8, 8)
+    schedule = model.schedule
+    assert isinstance(schedule, law) and model.prediction.name == prediction and model.shape == (1, 8, 8)
     if isinstance(schedule, DiscreteVP):
         table = scheduler.alphas_cumprod.double()
         torch.testing.assert_close(schedule.alpha(schedule.times[1:]) ** 2, table, rtol=1e-12, atol=1e-14)
-    x0 = model.denoiser(torch.randn(2, 1, 8, 8), T * schedule.t_max * 0.5)
+    x0 = model(torch.randn(2, 1, 8, 8), T * schedule.t_max * 0.5)
     assert bool(torch.isfinite(x0).all())
 
 
@@ -144,7 +143,7 @@ def test_a_hub_id_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: pytes
     folder = _save(tmp_path / "model", DDIMScheduler(prediction_type="v_prediction"))
     _in_the_cache(tmp_path / "hub", folder, "somebody/small-ddim")
     model = load_model("somebody/small-ddim")
-    assert (model.name, model.folder, model.denoiser.prediction.name) == ("small-ddim", None, "v")
+    assert (model.name, model.folder, model.prediction.name) == ("small-ddim", None, "v")
     assert model.fingerprint == load_model(folder).fingerprint
     with pytest.raises(ModelError, match="cannot load somebody/other/unet as a UNet2DModel"):
         load_model("somebody/other")
@@ -158,8 +157,9 @@ def _song(folder: Path) -> Model:
     options = {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "label_dim": 3, "model_channels": 8, "channel_mult": [1, 2]}
     options |= {"num_blocks": 1, "attn_resolutions": [4]}
     network = build_network("SongUNet", options, SongUNet(**options).state_dict())
-    denoiser = AdaptedDenoiser(network, VarianceExploding(0.01, 50.0), "edm(0.5)", NetworkTime("log", 0.25))
-    save_described(Model("song", denoiser, (1, 8, 8), 3, 3), folder)
+    time = NetworkTime("log", 0.25)
+    model = Model(network, VarianceExploding(0.01, 50.0), "edm(0.5)", shape=(1, 8, 8), time=time, classes=3, null_label=3, name="song")
+    save_described(model, folder)
     return load_model(folder)
 
 
@@ -167,16 +167,16 @@ def test_a_folder_with_another_network(tmp_path: Path) -> None:
     model = _song(tmp_path / "one")
     assert (model.name, model.shape, model.classes, model.null_label, model.folder) == ("one", (1, 8, 8), 3, 3, tmp_path / "one")
     x, t, labels = torch.randn(2, 1, 8, 8), T, torch.tensor([0, 2])
-    expected = to_x0("edm(0.5)", model.denoiser.network(x / 1.25**0.5, torch.zeros(2), labels), x, T, T)
-    torch.testing.assert_close(model.denoiser(x, t, labels), expected)
+    expected = to_x0("edm(0.5)", model.network(x / 1.25**0.5, torch.zeros(2), labels), x, T, T)
+    torch.testing.assert_close(model(x, t, labels), expected)
     with pytest.raises(ModelError, match="the network refused a state"):
-        model.denoiser(x, t, labels + 2)
+        model(x, t, labels + 2)
     with torch.no_grad():
-        next(iter(model.denoiser.network.parameters())).add_(1)
-    save_like(model, model.denoiser.network, tmp_path / "two")
+        next(iter(model.network.parameters())).add_(1)
+    save_like(model, model.network, tmp_path / "two")
     assert load_model(tmp_path / "two").fingerprint == model.fingerprint != load_model(tmp_path / "one").fingerprint
     with pytest.raises(ModelError, match="an operator is made of a diffusers UNet2DModel, not of a SongUNet"):
-        OperatorStudent(model.adapted, make_grid("angle", model.denoiser.schedule, 2).t, OperatorForm())
+        OperatorStudent(model, make_grid("angle", model.schedule, 2).t, OperatorForm())
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler(prediction_type="v_prediction"), FlowMatchEulerDiscreteScheduler(shift=3.0)])
@@ -184,15 +184,15 @@ def test_any_diffusers_folder_can_be_written_as_ours(tmp_path: Path, scheduler: 
     model = load_model(_save(tmp_path / "one", scheduler))
     save_described(model, tmp_path / "two")
     assert load_model(tmp_path / "two").fingerprint == model.fingerprint
-    x, t = torch.randn(2, 1, 8, 8), T * model.denoiser.schedule.t_max * 0.5
-    assert torch.equal(load_model(tmp_path / "two").denoiser(x, t), model.denoiser(x, t))
+    x, t = torch.randn(2, 1, 8, 8), T * model.schedule.t_max * 0.5
+    assert torch.equal(load_model(tmp_path / "two")(x, t), model(x, t))
 
 
 def test_labels_and_guidance(tmp_path: Path) -> None:
     edm, ddpm = load_model("digits-edm"), load_model("digits-ddpm")
     assert edm.classes == 10 and edm.null_label == 10 and ddpm.classes is None
     assert edm.labels([0, 9, 10, 25]).tolist() == [0, 9, 0, 5] and edm.labels([1, 2], 7).tolist() == [7, 7]
-    assert ddpm.labels([1]) is None and ddpm.guided(1.0) is ddpm.denoiser
+    assert ddpm.labels([1]) is None and ddpm.guided(1.0) is ddpm
     for bad in (lambda: edm.labels([0], 10), lambda: ddpm.labels([0], 3), lambda: ddpm.guided(2.0)):
         with pytest.raises(ModelError):
             bad()
@@ -211,12 +211,12 @@ def test_statistics_are_found_by_guidance(tmp_path: Path, ours: bool) -> None:
     assert model.statistics() is None and model.statistics(2.0) is None
     lam, values = torch.linspace(-1, 1, 3), torch.ones(3, 1, 1, 1)
     for name, guidance in (("statistics", 1.0), ("statistics-guidance-2", 2.0)):
-        made = ModelStatistics(lam, values, values, guidance * values, model.shape, model.denoiser.schedule, model.fingerprint, guidance)
+        made = ModelStatistics(lam, values, values, guidance * values, model.shape, model.schedule, model.fingerprint, guidance)
         made.save(folder / name)
     for guidance in (1.0, 2.0):
         found = model.statistics(guidance)
         assert found.guidance == guidance and float(found.b.mean()) == guidance
-        found.check(model=model.fingerprint, guidance=guidance, schedule=model.denoiser.schedule, shape=model.shape)
+        found.check(model=model.fingerprint, guidance=guidance, schedule=model.schedule, shape=model.shape)
     assert model.statistics(3.0) is None
     (folder / "statistics" / "statistics.safetensors").write_bytes(b"")
     with pytest.raises(ArtifactError, match="damaged"):

@@ -26,7 +26,6 @@ from fewstep import (
     make_grid,
     make_solver,
     sample,
-    start_noise,
 )
 from fewstep.evaluate.metrics.distances import rmse
 from fewstep.models.formats.folders import save_like, save_ours
@@ -45,7 +44,7 @@ def _ours(folder: Path, null_label: int | None = None) -> Model:
 
 def _grids(model: Model, place: str, guidance: float, *nfe: int, fingerprint: str | None = None) -> dict[int, TimeGrid]:
     """Grids in the model's folder, of some solver at some guidance scale."""
-    schedule = model.denoiser.schedule
+    schedule = model.schedule
     grids = {n: make_grid("angle", schedule, n) for n in nfe}
     GridTable(Path(place).name, fingerprint or model.fingerprint, guidance, schedule, grids).save(model.folder / place)
     return grids
@@ -54,22 +53,20 @@ def _grids(model: Model, place: str, guidance: float, *nfe: int, fingerprint: st
 def test_what_we_save_is_what_we_load(tmp_path: Path) -> None:
     for null_label in (None, 4):
         model = _ours(tmp_path / str(null_label), null_label)
-        assert (model.classes, model.null_label, model.shape, model.denoiser.prediction.name) == (
+        assert (model.classes, model.null_label, model.shape, model.prediction.name) == (
             null_label,
             null_label,
             (1, 8, 8),
             "edm(0.5)",
         )
-        assert model.denoiser.schedule.to_config() == VarianceExploding(0.01, 50.0).to_config() and model.folder == tmp_path / str(
-            null_label
-        )
+        assert model.schedule.to_config() == VarianceExploding(0.01, 50.0).to_config() and model.folder == tmp_path / str(null_label)
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["fewstep", "diffusers"])
 def test_a_network_like_another_is_saved_in_the_same_form(tmp_path: Path, ours: bool) -> None:
     model = _ours(tmp_path / "one", 4) if ours else load_model(_save(tmp_path / "one", DDIMScheduler(prediction_type="v_prediction")))
     (tmp_path / "one" / "README.md").write_text("of the one")
-    other = model.denoiser.network
+    other = model.network
     with torch.no_grad():
         next(iter(other.parameters())).add_(1)
     save_like(model, other, tmp_path / "two")
@@ -79,14 +76,14 @@ def test_a_network_like_another_is_saved_in_the_same_form(tmp_path: Path, ours: 
     assert before.fingerprint != after.fingerprint
     for what in ("shape", "classes", "null_label"):
         assert getattr(before, what) == getattr(after, what)
-    assert before.denoiser.prediction.name == after.denoiser.prediction.name
-    assert before.denoiser.schedule.to_config() == after.denoiser.schedule.to_config()
+    assert before.prediction.name == after.prediction.name
+    assert before.schedule.to_config() == after.schedule.to_config()
 
 
 def test_a_model_from_nowhere_has_no_form_to_save_in(tmp_path: Path) -> None:
     model = replace(_ours(tmp_path / "one"), folder=None)
     with pytest.raises(ModelError, match="was not loaded from a folder: save it to one first"):
-        save_like(model, model.denoiser.network, tmp_path / "two")
+        save_like(model, model.network, tmp_path / "two")
     assert model.tuned is None and model.statistics() is None
     with pytest.raises(GridError, match="there are none in its folder"):
         model.optimized("ddim", 3)
@@ -94,7 +91,7 @@ def test_a_model_from_nowhere_has_no_form_to_save_in(tmp_path: Path) -> None:
 
 def test_a_pipeline_is_saved_as_a_pipeline(tmp_path: Path) -> None:
     model = load_model("digits-ddpm")
-    save_like(model, model.denoiser.network, tmp_path / "copy")
+    save_like(model, model.network, tmp_path / "copy")
     DDPMPipeline.from_pretrained(str(tmp_path / "copy"), low_cpu_mem_usage=False)
     assert load_model(tmp_path / "copy").fingerprint == model.fingerprint
 
@@ -138,8 +135,8 @@ def test_optimized_grids_of_other_weights_or_damaged_ones_are_refused(tmp_path: 
 
 def _fitted(model: Model, place: str, nfe: int, guidance: float = 1.0, fingerprint: str | None = None) -> Sampler:
     """A sampler in the model's folder, as if fitted to it at some guidance scale."""
-    schedule, card = model.denoiser.schedule, {"name": "fitted", "model": fingerprint or model.fingerprint, "guidance": guidance}
-    sampler = Sampler.build(make_solver("ddim"), make_grid("angle", schedule, nfe), schedule, **card)
+    schedule, card = model.schedule, {"name": "fitted", "model": fingerprint or model.fingerprint, "guidance": guidance}
+    sampler = Sampler.build(make_solver("ddim"), make_grid("angle", schedule, nfe), schedule, card=card)
     sampler.save(model.folder / place / f"nfe-{nfe:02d}")
     return sampler
 
@@ -231,7 +228,5 @@ def test_the_bundled_models_have_fitted_samplers(name: str, guidance: float, cou
     for nfe in counts:
         sampler = model.fitted(nfe, guidance)
         assert (sampler.nfe, sampler.card["chosen"]) == (nfe, "swept") and sampler.card["error"][0] < 0.75 * sampler.card["error"][1]
-    x_T, labels = start_noise(sampler.tableau.nodes, range(16), model.shape), model.labels(range(16))  # noqa: N806
-    with torch.no_grad():
-        exact = sample(model.guided(guidance), reference_sampler(model.denoiser.schedule, 32), x_T, labels)
-        assert rmse(sample(model.guided(guidance), sampler, x_T, labels), exact) < 0.02
+    exact = sample(model, reference_sampler(model.schedule, 32), seeds=range(8), guidance=guidance)
+    assert rmse(sample(model, sampler, seeds=range(8), guidance=guidance), exact) < 0.02

@@ -1,6 +1,7 @@
 """Operator students: what their output means, where they land, what they cost, and that a folder brings them back to the bit."""
 
 import copy
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -11,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
+from tests.problems import ATTENTION_UNET
 from torch import Tensor
 
 from fewstep import (
-    AdaptedDenoiser,
     ArtifactError,
     DiscreteVP,
     Model,
@@ -31,13 +32,12 @@ from fewstep import (
     sample,
 )
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.models.denoiser import edm_time, unet_call
+from fewstep.models.flow_map import OperatorMap
 from fewstep.models.formats.folders import save_like
-from fewstep.models.networks.operator import OperatorDenoiser, OperatorForm, OperatorStudent
+from fewstep.models.networks.calls import edm_time, unet_call
+from fewstep.models.networks.operator import OperatorForm, OperatorStudent
 from fewstep.models.networks.temporal_unet import Mixing
 
-UNET = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
-UNET |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 4}
 EDM_TIMES = torch.tensor([80.0, 12.5, 2.7, 0.6, 0.0], dtype=torch.float64)
 UNIT_TIMES = torch.tensor([0.99, 0.7, 0.4, 0.2, 0.0], dtype=torch.float64)
 CLOSE = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)  # float32, images of order 1
@@ -48,14 +48,15 @@ MIXINGS += [Mixing(form) for form in ("real", "fft", "one-way")]
 LABELS = torch.tensor([0, 1, 2])
 
 
-def teacher(schedule: NoiseSchedule | None = None, kind: str = "edm(0.5)") -> AdaptedDenoiser:
+@functools.cache
+def teacher(schedule: NoiseSchedule | None = None, kind: str = "edm(0.5)") -> Model:
     """A small network with random weights: by default of EDM, with 3 labels."""
     torch.manual_seed(0)
-    network = UNet2DModel(**UNET, num_class_embeds=3).eval().requires_grad_(False)
-    return AdaptedDenoiser(network, schedule or VarianceExploding(), kind, edm_time if schedule is None else lambda t: 1000 * t, unet_call)
+    network = UNet2DModel(**ATTENTION_UNET, num_class_embeds=3).eval().requires_grad_(False)
+    return Model(network, schedule or VarianceExploding(), kind, time=edm_time if schedule is None else lambda t: 1000 * t, call=unet_call)
 
 
-def student(of: AdaptedDenoiser, times: Tensor = EDM_TIMES, *, stir: bool = True, **form: object) -> OperatorStudent:
+def student(of: Model, times: Tensor = EDM_TIMES, *, stir: bool = True, **form: object) -> OperatorStudent:
     """A student of a copy of a network; stirred, as if trained, its new weights are not where they started."""
     made = OperatorStudent(replace(of, network=copy.deepcopy(of.network)), times, OperatorForm(**form))
     torch.manual_seed(1)
@@ -72,7 +73,7 @@ def noise(of: NoiseSchedule, t: Tensor, num: int = 3) -> Tensor:
 
 def run(made: OperatorStudent, x: Tensor, cond: Tensor | None, times: Tensor, solver: str = "ddim", **options: object) -> Tensor:
     tableau = Sampler.build(make_solver(solver, **options), TimeGrid(times), made.schedule)
-    return sample(OperatorDenoiser(made), tableau, x, cond, seeds=range(len(x)))
+    return sample(OperatorMap(made), tableau, x, cond, seeds=range(len(x)))
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +137,14 @@ def test_a_new_student_makes_its_teachers_first_order_steps(kind: str, mixing: M
             CLOSE(states[:, k], step.float())
 
 
-def test_told_the_slots_time_a_new_student_says_what_its_teacher_says_there() -> None:
-    of = load_model("digits-ddpm").adapted
+def test_given_the_slots_time_a_new_student_says_what_its_teacher_says_there() -> None:
+    of = load_model("digits-ddpm")
     t = torch.tensor([999.0, 500.0, 123.0, 0.0], dtype=torch.float64)
     made, x = student(of, t, stir=False, time="slot", output="state", mixing=Mixing("real", 2)), noise(of.schedule, t[0])
     for k, u in enumerate(t[1:]):
         CLOSE(made(x, t[1:])[:, k], unet_call(of.network, x, u.float().expand(len(x))))
     one, two = (student(of, t, time="slot", output="state", anywhere=anywhere) for anywhere in (False, True))
-    assert one.operator.told is None and two.operator.told is not None
+    assert one.operator.extra_embedding is None and two.operator.extra_embedding is not None
     x = noise(of.schedule, t[1])
     assert float((two(x, t[2:], None, t[0]) - two(x, t[2:], None, t[1])).abs().max()) > 1e-3
 
@@ -184,7 +185,7 @@ def test_passes_from_where_there_is_no_signal_are_jumps() -> None:
 
 
 def test_samplers_that_do_not_make_first_order_steps_are_refused() -> None:
-    made, first = student(teacher()), "an operator answers for first-order steps alone: use --solver ddim --grid optimized"
+    made, first = student(teacher()), "a flow map makes first-order steps alone: use the solver ddim"
     x = noise(made.schedule, EDM_TIMES[0])
     for solver in ("unipc-2", "unipc-3", "heun", "dpm-solver-pp-2m", "deis-3", "ipndm"):
         with pytest.raises(SolverError, match=first):
@@ -197,7 +198,7 @@ def test_samplers_of_another_kind_are_refused_in_the_same_words(digits: Model, s
     made, options = student(teacher()), {"statistics": digits.statistics()} if solver == "dpm-solver-v3" else {}
     for times in (EDM_TIMES, EDM_TIMES[[0, -1]]):
         if solver == "dpm-solver-v3" or len(times) > 2:
-            with pytest.raises(SolverError, match="an operator answers for first-order steps alone: use --solver ddim --grid optimized"):
+            with pytest.raises(SolverError, match="a flow map makes first-order steps alone: use the solver ddim"):
                 run(made, noise(made.schedule, times[0]), LABELS, times, solver, **options)
 
 
@@ -205,15 +206,15 @@ def test_times_that_an_operator_does_not_have_are_refused() -> None:
     made, x = student(teacher()), noise(VarianceExploding(), EDM_TIMES[0])
     one = student(teacher(), anywhere=False)
     for times in ([80.0, 2.5, 0.0], [79.0, 0.0], [80.0, 0.002]):
-        with pytest.raises(SolverError, match="an operator jumps between its own times only, 80, 12.5, 2.7, 0.6, 0: use --solver ddim"):
+        with pytest.raises(SolverError, match="between its own times only, 80, 12.5, 2.7, 0.6, 0: use ddim on the grid optimized"):
             run(made, x, LABELS, torch.tensor(times, dtype=torch.float64))
     with pytest.raises(SolverError, match="this operator makes one pass only, not 2"):
         run(one, x, LABELS, EDM_TIMES[[0, 2, -1]])
     with pytest.raises(SolverError, match="this operator starts at t = 80 only, not at 12.5"):
         run(one, x, LABELS, EDM_TIMES[[1, -1]])
     CLOSE(run(one, x, LABELS, EDM_TIMES[[0, -1]]), one.denoise_once(x, LABELS))
-    with pytest.raises(ModelError, match=r"sample it by fewstep\.sample, in steps of DDIM"):
-        OperatorDenoiser(made)(x, EDM_TIMES[0], LABELS)
+    with pytest.raises(ModelError, match=r"is a student, .*: sample it by fewstep\.sample"):
+        replace(teacher(), network=made, flow_map=OperatorMap(made))(x, EDM_TIMES[0], LABELS)
 
 
 def test_what_cannot_be_a_student_is_refused() -> None:
@@ -222,7 +223,7 @@ def test_what_cannot_be_a_student_is_refused() -> None:
             student(teacher(), torch.tensor(times))
     with pytest.raises(ModelError, match="the network's own time is not finite"):
         student(teacher(), time="slot")
-    for bad in ({"output": "noise"}, {"time": "end"}, {"time": "slot", "mixing": Mixing(places="inner", fan="inner")}):
+    for bad in ({"output": "noise"}, {"time": "end"}, {"time": "slot", "mixing": Mixing(insert_after="inner", branch_at="inner")}):
         with pytest.raises(ModelError):
             OperatorForm(**bad)
     with pytest.raises(ModelError, match="is made of a diffusers UNet2DModel"):
@@ -250,7 +251,7 @@ def test_arithmetic_counts_evaluations_of_the_network() -> None:
     assert 4 < costs(0, 4, form="real") < 6 and 1 < costs(0, 4, form="one-way") < 1.5
     assert costs(3, 4, form="real") < 1.5 < 4 < costs(0, 2, form="real")
     assert costs(0, 2, 4, form="real") == pytest.approx(costs(0, 2, form="real") + costs(2, 4, form="real"))
-    less = [costs(0, 4, form="real", places=places, fan=fan) for places, fan in WAYS]
+    less = [costs(0, 4, form="real", insert_after=places, branch_at=fan) for places, fan in WAYS]
     assert less == sorted(less, reverse=True) and less[-1] > 1 and len(set(less)) == 3
 
 
@@ -266,24 +267,24 @@ def folder_of(digits: Model, made: OperatorStudent, folder: Path) -> Path:
 
 @pytest.mark.parametrize("mixing", [Mixing("none"), Mixing(), Mixing("fft", 3), Mixing("one-way", 2, "inner", "inner")], ids=repr)
 def test_a_folder_brings_a_student_back_to_the_bit(digits: Model, tmp_path: Path, mixing: Mixing) -> None:
-    made = student(digits.adapted, EDM_TIMES, mixing=mixing, output="skip")
+    made = student(digits, EDM_TIMES, mixing=mixing, output="skip")
     made.card.update({"teacher": "digits-edm", "numbers": [1, 2.5]})
     loaded = load_model(folder_of(digits, made, tmp_path / "it"))
-    assert loaded.is_operator and loaded.null_label is None and loaded.classes == 10 and not loaded.denoiser.network.training
-    again = loaded.denoiser.network
+    assert loaded.flow_map is not None and loaded.null_label is None and loaded.classes == 10 and not loaded.network.training
+    again = loaded.network
     assert again.form == made.form and again.card == made.card and torch.equal(again.times, EDM_TIMES)
     x = noise(made.schedule, EDM_TIMES[0])
     assert torch.equal(again(x, EDM_TIMES[1:], LABELS), made(x, EDM_TIMES[1:], LABELS))
     assert torch.equal(run(again, x, LABELS, EDM_TIMES[[0, 2, -1]]), run(made, x, LABELS, EDM_TIMES[[0, 2, -1]]))
-    for refused in (lambda: loaded.adapted, lambda: loaded.guided(2.0)):
-        with pytest.raises(ModelError, match="is an operator student"):
+    for refused in (loaded.need_denoiser, lambda: loaded.guided(2.0)):
+        with pytest.raises(ModelError, match="is a student"):
             refused()
 
 
 def test_a_folder_in_half_precision_brings_back_the_rounded_weights(digits: Model, tmp_path: Path) -> None:
-    made = student(digits.adapted)
+    made = student(digits)
     made.operator.half()
-    loaded = load_model(folder_of(digits, made, tmp_path)).denoiser.network
+    loaded = load_model(folder_of(digits, made, tmp_path)).network
     made.operator.float()
     x = noise(made.schedule, EDM_TIMES[0])
     assert torch.equal(loaded.denoise_once(x, LABELS), made.denoise_once(x, LABELS)) and torch.equal(loaded.times, EDM_TIMES)
@@ -303,7 +304,7 @@ def edited(**changes: object) -> Callable[[Path], None]:
 def other_network(folder: Path) -> None:
     """Whose layers are not as wide."""
     shutil.rmtree(folder / "unet")
-    UNet2DModel(**UNET, num_class_embeds=11).save_pretrained(folder / "unet")
+    UNet2DModel(**ATTENTION_UNET, num_class_embeds=11).save_pretrained(folder / "unet")
 
 
 @pytest.mark.parametrize(
@@ -320,20 +321,20 @@ def other_network(folder: Path) -> None:
         pytest.param(edited(form="none"), id="weights too many"),
         pytest.param(edited(modes=1), id="fewer modes"),
         pytest.param(edited(modes=3), id="more modes"),
-        pytest.param(edited(places="inner"), id="other places"),
+        pytest.param(edited(insert_after="inner"), id="other places"),
         pytest.param(edited(modes=99), id="too many modes"),
         pytest.param(other_network, id="another network"),
     ],
 )
 def test_damaged_folders_are_refused(digits: Model, tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    folder = folder_of(digits, student(digits.adapted), tmp_path / "it")
+    folder = folder_of(digits, student(digits), tmp_path / "it")
     damage(folder)
     with pytest.raises(ArtifactError, match=r"it(/operator\.| is not a whole operator)"):
         load_model(folder)
 
 
 def test_a_card_that_is_not_json_is_refused(digits: Model, tmp_path: Path) -> None:
-    made = student(digits.adapted)
+    made = student(digits)
     made.card["teacher"] = EDM_TIMES
     with pytest.raises(ArtifactError, match="must be plain JSON values"):
         made.save(tmp_path)
@@ -341,34 +342,41 @@ def test_a_card_that_is_not_json_is_refused(digits: Model, tmp_path: Path) -> No
 
 def test_a_fingerprint_is_of_the_whole_student(digits: Model) -> None:
     def fingerprint(made: OperatorStudent) -> str:
-        return replace(digits, denoiser=OperatorDenoiser(made)).fingerprint
+        return replace(digits, network=made, flow_map=OperatorMap(made)).fingerprint
 
     def moved(name: str) -> OperatorStudent:
-        made = student(digits.adapted)
+        made = student(digits)
         made.operator.get_parameter(name).data.view(-1)[0] += 1
         return made
 
-    first = fingerprint(student(digits.adapted))
-    assert fingerprint(student(digits.adapted)) == first
-    parts = ("temporal.0.real", "temporal.3.imag", "temporal.6.gate", "told.0.weight", "told.2.bias", "unet.conv_out.bias")
+    first = fingerprint(student(digits))
+    assert fingerprint(student(digits)) == first
+    parts = (
+        "temporal.0.real",
+        "temporal.3.imag",
+        "temporal.6.gate",
+        "extra_embedding.0.weight",
+        "extra_embedding.2.bias",
+        "unet.conv_out.bias",
+    )
     others = [fingerprint(moved(name)) for name in parts]
     forms = [
         {"output": "skip"},
         {"anywhere": False},
         *({"mixing": mixing} for mixing in (Mixing("fft"), Mixing("one-way"), Mixing("none"))),
     ]
-    others += [fingerprint(student(digits.adapted, **form)) for form in forms]
-    others += [fingerprint(student(digits.adapted, EDM_TIMES + torch.tensor([0, 0, 0.1, 0, 0]))), digits.fingerprint]
+    others += [fingerprint(student(digits, **form)) for form in forms]
+    others += [fingerprint(student(digits, EDM_TIMES + torch.tensor([0, 0, 0.1, 0, 0]))), digits.fingerprint]
     assert len({first, *others}) == len(others) + 1
 
 
 def test_a_student_of_a_discrete_unconditional_noise_predictor(tmp_path: Path) -> None:
     model = load_model("digits-ddpm")
     t = torch.tensor([999.0, 620.5, 300.0, 40.0, -1.0], dtype=torch.float64)
-    made = student(model.adapted, t)
+    made = student(model, t)
     loaded = load_model(folder_of(model, made, tmp_path))
-    assert loaded.is_operator and loaded.classes is None and asdict(loaded.denoiser.network.form) == asdict(made.form)
-    x, again = noise(made.schedule, t[0]), loaded.denoiser.network
+    assert loaded.flow_map is not None and loaded.classes is None and asdict(loaded.network.form) == asdict(made.form)
+    x, again = noise(made.schedule, t[0]), loaded.network
     once = made.denoise_once(x)
     assert torch.equal(again.denoise_once(x), once) and bool(torch.isfinite(once).all())
     CLOSE(run(again, x, None, t[[0, -1]]), once)

@@ -1,20 +1,20 @@
 """DSNO's operator on small networks with random weights: where slots meet, what they cost, and that the network stays itself."""
 
 import copy
+import functools
 from functools import partial
 
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
+from tests.problems import ATTENTION_UNET
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep import ModelError
-from fewstep.models.denoiser import unet_call
+from fewstep.models.networks.calls import unet_call
 from fewstep.models.networks.temporal_unet import Mixing, TemporalUNet
 
-SMALL = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
-SMALL |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 4}
 PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 THREE = {"block_out_channels": (8, 8, 16), "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D")}
 SKIP = {"down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"), "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D")}
@@ -47,9 +47,15 @@ BATCH, SLOTS, FEATURES = 2, 4, 5
 TIME = torch.tensor([3.0, 2.0, 1.0, 0.5])
 
 
-def network(kind: str = "attention") -> UNet2DModel:
+@functools.cache
+def made(kind: str) -> UNet2DModel:
     torch.manual_seed(0)
-    return UNet2DModel(**{**SMALL, **NETWORKS[kind]}).eval().requires_grad_(False)
+    return UNet2DModel(**{**ATTENTION_UNET, **NETWORKS[kind]}).eval().requires_grad_(False)
+
+
+def network(kind: str = "attention") -> UNet2DModel:
+    """A copy of its own, since an operator hangs hooks on it."""
+    return copy.deepcopy(made(kind))
 
 
 def stirred(operator: TemporalUNet) -> TemporalUNet:
@@ -67,7 +73,7 @@ def given(kind: str = "attention", batch: int = BATCH) -> tuple[Tensor, Tensor |
     return x, torch.arange(batch) if "num_class_embeds" in NETWORKS[kind] else None
 
 
-def told(slots: int = SLOTS) -> Tensor:
+def features(slots: int = SLOTS) -> Tensor:
     return torch.randn(slots, FEATURES, generator=torch.Generator().manual_seed(3))
 
 
@@ -91,7 +97,7 @@ def test_a_new_operator_answers_what_the_network_alone_answers_to_the_bit(kind: 
     assert float((wanted[:, 0] - wanted[:, -1]).abs().max()) > 1e-3  # slots differ by their time
     for mixing in (Mixing("none"), Mixing(), Mixing("fft", 3), Mixing("one-way"), Mixing("real", 1, "inner"), Mixing("none", 2, "inner")):
         operator = TemporalUNet(network(kind), SLOTS, mixing, FEATURES)
-        assert torch.equal(operator(x, TIME, cond, told()), wanted) and torch.equal(operator(x, TIME, cond), wanted)
+        assert torch.equal(operator(x, TIME, cond, features()), wanted) and torch.equal(operator(x, TIME, cond), wanted)
 
 
 @pytest.mark.parametrize("places", ["all", "inner"])
@@ -113,13 +119,18 @@ def test_temporal_layers_follow_each_block_with_its_attention_and_one_is_in_the_
     ("kind", "mixing"),
     [
         *(("classes", mixing) for mixing in MIXINGS),
-        *((kind, mixing) for kind in ("three", "fourier", "skip") for mixing in MIXINGS if mixing.fan == "inner" and mixing.form != "fft"),
+        *(
+            (kind, mixing)
+            for kind in ("three", "fourier", "skip")
+            for mixing in MIXINGS
+            if mixing.branch_at == "inner" and mixing.form != "fft"
+        ),
     ],
 )
 def test_the_last_slot_alone_is_the_last_of_all(kind: str, mixing: Mixing) -> None:
     operator, (x, cond) = stirred(TemporalUNet(network(kind), SLOTS, mixing, FEATURES)), given(kind)
     for count in (SLOTS, 2):
-        whole, last = (operator(x, TIME[-count:], cond, told()[-count:], last_only) for last_only in (False, True))
+        whole, last = (operator(x, TIME[-count:], cond, features()[-count:], last_only) for last_only in (False, True))
         assert whole.shape == (BATCH, count, *x.shape[1:]) and last.shape == (BATCH, 1, *x.shape[1:])
         CLOSE(last, whole[:, -1:])
 
@@ -127,18 +138,18 @@ def test_the_last_slot_alone_is_the_last_of_all(kind: str, mixing: Mixing) -> No
 @pytest.mark.parametrize("mixing", MIXINGS, ids=repr)
 def test_samples_do_not_meet(mixing: Mixing) -> None:
     operator, (x, cond) = stirred(TemporalUNet(network("classes"), SLOTS, mixing, FEATURES)), given("classes")
-    whole = operator(x, TIME, cond, told())
+    whole = operator(x, TIME, cond, features())
     assert float((whole[0] - whole[1]).abs().max()) > 0.01
     for b in range(BATCH):
-        CLOSE(operator(x[b : b + 1], TIME, cond[b : b + 1], told()), whole[b : b + 1])
+        CLOSE(operator(x[b : b + 1], TIME, cond[b : b + 1], features()), whole[b : b + 1])
 
 
 @pytest.mark.parametrize("mixing", [Mixing(form, 2, places) for form in FORMS for places in ("all", "inner")], ids=repr)
 def test_a_slot_reads_none_all_or_later_ones_as_the_form_says(mixing: Mixing) -> None:
     operator, (x, _) = stirred(TemporalUNet(network(), SLOTS, mixing, FEATURES)), given()
-    whole = operator(x, TIME, None, told())
+    whole = operator(x, TIME, None, features())
     for j in range(SLOTS):
-        other = told()
+        other = features()
         other[j] += 1
         moved = (operator(x, TIME, None, other) - whole).abs().flatten(2).amax(2).amin(0) > 1e-3
         reads = {"none": [k == j for k in range(SLOTS)], "one-way": [k <= j for k in range(SLOTS)]}
@@ -146,11 +157,11 @@ def test_a_slot_reads_none_all_or_later_ones_as_the_form_says(mixing: Mixing) ->
 
 
 @pytest.mark.parametrize("form", ["none", "real", "one-way"])
-def test_slots_that_part_inside_are_those_that_part_at_the_input_if_told_the_same(form: str) -> None:
-    x, time, same = given()[0], torch.full((SLOTS,), 2.0), told()[:1].expand(SLOTS, -1)
+def test_slots_that_branch_inside_are_those_that_branch_at_the_input_with_the_same_features(form: str) -> None:
+    x, time, same = given()[0], torch.full((SLOTS,), 2.0), features()[:1].expand(SLOTS, -1)
     inside, ahead = (stirred(TemporalUNet(network(), SLOTS, Mixing(form, 2, "inner", fan), FEATURES)) for fan in ("inner", "input"))
     CLOSE(inside(x, time, None, same), ahead(x, time, None, same))
-    assert float((inside(x, TIME, None, told()) - ahead(x, TIME, None, told())).abs().max()) > 1e-3
+    assert float((inside(x, TIME, None, features()) - ahead(x, TIME, None, features())).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -200,16 +211,16 @@ def test_the_network_alone_stays_as_it_was_even_after_calls_that_fail(mixing: Mi
     operator, time = stirred(TemporalUNet(network("classes"), SLOTS, mixing, FEATURES)), TIME[:1].repeat(BATCH)
     wanted = unet_call(network("classes"), x, time, cond)
     bad = {
-        "a label that does not exist": (x, TIME, cond + 7, told()),
-        "no labels": (x, TIME, None, told()),
-        "channels that do not fit": (x.repeat(1, 2, 1, 1), TIME, cond, told()),
-        "slots told too little": (x, TIME, cond, told()[:, 1:]),
-        "too few slots told": (x, TIME, cond, told()[1:]),
-        "more slots than times": (x, TIME[1:], cond, told()),
+        "a label that does not exist": (x, TIME, cond + 7, features()),
+        "no labels": (x, TIME, None, features()),
+        "channels that do not fit": (x.repeat(1, 2, 1, 1), TIME, cond, features()),
+        "features too few": (x, TIME, cond, features()[:, 1:]),
+        "slots without features": (x, TIME, cond, features()[1:]),
+        "more slots than times": (x, TIME[1:], cond, features()),
     }
     assert torch.equal(unet_call(operator.unet, x, time, cond), wanted)
     for last_only in (False, True):
-        assert float((operator(x, TIME, cond, told(), last_only)[:, -1] - wanted).abs().max()) > 0.01
+        assert float((operator(x, TIME, cond, features(), last_only)[:, -1] - wanted).abs().max()) > 0.01
         assert torch.equal(unet_call(operator.unet, x, time, cond), wanted)
     for what, arguments in bad.items():
         with pytest.raises((RuntimeError, IndexError, ValueError)):
@@ -220,28 +231,28 @@ def test_the_network_alone_stays_as_it_was_even_after_calls_that_fail(mixing: Mi
 def test_a_copy_is_an_operator_of_its_own() -> None:
     x, _ = given()
     operator = stirred(TemporalUNet(network(), SLOTS, Mixing(), FEATURES))
-    before, twin = operator(x, TIME, None, told()), copy.deepcopy(operator)
-    assert torch.equal(twin(x, TIME, None, told()), before)
-    for part in (twin.temporal, twin.told, twin.unet):
+    before, twin = operator(x, TIME, None, features()), copy.deepcopy(operator)
+    assert torch.equal(twin(x, TIME, None, features()), before)
+    for part in (twin.temporal, twin.extra_embedding, twin.unet):
         for parameter in part.parameters():
             parameter.data.mul_(1.5)
-        after = twin(x, TIME, None, told())
-        assert float((after - before).abs().max()) > 1e-3 and torch.equal(operator(x, TIME, None, told()), before)
+        after = twin(x, TIME, None, features())
+        assert float((after - before).abs().max()) > 1e-3 and torch.equal(operator(x, TIME, None, features()), before)
     for parameter in operator.parameters():
         parameter.data.zero_()
-    assert torch.equal(twin(x, TIME, None, told()), after) and not bool(operator(x, TIME, None, told()).any())
+    assert torch.equal(twin(x, TIME, None, features()), after) and not bool(operator(x, TIME, None, features()).any())
 
 
 def test_weights_go_from_one_operator_to_another_and_those_of_the_network_keep_their_names() -> None:
     x, cond = given("classes")
     one = stirred(TemporalUNet(network("classes"), SLOTS, Mixing("fft", 3), FEATURES))
     torch.manual_seed(9)
-    other = TemporalUNet(UNet2DModel(**{**SMALL, **NETWORKS["classes"]}).eval(), SLOTS, Mixing("real", 3), FEATURES)
+    other = TemporalUNet(UNet2DModel(**{**ATTENTION_UNET, **NETWORKS["classes"]}).eval(), SLOTS, Mixing("real", 3), FEATURES)
     other.load_state_dict(one.state_dict())
-    CLOSE(other(x, TIME, cond, told()), one(x, TIME, cond, told()))
+    CLOSE(other(x, TIME, cond, features()), one(x, TIME, cond, features()))
     assert list(one.unet.state_dict()) == list(network("classes").state_dict())
     rest = {name.split(".")[0] for name in one.state_dict() if not name.startswith("unet.")}
-    assert rest == {"temporal", "told"} and len(set(one.parameters())) == len(one.state_dict())
+    assert rest == {"temporal", "extra_embedding"} and len(set(one.parameters())) == len(one.state_dict())
 
 
 @pytest.mark.parametrize("mixing", [mixing for mixing in MIXINGS if mixing.form != "fft"], ids=repr)
@@ -251,7 +262,7 @@ def test_after_one_step_of_training_gradients_reach_all_weights(mixing: Mixing) 
     losses = []
     for _ in range(2):
         optimizer.zero_grad()
-        loss = (operator(x, TIME, cond, told()) - wanted).square().mean()
+        loss = (operator(x, TIME, cond, features()) - wanted).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -266,7 +277,7 @@ def test_one_sample_and_one_slot_are_the_same_in_all_forms() -> None:
     for way in WAYS:
         for last_only in (False, True):
             answers = [
-                stirred(TemporalUNet(network(), 1, Mixing(form, 1, *way), FEATURES))(x, TIME[-1:], None, told(1), last_only)
+                stirred(TemporalUNet(network(), 1, Mixing(form, 1, *way), FEATURES))(x, TIME[-1:], None, features(1), last_only)
                 for form in ("real", "fft", "one-way")
             ]
             CLOSE(answers[1], answers[0])
@@ -276,7 +287,13 @@ def test_one_sample_and_one_slot_are_the_same_in_all_forms() -> None:
 
 
 def test_words_networks_and_numbers_that_do_not_fit_are_refused() -> None:
-    for bad in ({"form": "both-ways"}, {"places": "outer"}, {"fan": "output"}, {"fan": "inner"}, {"form": "fft", "fan": "inner"}):
+    for bad in (
+        {"form": "both-ways"},
+        {"insert_after": "outer"},
+        {"branch_at": "output"},
+        {"branch_at": "inner"},
+        {"form": "fft", "branch_at": "inner"},
+    ):
         with pytest.raises(ModelError):
             Mixing(**bad)
     with pytest.raises(ModelError, match="is made of a diffusers UNet2DModel, not of a Linear"):

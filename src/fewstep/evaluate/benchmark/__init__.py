@@ -1,1 +1,1 @@
-"""Samplers against each other on one model."""
+"""Compare samplers on one model."""

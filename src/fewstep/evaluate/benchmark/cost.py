@@ -1,75 +1,122 @@
-"""What a run costs: the network's evaluations and time, and the most memory that was held."""
+"""Measure what a run costs: the network's evaluations and time, and the peak memory."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.core.denoiser import Cond, Denoiser
+from fewstep.core.denoiser import Cond, Denoiser, FlowMap
 from fewstep.core.schedule import NoiseSchedule
 
-__all__ = ["PeakMemory", "Timed", "now"]
+__all__ = ["PeakMemory", "TimedDenoiser", "TimedFlowMap", "now", "timed"]
 
 PROCESS = Path("/proc/self")
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once all work on the device is done."""
+    """Return the time in seconds, once all work on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-class Timed:
-    """A denoiser that knows how long it took, on how many samples it was evaluated, and at which times."""
+class _Counted:
+    """Counts of a network's calls.
+
+    Attributes:
+        seconds: spent in them.
+        evaluated: samples evaluated.
+        times: the time of each call, of its first sample.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.evaluated = 0.0, 0
+        self.times: list[float] = []
+
+    def count(self, x: Tensor, t: Tensor, call: Callable[[], Tensor]) -> Tensor:
+        """Make a call for the states ``x [B, *D]`` at ``t`` and count it."""
+        begin = now(x.device)
+        answer = call()
+        self.seconds += now(x.device) - begin
+        self.evaluated += len(x)
+        self.times.append(float(t.flatten()[0]))
+        return answer
+
+
+class TimedDenoiser(_Counted):
+    """A denoiser whose evaluations are counted and timed."""
 
     def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser, self.seconds, self.evaluated = denoiser, 0.0, 0
-        self.times: list[float] = []  # of a batch the first sample's
+        super().__init__()
+        self.denoiser = denoiser
 
     @property
     def schedule(self) -> NoiseSchedule:
         return self.denoiser.schedule
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        begin = now(x.device)
-        x0 = self.denoiser(x, t, cond)
-        self.seconds += now(x.device) - begin
-        self.evaluated += len(x)
-        self.times.append(float(t.flatten()[0]))
-        return x0
+        return self.count(x, t, lambda: self.denoiser(x, t, cond))
+
+
+class TimedFlowMap(_Counted, FlowMap):
+    """A flow map whose jumps are counted and timed."""
+
+    def __init__(self, flow_map: FlowMap) -> None:
+        super().__init__()
+        self.flow_map = flow_map
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.flow_map.schedule
+
+    @property
+    def definition(self) -> tuple[Any, ...]:
+        return self.flow_map.definition
+
+    def __call__(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        return self.count(x, s, lambda: self.flow_map(x, s, t, cond))
+
+    def check(self, t: Tensor) -> None:
+        self.flow_map.check(t)
+
+
+def timed(denoiser: Denoiser | FlowMap) -> TimedDenoiser | TimedFlowMap:
+    """Wrap a denoiser or a flow map so that its calls are counted and timed."""
+    return TimedFlowMap(denoiser) if isinstance(denoiser, FlowMap) else TimedDenoiser(denoiser)
 
 
 class PeakMemory:
-    """The most bytes held from its making to `bytes`.
+    """The peak memory from construction to `bytes`.
 
-    On CUDA those that torch has allocated there. On the CPU the growth of the process's peak resident size: Linux can be told to begin
-    that anew, and free memory is first given back, so that what an earlier run left behind neither hides nor adds anything.
-    Elsewhere a peak is that of the whole process's life and would say nothing of one run: None.
+    On CUDA it is what torch allocates there. On the CPU it is the growth of the process's peak resident size: Linux can restart that
+    measurement, and free memory is returned first, so that an earlier run neither hides nor adds anything. Elsewhere the peak covers the
+    whole life of the process and says nothing about one run: None.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.before = device, None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        elif device.type == "cpu" and _give_back():
+        elif device.type == "cpu" and _restart():
             self.before = _resident("VmRSS")
 
     def bytes(self) -> int | None:
-        """So far; None if it cannot be measured here."""
+        """Return the peak so far in bytes; None if it cannot be measured here."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         peak = None if self.before is None else _resident("VmHWM")
         return None if peak is None or self.before is None else max(0, peak - self.before)
 
 
-def _give_back() -> bool:
-    """Return free memory to the system and begin the peak anew; whether that could be done."""
+def _restart() -> bool:
+    """Return free memory to the system and restart the peak; False where that cannot be done."""
     gc.collect(1)  # not the old generation: that takes longer than a row
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -80,6 +127,7 @@ def _give_back() -> bool:
 
 
 def _resident(entry: str) -> int | None:
+    """Read a size of this process in bytes from its status, ``VmRSS`` or ``VmHWM``."""
     try:
         lines = (PROCESS / "status").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""The ODE samplers of diffusers on the same model, the same noise and the same times: what this library's numbers are compared with.
+"""Run the ODE samplers of diffusers on the same model, the same noise and the same times, to compare this library's with.
 
-A peer is one of diffusers' scheduler classes. Its own ``step`` does the arithmetic; it is only told at which noise levels
-``sigma/alpha`` to work, by putting them where its tables are, so any grid and any noise law can be compared. Their Karras,
+A peer is one of diffusers' scheduler classes. Its own ``step`` does the arithmetic; it is only given the noise levels
+``sigma/alpha`` to work at, by putting them where its tables are, so any grid and any noise law can be compared. Their Karras,
 exponential and beta options are grids here.
 
 Left out, and why:
@@ -42,7 +42,7 @@ LIBRARY = "diffusers"
 
 @dataclass(frozen=True)
 class Peer:
-    """A scheduler class of diffusers and how it is used.
+    """A scheduler class of diffusers and its use here.
 
     Args:
         scheduler: the name of the class.
@@ -85,7 +85,7 @@ PEERS: dict[str, Peer] = {
 
 
 def peer_steps(name: str, nfe: int, *, to_clean: bool = False) -> int:
-    """Grid intervals with which the peer makes exactly ``nfe`` evaluations; ``to_clean`` if the grid ends at ``sigma = 0``.
+    """Return the grid intervals with which the peer makes exactly ``nfe`` evaluations; ``to_clean`` if the grid ends at ``sigma = 0``.
 
     Raises:
         SolverError: an unknown peer, or a number it cannot make: an odd one for Heun (an even one ``to_clean``), 2 for PNDM.
@@ -99,7 +99,7 @@ def peer_steps(name: str, nfe: int, *, to_clean: bool = False) -> int:
 
 
 def peer_nodes(name: str, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
-    """Where the peer evaluates on a grid ``[M+1]``: ``[N+1]``, the end last.
+    """Return where the peer evaluates on a grid ``[M+1]``: ``[N+1]``, the end last.
 
     Raises:
         SolverError: an unknown peer.
@@ -116,11 +116,11 @@ def run_peer(name: str, denoiser: Denoiser, grid: TimeGrid, x: Tensor, cond: Con
     The state is kept in the dtype of ``x``, at least float32, and the levels in float64; diffusers' Euler and DPM-Solver
     round the state to float32 in every step themselves. The evaluations are made where this library's solver of the same
     name makes them. For Heun's method and DPM-Solver-2 (``KDPM2DiscreteScheduler``) that is a use diffusers does not know: their own
-    grids end at ``sigma = 0`` with an Euler step, but told another last level they step there as anywhere else.
+    grids end at ``sigma = 0`` with an Euler step, but given another last level they step there as anywhere else.
 
     Args:
         name: one of `PEERS`.
-        denoiser: any model; the scheduler is told its answers ``x0``, converted to what its ``step`` takes.
+        denoiser: any model; the scheduler is given its answers ``x0``, converted to what its ``step`` takes.
         grid: any times of the denoiser's schedule with ``alpha > 0``.
         x: start.
         cond: handed to the denoiser unchanged.
@@ -150,14 +150,14 @@ def run_peer(name: str, denoiser: Denoiser, grid: TimeGrid, x: Tensor, cond: Con
 
 @contextmanager
 def _numpy_1() -> Iterator[None]:
-    """For diffusers' code that hands tensors to numpy in ways that numpy 2 deprecates."""
+    """Silence what numpy 2 deprecates in diffusers' ways of handing tensors to it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
 
 
 def _scheduler(peer: Peer, nodes: Nodes) -> Any:  # noqa: ANN401 - one of diffusers' classes, which is not always installed
-    """The peer's scheduler with the levels of ``nodes [N+1]`` in its tables, to be stepped ``N`` times."""
+    """Make the peer's scheduler with the levels of ``nodes [N+1]`` in its tables, to be stepped ``N`` times."""
     try:
         import diffusers
     except ImportError as error:
@@ -188,7 +188,7 @@ def _scheduler(peer: Peer, nodes: Nodes) -> Any:  # noqa: ANN401 - one of diffus
 
 
 def _options(peer: Peer, count: int, *, to_clean: bool) -> dict[str, Any]:
-    """What a scheduler for ``count`` levels is made with."""
+    """Return the options of a scheduler for ``count`` levels."""
     options: dict[str, Any] = {"num_train_timesteps": count, **peer.options}
     if peer.prediction == "sample":
         options["prediction_type"] = "sample"

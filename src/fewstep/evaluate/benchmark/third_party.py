@@ -1,9 +1,9 @@
-"""Anybody's sampler beside the others: a Python function with the signature of k-diffusion's samplers, named ``module:function``.
+"""Run third-party samplers: Python functions with the signature of k-diffusion's samplers.
 
     f(model, x, sigmas, extra_args=None, callback=None, disable=None) -> x
 
 ``x [B, *D]`` is the state ``x/alpha`` (variance exploding) at ``sigmas[0]``; ``sigmas [M+1]`` are the grid's noise levels, the last one 0
-if the grid ends clean; ``model(x, sigma)`` with ``sigma [B]`` or ``[]`` is the denoised image. What comes back is the state at the last
+if the grid ends clean; ``model(x, sigma)`` with ``sigma [B]`` or ``[]`` is the denoised image. The function returns the state at the last
 level.
 """
 
@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import marshal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,53 +29,106 @@ from fewstep.core.tableau import Nodes
 from fewstep.runtime.entry import imported
 from fewstep.runtime.errors import FewstepError, SolverError
 
-__all__ = ["Guest", "load_third_party", "run_third_party"]
+__all__ = ["SIGNATURE", "ThirdPartySampler", "run_third_party"]
 
+SIGNATURE = "f(model, x, sigmas, extra_args=None, callback=None, disable=None)"
 SAME_LEVEL = 1e-6  # relative: a level of the grid that was rounded to float32
 
 
 @dataclass(frozen=True)
-class Guest:
-    """A sampler of another library: its row's ``library`` is the module, its ``solver`` the function."""
+class ThirdPartySampler:
+    """A sampler of another library.
+
+    Attributes:
+        module: the ``library`` of its rows.
+        name: the ``solver`` of its rows.
+        function: the sampler itself.
+        fingerprint: a hash of its source; None where it has none.
+    """
 
     module: str
     name: str
     function: Callable[..., Any]
-    fingerprint: str | None  # of the function's source file
+    fingerprint: str | None
+
+    @classmethod
+    def load(cls, entry: str) -> ThirdPartySampler:
+        """Import the function ``module:function``; modules in the working directory are found too.
+
+        Raises:
+            FewstepError: the module cannot be imported, or has no such function (and why).
+        """
+        module, _, name = entry.partition(":")
+        if module in ("fewstep", "diffusers"):
+            raise FewstepError(f"{entry!r} names no sampler: say module:function, as my_samplers:sample_euler")
+        function = imported(entry)
+        return cls(module, name, function, _hashed(_source(function, module)))
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> ThirdPartySampler:
+        """Wrap a function object.
+
+        Raises:
+            FewstepError: it cannot be called with the arguments of `SIGNATURE`.
+        """
+        bare = _bare(function)
+        module, name = str(getattr(bare, "__module__", None) or "__main__"), str(getattr(bare, "__name__", type(bare).__name__))
+        try:
+            inspect.signature(function).bind(None, None, None, extra_args={}, callback=None, disable=True)
+        except TypeError as error:
+            raise FewstepError(
+                f"{name} cannot be called as a sampler ({error}): give it the signature of k-diffusion's, {SIGNATURE}"
+            ) from None
+        except ValueError:  # a function without a signature, written in C
+            pass
+        if getattr(sys.modules.get(module), name, None) is function:
+            return cls(module, name, function, _hashed(_source(function, module)))
+        return cls(module, name.strip("<>"), function, _hashed(_source(bare, module), *_contents(function, bare)))
 
 
-def load_third_party(entry: str) -> Guest:
-    """The function that ``module:function`` names; modules in the working directory are found too.
-
-    Raises:
-        FewstepError: the module cannot be imported, or has no such function (and why).
-    """
-    module, _, name = entry.partition(":")
-    if module in ("fewstep", "diffusers"):
-        raise FewstepError(f"{entry!r} names no sampler: say module:function, as my_samplers:sample_euler")
-    function = imported(entry)
-    return Guest(module, name, function, _source_fingerprint(function, module))
+def _bare(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - a function, or the class of an object that can be called
+    """Return what was written down as source: the function of a partial or method, the class of a callable object."""
+    while isinstance(function, partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    return function if hasattr(function, "__name__") else type(function)
 
 
-def _source_fingerprint(function: Callable[..., Any], module: str) -> str | None:
+def _source(function: Any, module: str) -> bytes | None:  # noqa: ANN401
+    """Return the source file of a function; None where there is none."""
     try:
         path = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:  # not written in Python
-        path = getattr(sys.modules[module], "__file__", None)
-    if path is None or not Path(path).is_file():
+        path = getattr(sys.modules.get(module), "__file__", None)
+    return None if path is None or not Path(path).is_file() else Path(path).read_bytes()
+
+
+def _contents(function: Callable[..., Any], bare: Any) -> list[bytes]:  # noqa: ANN401
+    """Return what tells functions of one source file apart: the code, the variables it closes over and the arguments it is bound to.
+
+    An object that shows its address is another one in every process, so its rows are run again: more often than needed, never too seldom.
+    """
+    code, cells = getattr(bare, "__code__", None), getattr(bare, "__closure__", None) or ()
+    bound = [getattr(cell, "cell_contents", None) for cell in cells]
+    bound += [getattr(function, name, None) for name in ("args", "keywords", "__self__", "__dict__")]
+    return [b"" if code is None else marshal.dumps(code), *(repr(value).encode() for value in bound)]
+
+
+def _hashed(source: bytes | None, *contents: bytes) -> str | None:
+    if source is None and not any(contents):
         return None
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(b"".join([source or b"", *contents])).hexdigest()[:16]
 
 
 class _Denoised:
-    """The denoiser as k-diffusion's samplers call a model."""
+    """A denoiser as k-diffusion's samplers call a model."""
 
     def __init__(self, denoiser: Denoiser, nodes: Nodes, cond: Cond) -> None:
         self.denoiser, self.nodes, self.cond = denoiser, nodes, cond
         self.level = nodes.sigma / nodes.alpha
 
     def __call__(self, x: Tensor, sigma: Tensor | float, **_: object) -> Tensor:
-        """The denoised image ``[B, *D]`` for the state ``x [B, *D]`` at ``sigma [B]`` or ``[]``."""
+        """Return the denoised image ``[B, *D]`` for the state ``x [B, *D]`` at ``sigma [B]`` or ``[]``."""
         levels = torch.as_tensor(sigma).detach().double().cpu().reshape(-1)
         times = torch.stack([self._time(level) for level in levels.unique()])
         t = times[0] if len(times) == 1 else times[levels.unique(return_inverse=True)[1]]
@@ -81,6 +136,7 @@ class _Denoised:
         return self.denoiser((aligned(alpha.to(x.device), x) * x).to(x.dtype), t, self.cond)
 
     def _time(self, level: Tensor) -> Tensor:
+        """Return the time of a noise level: the grid's own where it has that level, exactly."""
         nearest = int((self.level - level).abs().argmin())
         if bool((self.level[nearest] - level).abs() <= SAME_LEVEL * self.level[nearest]):
             return self.nodes.t[nearest]
@@ -89,10 +145,10 @@ class _Denoised:
         return self.denoiser.schedule.t_of_lam(-torch.log(level))
 
 
-def run_third_party(sampler: Guest, denoiser: Denoiser, grid: TimeGrid, x: Tensor, cond: Cond, seeds: Sequence[int]) -> Tensor:
+def run_third_party(sampler: ThirdPartySampler, denoiser: Denoiser, grid: TimeGrid, x: Tensor, cond: Cond, seeds: Sequence[int]) -> Tensor:
     """Sample from ``x [B, *D]`` at the grid's first time to its last. ``[B, *D]``.
 
-    Whatever it draws from torch's own generators follows from the first seed.
+    Random numbers from torch's own generators follow from the first seed.
 
     Raises:
         SolverError: the grid begins at ``alpha = 0``, where ``x/alpha`` is infinite.

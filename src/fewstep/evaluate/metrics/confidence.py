@@ -1,4 +1,4 @@
-"""How sure a number is: the errors of single samples, intervals by resampling them, and a verdict on two samplers."""
+"""Measure how certain a number is: errors of single samples, intervals by resampling them, and a verdict on two samplers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["Comparison", "compare", "half_subsets", "rms", "rmse_interval", "sample_errors", "subset_interval"]
+__all__ = ["ErrorComparison", "compare_errors", "half_subsets", "rms", "rmse_interval", "sample_errors", "subset_interval"]
 
 RESAMPLES = 1000
 LEVEL = 0.95
-SEED = 0  # of every resampling: the same samples always give the same interval
-BLOCK = 2**22  # numbers held at once
+SEED = 0  # of every resampling, so that the same samples always give the same interval
+BLOCK = 2**22  # numbers in memory at once
 ROUNDING = 1e-4  # relative differences of RMSE below this are equal: what float32 arithmetic in another order can do
 
 
-class Comparison(NamedTuple):
-    """Whether the first of two samplers is ``better``, ``worse`` or ``equal``; ``difference`` of their RMSE and its interval."""
+class ErrorComparison(NamedTuple):
+    """The verdict on the first of two samplers, ``better``, ``worse`` or ``equal``; the difference of their RMSE and its interval."""
 
     verdict: Literal["better", "worse", "equal"]
     difference: float
@@ -28,23 +28,23 @@ class Comparison(NamedTuple):
 
 
 def sample_errors(samples: Tensor, exact: Tensor) -> Tensor:
-    """Root mean square of ``samples - exact`` over the elements of each sample, ``[B, *D] -> [B]`` float64."""
+    """Return the root mean square of ``samples - exact`` over the elements of each sample, ``[B, *D] -> [B]`` float64."""
     return (samples.double() - exact.double()).square().flatten(1).mean(1).sqrt()
 
 
 def rms(errors: Tensor) -> float:
-    """Root mean square of errors ``[B]``: the RMSE, if they are those of `sample_errors`."""
+    """Return the root mean square of errors ``[B]``: the RMSE, if they are those of `sample_errors`."""
     return float(errors.double().square().mean().sqrt())
 
 
 def rmse_interval(errors: Tensor) -> list[float]:
-    """The central 95 % of the RMSE over 1000 resamples of the samples, from their errors ``[B]`` (the percentile bootstrap of Efron,
-    Annals of Statistics 7, 1979).
+    """Return the central 95 % of the RMSE over 1000 resamples of the samples, from their errors ``[B]`` (the percentile bootstrap of
+    Efron, Annals of Statistics 7, 1979).
     """
     return _central(_resampled_means(errors.double().square()).sqrt())
 
 
-def compare(a_errors: Tensor, b_errors: Tensor) -> Comparison:
+def compare_errors(a_errors: Tensor, b_errors: Tensor) -> ErrorComparison:
     """Compare two samplers by their errors ``[B]`` on the same noises.
 
     Both are resampled together, so what a hard noise adds to both cancels. The interval is the central 95 % of
@@ -63,13 +63,13 @@ def compare(a_errors: Tensor, b_errors: Tensor) -> Comparison:
     low, high = _central(means[:, 0] - means[:, 1])
     difference, slack = rms(a_errors) - rms(b_errors), ROUNDING * rms(b_errors)
     verdict = "better" if high < -slack else "worse" if low > slack else "equal"
-    return Comparison(verdict, difference, low, high)
+    return ErrorComparison(verdict, difference, low, high)
 
 
 def half_subsets(count: int, subsets: int, labels: Tensor | None = None) -> Tensor:
-    """Random halves of ``count`` things, ``[subsets, count // 2]``; always the same.
+    """Draw random halves of ``count`` items, ``[subsets, count // 2]``; always the same.
 
-    With labels ``[count]`` each half has half of every label: samples that were asked for in equal shares scatter less than random ones.
+    With labels ``[count]`` each half has half of every label: samples requested in equal shares scatter less than random ones.
     """
     generator = torch.Generator().manual_seed(SEED)
     strata = torch.zeros(count, dtype=torch.float64) if labels is None else labels.cpu().double()
@@ -82,7 +82,7 @@ def half_subsets(count: int, subsets: int, labels: Tensor | None = None) -> Tens
 
 
 def subset_interval(value: float, of_halves: Tensor) -> list[float]:
-    """A 95 % interval of a distance from its values on random halves of the samples ``[S]``.
+    """Return a 95 % interval of a distance from its values on random halves of the samples ``[S]``.
 
     A half of the samples, drawn without replacement, scatters about the mean of such halves as much as all the samples scatter about
     theirs (half-sampling; Politis and Romano, Annals of Statistics 22, 1994). So the interval is ``value`` minus the central 95 % of
@@ -99,7 +99,7 @@ def _central(values: Tensor) -> list[float]:
 
 
 def _resampled_means(values: Tensor) -> Tensor:
-    """Means over resamples with replacement of values ``[B]`` or ``[B, K]``, ``[1000]`` or ``[1000, K]``; all columns by the same draws."""
+    """Return means over resamples with replacement of ``[B]`` or ``[B, K]``, ``[1000]`` or ``[1000, K]``; all columns by the same draws."""
     generator, count = torch.Generator().manual_seed(SEED), len(values)
     rows = max(1, BLOCK // values.numel())
     draws = (torch.randint(count, (min(rows, RESAMPLES - k), count), generator=generator) for k in range(0, RESAMPLES, rows))

@@ -1,4 +1,4 @@
-"""Distances: to the exact solution of the sampling ODE, and between sets of images in the features of some network.
+"""Measure distances: to the exact solution of the sampling ODE, and between sets of images in the features of some network.
 
 All sums are in float64, so these distances agree with torchmetrics on the same features; here the moments of the data are
 taken once for all rows of a benchmark and the matrix square root is that of a symmetric matrix, fast enough to resample.
@@ -29,18 +29,18 @@ __all__ = [
 ]
 
 BATCH = 256  # images, through the network
-BLOCK = 2**22  # numbers of a matrix of pairs held at once
+BLOCK = 2**22  # numbers of a matrix of pairs in memory at once
 NEIGHBOURS = 3
 
 
 def rmse(samples: Tensor, exact: Tensor) -> float:
-    """Root mean square of ``samples - exact`` over all samples and elements ``[B, *D]``."""
+    """Return the root mean square of ``samples - exact`` over all samples and elements ``[B, *D]``."""
     return float((samples.double() - exact.double()).square().mean().sqrt())
 
 
 @torch.no_grad()
 def features_of(images: Tensor, network: nn.Module, device: torch.device | None = None) -> Tensor:
-    """A network's features ``[B, F]``, float64 on the CPU, of images ``[B, *D]``.
+    """Compute a network's features ``[B, F]``, float64 on the CPU, of images ``[B, *D]``.
 
     Raises:
         FewstepError: the images or the features are not finite, or the network does not answer one vector for each image.
@@ -58,7 +58,7 @@ def features_of(images: Tensor, network: nn.Module, device: torch.device | None 
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """The normal distribution with the mean ``[F]`` and covariance ``[F, F]`` of some features; ``root`` is that of the covariance."""
+    """The normal distribution with the mean ``[F]`` and covariance ``[F, F]`` of some features; ``root`` is the latter's square root."""
 
     mean: Tensor
     root: Tensor
@@ -66,7 +66,7 @@ class Gaussian:
 
     @classmethod
     def of(cls, features: Tensor) -> Gaussian:
-        """The one fitted to features ``[B, F]``.
+        """Fit it to features ``[B, F]``.
 
         Raises:
             FewstepError: fewer than 2.
@@ -79,8 +79,8 @@ class Gaussian:
         return cls(mean, (vectors * values.sqrt()) @ vectors.T, float(values.sum()))
 
     def distance(self, features: Tensor) -> float:
-        """Frechet distance ``|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))`` to the normal distribution of features ``[B, F]`` (Heusel et al.,
-        arXiv 1706.08500).
+        """Return the Frechet distance ``|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))`` to the normal distribution of features ``[B, F]``
+        (Heusel et al., arXiv 1706.08500).
 
         The trace of the root is the sum of the singular values of ``Y C^(1/2)``, ``Y`` the centred features over ``sqrt(B - 1)``.
 
@@ -101,7 +101,7 @@ def _need_two(*sets: Tensor) -> None:
 
 
 def frechet_distance(real: Tensor, fake: Tensor, features: nn.Module) -> float:
-    """Frechet distance between two sets of images ``[B, *D]`` in named features, see `Gaussian.distance`.
+    """Return the Frechet distance between two sets of images ``[B, *D]`` in named features, see `Gaussian.distance`.
 
     Raises:
         FewstepError: fewer than 2 images on a side, or images that are not finite.
@@ -110,7 +110,7 @@ def frechet_distance(real: Tensor, fake: Tensor, features: nn.Module) -> float:
 
 
 def _affinity(a: Tensor, b: Tensor) -> Tensor:
-    """``k(x, y) = (x.y/F + 1)^3`` of all pairs, ``[A, F], [B, F] -> [A, B]``."""
+    """Return ``k(x, y) = (x.y/F + 1)^3`` of all pairs, ``[A, F], [B, F] -> [A, B]``."""
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
@@ -130,7 +130,7 @@ class Kernel:
 
     @classmethod
     def of(cls, features: Tensor) -> Kernel:
-        """That of features ``[B, F]``.
+        """Precompute it for features ``[B, F]``.
 
         Raises:
             FewstepError: fewer than 2.
@@ -140,7 +140,7 @@ class Kernel:
         return cls(features, float(_pair_means(features, every)))
 
     def distance(self, features: Tensor) -> float:
-        """To features ``[B, F]``; may be a little below zero.
+        """Return the distance to features ``[B, F]``; it may be a little below zero.
 
         Raises:
             FewstepError: fewer than 2.
@@ -149,7 +149,7 @@ class Kernel:
         return float(self.distances(features, torch.arange(len(features))[None]))
 
     def distances(self, features: Tensor, subsets: Tensor) -> Tensor:
-        """To each of the subsets ``[S, m]`` of features ``[B, F]``, ``[S]``."""
+        """Return the distance to each of the subsets ``[S, m]`` of features ``[B, F]``, ``[S]``."""
         chosen = torch.zeros(len(subsets), len(features), dtype=torch.float64)
         chosen.scatter_(1, subsets, 1.0)
         across = torch.zeros(len(features), dtype=torch.float64)
@@ -159,7 +159,7 @@ class Kernel:
 
 
 def _pair_means(features: Tensor, chosen: Tensor) -> Tensor:
-    """Mean of the kernel over the pairs of different features ``[B, F]`` in each subset, given by ones in ``chosen [S, B]``; ``[S]``."""
+    """Return the kernel's mean ``[S]`` over pairs of different features ``[B, F]`` in each subset, given by ones in ``chosen [S, B]``."""
     total = torch.zeros(len(chosen), dtype=torch.float64)
     for rows in _row_blocks(len(features), len(features)):
         block = _affinity(features[rows], features)
@@ -170,7 +170,7 @@ def _pair_means(features: Tensor, chosen: Tensor) -> Tensor:
 
 
 def kernel_distance(real: Tensor, fake: Tensor, features: nn.Module) -> float:
-    """Kernel distance between two sets of images ``[B, *D]`` in named features, see `Kernel`.
+    """Return the kernel distance between two sets of images ``[B, *D]`` in named features, see `Kernel`.
 
     Raises:
         FewstepError: fewer than 2 images on a side, or images that are not finite.
@@ -187,7 +187,7 @@ class Manifold:
 
     @classmethod
     def of(cls, features: Tensor, neighbours: int = NEIGHBOURS) -> Manifold:
-        """That of features ``[B, F]``.
+        """Precompute it for features ``[B, F]``.
 
         Raises:
             FewstepError: not more of them than neighbours.
@@ -198,14 +198,14 @@ class Manifold:
         return cls(features, torch.cat([_distances(features[rows], features).kthvalue(neighbours + 1).values for rows in blocks]))
 
     def share_inside(self, features: Tensor) -> float:
-        """Share of features ``[A, F]`` that are no farther from some of these than its radius."""
+        """Return the share of features ``[A, F]`` that are no farther from some feature here than its radius."""
         blocks = _row_blocks(len(features), len(self.features))
         inside = [(_distances(features[rows], self.features) <= self.radius).any(1) for rows in blocks]
         return float(torch.cat(inside).double().mean())
 
 
 def precision_recall(real: Tensor | Manifold, fake: Tensor) -> tuple[float, float]:
-    """Share of the fakes that lie in the manifold of the real features, and of the real ones in that of the fakes, ``[A, F]`` and
+    """Return the share of the fakes in the manifold of the real features, and of the real ones in that of the fakes, ``[A, F]`` and
     ``[B, F]`` (Kynkaanniemi et al., arXiv 1904.06991).
 
     Raises:
@@ -216,5 +216,5 @@ def precision_recall(real: Tensor | Manifold, fake: Tensor) -> tuple[float, floa
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Of all pairs, by differences: by products a feature would not be at distance 0 from itself."""
+    """Return the distances of all pairs, by differences: by products a feature would not be at distance 0 from itself."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

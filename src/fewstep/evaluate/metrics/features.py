@@ -1,4 +1,4 @@
-"""Feature networks by name, in which sets of images are compared: that of the digits, which ships with the package, pixels, Inception."""
+"""Load the networks in whose features sets of images are compared: that of the digits, which ships with the package, pixels, Inception."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class DigitsFeatures(nn.Module):
         self.head = nn.Linear(self.num_features, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features ``[B, 32]`` of images ``[B, 1, 8, 8]`` in [-1, 1]."""
+        """Return the features ``[B, 32]`` of images ``[B, 1, 8, 8]`` in [-1, 1]."""
         grey = ((images + 1) * (DIGIT_LEVELS / 2) - 0.5).round().clamp(0, DIGIT_LEVELS - 1)
         return self.body(grey / 8 - 1)
 
     def smooth(self, images: Tensor) -> Tensor:
-        """What a loss can compare, ``[B, F]``: activations of both convolutional stages, each place's channels scaled to length 1 (LPIPS,
-        Zhang et al., arXiv 1801.03924, without its weights), from images that are not rounded.
+        """Return features for a loss, ``[B, F]``: activations of both convolutional stages, each place's channels scaled to length 1
+        (LPIPS, Zhang et al., arXiv 1801.03924, without its weights), from images that are not rounded.
         """
         h, stages = ((images + 1) * (DIGIT_LEVELS / 2) - 0.5) / 8 - 1, []
         for layer in self.body:
@@ -53,12 +53,12 @@ class DigitsFeatures(nn.Module):
         return torch.cat(stages, 1)
 
     def labels(self, images: Tensor) -> Tensor:
-        """The digit it sees in each image, ``[B]``."""
+        """Classify the digit in each image, ``[B]``."""
         return self.head(self(images)).argmax(1)
 
 
 def load_digits_features() -> DigitsFeatures:
-    """The trained network, ready for inference."""
+    """Load the trained network, ready for inference."""
     network = DigitsFeatures()
     network.load_state_dict(load_file(WEIGHTS / "features.safetensors"))
     return network.eval().requires_grad_(False)
@@ -79,7 +79,7 @@ FEATURES: dict[str, Callable[[tuple[int, ...]], nn.Module]] = {"digits": lambda 
 
 
 def load_features(name: str, shape: tuple[int, ...]) -> nn.Module:
-    """A feature network by name, ``digits``, ``pixels`` or ``inception:PATH``, for samples of one shape.
+    """Load a feature network by name, ``digits``, ``pixels`` or ``inception:PATH``, for samples of one shape.
 
     Raises:
         FewstepError: an unknown name, digits features for images that are not 8x8 grey, Inception for something that is no picture, or

@@ -172,7 +172,7 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(self.num_features, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features ``[B, 2048]`` of pictures ``[B, 1 or 3, H, W]``."""
+        """Return the features ``[B, 2048]`` of pictures ``[B, 1 or 3, H, W]``."""
         grey = ((images.clamp(-1, 1) + 1) * 127.5).round()
         x = interpolate(grey.expand(-1, 3, -1, -1), (SIDE, SIDE), mode="bilinear", align_corners=False) / 127.5 - 1
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
@@ -184,7 +184,7 @@ class InceptionV3(nn.Module):
 
 
 def load_inception(path: Path) -> InceptionV3:
-    """The network with the weights of a file in the format of ``pt_inception-2015-12-05-6726825d.pth``, ready for inference.
+    """Load the network from a file in the format of ``pt_inception-2015-12-05-6726825d.pth``, ready for inference.
 
     Raises:
         FewstepError: no such file, not a file of tensors alone, or of another network (which parameters).

@@ -1,4 +1,4 @@
-"""How good a row's samples are: the distances of a set of images to the data, with their intervals."""
+"""Measure the quality of a set of samples: its distances to the data, with their intervals."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["Quality", "features_name"]
 
 WIDE = 256  # features: of more, fewer subsets are measured
 SUBSETS = {False: 100, True: 20}
-NOTHING: dict[str, Any] = dict.fromkeys(("fd", "fd_features", "fd_ci", "kd", "kd_ci", "precision", "recall", "labels"))
+NO_METRICS: dict[str, Any] = dict.fromkeys(("fd", "fd_features", "fd_ci", "kd", "kd_ci", "precision", "recall", "labels"))
 
 
 def features_name(features: str | nn.Module) -> str:
-    """How rows call a feature network: by its name, with a hash of its weights where the name does not say what they are.
+    """Return how rows call a feature network: by its name, with a hash of its weights where the name does not say what they are.
 
     Raises:
         FewstepError: the weights of Inception are not there.
@@ -43,14 +43,14 @@ def features_name(features: str | nn.Module) -> str:
         raise FewstepError(f"no Inception weights at {path}: {error.strerror}") from error
 
 
-def _is_theirs(features: str) -> bool:
-    """Whether features are named as ``module:function``."""
+def _is_third_party(features: str) -> bool:
+    """Return whether features are named as ``module:function``."""
     return is_entry(features) and not features.startswith("inception:")
 
 
 def _network(features: str | nn.Module, shape: tuple[int, ...]) -> nn.Module:
-    """The network of features by name; a third party's function is called with the shape of a sample and makes it."""
-    if isinstance(features, nn.Module) or not _is_theirs(features):
+    """Load the network of features by name; a third party's function is called with the shape of a sample and makes it."""
+    if isinstance(features, nn.Module) or not _is_third_party(features):
         return features if isinstance(features, nn.Module) else load_features(features, shape)
     made = imported(features)(shape)
     if not isinstance(made, nn.Module):
@@ -72,42 +72,42 @@ class Quality:
 
     @classmethod
     def of(cls, images: Tensor, features: str | nn.Module, device: torch.device) -> Quality:
-        """That of images ``[n, *D]`` in features by name or of any network.
+        """Prepare images ``[n, *D]`` in features by name or of any network.
 
         Raises:
             FewstepError: as `load_features`, `imported`, `features_of`.
         """
         network = _network(features, tuple(images.shape[1:]))
-        name = features_name(features if isinstance(features, str) and not _is_theirs(features) else network)
+        name = features_name(features if isinstance(features, str) and not _is_third_party(features) else network)
         network = network.to(device).eval()
         data = features_of(images, network, device)
         first, second = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))].chunk(2)
         manifold = Manifold.of(data) if len(data) > NEIGHBOURS else None
         return cls(network, name, Gaussian.of(data), Kernel.of(data), manifold, Gaussian.of(first).distance(second), device)
 
-    def measure(self, samples: Tensor, asked: Tensor | None) -> dict[str, Any]:
-        """What a row says of its samples ``[num, *D]``, made for the labels ``asked [num]``; in the names of its fields.
+    def measure(self, samples: Tensor, requested: Tensor | None) -> dict[str, Any]:
+        """Measure samples ``[num, *D]`` made for the labels ``requested [num]``; the keys are fields of `Row`.
 
         Raises:
             FewstepError: fewer than 2 samples, or they are not finite.
         """
         found = features_of(samples, self.network, self.device)
         distance = self.gaussian.distance(found)
-        measured = {**NOTHING, "fd": distance, "fd_features": self.name, "kd": self.kernel.distance(found)}
+        measured = {**NO_METRICS, "fd": distance, "fd_features": self.name, "kd": self.kernel.distance(found)}
         if len(found) >= 4:  # a half has at least 2
-            halves = half_subsets(len(found), SUBSETS[found.shape[1] > WIDE], asked)
+            halves = half_subsets(len(found), SUBSETS[found.shape[1] > WIDE], requested)
             of_halves = torch.tensor([self.gaussian.distance(found[index]) for index in halves], dtype=torch.float64)
             measured["fd_ci"] = [max(0.0, end) for end in subset_interval(distance, of_halves)]
             measured["kd_ci"] = subset_interval(measured["kd"], self.kernel.distances(found, halves))
         if self.manifold is not None and len(found) > NEIGHBOURS:
             measured["precision"], measured["recall"] = precision_recall(self.manifold, found)
-        return {**measured, "labels": self._agreement(samples, asked)}
+        return {**measured, "labels": self._agreement(samples, requested)}
 
     @torch.no_grad()
-    def _agreement(self, samples: Tensor, asked: Tensor | None) -> float | None:
-        """Share of samples whose label, as the features' network sees it, is the one asked for; None if it sees none."""
+    def _agreement(self, samples: Tensor, requested: Tensor | None) -> float | None:
+        """Return the share of samples whose label, as the features' network sees it, is the requested one; None if it sees none."""
         seen = getattr(self.network, "labels", None)
-        if asked is None or not callable(seen):
+        if requested is None or not callable(seen):
             return None
         labels = torch.cat([torch.as_tensor(seen(part.to(self.device))).cpu() for part in samples.float().split(256)])
-        return float((labels == asked.cpu()).double().mean())
+        return float((labels == requested.cpu()).double().mean())

@@ -1,1 +1,1 @@
-"""One page that shows benchmarks."""
+"""Show benchmarks as a page and as tables."""

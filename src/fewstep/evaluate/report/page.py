@@ -1,4 +1,4 @@
-"""What a report's page shows of one problem, ready for the template: numbers with how they are shown, plots, strips of samples."""
+"""Prepare one group of rows for the template of the page: numbers with how they are shown, plots, strips of samples."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fewstep.evaluate.benchmark.plan import OPTIMIZED
-from fewstep.evaluate.benchmark.rows import has_errors, picture_file, read_errors, read_samples
 from fewstep.evaluate.report import plots
 from fewstep.evaluate.report.findings import (
     Change,
     Format,
     Number,
-    Problem,
-    Run,
-    Sampler,
+    ResultsFolder,
+    RowGroup,
+    SamplerName,
     interval_of,
     pivot,
     reference_of,
@@ -27,10 +25,11 @@ from fewstep.evaluate.report.findings import (
     summary,
     title_of,
 )
-from fewstep.evaluate.report.verdict import Row, has_error, key_of
-from fewstep.models.formats.folders import FITTED
+from fewstep.evaluate.report.verdict import JsonRow, has_error, key_of
+from fewstep.evaluate.rows import REFERENCE, has_errors, picture_file, read_errors, read_samples
+from fewstep.models.carried import FITTED, OPTIMIZED
 
-__all__ = ["problem_view"]
+__all__ = ["group_view", "sample_strips"]
 
 COLUMNS = {
     "rmse": "error",
@@ -40,7 +39,7 @@ COLUMNS = {
     "kd": "kernel",
     "precision": "precision",
     "recall": "recall",
-    "labels": "labels as asked",
+    "labels": "labels as requested",
     "arithmetic": "arithmetic",
     "seconds": "seconds",
     "solver_seconds": "without network",
@@ -50,10 +49,10 @@ GROUPS, ROWS, ACROSS = 4, 6, 12  # of sample grids: numbers of evaluations, samp
 PIXELS = 500_000  # of all sample grids together
 
 
-def problem_view(problem: Problem, number: int) -> dict[str, Any]:
-    """All that the page shows of a problem. ``figures`` are its plots by name, for files of their own."""
-    rows = list(problem.rows.values())
-    form, name, guidance = Format(rows), problem.runs[-1].problem[0], problem.runs[-1].problem[2]
+def group_view(group: RowGroup, number: int) -> dict[str, Any]:
+    """Return everything that the page shows of a group. ``figures`` are its plots by name, for files of their own."""
+    rows = list(group.rows.values())
+    form, name, guidance = Format(rows), group.runs[-1].model, group.runs[-1].guidance
     slug = re.sub(r"[^a-zA-Z0-9]+", "-", f"p{number}-{name}{f'-guidance-{guidance:g}' if guidance != 1 else ''}").strip("-")
     figures: list[dict[str, Any]] = []
 
@@ -62,29 +61,29 @@ def problem_view(problem: Problem, number: int) -> dict[str, Any]:
         return figures[-1]
 
     failed = [row for row in rows if not has_error(row)]
-    skipped = {str(one["why"]): None for run in problem.runs for one in run.results.get("skipped", [])}
+    skipped = {str(one["why"]): None for run in group.runs for one in run.results.get("skipped", [])}
     return {
         "id": slug,
         "name": name,
         "guidance": form("guidance", guidance),
         "noises": [Number(num, f"{num}") for num in dict.fromkeys(row["num"] for row in rows if row.get("num") is not None)],
-        "summary": summary(problem, form),
-        "picks": [_pick(problem, form, nfe) for nfe in problem.counts],
-        "precision": _work_precision(problem, keep),
-        "needs": _needs(problem, form),
-        "counts": problem.counts if problem.counts else [],
+        "summary": summary(group, form),
+        "picks": [_pick(group, form, nfe) for nfe in group.counts],
+        "precision": _work_precision(group, keep),
+        "needs": _needs(group, form),
+        "counts": group.counts if group.counts else [],
         "pivot_counts": sorted({row["nfe"] for row in rows}),
-        "pivot": pivot(problem, form, sorted({row["nfe"] for row in rows})),
-        "samples": _samples(problem, form),
-        "histograms": _histograms(problem, keep),
-        "schedules": _schedules(problem, keep),
-        "changes": [_change(change, form) for change in _worst_first(problem.changes)],
-        "compared": len(problem.changes),
-        "details": _details(problem, form),
+        "pivot": pivot(group, form, sorted({row["nfe"] for row in rows})),
+        "samples": sample_strips(group, form),
+        "histograms": _histograms(group, keep),
+        "schedules": _schedules(group, keep),
+        "changes": [_change(change, form) for change in _worst_first(group.changes)],
+        "compared": len(group.changes),
+        "details": _details(group, form),
         "failed": [{**_named(row), "nfe": _whole(row["nfe"]), "why": _why(row)} for row in failed],
         "skipped": list(skipped),
-        "runs": _origins(problem.runs),
-        "again": _again(problem),
+        "runs": _origins(group.runs),
+        "again": _again(group),
         "figures": figures,
     }
 
@@ -93,18 +92,18 @@ def _whole(value: int) -> Number:
     return Number(value, f"{value}")
 
 
-def _named(row: Row) -> dict[str, str]:
+def _named(row: JsonRow) -> dict[str, str]:
     return {"name": title_of(sampler_of(row)), "grid": row["grid"]}
 
 
-def _why(row: Row) -> str:
+def _why(row: JsonRow) -> str:
     return str(row["failed"]) if row.get("failed") is not None else "its samples are not finite"
 
 
-def _pick(problem: Problem, form: Format, nfe: int) -> dict[str, Any]:
-    """What to use at one number of evaluations: the best, the best without preparation, and who equals it first."""
-    won, first = problem.winners(nfe), problem.first_equal(nfe)
-    least = next(iter(problem.plain(nfe)), None)
+def _pick(group: RowGroup, form: Format, nfe: int) -> dict[str, Any]:
+    """Recommend a sampler at one number of evaluations: the best, the best without preparation, and the first to equal it."""
+    won, first = group.winners(nfe), group.first_equal(nfe)
+    least = next(iter(group.plain(nfe)), None)
     return {
         "nfe": _whole(nfe),
         "best": [_picked(row, form) for row in won],
@@ -114,17 +113,17 @@ def _pick(problem: Problem, form: Format, nfe: int) -> dict[str, Any]:
     }
 
 
-def _picked(row: Row, form: Format) -> dict[str, Any]:
+def _picked(row: JsonRow, form: Format) -> dict[str, Any]:
     return {**_named(row), "error": form("rmse", row["rmse"]), "interval": interval_of(form, "rmse", row)}
 
 
-def _needs(problem: Problem, form: Format) -> dict[str, Any]:
-    """The evaluations that each sampler needs to be as good as the best at each number."""
-    goals = [(nfe, problem.winners(nfe)) for nfe in problem.counts]
+def _needs(group: RowGroup, form: Format) -> dict[str, Any]:
+    """Tabulate the evaluations that each sampler needs to be as good as the best at each number."""
+    goals = [(nfe, group.winners(nfe)) for nfe in group.counts]
     heads = [{"nfe": _whole(nfe), **_picked(won[0], form), "more": len(won) > 1} for nfe, won in goals]
     lines, never = [], []
-    for sampler in problem.samplers:
-        needs = [problem.needs(sampler, won[0]) for _, won in goals]
+    for sampler in group.samplers:
+        needs = [group.needs(sampler, won[0]) for _, won in goals]
         cells = [{"nfe": _whole(need.nfe), "more": need.more, "best": need.best} for need in needs]
         if all(need.more for need in needs):
             never.append(title_of(sampler))
@@ -149,10 +148,10 @@ def _change(change: Change, form: Format) -> dict[str, Any]:
     return {**_named(change.after), "nfe": _whole(change.after["nfe"]), **shown}
 
 
-def _details(problem: Problem, form: Format) -> dict[str, Any]:
-    """All rows with all that is known of them."""
-    rows = sorted(problem.good, key=lambda row: (row["nfe"], row["rmse"]))
-    rows += [row for row in problem.rows.values() if not has_error(row)]
+def _details(group: RowGroup, form: Format) -> dict[str, Any]:
+    """Tabulate all rows with all their figures."""
+    rows = sorted(group.good, key=lambda row: (row["nfe"], row["rmse"]))
+    rows += [row for row in group.rows.values() if not has_error(row)]
     fields = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     lines = [
         {
@@ -163,7 +162,7 @@ def _details(problem: Problem, form: Format) -> dict[str, Any]:
         }
         for row in rows
     ]
-    return {"heads": [COLUMNS[name] for name in fields], "lines": lines, "several": len(problem.runs) > 1}
+    return {"heads": [COLUMNS[name] for name in fields], "lines": lines, "several": len(group.runs) > 1}
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
@@ -171,12 +170,10 @@ def _details(problem: Problem, form: Format) -> dict[str, Any]:
 Keep = Callable[[str, Any, str], dict[str, Any]]
 
 
-def _alike(problem: Problem) -> dict[Sampler, str]:
-    """Samplers to draw, best first, with names; those whose errors cannot be told apart in a plot are one line."""
-    groups: list[list[Sampler]] = []
-    errors = {
-        sampler: {nfe: row["rmse"] for (other, nfe), row in problem.lowest.items() if other == sampler} for sampler in problem.samplers
-    }
+def _alike(group: RowGroup) -> dict[SamplerName, str]:
+    """Name the samplers to draw, best first; samplers whose errors cannot be told apart in a plot are one line."""
+    groups: list[list[SamplerName]] = []
+    errors = {sampler: {nfe: row["rmse"] for (other, nfe), row in group.lowest.items() if other == sampler} for sampler in group.samplers}
     for sampler, mine in errors.items():
         same = (group for group in groups if _close(mine, errors[group[0]]))
         found = next(same, None)
@@ -192,12 +189,12 @@ def _close(mine: dict[int, float], theirs: dict[int, float]) -> bool:
     return set(mine) == set(theirs) and all(abs(mine[nfe] - theirs[nfe]) <= 1e-3 * theirs[nfe] for nfe in mine)
 
 
-def _points(problem: Problem, measure: str) -> dict[str, list[plots.Point]]:
-    """Of each sampler the least of a measure over its grids, by evaluations; best first."""
+def _points(group: RowGroup, measure: str) -> dict[str, list[plots.Point]]:
+    """Return the least of a measure over the grids of each sampler, by evaluations; best first."""
     series: dict[str, list[plots.Point]] = {}
-    for sampler, name in _alike(problem).items():
-        found: dict[int, Row] = {}
-        for row in problem.good:
+    for sampler, name in _alike(group).items():
+        found: dict[int, JsonRow] = {}
+        for row in group.good:
             value = row.get(measure) if sampler_of(row) == sampler else None
             if value is not None and value > 0 and (row["nfe"] not in found or value < found[row["nfe"]][measure]):
                 found[row["nfe"]] = row
@@ -206,71 +203,76 @@ def _points(problem: Problem, measure: str) -> dict[str, list[plots.Point]]:
     return series
 
 
-def _point(row: Row, measure: str) -> plots.Point:
+def _point(row: JsonRow, measure: str) -> plots.Point:
     ends, value = row.get(f"{measure}_ci"), row[measure]
     return plots.Point(row["nfe"], value, None if ends is None else (ends[0] if ends[0] > 0 else value, ends[1]))
 
 
-def _work_precision(problem: Problem, keep: Keep) -> list[dict[str, Any]]:
+def _work_precision(group: RowGroup, keep: Keep) -> list[dict[str, Any]]:
     made = []
-    errors, distances = _points(problem, "rmse"), _points(problem, "fd")
+    errors, distances = _points(group, "rmse"), _points(group, "fd")
     if errors:
         made.append(keep("error", plots.work_precision(errors), "Error: distance to the end of the exact trajectory (RMSE)"))
     if distances:
-        floor = reference_of(problem).get("fd")
+        floor = reference_of(group).get("fd")
         figure = plots.work_precision(distances, floor=floor if floor is not None and floor > 0 else None)
         made.append(keep("distance", figure, "Frechet distance of the samples to the data"))
     return made
 
 
 def _spread(values: Sequence[int], most: int) -> list[int]:
-    """At most so many of the values, with both ends."""
+    """Choose at most so many of the values, evenly and with both ends."""
     return [values[k] for k in dict.fromkeys(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))] if values else []
 
 
-def _ranked(problem: Problem, nfe: int) -> list[Row]:
-    """Rows to draw, best first; of samplers that are alike one."""
-    drawn = _alike(problem)
-    return sorted((row for (one, n), row in problem.lowest.items() if n == nfe and one in drawn), key=lambda row: row["rmse"])
+def _ranked(group: RowGroup, nfe: int) -> list[JsonRow]:
+    """Return the rows to draw, best first, one of samplers that are alike."""
+    drawn = _alike(group)
+    return sorted((row for (one, n), row in group.lowest.items() if n == nfe and one in drawn), key=lambda row: row["rmse"])
 
 
-def _histograms(problem: Problem, keep: Keep) -> list[dict[str, Any]]:
-    """The errors of single samples at the fewest and at the most evaluations of which they were kept."""
-    kept: dict[int, dict[str, np.ndarray]] = {}
-    for nfe in problem.counts:
-        for row in _ranked(problem, nfe):
-            path = picture_file(problem.homes[key_of(row)].folder, key_of(row))
-            if len(kept.get(nfe, {})) < ROWS and has_errors(path):
+def _histograms(group: RowGroup, keep: Keep) -> list[dict[str, Any]]:
+    """Plot the errors of single samples at the fewest and at the most evaluations for which they were saved."""
+    saved: dict[int, dict[str, np.ndarray]] = {}
+    for nfe in group.counts:
+        for row in _ranked(group, nfe):
+            path = picture_file(group.homes[key_of(row)].folder, key_of(row))
+            if len(saved.get(nfe, {})) < ROWS and has_errors(path):
                 errors = read_errors(path).double().numpy()
                 if (errors > 0).any():
-                    kept.setdefault(nfe, {})[title_of(sampler_of(row))] = errors
-    return [keep(f"errors-{nfe}", plots.histograms(kept[nfe], nfe), "") for nfe in _spread(list(kept), 2)]
+                    saved.setdefault(nfe, {})[title_of(sampler_of(row))] = errors
+    return [keep(f"errors-{nfe}", plots.histograms(saved[nfe], nfe), "") for nfe in _spread(list(saved), 2)]
 
 
-def _samples(problem: Problem, form: Format) -> list[dict[str, Any]]:
-    """Strips of the same seeds: the exact trajectory's ends, then the best samplers, at a few numbers of evaluations."""
-    home = next((run for run in problem.runs if (run.folder / "reference.safetensors").exists()), None)
-    seed = (home or problem.runs[-1]).noises[0]
-    groups: list[tuple[int, list[tuple[Row, Tensor]]]] = []
-    for nfe in problem.counts:
+def sample_strips(group: RowGroup, form: Format, *, counts: int = GROUPS, samplers: int = ROWS) -> list[dict[str, Any]]:
+    """Draw strips of the same seeds: the ends of exact trajectories, then the best samplers, at a few numbers of evaluations.
+
+    Args:
+        counts: the most numbers of evaluations.
+        samplers: the most samplers at each.
+    """
+    home = next((run for run in group.runs if (run.folder / REFERENCE).exists()), None)
+    seed = (home or group.runs[-1]).noises[0]
+    drawable: list[tuple[int, list[tuple[JsonRow, Tensor]]]] = []
+    for nfe in group.counts:
         found = []
-        for row in _ranked(problem, nfe):
-            run = problem.homes[key_of(row)]
+        for row in _ranked(group, nfe):
+            run = group.homes[key_of(row)]
             path = picture_file(run.folder, key_of(row))
-            if run.noises[0] == seed and path.exists() and len(found) < ROWS:
+            if run.noises[0] == seed and path.exists() and len(found) < samplers:
                 found.append((row, read_samples(path)))
         if any(x.ndim == 4 for _, x in found):
-            groups.append((nfe, [(row, x) for row, x in found if x.ndim == 4]))
-    chosen = [groups[k] for k in _spread(range(len(groups)), GROUPS)]
+            drawable.append((nfe, [(row, x) for row, x in found if x.ndim == 4]))
+    chosen = [drawable[k] for k in _spread(range(len(drawable)), counts)]
     if not chosen:
         return []
     height, width = (min(plots.SIDE, size) for size in chosen[0][1][0][1].shape[-2:])
     across = max(2, min(ACROSS, PIXELS // (height * width * sum(len(found) + 1 for _, found in chosen))))
-    exact = None if home is None else read_samples(home.folder / "reference.safetensors")
+    exact = None if home is None else read_samples(home.folder / REFERENCE)
     return [{"nfe": _whole(nfe), "strips": _strips(found, exact, across, form)} for nfe, found in chosen]
 
 
-def _strips(found: Sequence[tuple[Row, Tensor]], exact: Tensor | None, across: int, form: Format) -> list[dict[str, Any]]:
+def _strips(found: Sequence[tuple[JsonRow, Tensor]], exact: Tensor | None, across: int, form: Format) -> list[dict[str, Any]]:
     def uri(x: Tensor) -> str:
         return plots.data_uri(plots.strip(x, across), "image/png")
 
@@ -281,16 +283,16 @@ def _strips(found: Sequence[tuple[Row, Tensor]], exact: Tensor | None, across: i
 # -- schedules --------------------------------------------------------------------------------------------------------
 
 
-def _schedules(problem: Problem, keep: Keep) -> list[dict[str, Any]]:
-    """Where samplers evaluate, at the fewest and at the most evaluations; nothing of rows that do not say."""
-    found = {nfe: levels for nfe in problem.counts if (levels := _levels(problem, nfe))}
+def _schedules(group: RowGroup, keep: Keep) -> list[dict[str, Any]]:
+    """Plot where samplers evaluate, at the fewest and at the most evaluations; rows without levels are left out."""
+    found = {nfe: levels for nfe in group.counts if (levels := _levels(group, nfe))}
     return [keep(f"schedules-{nfe}", plots.schedules(found[nfe], nfe), "") for nfe in _spread(list(found), 2)]
 
 
-def _levels(problem: Problem, nfe: int) -> dict[str, list[float]]:
-    """Noise levels of the grids of our own rows, the best first."""
+def _levels(group: RowGroup, nfe: int) -> dict[str, list[float]]:
+    """Return the noise levels of the grids of this library's rows, the best first."""
     found = dict[str, list[float]]()
-    for row in sorted((row for row in problem.good if row["nfe"] == nfe and row["library"] == "fewstep"), key=lambda row: row["rmse"]):
+    for row in sorted((row for row in group.good if row["nfe"] == nfe and row["library"] == "fewstep"), key=lambda row: row["rmse"]):
         special = row["solver"] if row["solver"] == FITTED else f"opt. {row['solver']}"
         name = special if row["grid"] == OPTIMIZED else row["grid"]
         if name not in found and len(found) < ROWS + 1 and row.get("levels") is not None:
@@ -301,14 +303,14 @@ def _levels(problem: Problem, nfe: int) -> dict[str, list[float]]:
 # -- how it was made --------------------------------------------------------------------------------------------------
 
 
-def _origins(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Of each run; what is as in the run before is left out."""
+def _origins(runs: Sequence[ResultsFolder]) -> list[dict[str, Any]]:
+    """Describe how each run was made, leaving out facts that equal those of the run before."""
     made = [_provenance(run) for run in runs]
     return [{**one, "facts": [] if k and one["facts"] == made[k - 1]["facts"] else one["facts"]} for k, one in enumerate(made)]
 
 
-def _provenance(run: Run) -> dict[str, Any]:
-    """Versions, machine, command; a value is shown as it stands in ``results.json``."""
+def _provenance(run: ResultsFolder) -> dict[str, Any]:
+    """Describe how a run was made: versions, machine, command. Values are shown as they stand in ``results.json``."""
     results, known = run.results, run.results.get("problem", {})
     machine, reference = results.get("machine") or {}, results.get("reference") or {}
     facts: list[tuple[str, list[Any]]] = [("fewstep", [results.get("version")]), ("torch", [machine.get("torch")])]
@@ -330,19 +332,21 @@ def _fact(value: Any) -> Number | str:  # noqa: ANN401 - of JSON
     return Number(value, f"{value:.3g}" if isinstance(value, float) else f"{value}") if isinstance(value, int | float) else str(value)
 
 
-def _again(problem: Problem) -> str | None:
-    """The command that makes one row again: the best with fewest evaluations."""
-    if not problem.counts:
+def _again(group: RowGroup) -> str | None:
+    """Return the command that makes one row again, the best with fewest evaluations; None where no command made it."""
+    if not group.counts:
         return None
-    row = problem.winners(problem.counts[0])[0]
-    run, library = problem.homes[key_of(row)], row["library"]
+    row = group.winners(group.counts[0])[0]
+    run, library = group.homes[key_of(row)], row["library"]
     words = str(run.results.get("command") or "").split()
-    model = words[2] if words[:2] == ["fewstep", "bench"] and len(words) > 2 else run.problem[0]
+    if words and words[0].startswith("fewstep."):  # a call in Python, of objects that have no names
+        return None
+    model = words[2] if words[:2] == ["fewstep", "bench"] and len(words) > 2 else run.model
     peers = library if library == "diffusers" else f"{library}:{row['solver']}"
     which = ["--solver", row["solver"]] if library == "fewstep" else ["--peers", peers]
     which = ["--sampler", row["grid"]] if "/" in row["grid"] else [*which, "--grid", row["grid"]]
     seed, num = run.noises
     options = [*which, "--nfe", str(key_of(row)[3]), *(["--num", str(num)] if num is not None else [])]
     options += ["--seed", str(seed)] if seed is not None else []
-    options += ["--guidance", f"{run.problem[2]:g}"] if run.problem[2] != 1 else []
+    options += ["--guidance", f"{run.guidance:g}"] if run.guidance != 1 else []
     return shlex.join(["fewstep", "bench", model, *options, "--out", "runs/again"])

@@ -1,4 +1,4 @@
-"""What a report draws: work-precision plots, histograms and schedules as SVG and PNG, and strips of samples.
+"""Draw what a report shows: work-precision plots, histograms and schedules as SVG and PNG, and strips of samples.
 
 A plot is drawn once, in the colours of `LIGHT`. Its SVG names each of them as a CSS variable, so that a page can show it light or dark.
 """
@@ -47,7 +47,7 @@ class Point(NamedTuple):
 
 
 def work_precision(series: Mapping[str, Sequence[Point]], *, floor: float | None = None) -> Figure:
-    """Lines over evaluations on log axes, with intervals and the names beside the lines; the first five in colours, the others grey.
+    """Draw lines over evaluations on log axes, with intervals and the names beside the lines; the first five in colours, the others grey.
 
     Args:
         series: by name; the best first.
@@ -81,7 +81,7 @@ def work_precision(series: Mapping[str, Sequence[Point]], *, floor: float | None
 
 
 def histograms(errors: Mapping[str, np.ndarray], nfe: int) -> Figure:
-    """How the errors of single samples are distributed: one row a sampler, on one axis."""
+    """Draw the distribution of the errors of single samples: one row per sampler, on one axis."""
     with _style():
         rows = len(errors)
         figure = _new(34 * rows + 46)
@@ -106,7 +106,7 @@ def histograms(errors: Mapping[str, np.ndarray], nfe: int) -> Figure:
 
 
 def schedules(levels: Mapping[str, Sequence[float]], nfe: int) -> Figure:
-    """The noise levels ``sigma/alpha`` at which grids evaluate; one row a grid. Pure noise and the clean image have no place."""
+    """Draw the noise levels ``sigma/alpha`` at which grids evaluate, one row per grid. Pure noise and the clean image have no place."""
     with _style():
         height = 24 * len(levels) + 52
         axes = _axes(height, left=134, right=10, bottom=44, top=6)
@@ -146,13 +146,13 @@ def _figure(axes: Axes) -> Figure:
 
 
 def _axes(height: float, *, left: float, right: float, bottom: float, top: float) -> Axes:
-    """Axes in a new figure, with margins in pixels."""
+    """Make axes in a new figure, with margins in pixels."""
     box = (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (bottom + top) / height)
     return _new(height).add_axes(box)
 
 
 def _limits(axes: Axes, counts: Sequence[int], values: Sequence[float]) -> None:
-    """Limits and ticks: evaluations that were run, as many as have room; values at 1, 2 and 5."""
+    """Set limits and ticks: evaluations that were run, as many as have room; values at 1, 2 and 5."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = counts[0] / 1.08, counts[-1] * 1.08
@@ -172,7 +172,7 @@ def _limits(axes: Axes, counts: Sequence[int], values: Sequence[float]) -> None:
 
 
 def _log_ticks(axis: Any, low: float, high: float, most: int) -> None:  # noqa: ANN401 - matplotlib's
-    """Ticks at 1, 2, 5 in each decade, or fewer, so that there are no more than ``most``."""
+    """Set ticks at 1, 2, 5 in each decade, or fewer, so that there are no more than ``most``."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     decades = range(int(np.floor(np.log10(low))) - 1, int(np.ceil(np.log10(high))) + 2)
@@ -188,7 +188,7 @@ def _log_ticks(axis: Any, low: float, high: float, most: int) -> None:  # noqa: 
 
 
 def _name_lines(axes: Axes, ends: Sequence[tuple[Point, str, str]], last: int) -> None:
-    """Names to the right of the lines' ends, moved apart where they would overlap."""
+    """Write names to the right of the lines' ends, moved apart where they would overlap."""
     to_pixels, box = axes.transData.transform, axes.bbox
     scale = 72 / _figure(axes).dpi
     wanted = sorted((float(to_pixels((last, point.value))[1] - box.y0) * scale, name, colour, point) for point, name, colour in ends)
@@ -212,7 +212,7 @@ def _name_lines(axes: Axes, ends: Sequence[tuple[Point, str, str]], last: int) -
 
 
 def _pixels(axes: Axes) -> Any:  # noqa: ANN401 - a transform of matplotlib's
-    """CSS pixels from the lower left corner of the axes."""
+    """Return the transform to CSS pixels from the lower left corner of the axes."""
     from matplotlib.transforms import Affine2D, ScaledTranslation
 
     figure, corner = _figure(axes), axes.get_position()
@@ -222,7 +222,7 @@ def _pixels(axes: Axes) -> Any:  # noqa: ANN401 - a transform of matplotlib's
 
 
 def _short(name: str, most: int) -> str:
-    """A name with its middle left out, if it is long."""
+    """Shorten a long name by leaving out its middle."""
     return name if len(name) <= most else f"{name[: most - 10]}…{name[-9:]}"
 
 
@@ -231,7 +231,7 @@ def _short(name: str, most: int) -> str:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """Matplotlib's settings; the same figure gives the same bytes, and names are never formulas."""
+    """Set matplotlib up: the same figure gives the same bytes, and names are never formulas."""
     from matplotlib import rc_context
 
     settings: dict[Any, Any] = {
@@ -251,7 +251,7 @@ def _style() -> Iterator[None]:
 
 
 def png(figure: Figure) -> bytes:
-    """The plot on white."""
+    """Return the plot on white as a PNG."""
     made = io.BytesIO()
     with _style():
         figure.savefig(made, format="png", dpi=160, metadata={"Software": None})
@@ -259,7 +259,7 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The plot for the inside of a page: no outer references, colours from CSS variables, ids that begin with ``name``."""
+    """Return the plot for the inside of a page: no outer references, colours from CSS variables, ids that begin with ``name``."""
     made = io.StringIO()
     with _style():
         figure.savefig(made, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -277,7 +277,7 @@ def svg(figure: Figure, name: str) -> str:
 
 
 def svg_file(inner: str) -> bytes:
-    """The plot as a file of its own, light or dark as its reader is."""
+    """Return the plot as a file of its own, which follows its reader's light or dark setting."""
     rule = "{ --%s }"
     light, dark = (rule % "; --".join(f"{key}: {value}" for key, value in palette.items()) for palette in (LIGHT, DARK))
     style = f"<style>:root {light} @media (prefers-color-scheme: dark) {{ :root {dark} }} svg {{ background: var(--paper) }}</style>"
@@ -286,7 +286,7 @@ def svg_file(inner: str) -> bytes:
 
 
 def strip(images: Tensor, count: int) -> bytes:
-    """The first ``count`` of samples ``[B, C, H, W]`` side by side, as a PNG; large ones made smaller."""
+    """Return the first ``count`` of samples ``[B, C, H, W]`` side by side as a PNG; large ones are made smaller."""
     pixels = to_uint8(images[:count])
     shrink = max(1, -(-max(pixels.shape[1:3]) // SIDE))
     size = (max(1, pixels.shape[2] // shrink), max(1, pixels.shape[1] // shrink))
@@ -300,5 +300,5 @@ def strip(images: Tensor, count: int) -> bytes:
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """A file inside a page."""
+    """Return the address of a file inside a page."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

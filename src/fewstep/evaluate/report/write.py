@@ -1,7 +1,6 @@
-"""The rows of benchmarks for people: one page that works from the disk, a table for a spreadsheet, one for a README.
+"""Write the rows of benchmarks for people: a page that works from the disk, a table for a spreadsheet, one for a README.
 
-What the rows say is in `findings`, what is drawn in `plots`, what the page shows in `page`, and how in
-``report.html.j2``.
+The findings are in `findings`, the drawings in `plots`, the contents of the page in `page`, and its looks in ``report.html.j2``.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fewstep.evaluate.report import plots
-from fewstep.evaluate.report.findings import Format, Name, Number, Problem, Run, pivot, problems_of, read_runs
-from fewstep.evaluate.report.page import problem_view
-from fewstep.evaluate.report.verdict import Row
+from fewstep.evaluate.report.findings import Format, Name, Number, ResultsFolder, RowGroup, grouped, pivot, read_folders
+from fewstep.evaluate.report.page import group_view
+from fewstep.evaluate.report.verdict import JsonRow
 from fewstep.runtime.artifact import check_writable, write_whole
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["check_packages", "to_csv", "to_markdown", "write_report"]
+__all__ = ["check_packages", "report_page", "to_csv", "to_markdown", "write_report"]
 
 FIELDS = ("model", "run", "library", "solver", "grid", "nfe", "num", "guidance", "rmse", "rmse_ci", "error_median", "error_p95", "fd")
 FIELDS += ("fd_ci", "fd_features", "kd", "kd_ci", "precision", "recall", "labels", "seconds", "solver_seconds", "peak_memory")
@@ -32,7 +31,7 @@ INTERVALS = ("rmse_ci", "fd_ci", "kd_ci")
 
 
 def check_packages() -> None:
-    """See that reports can be made, before long work whose result one should be.
+    """Check that reports can be made, before long work that is to end with one.
 
     Raises:
         FewstepError: matplotlib or jinja2 is missing.
@@ -40,6 +39,43 @@ def check_packages() -> None:
     missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
         raise FewstepError(f"a report needs {' and '.join(missing)}: pip install 'fewstep[report]'")
+
+
+class _Report(NamedTuple):
+    """The page, the two tables, and the plots by name, as SVG and PNG."""
+
+    page: str
+    csv: str
+    markdown: str
+    plots: dict[str, tuple[bytes, bytes]]
+
+
+def _report(runs: Sequence[ResultsFolder], title: str | None) -> _Report:
+    check_packages()
+    groups = grouped(runs)
+    views, drawn = [group_view(group, number) for number, group in enumerate(groups)], dict[str, tuple[bytes, bytes]]()
+    for view in views:
+        for figure in view.pop("figures"):
+            name = figure["name"] if len(groups) > 1 else figure["name"].split(".")[1]
+            drawn[name] = plots.svg_file(figure["svg"]), figure["png"]
+    table = to_csv({"rows": [row for group in groups for row in _merged(group, several=len(runs) > 1)]})
+    names = list(dict.fromkeys(group.runs[-1].model for group in groups))
+    files_within = [("results.csv", plots.data_uri(table.encode(), "text/csv"))]
+    for run in runs:
+        name = "results.json" if len(runs) == 1 else f"{run.name.replace('/', '-')}.json"
+        files_within.append((name, plots.data_uri(json.dumps(run.results, indent=1).encode(), "application/json")))
+    page = _render({"title": title, "names": names, "groups": views, "files": files_within, "light": plots.LIGHT, "dark": plots.DARK})
+    return _Report(page, table, "\n".join(_markdown(group) for group in groups), drawn)
+
+
+def report_page(run: ResultsFolder, *, title: str | None = None) -> str:
+    """Return the page of one benchmark as HTML, complete in itself.
+
+    Raises:
+        FewstepError: matplotlib or jinja2 is missing.
+        ArtifactError: a file of samples is damaged.
+    """
+    return _report([run], title).page
 
 
 def write_report(folders: Sequence[Path], out: Path, *, title: str | None = None) -> Path:
@@ -52,7 +88,7 @@ def write_report(folders: Sequence[Path], out: Path, *, title: str | None = None
         folders: as ``fewstep bench`` made them; earlier runs first.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
         FewstepError: matplotlib or jinja2 is missing.
@@ -60,31 +96,19 @@ def write_report(folders: Sequence[Path], out: Path, *, title: str | None = None
     """
     check_packages()
     check_writable(out)
-    runs = read_runs(folders)
-    problems = problems_of(runs)
-    views = [problem_view(problem, number) for number, problem in enumerate(problems)]
-    for view in views:
-        for figure in view.pop("figures"):
-            name = figure["name"] if len(problems) > 1 else figure["name"].split(".")[1]
-            write_whole(out / "plots" / f"{name}.svg", plots.svg_file(figure["svg"]))
-            write_whole(out / "plots" / f"{name}.png", figure["png"])
-    merged = {"rows": [row for problem in problems for row in _merged(problem, several=len(runs) > 1)]}
-    write_whole(out / "results.csv", to_csv(merged).encode())
-    write_whole(out / "results.md", "\n".join(_markdown(problem) for problem in problems).encode())
-    names = list(dict.fromkeys(problem.runs[-1].problem[0] for problem in problems))
-    files_within = [("results.csv", plots.data_uri(to_csv(merged).encode(), "text/csv"))]
-    for run in runs:
-        name = "results.json" if len(runs) == 1 else f"{run.name.replace('/', '-')}.json"
-        files_within.append((name, plots.data_uri(json.dumps(run.results, indent=1).encode(), "application/json")))
-    page = _render({"title": title, "names": names, "problems": views, "files": files_within, "light": plots.LIGHT, "dark": plots.DARK})
-    write_whole(out / "report.html", page.encode())
+    made = _report(read_folders(folders), title)
+    for name, (svg, png) in made.plots.items():
+        write_whole(out / "plots" / f"{name}.svg", svg)
+        write_whole(out / "plots" / f"{name}.png", png)
+    write_whole(out / "results.csv", made.csv.encode())
+    write_whole(out / "results.md", made.markdown.encode())
+    write_whole(out / "report.html", made.page.encode())
     return out / "report.html"
 
 
-def _merged(problem: Problem, *, several: bool) -> list[dict[str, Any]]:
+def _merged(group: RowGroup, *, several: bool) -> list[dict[str, Any]]:
     return [
-        {**({"model": problem.homes[key].problem[0], "run": problem.homes[key].name} if several else {}), **row}
-        for key, row in problem.rows.items()
+        {**({"model": group.homes[key].model, "run": group.homes[key].name} if several else {}), **row} for key, row in group.rows.items()
     ]
 
 
@@ -101,8 +125,8 @@ def _render(page: Mapping[str, Any]) -> str:
 
 
 def to_csv(results: Mapping[str, Any]) -> str:
-    """The rows of a ``results.json`` for a spreadsheet, numbers as exact as there; an interval is two columns."""
-    rows: list[Row] = results["rows"]
+    """Return the rows of a ``results.json`` for a spreadsheet, numbers as exact as there; an interval is two columns."""
+    rows: list[JsonRow] = results["rows"]
     known = dict.fromkeys(name for row in rows for name in row)
     names = [*(name for name in FIELDS if name in known), *(name for name in known if name not in FIELDS)]
     flat = [_flat(row) for row in rows]
@@ -114,7 +138,7 @@ def to_csv(results: Mapping[str, Any]) -> str:
     return made.getvalue()
 
 
-def _flat(row: Row) -> dict[str, Any]:
+def _flat(row: JsonRow) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in row.items():
         if name in INTERVALS:
@@ -127,21 +151,21 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
-    """A table for a README: one line a sampler, each cell on the best of its grids, the best of a column in bold."""
-    return _markdown(Problem([Run(Path(), "", results)]))
+    """Return a table for a README: one line per sampler, each cell on the best of its grids, the best of a column in bold."""
+    return _markdown(RowGroup([ResultsFolder.of(results)]))
 
 
-def _markdown(problem: Problem) -> str:
-    form, rows = Format(problem.rows.values()), list(problem.rows.values())
+def _markdown(group: RowGroup) -> str:
+    form, rows = Format(group.rows.values()), list(group.rows.values())
     noises = {row.get("num") for row in rows} - {None}
     features = next((row["fd_features"] for row in rows if row.get("fd_features")), None)
     distance = "" if features is None else f" (Frechet distance to the data in the features {_code(features)})"
     count = f", {noises.pop()} noises" if len(noises) == 1 else ""
-    head = f"{_code(problem.runs[-1].problem[0])}, guidance {problem.runs[-1].problem[2]:g}{count}. RMSE to the end of the exact trajectory"
+    head = f"{_code(group.runs[-1].model)}, guidance {group.runs[-1].guidance:g}{count}. RMSE to the end of the exact trajectory"
     counts = sorted({row["nfe"] for row in rows})
     lines = [f"{head}{distance} by network evaluations, each sampler on its best grid; the best of a column in bold.", ""]
     lines += ["| sampler | " + " | ".join(map(str, counts)) + " |", "|---|" + "---|" * len(counts)]
-    for line in pivot(problem, form, counts):
+    for line in pivot(group, form, counts):
         cells = [_markdown_cell(cell) for cell in line["cells"]]
         lines.append(f"| {_code(line['name'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -156,7 +180,7 @@ def _markdown_cell(cell: Mapping[str, Any]) -> str:
 
 
 def _code(text: str) -> str:
-    """A name as Markdown shows it whatever it holds."""
+    """Quote a name so that Markdown shows it whatever it holds."""
     fence = "``" if "`" in text else "`"
     inner = re.sub(r"\s+", " ", text).replace("|", "\\|")
     return f"{fence} {inner} {fence}" if fence == "``" else f"{fence}{inner}{fence}"

@@ -1,6 +1,6 @@
 """diffusers: every sampler of this library as a scheduler, and every pipeline as a model.
 
-`FewstepScheduler` needs diffusers and is imported when it is first asked for; saved pipelines name it by this module.
+`FewstepScheduler` needs diffusers and is imported on first use; saved pipelines name it by this module.
 """
 
 from __future__ import annotations

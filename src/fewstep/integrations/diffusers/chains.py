@@ -1,4 +1,4 @@
-"""Which sample is being stepped: a scheduler of diffusers is told a state and a time, and has to know that state's history."""
+"""The trajectories of samples that a scheduler is stepping: diffusers passes it a state and a time, and it has to find the history."""
 
 from __future__ import annotations
 
@@ -12,40 +12,59 @@ from fewstep.core.tableau import Row, State
 
 __all__ = ["Chain", "Chains", "Plan"]
 
-MOST = 32  # samples half-way at once; beyond that the one that has waited longest is forgotten
+MOST = 32  # active trajectories at once; beyond that the one that has waited longest is dropped
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A tableau from evaluation ``begin`` on, ready for a dtype and device: nothing is left to be moved in a step."""
+    """A tableau from evaluation ``begin`` on, ready for a dtype and device, so that a step transfers nothing.
+
+    Attributes:
+        begin: the number of its first evaluation on the whole grid.
+        start: makes the state before the first evaluation from a sample ``[B, *D]``.
+        rows: one for each evaluation.
+        a, b: coefficients ``[]`` of ``x0 = a x + b output``, one for each evaluation.
+    """
 
     begin: int
     start: Callable[[Tensor], State]
     rows: list[Row]
-    a: list[Tensor]  # x0 = a x + b output
+    a: list[Tensor]
     b: list[Tensor]
 
 
 @dataclass(eq=False)
 class Chain:
-    """A sample on its way."""
+    """The trajectory of one sample, between two steps.
+
+    Attributes:
+        plan: the rows that it runs.
+        at: the next evaluation, counted on the whole grid.
+        state: the sampler's state.
+        output: returns the tensor that the last step returned, by which the sample is recognised, while it exists.
+    """
 
     plan: Plan
-    at: int  # the next evaluation, counted from that of the whole grid
+    at: int
     state: State
-    output: Callable[[], Tensor | None] = lambda: None  # what the last step returned, by which the sample is recognised
+    output: Callable[[], Tensor | None] = lambda: None
 
 
 class Chains:
-    """The samples on their way, the one that has waited longest first."""
+    """The active trajectories of a scheduler, the one that has waited longest first."""
 
     def __init__(self) -> None:
         self.waiting: list[Chain] = []
 
     def find(self, sample: Tensor, places: list[int] | None) -> Chain | None:
-        """Whose next evaluation may be at one of these places (anywhere, if None; none, if the time was rounded on its way): that whose
-        last output ``sample`` is, or else, since a callback may have put another tensor in its place, the nearest: a loop that was
-        abandoned may wait at the same place.
+        """Return the active trajectory that this sample continues; None if there is none.
+
+        Match by identity of the last output; otherwise by nearest state, since a callback may have put another tensor in its place, and
+        an abandoned loop may wait at the same evaluation.
+
+        Args:
+            sample: the state ``[B, *D]``.
+            places: evaluations that may come next; any if None, and an empty list if the time was rounded on its way.
         """
         same = next((chain for chain in self.waiting if chain.output() is sample and (not places or chain.at in places)), None)
         here = [chain for chain in self.waiting if places is None or chain.at in places]
@@ -55,12 +74,12 @@ class Chains:
         return min(fitting, key=lambda chain: float((chain.state.x - sample).abs().mean()))  # the only look at numbers
 
     def begin(self, plan: Plan, sample: Tensor) -> Chain:
-        """A new one."""
+        """Begin a trajectory at this sample ``[B, *D]``."""
         chain = Chain(plan, plan.begin, plan.start(sample.to(plan.a[0].dtype)))
         self.waiting = [*self.waiting, chain][-MOST:]
         return chain
 
     def step_done(self, chain: Chain, output: Tensor, *, last: bool) -> None:
-        """It goes to the end of the queue, or leaves."""
+        """Move the trajectory to the back of the queue; drop it if it was the last step."""
         chain.output = weakref.ref(output)
         self.waiting = [other for other in self.waiting if other is not chain] + ([] if last else [chain])

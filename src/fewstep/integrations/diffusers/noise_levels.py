@@ -1,4 +1,4 @@
-"""Where diffusers' options ask a network to be evaluated, as a `TimeGrid`: spacings of timesteps, noise levels by name, flows' shifts.
+"""The `TimeGrid` that diffusers' options describe: spacings of timesteps, noise levels by name, shifts of flows.
 
 Times are never rounded after the fact. Spacings of timesteps are whole numbers because their rule says so; where two would fall together
 they stay fractions. Noise levels (Karras, exponential, beta) are met exactly, at the fraction of a timestep that has them.
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.grid import TimeGrid, make_grid
-from fewstep.core.schedule import DiscreteVP, RectifiedFlow
+from fewstep.core.grid import RHO, TimeGrid, karras_roots, make_grid
+from fewstep.core.schedule import NoiseSchedule, RectifiedFlow
 from fewstep.models.formats.diffusers_law import NoiseLaw
 from fewstep.runtime.errors import FewstepError, GridError, look_up
 
-__all__ = ["asked_grid", "only_a_number"]
+__all__ = ["grid_from_config", "default_sigmas_count"]
 
 LARGEST = 2.0**12  # the noise level that spacings of levels begin at where the table ends without signal
 SHORTEST = 1e-6  # of the way to the clean image: the last step of levels that end where their last evaluation is
 LEVELS = ("karras", "exponential", "beta", "lu")  # use_{name}_sigmas
 
 
-def asked_grid(
+def grid_from_config(
     config: Mapping[str, Any],
     law: NoiseLaw,
     steps: int | None,
@@ -33,14 +33,14 @@ def asked_grid(
     timesteps: Sequence[float] | Tensor | None = None,
     sigmas: Sequence[float] | Tensor | None = None,
 ) -> TimeGrid:
-    """The grid of ``steps`` intervals that a scheduler's options describe; or through given timesteps, or given noise levels.
+    """Return the grid of ``steps`` intervals that a scheduler's options describe, or the grid through timesteps or noise levels.
 
     Args:
-        config: a `FewstepScheduler`'s options.
-        law: of its network.
-        steps: how many; None if timesteps or sigmas are given.
-        timesteps: the network's own times, decreasing, without the end.
-        sigmas: ``sigma/alpha``, or a flow's ``sigma`` before its shift; a last 0 is the end rather than an evaluation.
+        config: the options of a `FewstepScheduler`.
+        law: the noise law of its network.
+        steps: number of intervals; None where timesteps or sigmas are given.
+        timesteps: the network's own times ``[M]``, decreasing, without the end.
+        sigmas: noise levels ``sigma/alpha [M]``, or a flow's ``sigma`` before its shift; a last 0 is the end rather than an evaluation.
 
     Raises:
         GridError: not exactly one of the three, an unknown option, or times that do not decrease.
@@ -56,18 +56,18 @@ def asked_grid(
     if wanted is not None and steps is not None and len(wanted) - int(bool(wanted[-1] == 0)) != steps:
         raise GridError(f"{steps} steps were asked for with {len(wanted)} sigmas: leave one of the two out")
     if timesteps is not None:
-        asked = torch.as_tensor(timesteps).detach().cpu().double().flatten()
-        most = float(config.get("num_train_timesteps", 1000)) - isinstance(law.schedule, DiscreteVP)
-        if not len(asked) or not bool(((asked >= 0) & (asked <= most)).all()):
-            raise GridError(f"timesteps lie between 0 and {most:g}, got {asked.tolist()}")
-        return _ended(config, law, law.t_of_time(asked))
+        times = torch.as_tensor(timesteps).detach().cpu().double().flatten()
+        most = float(config.get("num_train_timesteps", 1000)) - (law.schedule.times is not None)
+        if not len(times) or not bool(((times >= 0) & (times <= most)).all()):
+            raise GridError(f"timesteps lie between 0 and {most:g}, got {times.tolist()}")
+        return _ended(config, law, law.t_of_time(times))
     if config.get("grid"):
         if wanted is not None:
             raise GridError(f"this scheduler has a grid of its own, {config['grid']}: leave sigmas out, or make it without grid=")
         return make_grid(str(config["grid"]), law.schedule, int(steps or 0))
     if isinstance(law.schedule, RectifiedFlow):
         return _ended(config, law, _flow(config, law.schedule, steps, wanted))
-    if not isinstance(law.schedule, DiscreteVP):
+    if law.schedule.times is None:
         raise GridError("timestep spacings are for discrete times and flows: make the scheduler with grid=, for example karras")
     if wanted is not None:
         wanted = wanted[:-1] if bool(wanted[-1] == 0) else wanted
@@ -82,19 +82,19 @@ def asked_grid(
     return _ended(config, law, law.schedule.t_of_lam(-torch.log(_levels(name, high, low, int(steps or 0)))))
 
 
-def only_a_number(sigmas: Any) -> int | None:  # noqa: ANN401 - a list, an array or a tensor
-    """How many steps are meant, where a flow's pipeline always gives noise levels: those uniform from 1 that it has by default."""
+def default_sigmas_count(sigmas: Any) -> int | None:  # noqa: ANN401 - a list, an array or a tensor
+    """Return the number of a flow pipeline's default sigmas, uniform from 1; None of other sigmas. Such pipelines always pass some."""
     given = torch.as_tensor(sigmas).detach().cpu().double().flatten()
     usual = torch.linspace(1, 1 / max(len(given), 1), len(given), dtype=torch.float64)
     return len(given) if len(given) and torch.allclose(given, usual, rtol=1e-5) else None
 
 
 def _ended(config: Mapping[str, Any], law: NoiseLaw, times: Tensor) -> TimeGrid:
-    """With the end: the clean image (``zero``), or the model's last time (``sigma_min``)."""
+    """Return the grid through these times ``[M]`` and its end: the clean image (``zero``), or the model's last time (``sigma_min``)."""
     schedule, kind = law.schedule, config.get("final_sigmas_type", "zero")
     if kind not in ("zero", "sigma_min"):
         raise GridError(f"final_sigmas_type is zero or sigma_min, got {kind!r}")
-    end = 0.0 if kind == "sigma_min" and isinstance(schedule, DiscreteVP) else schedule.t_clean
+    end = 0.0 if kind == "sigma_min" and schedule.times is not None else schedule.t_clean
     if kind == "sigma_min" and len(times) and (float(times[-1]) <= end or end == schedule.t_clean):
         end = float(times[-1]) - SHORTEST * (float(times[-1]) - schedule.t_clean)
     return TimeGrid(torch.cat([times, torch.tensor([end], dtype=torch.float64)]))
@@ -108,20 +108,19 @@ def _named(config: Mapping[str, Any]) -> str | None:
 
 
 def _levels(name: str, high: float, low: float, steps: int) -> Tensor:
-    """``steps`` noise levels from ``high`` to ``low``, both included."""
+    """Return ``steps`` noise levels from ``high`` to ``low``, both included."""
     if steps < 1:
         raise GridError(f"a grid needs at least 1 step, got {steps}")
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64) if steps > 1 else torch.zeros(1, dtype=torch.float64)
     if name == "karras":
-        rho = 7.0
-        return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+        return karras_roots(*torch.tensor([high, low], dtype=torch.float64), count=steps) ** RHO
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     if name == "beta":
         return low + _beta_quantiles(1 - ramp) * (high - low)
     return torch.exp(math.log(high) + ramp * math.log(low / high))  # exponential; Lu's lambdas are the same levels
 
 
 def _beta_quantiles(p: Tensor) -> Tensor:
-    """Of the distribution Beta(0.6, 0.6) (arXiv 2407.12173)."""
+    """Return quantiles of the distribution Beta(0.6, 0.6) at the probabilities ``p [*]`` (arXiv 2407.12173)."""
     try:
         from scipy.stats import beta
     except ImportError as error:
@@ -129,12 +128,12 @@ def _beta_quantiles(p: Tensor) -> Tensor:
     return torch.as_tensor(beta.ppf(p.numpy(), 0.6, 0.6), dtype=torch.float64)
 
 
-def _spaced(config: Mapping[str, Any], schedule: DiscreteVP, steps: int) -> Tensor:
-    """``linspace``, ``leading`` or ``trailing`` timesteps (Lin et al., arXiv 2305.08891, table 2), as diffusers' DPM-Solver counts them."""
+def _spaced(config: Mapping[str, Any], schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Return ``linspace``, ``leading`` or ``trailing`` timesteps ``[steps]`` (arXiv 2305.08891, table 2), as diffusers' DPM-Solver does."""
     if steps < 1:
         raise GridError(f"a grid needs at least 1 step, got {steps}")
     clip = float(config.get("lambda_min_clipped", -math.inf))
-    last = int((schedule.lam(schedule.times[1:]) >= clip).sum())
+    last = int((schedule.lam(torch.arange(int(schedule.t_max) + 1, dtype=torch.float64)) >= clip).sum())
     if last < 1:
         raise GridError(f"no time of the model has lambda above lambda_min_clipped = {clip:g}")
 
@@ -154,7 +153,7 @@ def _spaced(config: Mapping[str, Any], schedule: DiscreteVP, steps: int) -> Tens
 
 
 def _flow(config: Mapping[str, Any], schedule: RectifiedFlow, steps: int | None, sigmas: Tensor | None) -> Tensor:
-    """A flow's times: uniform ``u`` from 1, or the given ones, shifted, stretched to ``shift_terminal``, or respaced by name."""
+    """Return a flow's times ``[M]``: uniform ``u`` from 1 or ``sigmas``, shifted, stretched to ``shift_terminal``, respaced by name."""
     if sigmas is None:
         if steps is None or steps < 1:
             raise GridError(f"a grid needs at least 1 step, got {steps}")

@@ -7,18 +7,18 @@ everything that works on class-conditional models (calibrate, optimize, fit, ben
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.denoiser import Cond
-from fewstep.core.schedule import NoiseSchedule
-from fewstep.models.denoiser import AdaptedDenoiser, image_size
+from fewstep.core.denoiser import Cond, Denoiser, FlowMap
 from fewstep.models.formats.diffusers_law import noise_law
-from fewstep.models.formats.folders import Model
+from fewstep.models.guidance import Wrapped
+from fewstep.models.model import Model
+from fewstep.models.networks.calls import image_size
 from fewstep.runtime.artifact import read_json
 from fewstep.runtime.errors import ModelError
 
@@ -27,33 +27,38 @@ __all__ = ["PipelineModel", "from_pipeline", "is_pipeline", "load_pipeline", "re
 AT_ONCE = 16  # prompts that are encoded together
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PipelineModel(Model):
-    """A pipeline's network as a `Model` and, at its guidance scale, as a denoiser.
+    """A pipeline's network as a `Model`, with a guidance scale and the prompts that its labels stand for.
 
     Attributes:
-        guidance_scale: of calls; other scales by `Model.guided`.
-        prompts: what the labels stand for.
+        guidance_scale: classifier-free guidance of calls, and of `sample` and the learners where none is named.
+        prompts: one text for each label.
     """
 
     guidance_scale: float = 1.0
-    prompts: tuple[str, ...] = field(default=(), repr=False)
+    prompts: tuple[str, ...] = ()
 
     @property
-    def schedule(self) -> NoiseSchedule:
-        """The noise law of the pipeline's own scheduler."""
-        return self.denoiser.schedule
+    def default_guidance(self) -> float:
+        return self.guidance_scale
+
+    @property
+    def conditional(self) -> Denoiser:
+        return Wrapped(self.schedule, super().__call__)
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """``x0 [B, *D]`` at the state ``x [B, *D]``; ``cond`` are labels ``[B]``, by default those of the prompts in turn."""
+        """Estimate the clean image ``x0 [B, *D]`` with guidance; ``cond`` are labels ``[B]``, by default those of the prompts in turn."""
         if cond is None and self.classes is not None:
             labels = self.labels(range(len(x)))
             cond = None if labels is None else labels.to(x.device)
-        return self.guided(self.guidance_scale)(x, t, cond)
+        guided = self.guided(self.guidance_scale)
+        assert not isinstance(guided, FlowMap)  # a pipeline's network is no student
+        return guided(x, t, cond)
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a text file that are not empty.
+    """Return the lines of a text file that are not empty.
 
     Raises:
         ModelError: it cannot be read, or has none.
@@ -69,7 +74,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def is_pipeline(source: str | Path) -> bool:
-    """Whether a folder holds a whole pipeline, whose network is not one that `load_folder` reads by itself."""
+    """Return whether a folder holds a whole pipeline, whose network `load_folder` does not read by itself."""
     index = Path(source) / "model_index.json"
     if not index.is_file():
         return False
@@ -78,7 +83,7 @@ def is_pipeline(source: str | Path) -> bool:
 
 
 def load_pipeline(source: str | Path) -> Any:  # noqa: ANN401
-    """A diffusers pipeline from its folder; a text encoder that was not saved stays out.
+    """Load a diffusers pipeline from its folder; a text encoder that was not saved stays out.
 
     Raises:
         ModelError: diffusers is not there, or cannot read it.
@@ -110,19 +115,20 @@ def from_pipeline(
     control_image: Any = None,  # noqa: ANN401 - what the pipeline's own image processor takes
     embedded_guidance: float = 3.5,
 ) -> PipelineModel:
-    """The network of a diffusers pipeline, conditioned on prompts; samplers of it end at the clean image, as those of pipelines do.
+    """Return the network of a diffusers pipeline as a model, conditioned on prompts.
 
-    Known are unconditional and class-conditional pipelines (``UNet2DModel``, DiT), Stable Diffusion 1, 2 and XL, with a ControlNet or
-    without, Stable Diffusion 3 and Flux. The image-to-image and inpainting pipelines of these use the same network.
+    Its samplers end at the clean image, as those of pipelines do. Known are unconditional and class-conditional pipelines
+    (``UNet2DModel``, DiT), Stable Diffusion 1, 2 and XL, with a ControlNet or without, Stable Diffusion 3 and Flux. The image-to-image
+    and inpainting pipelines of these use the same network.
 
     Args:
         pipe: the pipeline, on the device and in the dtype that it is used in.
         prompts: one, several, or a `Path` to a text file with one on each line; none for networks without text.
-        negative_prompt: what guidance leads away from; by default what the pipeline itself takes.
-        guidance_scale: of the result as a denoiser.
-        height, width: of the pictures in pixels; by default those that the network was trained for.
-        control_image: of a ControlNet.
-        embedded_guidance: what Flux's network is told; it needs no other.
+        negative_prompt: the text that guidance leads away from; by default the pipeline's own.
+        guidance_scale: classifier-free guidance of the model.
+        height, width: the size of the pictures in pixels; by default that of training.
+        control_image: the picture that a ControlNet follows.
+        embedded_guidance: the guidance scale that Flux's network takes as an input; it needs no other.
 
     Raises:
         ModelError: a network that is not known here, prompts missing or not wanted, or a noise law that is not known.
@@ -131,26 +137,28 @@ def from_pipeline(
     kind = type(network).__name__
     if kind not in _FAMILIES:
         raise ModelError(
-            f"the network of this {type(pipe).__name__}, a {kind}, is not known here: known are {', '.join(_FAMILIES)}; wrap others in an "
-            "AdaptedDenoiser"
+            f"the network of this {type(pipe).__name__}, a {kind}, is not known here: known are {', '.join(_FAMILIES)}; wrap others in a "
+            "fewstep.Model"
         )
     if isinstance(prompts, Path):
         prompts = read_prompts(prompts)
     texts = [prompts] if isinstance(prompts, str) else list(prompts or [])
     if texts and getattr(pipe, "encode_prompt", None) is None:
         raise ModelError(f"a {type(pipe).__name__} takes no prompts: leave them out")
-    asked = _Asked(pipe, network, texts, negative_prompt, height, width, control_image, embedded_guidance)
+    request = PipelineRequest(pipe, network, texts, negative_prompt, height, width, control_image, embedded_guidance)
     with torch.no_grad():
-        conditioned, shape, classes, null_label, mu = _FAMILIES[kind](asked)
+        conditioned, shape, classes, null_label, mu = _FAMILIES[kind](request)
     law = noise_law(pipe.scheduler.config, mu=mu, to_clean=pipe.scheduler.config.get("final_sigmas_type") != "sigma_min")
-    denoiser = AdaptedDenoiser(conditioned.eval().requires_grad_(False), law.schedule, law.prediction, law.time)
     name = Path(str(getattr(pipe, "name_or_path", "") or getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)).name
-    return PipelineModel(name, denoiser, shape, classes, null_label, guidance_scale=guidance_scale, prompts=tuple(texts))
+    labels = {"classes": classes, "null_label": null_label, "guidance_scale": guidance_scale, "prompts": tuple(texts)}
+    return PipelineModel(
+        conditioned.eval().requires_grad_(False), law.schedule, law.prediction, shape=shape, time=law.time, name=name, **labels
+    )
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked:
-    """What `from_pipeline` was called with."""
+class PipelineRequest:
+    """The arguments of one call of `from_pipeline`, with the network."""
 
     pipe: Any
     network: Any
@@ -162,7 +170,7 @@ class _Asked:
     embedded_guidance: float
 
     def latent_size(self, by_default: int | Sequence[int]) -> tuple[int, int]:
-        """Height and width of the latents."""
+        """Return height and width of the latents."""
         default = (by_default, by_default) if isinstance(by_default, int) else tuple(by_default)
         sizes = [
             side if wanted is None else wanted // self.pipe.vae_scale_factor for side, wanted in zip(default, self.pixels, strict=True)
@@ -174,7 +182,14 @@ class _Asked:
         return self.height, self.width
 
     def encoded(self, **options: Any) -> list[Tensor]:  # noqa: ANN401
-        """What the pipeline's text encoders make of the prompts and, in the last row, of the negative prompt: ``[P+1, ...]`` each."""
+        """Return the pipeline's encodings of the prompts and, in the last row, of the negative prompt: ``[P+1, ...]`` each.
+
+        Args:
+            options: further arguments of the pipeline's ``encode_prompt``.
+
+        Raises:
+            ModelError: there are no prompts.
+        """
         if not self.texts:
             raise ModelError(f"a {type(self.pipe).__name__} needs prompts: pass one, several, or the Path of a text file")
         parts: list[list[Tensor]] = []
@@ -199,7 +214,7 @@ Family = tuple[nn.Module, tuple[int, ...], int | None, int | None, float | None]
 
 
 class _Conditioned(nn.Module):
-    """A network with tables of conditions, whose rows labels pick. The tables are part of the model's fingerprint."""
+    """A network with tables of conditions, one row for each label; they are part of the model's fingerprint."""
 
     def __init__(self, network: nn.Module, call: Callable[..., Tensor], **tables: Tensor) -> None:
         super().__init__()
@@ -211,32 +226,32 @@ class _Conditioned(nn.Module):
         return self.call(self, x, time, labels)
 
     def rows(self, name: str, labels: Tensor | None, x: Tensor) -> Tensor:
-        """Of a table, for each sample; the first of all where there are no labels."""
+        """Return a table's rows ``[B, ...]`` for the labels ``[B]``; the first row for each sample where there are none."""
         table = getattr(self, name)
         picked = table[labels] if labels is not None else table[:1].expand(len(x), *table.shape[1:])
         return picked.to(x.dtype) if picked.is_floating_point() else picked
 
 
-def _plain_unet(asked: _Asked) -> Family:
+def _plain_unet(request: PipelineRequest) -> Family:
     def call(net: _Conditioned, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
         given = {} if labels is None else {"class_labels": labels}
         return net.network(x, time, return_dict=False, **given)[0]
 
-    config = asked.network.config
-    return _Conditioned(asked.network, call), (config.in_channels, *image_size(asked.network)), config.num_class_embeds, None, None
+    config = request.network.config
+    return _Conditioned(request.network, call), (config.in_channels, *image_size(request.network)), config.num_class_embeds, None, None
 
 
-def _text_unet(asked: _Asked) -> Family:
-    """Stable Diffusion 1, 2 and XL, with a ControlNet or without."""
-    unet, pipe = asked.network, asked.pipe
+def _text_unet(request: PipelineRequest) -> Family:
+    """Condition the network of Stable Diffusion 1, 2 or XL, with a ControlNet or without."""
+    unet, pipe = request.network, request.pipe
     channels, control = unet.config.in_channels, getattr(pipe, "controlnet", None)
     if channels != pipe.vae.config.latent_channels:
         raise ModelError(
             f"this network takes {channels} channels, of which {pipe.vae.config.latent_channels} are the state (an inpainting network, for "
-            "example): wrap it in an AdaptedDenoiser that adds the others"
+            "example): wrap it in a fewstep.Model whose call adds the others"
         )
-    height, width = asked.latent_size(unet.config.sample_size)
-    tables = asked.encoded()
+    height, width = request.latent_size(unet.config.sample_size)
+    tables = request.encoded()
     xl = len(tables) == 2
     named = {"embeds": tables[0]}
     if xl:
@@ -246,10 +261,10 @@ def _text_unet(asked: _Asked) -> Family:
         )
         named |= {"pooled": tables[1], "time_ids": ids.to(tables[0].device)}
     if control is not None:
-        if asked.control_image is None:
+        if request.control_image is None:
             raise ModelError("a ControlNet needs control_image, the picture that it follows")
         pixels = {"height": height * pipe.vae_scale_factor, "width": width * pipe.vae_scale_factor}
-        picture = pipe.control_image_processor.preprocess(asked.control_image, **pixels)
+        picture = pipe.control_image_processor.preprocess(request.control_image, **pixels)
         named["picture"] = picture.to(tables[0].device, tables[0].dtype)
 
     def call(net: _Conditioned, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
@@ -265,31 +280,31 @@ def _text_unet(asked: _Asked) -> Family:
     conditioned = _Conditioned(unet, call, **named)
     if control is not None:
         conditioned.add_module("control", control)
-    return conditioned, (channels, height, width), len(asked.texts), len(asked.texts), None
+    return conditioned, (channels, height, width), len(request.texts), len(request.texts), None
 
 
-def _stable_diffusion_3(asked: _Asked) -> Family:
-    height, width = asked.latent_size(asked.network.config.sample_size)
-    embeds, pooled = asked.encoded(prompt_2=None, prompt_3=None)
+def _stable_diffusion_3(request: PipelineRequest) -> Family:
+    height, width = request.latent_size(request.network.config.sample_size)
+    embeds, pooled = request.encoded(prompt_2=None, prompt_3=None)
 
     def call(net: _Conditioned, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
         text = {"encoder_hidden_states": net.rows("embeds", labels, x), "pooled_projections": net.rows("pooled", labels, x)}
         return net.network(hidden_states=x, timestep=time, return_dict=False, **text)[0]
 
-    conditioned = _Conditioned(asked.network, call, embeds=embeds, pooled=pooled)
-    tokens = (height // asked.network.config.patch_size) * (width // asked.network.config.patch_size)
-    shape = (asked.network.config.in_channels, height, width)
-    return conditioned, shape, len(asked.texts), len(asked.texts), _mu(asked.pipe, tokens)
+    conditioned = _Conditioned(request.network, call, embeds=embeds, pooled=pooled)
+    tokens = (height // request.network.config.patch_size) * (width // request.network.config.patch_size)
+    shape = (request.network.config.in_channels, height, width)
+    return conditioned, shape, len(request.texts), len(request.texts), _mu(request.pipe, tokens)
 
 
-def _flux(asked: _Asked) -> Family:
-    """The state is packed, ``[tokens, channels]``, as the pipeline hands it to its callbacks; there is no negative prompt."""
-    if not asked.texts:
+def _flux(request: PipelineRequest) -> Family:
+    """Condition the network of Flux; its state is packed, ``[tokens, channels]``, and there is no negative prompt."""
+    if not request.texts:
         raise ModelError("a FluxPipeline needs prompts: pass one, several, or the Path of a text file")
-    pipe, network = asked.pipe, asked.network
+    pipe, network = request.pipe, request.network
     side = pipe.default_sample_size * pipe.vae_scale_factor
-    height, width = (2 * ((side if wanted is None else wanted) // (2 * pipe.vae_scale_factor)) for wanted in asked.pixels)
-    embeds, pooled, text_ids = pipe.encode_prompt(prompt=asked.texts, prompt_2=None, device=pipe._execution_device)  # noqa: SLF001
+    height, width = (2 * ((side if wanted is None else wanted) // (2 * pipe.vae_scale_factor)) for wanted in request.pixels)
+    embeds, pooled, text_ids = pipe.encode_prompt(prompt=request.texts, prompt_2=None, device=pipe._execution_device)  # noqa: SLF001
     places = pipe._prepare_latent_image_ids(1, height // 2, width // 2, embeds.device, embeds.dtype)  # noqa: SLF001
     guided = network.config.guidance_embeds
 
@@ -297,7 +312,7 @@ def _flux(asked: _Asked) -> Family:
         return net.network(
             hidden_states=x,
             timestep=time.to(x.dtype) / 1000,
-            guidance=torch.full((len(x),), asked.embedded_guidance, device=x.device) if guided else None,
+            guidance=torch.full((len(x),), request.embedded_guidance, device=x.device) if guided else None,
             encoder_hidden_states=net.rows("embeds", labels, x),
             pooled_projections=net.rows("pooled", labels, x),
             txt_ids=net.text_ids,
@@ -307,11 +322,11 @@ def _flux(asked: _Asked) -> Family:
 
     tokens = (height // 2) * (width // 2)
     conditioned = _Conditioned(network, call, embeds=embeds, pooled=pooled, text_ids=text_ids, places=places)
-    return conditioned, (tokens, network.config.in_channels), len(asked.texts), None, _mu(pipe, tokens)
+    return conditioned, (tokens, network.config.in_channels), len(request.texts), None, _mu(pipe, tokens)
 
 
-def _dit(asked: _Asked) -> Family:
-    config = asked.network.config
+def _dit(request: PipelineRequest) -> Family:
+    config = request.network.config
 
     def call(net: _Conditioned, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
         if labels is None:
@@ -321,11 +336,11 @@ def _dit(asked: _Asked) -> Family:
 
     classes = int(config.num_embeds_ada_norm)
     shape = (config.in_channels, config.sample_size, config.sample_size)
-    return _Conditioned(asked.network, call), shape, classes, classes, None
+    return _Conditioned(request.network, call), shape, classes, classes, None
 
 
 def _mu(pipe: Any, tokens: int) -> float | None:  # noqa: ANN401
-    """The shift of a flow for pictures of so many tokens, linear between two sizes (arXiv 2403.03206); None if it is fixed."""
+    """Return the shift of a flow for pictures of so many tokens, linear between two sizes (arXiv 2403.03206); None if it is fixed."""
     config = pipe.scheduler.config
     if not config.get("use_dynamic_shifting"):
         return None
@@ -334,7 +349,7 @@ def _mu(pipe: Any, tokens: int) -> float | None:  # noqa: ANN401
     return least + (most - least) * (tokens - low) / (high - low)
 
 
-_FAMILIES: dict[str, Callable[[_Asked], Family]] = {
+_FAMILIES: dict[str, Callable[[PipelineRequest], Family]] = {
     "UNet2DModel": _plain_unet,
     "UNet2DConditionModel": _text_unet,
     "SD3Transformer2DModel": _stable_diffusion_3,

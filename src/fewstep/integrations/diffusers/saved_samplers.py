@@ -1,4 +1,4 @@
-"""The samplers of a folder, by their number of steps: what `FewstepScheduler.from_sampler` runs."""
+"""The samplers of a folder by their number of steps, for `FewstepScheduler.from_sampler`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fewstep.core.schedule import DiscreteVP, RectifiedFlow
-from fewstep.runtime.errors import ArtifactError, GridError, SolverError
+from fewstep.core.schedule import RectifiedFlow
+from fewstep.runtime.errors import ArtifactError, GridError
 from fewstep.runtime.hub import HUB_ID, snapshot
-from fewstep.runtime.spec import parse_spec
 from fewstep.sampling.sampler import Sampler
-from fewstep.solvers import SOLVERS, make_solver, takes_statistics
 
 __all__ = ["SavedSamplers"]
 
@@ -23,18 +19,25 @@ PREDICTIONS = {"v": "v_prediction", "flow": "flow_prediction"}  # ours -> diffus
 
 
 class SavedSamplers:
-    """Samplers of one model, each for another number of steps; all of one noise law."""
+    """Samplers of one model for different numbers of steps, all of one noise law and solver.
+
+    Args:
+        samplers: number of steps -> sampler.
+
+    Raises:
+        ArtifactError: their noise laws or numbers of stages differ, or there are none.
+    """
 
     def __init__(self, samplers: Mapping[int, Sampler]) -> None:
         self.by_steps = dict(sorted(samplers.items()))
         if len({repr(sampler.schedule.to_config()) for sampler in samplers.values()}) != 1:
             raise ArtifactError("these samplers are of models with different noise laws, or there are none: give those of one model")
-        if len({_stages(sampler) for steps, sampler in samplers.items() if steps > 1}) > 1:
+        if len({sampler.stages for steps, sampler in samplers.items() if steps > 1}) > 1:
             raise ArtifactError("these samplers differ in how many evaluations they make in a step: give those of one solver")
 
     @classmethod
     def load(cls, folder: str | Path) -> SavedSamplers:
-        """Those of a folder with ``sampler.json``, or with ``nfe-NN/sampler.json``; of the hub if it is a repository's name.
+        """Load the samplers of a folder with ``sampler.json`` or with ``nfe-NN/sampler.json``, or of a repository on the hub.
 
         Raises:
             ArtifactError: there are none, or one is damaged.
@@ -49,27 +52,26 @@ class SavedSamplers:
         return cls({sampler.grid.steps: sampler for sampler in samplers})
 
     def save(self, folder: Path) -> None:
-        """Write each to ``nfe-NN``."""
+        """Write each sampler to ``nfe-NN`` below the folder.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
         for sampler in self.by_steps.values():
             sampler.save(folder / f"nfe-{sampler.nfe:02d}")
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all their numbers."""
-        digest = hashlib.sha256()
-        for sampler in self.by_steps.values():
-            tableau = sampler.tableau
-            for value in (*tableau.nodes, tableau.record, tableau.update, tableau.bias, tableau.noise):
-                digest.update(value.detach().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """The hash of all their numbers."""
+        return hashlib.sha256("".join(sampler.fingerprint for sampler in self.by_steps.values()).encode()).hexdigest()[:16]
 
     @property
     def stages(self) -> int:
-        """Evaluations in a step."""
-        return _stages(list(self.by_steps.values())[-1])
+        """The number of evaluations in a step."""
+        return list(self.by_steps.values())[-1].stages
 
     def of(self, steps: int | None) -> Sampler:
-        """The one with so many steps; the only one, if None.
+        """Return the sampler with so many steps; the only one, if None.
 
         Raises:
             GridError: there is none (and what there is).
@@ -81,22 +83,8 @@ class SavedSamplers:
             raise GridError(f"no saved sampler of {steps} steps here, only of {known}: ask for one of these, or make one with fewstep fit")
         return self.by_steps[steps]
 
-    def rebuilt(self, steps: int, *, with_statistics: bool) -> str:
-        """The solver that can be put on the rest of a sampler's times: its own, or the hand-made one that a fitted sampler began with.
-
-        Raises:
-            SolverError: neither is known here.
-        """
-        sampler = self.by_steps[steps]
-        names = [str(name) for name in (sampler.card.get("name"), sampler.options.get("parent"), _described(sampler), "unipc-2") if name]
-        for name in names:
-            known = parse_spec(name, SolverError)[0] in SOLVERS and (with_statistics or not takes_statistics(name))
-            if known and (takes_statistics(name) or make_solver(name).stages == self.stages):
-                return name
-        raise SolverError(f"none of {', '.join(names)} can be put on the rest of this sampler's times")
-
     def config(self) -> dict[str, Any]:
-        """The options of a scheduler for them: the noise law, and the prediction type that their card names.
+        """Return the options of a scheduler for them: the noise law, and the prediction type on their card.
 
         Raises:
             ArtifactError: the card does not name it, or the law is not one of diffusers'.
@@ -110,32 +98,8 @@ class SavedSamplers:
         kind = PREDICTIONS.get(str(kind), str(kind))
         if isinstance(law, RectifiedFlow):
             return {"use_flow_sigmas": True, "flow_shift": law.shift, "prediction_type": kind}
-        if isinstance(law, DiscreteVP):
-            bar = torch.cos(law.theta) ** 2  # from the clean image on
+        if law.times is not None:
+            bar = law.alpha(law.times) ** 2  # from the clean image on
             betas = (1 - bar[1:] / bar[:-1]).tolist()
             return {"trained_betas": betas, "num_train_timesteps": len(betas), "prediction_type": kind}
         raise ArtifactError(f"diffusers' pipelines have discrete times or flows, and this sampler's law is {law}: use fewstep.sample")
-
-
-def _stages(sampler: Sampler) -> int:
-    """Evaluations in a step; the last step to ``sigma = 0`` may have fewer, so it is the first that is counted."""
-    if sampler.grid.steps == 1:
-        return sampler.nfe
-    second = (sampler.tableau.nodes.t[:-1] == sampler.grid.t[1]).nonzero()  # Heun's first step ends with an evaluation there too
-    return int(second[-1]) if len(second) else 1
-
-
-def _described(sampler: Sampler) -> str | None:
-    """The name and options of the solver whose class a sampler names; None if there is no such name."""
-    found = []
-    for name in SOLVERS:
-        if takes_statistics(name) or type(made := make_solver(name)).__name__ != sampler.solver:
-            continue
-        others = {key: value for key, value in sampler.options.items() if value != _listed(getattr(made, key, value))}
-        words = (f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in others.items())
-        found.append((len(others), ":".join([name, *words])))
-    return min(found)[1] if found else None
-
-
-def _listed(value: Any) -> Any:  # noqa: ANN401 - as JSON gives a tuple back
-    return list(value) if isinstance(value, tuple) else value

@@ -13,34 +13,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.grid import TimeGrid
 from fewstep.core.prediction import aligned, x0_coefficients
-from fewstep.core.schedule import DiscreteVP, RectifiedFlow
+from fewstep.core.schedule import RectifiedFlow
 from fewstep.core.statistics import ModelStatistics
-from fewstep.core.tableau import Row, Solver, Tableau, advance, tabulate
+from fewstep.core.tableau import Row, Solver, advance
 from fewstep.integrations.diffusers.chains import Chain, Chains, Plan
-from fewstep.integrations.diffusers.noise_levels import asked_grid, only_a_number
+from fewstep.integrations.diffusers.noise_levels import default_sigmas_count, grid_from_config
 from fewstep.integrations.diffusers.saved_samplers import SavedSamplers
 from fewstep.integrations.diffusers.scheduler_files import (
     BaseOutput,
     SchedulerMixin,
     StoredScheduler,
-    held,
     randn_tensor,
     register_to_config,
+    resolve_artifact,
 )
-from fewstep.integrations.diffusers.solver_names import DESCRIPTIVE, MENUS, solver_of
+from fewstep.integrations.diffusers.solver_names import DESCRIPTIVE, solver_of
 from fewstep.models.formats.diffusers_law import NoiseLaw, noise_law
 from fewstep.models.guidance import thresholded
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError
+from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, takes_statistics
+from fewstep.solvers.aliases import ALIASES
 
 __all__ = ["FewstepScheduler", "FewstepSchedulerOutput", "SchedulerMixin"]  # the last is what a pipeline's loader looks for here
 
 
 @dataclass
 class FewstepSchedulerOutput(BaseOutput):
-    """``prev_sample [B, *D]``, where the network is evaluated next, and ``pred_original_sample [B, *D]``, its estimate of the image."""
+    """The result of one scheduler step.
+
+    Attributes:
+        prev_sample: the state at which the network is evaluated next, ``[B, *D]``.
+        pred_original_sample: the network's estimate of the image, ``[B, *D]``.
+    """
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
@@ -53,13 +59,13 @@ class FewstepScheduler(StoredScheduler):
     samples at once; a loop can be run again without `set_timesteps`.
 
     Args:
-        solver: a name of the registry with options (``unipc-3``, ``dpm-solver-pp-2m:form=taylor``); by default what diffusers' options
-            `solver_order`, `algorithm_type`, `solver_type`, `lower_order_final`, `euler_at_final` and `disable_corrector` describe:
-            UniPC of order 2 if they say nothing.
+        solver: a name of the registry with options (``unipc-3``, ``dpm-solver-pp-2m:form=taylor``); by default the solver that diffusers'
+            options `solver_order`, `algorithm_type`, `solver_type`, `lower_order_final`, `euler_at_final` and `disable_corrector`
+            describe: UniPC of order 2 if they say nothing.
         grid: one of this library's spacings by name (``angle``, ``karras:rho=5``), from the model's first time to the clean image, or to
-            its last time with ``final_sigmas_type="sigma_min"``; by default what diffusers' options ask for.
-        statistics: of ``dpm-solver-v3``: a `ModelStatistics`, or its folder or hub id.
-        sampler: saved samplers instead of all that: a folder, see `from_sampler`.
+            its last time with ``final_sigmas_type="sigma_min"``; by default the spacing that diffusers' options describe.
+        statistics: statistics of the model for ``dpm-solver-v3``: a `ModelStatistics`, or its folder or hub id.
+        sampler: saved samplers in place of a solver and grid: a folder or hub id, see `from_sampler`.
 
     All other arguments are those of diffusers' DPM-Solver and UniPC schedulers, with their meanings.
 
@@ -111,21 +117,23 @@ class FewstepScheduler(StoredScheduler):
         rescale_betas_zero_snr: bool = False,
     ) -> None:
         given = {key: self.config[key] for key in DESCRIPTIVE}
-        name = solver_of(given) if solver is None else MENUS.get(str(solver), str(solver))
+        name = solver_of(given) if solver is None else ALIASES.get(str(solver), str(solver))
         if not 0 <= dynamic_thresholding_ratio <= 1 or not sample_max_value > 0:
             raise FewstepError(
                 "thresholding wants a dynamic_thresholding_ratio between 0 and 1 and a sample_max_value above 0, got "
                 f"{dynamic_thresholding_ratio} and {sample_max_value}"
             )
-        self._samplers, self._statistics = held(sampler, SavedSamplers), held(statistics, ModelStatistics)
+        self._samplers = resolve_artifact(sampler, SavedSamplers)
+        self._statistics = resolve_artifact(statistics, ModelStatistics)
         self._settle(name, sampler, statistics)
         if self._samplers is None:
             self._solver = self._made(name)
         self._law: NoiseLaw = noise_law(self.config, mu=0.0, to_clean=final_sigmas_type == "zero")
         self.init_noise_sigma = 1.0
-        if self._law.betas is not None and isinstance(self._law.schedule, DiscreteVP):
+        known = self._law.schedule.times
+        if self._law.betas is not None and known is not None:
             self.betas, self.alphas = self._law.betas, 1 - self._law.betas
-            self.alphas_cumprod = (torch.cos(self._law.schedule.theta[1:]) ** 2).float()
+            self.alphas_cumprod = (self._law.schedule.alpha(known[1:]) ** 2).float()  # known[0] is the clean image
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.sigmas = torch.exp(-self._law.schedule.lam(self._law.t_of_time(self.timesteps.double()))).float()
@@ -143,21 +151,25 @@ class FewstepScheduler(StoredScheduler):
 
     @property
     def order(self) -> int:
-        """Evaluations per step of the grid."""
+        """The number of evaluations per step of the grid."""
         return self._samplers.stages if self._samplers is not None else self._solver.stages
 
     @property
     def step_index(self) -> int | None:
-        """Evaluations done of the sample that was stepped last; None before the first."""
+        """The number of evaluations done for the sample of the last `step`; None before the first."""
         return self._last
 
     @property
     def begin_index(self) -> int | None:
-        """The evaluation that a sample starts from, if a pipeline has said so."""
+        """The evaluation that a sample starts from, if `set_begin_index` was called."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start from this evaluation (image to image): the solver is put on the rest of the grid as on one of its own."""
+        """Start from this evaluation (image to image): the solver is put on the rest of the grid as on one of its own.
+
+        Args:
+            begin_index: its number, a multiple of `order`.
+        """
         self._begin_index = begin_index
 
     def set_timesteps(
@@ -172,43 +184,42 @@ class FewstepScheduler(StoredScheduler):
 
         Args:
             num_inference_steps: steps of the grid; solvers of several stages make `order` evaluations in each.
-            device: of the loop's tensors.
-            timesteps: instead, the network's own times, decreasing.
-            sigmas: instead, noise levels ``sigma/alpha``, or a flow's ``sigma`` before its shift.
-            mu: of a flow whose shift depends on the image size.
+            device: the device of the loop's tensors.
+            timesteps: the network's own times, decreasing, in place of a number of steps.
+            sigmas: noise levels ``sigma/alpha``, or a flow's ``sigma`` before its shift, in place of a number of steps.
+            mu: the shift of a flow that depends on the image size.
 
         Raises:
             GridError: times that do not decrease, or a saved sampler that has not so many steps.
         """
         self._law = noise_law(self.config, mu=mu, to_clean=self.config["final_sigmas_type"] == "zero")
         if sigmas is not None and (self._samplers is not None or self.config["grid"]) and isinstance(self._law.schedule, RectifiedFlow):
-            count = only_a_number(sigmas)  # some pipelines say their number of steps so
+            count = default_sigmas_count(sigmas)  # some pipelines say their number of steps so
             num_inference_steps, sigmas = (num_inference_steps, sigmas) if count is None else (count, None)
         if self._samplers is None:
-            self._grid = asked_grid(self.config, self._law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-            self._tableau = tabulate(self._solver, self._solver.nodes(self._grid, self._law.schedule))
+            grid = grid_from_config(self.config, self._law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+            self._sampler = Sampler.build(self._solver, grid, self._law.schedule)
         else:
             if timesteps is not None or sigmas is not None:
                 raise GridError("a saved sampler has times of its own: leave timesteps and sigmas out")
-            chosen = self._samplers.of(num_inference_steps)
-            self._grid, self._tableau = chosen.grid, chosen.tableau
+            self._sampler = self._samplers.of(num_inference_steps)
             self._check_law()
-        nodes = self._tableau.nodes
+        nodes = self._sampler.tableau.nodes
         times = self._law.time(nodes.t[:-1])
-        whole = torch.equal(times, times.round()) and isinstance(self._law.schedule, DiscreteVP)
+        whole = torch.equal(times, times.round()) and self._law.schedule.times is not None
         self.timesteps = times.to(torch.int64 if whole else torch.float32).to(device)
         self._whole = self.timesteps  # pipelines may put a part of it in its place
         self._times: list[float] = times.float().tolist()
         level = nodes.sigma if self.config["use_flow_sigmas"] else torch.exp(-nodes.lam)
         self.sigmas = level.float()
-        self.num_inference_steps = len(times) if self.order == 1 else self._grid.steps
+        self.num_inference_steps = len(times) if self.order == 1 else self._sampler.grid.steps
         self._plans: dict[Any, Plan] = {}
         self._begin_index = None
         self._forget()
         self._plan(0, torch.float32, self.timesteps.device)
 
     def _check_law(self) -> None:
-        nodes, law = self._tableau.nodes, self._law.schedule
+        nodes, law = self._sampler.tableau.nodes, self._law.schedule
         t = nodes.t
         if not (torch.allclose(nodes.alpha, law.alpha(t), rtol=1e-4, atol=1e-6) and torch.allclose(nodes.sigma, law.sigma(t), rtol=1e-4)):
             raise ArtifactError(
@@ -217,34 +228,21 @@ class FewstepScheduler(StoredScheduler):
             )
 
     def _plan(self, begin: int, dtype: torch.dtype, device: torch.device) -> Plan:
-        """The rows from evaluation ``begin`` on, on a device."""
+        """Return the rows of the tableau from evaluation ``begin`` on, ready for a dtype and device; made once for each."""
         key = (begin, dtype, device)
         if key not in self._plans:
-            tableau, like = self._tail(begin), torch.empty(0, dtype=dtype, device=device)
+            tableau = self._sampler.tail(begin, statistics=self._statistics).tableau
+            like = torch.empty(0, dtype=dtype, device=device)
             nodes = tableau.nodes
             coefficients = x0_coefficients(self._law.prediction, nodes.alpha[:-1], nodes.sigma[:-1])
             a, b = (list(aligned(value, like).flatten().unbind()) for value in coefficients)
             self._plans[key] = Plan(begin, tableau.start, tableau.rows(like), a, b)
         return self._plans[key]
 
-    def _tail(self, begin: int) -> Tableau:
-        """The solver on the rest of the grid; what it would have read of evaluations that are not made does not exist there."""
-        if begin == 0:
-            return self._tableau
-        if begin % self.order:
-            raise SolverError(f"this solver makes {self.order} evaluations a step: begin at a multiple of it, not at evaluation {begin}")
-        grid = TimeGrid(self._grid.t[begin // self.order :])
-        solver = (
-            self._solver
-            if self._samplers is None
-            else self._made(self._samplers.rebuilt(self._grid.steps, with_statistics=self._statistics is not None))
-        )
-        return tabulate(solver, solver.nodes(grid, self._law.schedule))
-
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None, *args: Any) -> Tensor:  # noqa: ANN401, ARG002
-        """The state is what the network takes: ``sample`` itself."""
+        """Return ``sample`` itself: the state is the network's input."""
         return sample
 
     @torch.compiler.disable
@@ -258,9 +256,18 @@ class FewstepScheduler(StoredScheduler):
         return_dict: bool = True,
         **kwargs: Any,  # noqa: ANN401, ARG002 - what other schedulers take, eta for example
     ) -> FewstepSchedulerOutput | tuple[Tensor, Tensor]:
-        """One evaluation of the network used: from its output at ``sample [B, *D]`` to where it is evaluated next.
+        """Take the step after one evaluation of the network, to the state at which it is evaluated next.
 
         The state is kept in at least float32 whatever the dtype of ``sample``; changes that a callback has made to it are taken over.
+
+        Args:
+            model_output: the network's output at ``sample``, ``[B, *D]``; beside it a predicted variance may follow, ``[B, 2C, ...]``.
+            timestep: the network's time, one of `timesteps`.
+            sample: the state, ``[B, *D]``.
+            generator: a ``torch.Generator`` for solvers that add noise, or one for each sample.
+            variance_noise: the noise itself, standard normal ``[B, *D]``.
+            return_dict: return a `FewstepSchedulerOutput` rather than a pair.
+            kwargs: arguments of other schedulers, which have no effect.
 
         Raises:
             FewstepError: before `set_timesteps`, or shapes that do not fit.
@@ -285,7 +292,11 @@ class FewstepScheduler(StoredScheduler):
         return FewstepSchedulerOutput(result, x0) if return_dict else (result, x0)
 
     def _mean(self, output: Tensor, sample: Tensor) -> Tensor:
-        """The output without the variance that some networks predict beside it."""
+        """Return the output without the variance that some networks predict beside it.
+
+        Raises:
+            FewstepError: its shape is neither the sample's nor that with a variance.
+        """
         if output.shape[1:2] == (2 * sample.shape[1],) and output.shape[2:] == sample.shape[2:] and len(output) == len(sample):
             return output[:, : sample.shape[1]]
         raise FewstepError(f"the network's output has shape {tuple(output.shape)}, but the sample has {tuple(sample.shape)}")
@@ -296,7 +307,7 @@ class FewstepScheduler(StoredScheduler):
         return given.to(x) if given is not None else randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
     def _chain(self, timestep: Any, sample: Tensor) -> Chain:  # noqa: ANN401
-        """The sample's own history, or a new one."""
+        """Return the trajectory that a sample continues, or a new one."""
         places = self._places(timestep)
         known = self._chains.find(sample, places)
         if places is None and not (known is not None and known.output() is sample) and timestep.device.type != "meta":
@@ -309,7 +320,7 @@ class FewstepScheduler(StoredScheduler):
         return self._chains.begin(plan, sample)
 
     def _places(self, timestep: Any) -> list[int] | None:  # noqa: ANN401
-        """Which evaluations a timestep may be, without waiting for a device; None if that cannot be said."""
+        """Return the evaluations that a timestep may belong to, without waiting for a device; None if that would need its value."""
         if isinstance(timestep, Tensor):
             if timestep.untyped_storage().data_ptr() == self._whole.untyped_storage().data_ptr():  # a view: its place says it
                 return [int(timestep.storage_offset() - self._whole.storage_offset())]
@@ -320,7 +331,7 @@ class FewstepScheduler(StoredScheduler):
         return [i for i, time in enumerate(self._times) if time == value]
 
     def _first(self, timestep: Any, places: list[int] | None) -> int:  # noqa: ANN401
-        """Where a new sample starts: at its timestep, or where `set_begin_index` said, or at the nearest time."""
+        """Return the first evaluation of a new sample: that of its timestep, that of `set_begin_index`, or the nearest in time."""
         starts = range(0, len(self._times), self.order)
         if places is None:
             return self._begin_index or 0
@@ -341,16 +352,28 @@ class FewstepScheduler(StoredScheduler):
         return aligned(alpha, like), aligned(sigma, like)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:  # noqa: ANN401
-        """``alpha x0 + sigma eps`` at any times of the network, ``[B]``."""
+        """Return the noised images ``alpha x0 + sigma eps [B, *D]``.
+
+        Args:
+            original_samples: images ``x0 [B, *D]``.
+            noise: standard normal ``eps [B, *D]``.
+            timesteps: any times of the network, ``[]`` or ``[B]``.
+        """
         alpha, sigma = self._scales(timesteps, original_samples)
         return alpha * original_samples + sigma * noise
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:  # noqa: ANN401
-        """`add_noise`, as diffusers' flow schedulers have it."""
+        """Return the noised images ``[B, *D]``: `add_noise` with the arguments of diffusers' flow schedulers."""
         return self.add_noise(sample, noise, timestep)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Any) -> Tensor:  # noqa: ANN401
-        """``v = alpha eps - sigma x0``, what a network of v prediction is trained for."""
+        """Return ``v = alpha eps - sigma x0 [B, *D]``, the training target of v prediction.
+
+        Args:
+            sample: images ``x0 [B, *D]``.
+            noise: standard normal ``eps [B, *D]``.
+            timesteps: times of the network, ``[]`` or ``[B]``.
+        """
         alpha, sigma = self._scales(timesteps, sample)
         return alpha * noise - sigma * sample
 

@@ -1,4 +1,4 @@
-"""The configuration of a `FewstepScheduler` and its artifacts on disk: what its JSON says, and the tensors that lie beside it."""
+"""The configuration of a `FewstepScheduler` and its artifacts on disk: its JSON, and the tensors in folders beside it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,19 @@ try:
 except ImportError as error:
     raise ImportError("fewstep.integrations.diffusers needs diffusers: pip install 'fewstep[diffusers]'") from error
 
-__all__ = ["BaseOutput", "SchedulerMixin", "StoredScheduler", "held", "randn_tensor", "register_to_config"]  # with what is diffusers' own
+__all__ = ["BaseOutput", "SchedulerMixin", "StoredScheduler", "randn_tensor", "register_to_config", "resolve_artifact"]
 
 STATISTICS, SAMPLERS = "statistics", "samplers"  # folders beside scheduler_config.json
 _KNOWN: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # artifacts in memory that configurations refer to
 
 
 class StoredScheduler(SchedulerMixin, ConfigMixin):
-    """What of a scheduler is configuration. ``_samplers`` and ``_statistics`` are the artifacts that it holds, or None."""
+    """A scheduler as configuration and files; `FewstepScheduler` adds the steps.
+
+    Attributes:
+        _samplers: saved samplers in place of a solver, or None.
+        _statistics: statistics of the model for a solver that takes them, or None.
+    """
 
     _compatibles: ClassVar[list[str]] = [*(e.name for e in KarrasDiffusionSchedulers), "FlowMatchEulerDiscreteScheduler"]
     _samplers: SavedSamplers | None
@@ -41,10 +46,10 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
     def _settle(self, name: str, sampler: object, statistics: object) -> None:
         """Write the solver's name into the configuration, with the options of diffusers that describe it and names of artifacts."""
         settled: dict[str, Any] = {"solver": name, **options_of(name)}
-        for key, value, held in ((STATISTICS, statistics, self._statistics), ("sampler", sampler, self._samplers)):
-            if held is not None and not isinstance(value, str | Path):
-                settled[key] = f"memory:{held.fingerprint}"
-                _KNOWN[settled[key]] = held
+        for key, value, artifact in ((STATISTICS, statistics, self._statistics), ("sampler", sampler, self._samplers)):
+            if artifact is not None and not isinstance(value, str | Path):
+                settled[key] = f"memory:{artifact.fingerprint}"
+                _KNOWN[settled[key]] = artifact
             elif value is not None:
                 settled[key] = str(value)
         if self.config["use_flow_sigmas"]:
@@ -60,9 +65,18 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401
-        """From the configuration of this class or of any of diffusers' schedulers, with options that override it.
+        """Make a scheduler from the configuration of this class or of any of diffusers' schedulers.
 
         DPM-Solver, UniPC and DEIS keep their formulas; of others only the noise law, the prediction type and the spacing are taken.
+
+        Args:
+            config: the configuration, as ``pipe.scheduler.config``.
+            return_unused_kwargs: return a pair, with a dict of the options that this class does not have.
+            kwargs: options that override the configuration, see `FewstepScheduler`.
+
+        Raises:
+            ModelError: the configuration is of a scheduler whose states or steps are of another kind (EDM's, stochastic flows).
+            FewstepError: an unknown name or option, or artifacts of another model.
         """
         if isinstance(config, Mapping):
             changed, of = dict(config), str(config.get("_class_name", ""))
@@ -85,14 +99,14 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_sampler(cls, folder: str | Path, config: Mapping[str, Any] | None = None, **options: Any) -> Any:  # noqa: ANN401
-        """A scheduler that runs saved samplers: of `fewstep fit`, `fewstep optimize`, or a single one.
+        """Make a scheduler that runs saved samplers: those of `fewstep fit` or `fewstep optimize`, or a single one.
 
         ``set_timesteps(n)`` takes the one with ``n`` steps.
 
         Args:
-            folder: with ``sampler.json``, or with ``nfe-NN/sampler.json``; or a hub id.
-            config: of the pipeline's own scheduler; without it the noise law and prediction type are those that the artifact names.
-            options: that override it.
+            folder: a folder with ``sampler.json`` or with ``nfe-NN/sampler.json``; or a hub id.
+            config: the configuration of the pipeline's own scheduler; by default the noise law and prediction type on the sampler's card.
+            options: options that override the configuration.
 
         Raises:
             ArtifactError: no sampler there, a damaged one, or one of another noise law.
@@ -101,7 +115,16 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
         return cls.from_config(samplers.config() if config is None else config, sampler=samplers, **options)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:  # noqa: ANN401
-        """Write ``scheduler_config.json`` and, in folders beside it, the artifacts that it names, with their checksums."""
+        """Write ``scheduler_config.json`` and, in folders beside it, the artifacts that it names, with their checksums.
+
+        Args:
+            save_directory: the folder; made if it is not there.
+            push_to_hub: push it to the hub too, as diffusers does.
+            kwargs: diffusers' options for the hub.
+
+        Raises:
+            ArtifactError: the folder is a file, or cannot be written.
+        """
         folder, kept = Path(save_directory), {}
         if folder.is_file():
             raise ArtifactError(f"{folder} is a file: choose a folder to save the scheduler in")
@@ -126,11 +149,22 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
         return_unused_kwargs: bool = False,
         **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Read what `save_pretrained` wrote, from a folder or from the hub."""
+        """Load a scheduler that `save_pretrained` wrote, or one of diffusers' own, from a folder or from the hub.
+
+        Args:
+            pretrained_model_name_or_path: the folder or hub id.
+            subfolder: the folder inside it, ``scheduler`` for a pipeline's.
+            return_unused_kwargs: return a pair, with a dict of the options that this class does not have.
+            kwargs: options that override the configuration, and diffusers' options for the hub.
+
+        Raises:
+            ArtifactError: an artifact beside it is damaged.
+            FewstepError: as `from_config`.
+        """
         root = Path(str(pretrained_model_name_or_path))
         if not root.exists() and HUB_ID.fullmatch(str(root)):
-            asked = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-            root = snapshot(str(root), "a scheduler", [f"{subfolder}/*" if subfolder else "*"], **asked)
+            options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+            root = snapshot(str(root), "a scheduler", [f"{subfolder}/*" if subfolder else "*"], **options)
         place = root / (subfolder or "")
         beside: dict[str, Any] = {}
         if (place / cls.config_name).is_file():
@@ -140,8 +174,16 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
         return super().from_pretrained(str(root), subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **{**beside, **kwargs})
 
 
-def held(value: Any, kind: Any) -> Any:  # noqa: ANN401 - an artifact class and what names one
-    """An artifact: itself, one in memory that a configuration refers to, or that of a folder or hub id."""
+def resolve_artifact(value: Any, kind: Any) -> Any:  # noqa: ANN401 - an artifact class, and a value that names an artifact
+    """Return the artifact that a scheduler's option names: itself, one in memory (``memory:...``), or that of a folder or hub id.
+
+    Args:
+        value: the option, or None.
+        kind: `SavedSamplers` or `ModelStatistics`.
+
+    Raises:
+        ArtifactError: a value of another type, an artifact that is no longer in memory, or one that cannot be read.
+    """
     if value is None or isinstance(value, kind):
         return value
     if not isinstance(value, str | Path):

@@ -1,4 +1,4 @@
-"""What other programs call the solvers of this library: diffusers' options, and the names in the menus of A1111 and ComfyUI."""
+"""The solvers of this library in the options of diffusers' schedulers: from options to a name, and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fewstep.runtime.spec import parse_spec
 from fewstep.solvers import make_solver, takes_statistics
 from fewstep.solvers.stencil import ALWAYS, NEVER
 
-__all__ = ["DESCRIPTIVE", "MENUS", "options_of", "solver_of"]
+__all__ = ["DESCRIPTIVE", "options_of", "solver_of"]
 
 DESCRIPTIVE = (
     "solver_order",
@@ -22,24 +22,9 @@ DESCRIPTIVE = (
     "disable_corrector",
 )  # diffusers' options that say which solver; a name says it too, and wins
 
-MENUS = {  # A1111's and ComfyUI's names -> ours; their noise levels are a second menu
-    "DDIM": "ddim",
-    "Euler": "euler",
-    "Heun": "heun",
-    "DPM++ 2M": "dpm-solver-pp-2m",
-    "dpmpp_2m": "dpm-solver-pp-2m",
-    "DPM++ 2M SDE": "sde-dpm-solver-pp-2m",
-    "dpmpp_2m_sde": "sde-dpm-solver-pp-2m",
-    "DPM++ 2M SDE Heun": "sde-dpm-solver-pp-2m:form=taylor",
-    "dpmpp_2m_sde_heun": "sde-dpm-solver-pp-2m:form=taylor",
-    "UniPC": "unipc-3:weights=bh1",
-    "uni_pc": "unipc-3:weights=bh1",
-    "uni_pc_bh2": "unipc-3",
-}
-
 
 def solver_of(options: Mapping[str, Any]) -> str:
-    """The name of the solver that the options of diffusers' DPM-Solver, UniPC or DEIS describe.
+    """Return the name of the solver that the options of diffusers' DPM-Solver, UniPC or DEIS describe.
 
     Raises:
         SolverError: an unknown word, or a variant that does not exist here.
@@ -75,14 +60,14 @@ def solver_of(options: Mapping[str, Any]) -> str:
 
 
 def _steps(family: str, order: int) -> str:
-    """A registry name, or the nearest one with the number of steps as an option."""
+    """Return the registry name of a family's solver of this order; order 1 is that of order 2 with ``steps=1``."""
     if order not in (1, 2, 3):
         raise SolverError(f"solver_order is 1, 2 or 3, got {order}")
     return family.format(2) + ":steps=1" if order == 1 else family.format(order)
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """The options of diffusers that describe a solver best: what its schedulers understand when they are given this one's configuration."""
+    """Return the options of diffusers' schedulers that describe a solver best, for those made from a `FewstepScheduler`'s configuration."""
     bare, written = parse_spec(name, SolverError)
     steps = written.get("steps") or (2 if takes_statistics(name) else getattr(make_solver(name), "steps", 2 if "2m" in bare else 1))
     kind = "bh2"

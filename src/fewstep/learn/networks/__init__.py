@@ -1,1 +1,1 @@
-"""Learners that train a network."""
+"""Train networks: students of a model, models tuned for few steps, and models of images."""

@@ -1,4 +1,4 @@
-"""The one training loop: AdamW, warm-up and cosine, EMA, checkpoints that resume exactly, any number of processes."""
+"""Train a network: AdamW, warm-up and cosine, EMA, checkpoints that resume exactly, any number of processes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,24 @@ __all__ = ["LoopConfig", "LossCurve", "check_checkpoint", "forget_checkpoint", "
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How to train. ``batch`` counts samples over all processes; ``compile`` is for the network alone, by ``torch.compile``, and
-    ``channels_last`` for how its images lie in memory: both are for speed, and dropout may draw otherwise.
+    """Configure the training loop.
+
+    Args:
+        steps: training steps.
+        batch: samples in a step, over all processes.
+        lr: learning rate at its peak; it rises linearly and falls as a cosine.
+        warmup: steps in which the learning rate rises.
+        weight_decay: weight decay of AdamW.
+        clip: norm at which gradients are clipped.
+        ema: decay of the averaged weights, which are saved.
+        seed: seed of the data, the noise and dropout.
+        checkpoint_every: steps between checkpoints.
+        mixed_precision: no, bf16, fp16.
+        compile: compile the network; for speed, and dropout may draw otherwise.
+        channels_last: lay images out in memory with their channels last.
+
+    Raises:
+        FewstepError: a number out of range.
     """
 
     steps: int
@@ -36,7 +52,7 @@ class LoopConfig:
     ema: float = 0.999
     seed: int = 0
     checkpoint_every: int = 500
-    mixed_precision: str = "no"  # accelerate's names: no, bf16, fp16
+    mixed_precision: str = "no"
     compile: bool = field(default=False, repr=False)
     channels_last: bool = field(default=False, repr=False)
 
@@ -52,16 +68,16 @@ class LoopConfig:
             raise FewstepError(f"a seed of training lies below 2^31, got {self.seed}")
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up, then half a cosine to 0."""
+        """Return the learning rate of a step: linear warm-up, then half a cosine to 0."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
 
 
 def identity_of(config: Any) -> str:  # noqa: ANN401 - any dataclass
-    """What a checkpoint says of the options it was made with: their ``repr``, and fields left out there if they are not the default.
+    """Return what a checkpoint stores of a configuration: its ``repr``, and those fields hidden from it that are not at their default.
 
-    So an option that comes later, with ``repr=False``, leaves the checkpoints of before valid.
+    A field that is added later with ``repr=False`` thus leaves older checkpoints valid.
     """
     later = [f"{one.name}={value!r}" for one in fields(config) if not one.repr and (value := getattr(config, one.name)) != one.default]
     return " ".join([repr(config), *later])
@@ -79,13 +95,17 @@ def run_loop(
     identity: str = "",
     observe: Callable[[int, float], None] | None = None,
 ) -> N:
-    """Train ``network`` and return it with its averaged (EMA) weights.
+    """Train a network and return it with its averaged (EMA) weights.
 
     Every step draws its data and noise from a generator seeded by ``(seed, step, process)``, so a run that was killed and
-    resumed ends with the same weights as one that was not. The checkpoint lies in ``folder/checkpoint`` and goes when done.
+    resumed ends with the same weights as one that was not. The checkpoint lies in ``folder/checkpoint``; `forget_checkpoint` removes it
+    when the result is saved.
 
     Args:
+        network: the module to train, in place.
         loss: ``(network, batch size of this process, generator) -> scalar``.
+        config: how to train.
+        folder: where the checkpoint lies.
         identity: what is trained on what, beside the configuration; a checkpoint of anything else is refused.
         observe: called with the step and the mean loss since the last call, about 100 times a run.
 
@@ -172,7 +192,7 @@ def _accelerator(config: LoopConfig) -> Any:  # noqa: ANN401
 
 
 class LossCurve:
-    """The losses of a run, kept on disk as they come; a run that continues writes over what it does again."""
+    """The loss curve of a run, written to disk point by point; a continued run overwrites the steps that it repeats."""
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path, self.identity, self.began = path, identity, time.monotonic()
@@ -184,21 +204,21 @@ class LossCurve:
 
     @property
     def seconds(self) -> float:
-        """Of all runs together."""
+        """Training time of all runs together."""
         return self.before + time.monotonic() - self.began
 
     def add(self, step: int, value: float) -> None:
-        """One more point; all from it on were of a run that was killed."""
+        """Add a point, and drop later ones, which a killed run has left."""
         self.points = [point for point in self.points if point[0] < step] + [(step, value)]
         meta = {"identity": self.identity, "seconds": self.seconds, "loss": self.points}
         write_whole(self.path, json.dumps(meta).encode())
 
 
 def check_checkpoint(folder: Path, begins: str) -> None:
-    """Fail before long work if the folder holds a checkpoint whose identity begins otherwise.
+    """Refuse, before long work, a folder that holds a checkpoint whose identity begins otherwise.
 
     Raises:
-        ArtifactError: it does.
+        ArtifactError: it holds one.
     """
     for found in (folder / "checkpoint", folder / "checkpoint.old"):
         if (found / "loop.json").exists() and not str(identity := read_json(found / "loop.json").get("identity")).startswith(begins):
@@ -206,13 +226,13 @@ def check_checkpoint(folder: Path, begins: str) -> None:
 
 
 def forget_checkpoint(folder: Path) -> None:
-    """Remove the checkpoint of a finished run, and what a kill left of others."""
+    """Remove the checkpoint of a finished run, and any half-written one that a kill left."""
     for name in ("checkpoint", "checkpoint.new", "checkpoint.old"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int, total: Tensor) -> None:  # noqa: ANN401
-    """Save beside the old checkpoint, then swap, so that one whole checkpoint exists at any time."""
+    """Save a checkpoint beside the old one, then swap them, so that a whole one exists at any time."""
     new, current, old = folder / "checkpoint.new", folder / "checkpoint", folder / "checkpoint.old"
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -234,7 +254,7 @@ def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int, total:
 
 
 def _resume(accelerator: Any, folder: Path, identity: str) -> tuple[int, float]:  # noqa: ANN401
-    """The step to go on with, and the sum of the losses since the last report."""
+    """Return the step to continue with, and the sum of the losses since the last report."""
     current, old = folder / "checkpoint", folder / "checkpoint.old"
     found = current if (current / "loop.json").exists() else old if (old / "loop.json").exists() else None
     if found is None:

@@ -1,4 +1,4 @@
-"""The reference trainer: a small diffusion model on a set of images, as a folder that the loaders read."""
+"""Train a small diffusion model on a set of images, and save it as a folder that the loaders read."""
 
 from __future__ import annotations
 
@@ -12,30 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.prediction import EDM, aligned, from_x0, prediction
+from fewstep.core.prediction import EDM
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, VarianceExploding
 from fewstep.data.images import Images
 from fewstep.learn.networks.loop import LoopConfig, forget_checkpoint, identity_of, run_loop
-from fewstep.models.denoiser import AdaptedDenoiser, edm_time, unet_call
+from fewstep.learn.networks.score_matching import score_matching
 from fewstep.models.formats.folders import save_ours
+from fewstep.models.model import Model
+from fewstep.models.networks.calls import edm_time, unet_call
 from fewstep.runtime.artifact import check_writable, write_whole
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["TrainConfig", "score_matching", "train"]
+__all__ = ["TrainConfig", "train"]
 
 GROUPS = 16  # of channels, normalised together
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What to train. ``kind`` is ``edm`` (preconditioned, continuous noise levels, saved with ``fewstep.json``) or ``ddpm``
-    (epsilon prediction, 1000 linear betas, saved as a diffusers pipeline folder).
+    """Configure a network to train, and the noise levels that it is trained on.
 
-    Attributes:
-        channels: of each level; a level has half the height and width of the one before.
+    Args:
+        kind: edm (preconditioned, continuous noise levels, saved with ``fewstep.json``) or ddpm (epsilon prediction, 1000 linear betas,
+            saved as a diffusers pipeline folder).
+        conditional: condition on class labels, with a null label.
+        label_dropout: share of labels that training replaces by the null label.
+        channels: channels of each level; a level has half the height and width of the one before.
         layers: residual blocks of a level.
-        attention: heights of the feature maps that attend, beside the middle, which always does; None: those of the last level.
+        dropout: dropout in the network's blocks.
+        p_mean: mean of the log of the noise levels in training, for edm.
+        p_std: standard deviation of that log.
+        attention: heights of the feature maps that attend, beside the middle, which always does; by default the last level's.
         flip: mirror half of the images, left to right, anew each time.
+
+    Raises:
+        FewstepError: an unknown kind, or a number out of range.
     """
 
     kind: str
@@ -44,7 +55,7 @@ class TrainConfig:
     channels: tuple[int, ...] = (48, 64)
     layers: int = 1
     dropout: float = 0.1
-    p_mean: float = -0.6  # of log sigma, EDM's training distribution
+    p_mean: float = -0.6
     p_std: float = 1.6
     attention: tuple[int, ...] | None = field(default=None, repr=False)
     flip: bool = field(default=False, repr=False)
@@ -61,10 +72,10 @@ class TrainConfig:
             raise FewstepError(f"log sigma is drawn with a finite mean and a positive deviation, got {self.p_mean}, {self.p_std}")
 
     def attends(self, height: int, width: int) -> list[bool]:
-        """Which levels attend, of images so large.
+        """Return whether each level attends, for images of this size.
 
         Raises:
-            FewstepError: images that cannot be halved so often, or attention at feature maps that there are not.
+            FewstepError: images that cannot be halved so often, or attention at a height that no feature map has.
         """
         depth = len(self.channels)
         if height % 2 ** (depth - 1) or width % 2 ** (depth - 1):
@@ -82,7 +93,7 @@ class TrainConfig:
 def train(
     images: Images, config: TrainConfig, loop: LoopConfig, out: Path, *, command: str, observe: Callable[[int, float], None] | None = None
 ) -> Path:
-    """Train, save the EMA weights under ``out`` and return it; a killed run continues from its last checkpoint.
+    """Train a network, save its EMA weights as a model folder and return that; a killed run continues from its last checkpoint.
 
     Raises:
         FewstepError: class-conditional training on images without labels; images that the network's levels do not fit; an output
@@ -100,14 +111,14 @@ def train(
     check_writable(out)
     identity = f"{identity_of(config)} on {images.name} {tuple(images.x.shape)}, mean {float(images.x.double().mean()):.12f}"
     network = _network(images, config)
-    denoiser, levels = _problem(network, images, config)
+    model, levels = _model(network, images, config)
     null = None if images.labels is None else int(images.labels.max()) + 1
-    told = {"conditional": config.conditional, "null": null, "dropout": config.label_dropout}
-    loss = score_matching(denoiser, images, levels, **told, flip=config.flip)
+    labels = {"conditional": config.conditional, "null": null, "dropout": config.label_dropout}
+    loss = score_matching(model, images, levels, **labels, flip=config.flip)
     result = run_loop(network, loss, loop, out, identity=identity, observe=observe)
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return out
-    _save(result, denoiser, images, config, loop, out, command)
+    _save(result, model, images, config, loop, out, command)
     forget_checkpoint(out)
     return out
 
@@ -134,64 +145,19 @@ def _network(images: Images, config: TrainConfig) -> nn.Module:
     )
 
 
-def _problem(network: nn.Module, images: Images, config: TrainConfig) -> tuple[AdaptedDenoiser, Callable[[int, torch.Generator], Tensor]]:
-    """The denoiser to train, and how training draws its times ``[b]``."""
+def _model(network: nn.Module, images: Images, config: TrainConfig) -> tuple[Model, Callable[[int, torch.Generator], Tensor]]:
+    """Return the model to train, and a function that draws the times ``[b]`` of a batch."""
     schedule: NoiseSchedule
     if config.kind == "edm":
         schedule = VarianceExploding()
-        denoiser = AdaptedDenoiser(network, schedule, EDM(round(float(images.x.std()), 2)), edm_time, unet_call)
-        return denoiser, lambda b, g: torch.exp(config.p_mean + config.p_std * torch.randn(b, generator=g))
+        model = Model(network, schedule, EDM(round(float(images.x.std()), 2)), time=edm_time, call=unet_call)
+        return model, lambda b, g: torch.exp(config.p_mean + config.p_std * torch.randn(b, generator=g))
     schedule = DiscreteVP.from_betas(torch.linspace(1e-4, 0.02, 1000))
-    denoiser = AdaptedDenoiser(network, schedule, "epsilon", call=unet_call)
-    return denoiser, lambda b, g: torch.randint(1000, (b,), generator=g).float()
+    model = Model(network, schedule, "epsilon", call=unet_call)
+    return model, lambda b, g: torch.randint(1000, (b,), generator=g).float()
 
 
-def score_matching(
-    denoiser: AdaptedDenoiser,
-    images: Images,
-    levels: Callable[[int, torch.Generator], Tensor],
-    *,
-    conditional: bool,
-    null: int | None = None,
-    dropout: float = 0.1,
-    flip: bool = False,
-) -> Callable[[nn.Module, int, torch.Generator], Tensor]:
-    """Denoising score matching in the network's own output: for EDM that is its loss weighting, for epsilon the simple loss.
-
-    Args:
-        levels: draws times ``[b]``.
-        conditional: whether the network is told the labels; ``null`` replaces the part ``dropout`` of them, if it is given.
-        flip: mirror half of the images, left to right.
-    """
-    kind = prediction(denoiser.prediction)
-
-    def loss(network: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
-        device = next(network.parameters()).device
-        index = torch.randint(len(images.x), (batch,), generator=generator)
-        x0 = images.dequantised(index, generator)
-        if flip:
-            x0 = torch.where(torch.rand(batch, 1, 1, 1, generator=generator) < 0.5, x0.flip(-1), x0)
-        x0, t = _moved(x0, device), _moved(levels(batch, generator), device)
-        noise = _moved(torch.randn(x0.shape, generator=generator), device)
-        cond = None
-        if conditional and images.labels is not None:
-            drop = torch.rand(batch, generator=generator) < (dropout if null is not None else 0.0)
-            cond = _moved(torch.where(drop, torch.tensor(null or 0), images.labels[index]), device)
-        alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
-        x = aligned(alpha, x0) * x0 + aligned(sigma, x0) * noise
-        scale = 1.0 if kind.input_scale is None else aligned(kind.input_scale(alpha, sigma), x0)
-        output = unet_call(network, x * scale, denoiser.time(t), cond)
-        return (output.float() - from_x0(kind, x0, x, alpha, sigma)).square().mean()
-
-    return loss
-
-
-def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """The same on a device, without waiting for what the device is doing."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def _save(network: Any, denoiser: AdaptedDenoiser, images: Images, config: TrainConfig, loop: LoopConfig, out: Path, command: str) -> None:  # noqa: ANN401
+def _save(network: Any, model: Model, images: Images, config: TrainConfig, loop: LoopConfig, out: Path, command: str) -> None:  # noqa: ANN401
     shape = list(images.x.shape[1:])
     if config.kind == "ddpm":
         from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
@@ -200,7 +166,7 @@ def _save(network: Any, denoiser: AdaptedDenoiser, images: Images, config: Train
         DDPMPipeline(network, DDPMScheduler(num_train_timesteps=1000, clip_sample=True)).save_pretrained(out)
     else:
         null = int(images.labels.max()) + 1 if config.conditional and images.labels is not None else None
-        save_ours(out, network, denoiser.prediction, denoiser.schedule, shape, null)
+        save_ours(out, network, model.prediction, model.schedule, shape, null)
     write_whole(out / "README.md", _card(network, images, config, loop, command, out.name).encode())
 
 

@@ -1,1 +1,1 @@
-"""Learners without training: statistics, schedules and fitted samplers."""
+"""Make statistics, schedules and samplers of a model, without training."""

@@ -16,15 +16,19 @@ from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.prediction import aligned
-from fewstep.core.schedule import DiscreteVP, NoiseSchedule
+from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics
-from fewstep.core.tableau import Nodes, advance, tabulate
+from fewstep.core.tableau import Nodes, tabulate
 from fewstep.data.images import Images
 from fewstep.learn.teacher.jvp import JVP_METHODS, choose_jvp
 from fewstep.learn.teacher.moments import POOLS, Moments
-from fewstep.models.formats.folders import Model
+from fewstep.models.model import Model
+from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.accumulate import Store, accumulate, seed_batches
 from fewstep.runtime.errors import FewstepError, ModelError
+from fewstep.runtime.front_door import checked
+from fewstep.runtime.job import Job, Progress
+from fewstep.sampling.loop import Step, steps
 from fewstep.sampling.noise import seeded_noise
 from fewstep.solvers import UniPC
 
@@ -39,14 +43,18 @@ LARGEST_VALUE = 30.0  # of an image or latent
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """How to calibrate: the statistics are estimated at ``levels + 1`` values of lam from ``num`` data.
+    """Configure a calibration: statistics at ``levels + 1`` values of lam, from ``num`` data.
 
     Args:
-        pool: a key of `POOLS`: over which elements ``l`` and ``s`` / ``b`` are shared; one word is for all three.
-        batch: data at a time.
-        seed: of the first datum; the next has the next seed.
-        t_max, t_min: the range of times; by default that of the model.
-        jvp: a key of `JVP_METHODS`, or ``auto``: the first that works.
+        levels: cells of the grid of noise levels.
+        num: number of data: sampled trajectories, or diffused images.
+        pool: which elements share ``l``, and which ``s`` and ``b``: element (none do), channel, scalar; scalar/element is one word for
+            ``l`` and one for ``s`` and ``b``, a single word is for all three.
+        batch: data processed at a time.
+        seed: seed of the first datum; the next has the next seed.
+        t_max: where the range of times starts; by default where the model's does.
+        t_min: where the range of times ends; by default where the model's does.
+        jvp: how to differentiate the network: auto (the first that works), forward, reverse, difference.
 
     Raises:
         FewstepError: fewer than 2 levels or data, an unknown pooling.
@@ -68,9 +76,8 @@ class CalibrationConfig:
             raise FewstepError(f"unknown pooling {self.pool!r}: known are {', '.join(POOLS)} (l and s / b)")
 
     def lam(self, schedule: NoiseSchedule) -> Tensor:
-        """The grid of the statistics, ``[levels+1]``, uniform, both ends of sampling included."""
-        last = schedule.t_last if isinstance(schedule, DiscreteVP) else schedule.t_min
-        ends = [schedule.t_max if self.t_max is None else self.t_max, last if self.t_min is None else self.t_min]
+        """Return the grid of the statistics, ``[levels+1]``, uniform, both ends of sampling included."""
+        ends = [schedule.t_max if self.t_max is None else self.t_max, schedule.t_last if self.t_min is None else self.t_min]
         lam = schedule.lam(torch.tensor(ends, dtype=torch.float64)).clamp(*FINITE)
         if not lam[0] < lam[1]:
             raise FewstepError(f"statistics run from t_max down to a smaller t_min, got {ends}")
@@ -78,7 +85,7 @@ class CalibrationConfig:
 
     @property
     def identity(self) -> str:
-        """What moments depend on; more data may be added later, if the last batch is whole."""
+        """The options that moments depend on; not ``num``, if the last batch is whole: then data can be added later."""
         return f"batch {self.batch} seed {self.seed} jvp {self.jvp} num {self.num if self.num % self.batch else 'any'}"
 
     @property
@@ -88,7 +95,7 @@ class CalibrationConfig:
 
 
 def diffused(images: Images, shape: Sequence[int], *, conditional: bool = False) -> States:
-    """States from diffused images: the clean ones, drawn by seed, with their labels as condition if the model takes any.
+    """Return clean images drawn by seed, to be diffused into states, with their labels as conditions if the model takes any.
 
     Raises:
         FewstepError: images of another shape, without labels for a conditional model, or not in [-1, 1] around 0.
@@ -110,64 +117,86 @@ def diffused(images: Images, shape: Sequence[int], *, conditional: bool = False)
     return states
 
 
+@checked
 def calibrate(
     model: Model,
-    config: CalibrationConfig,
-    folder: str | Path | None = None,
     *,
+    guidance: float | None = None,
+    out: str | Path | None = None,
+    config: CalibrationConfig | None = None,
     images: Images | None = None,
     conditions: Callable[[Sequence[int]], Cond] | None = None,
-    guidance: float = 1.0,
     unguided: bool = False,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     command: str = "",
-    observe: Callable[[int, str], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> ModelStatistics | None:
-    """The statistics of a model, saved in ``folder`` if one is given; None in all processes but the first.
+    """Estimate the statistics of a model that `DPMSolverV3` needs.
+
+    A killed run continues where it was and ends with the same numbers, and the processes of ``torchrun`` share the data.
 
     Args:
+        model: the model to calibrate.
+        guidance: the scale that it will be sampled with; by default the model's own.
+        out: a folder to save the statistics in; by default they stay in memory.
+        config: how to calibrate.
         images: clean images to diffuse into states; without them the states are those of the model's own sampling trajectories.
         conditions: ``seeds -> cond`` for those trajectories; by default the model's labels by seed.
-        guidance: the scale that the model will be sampled with. The statistics are those of the guided denoiser,
-        unguided: ... or of the network without guidance, at the states of guided trajectories, as the authors did.
+        unguided: estimate the statistics of the network without guidance, at the states of guided trajectories, as the authors did.
         device: where to compute; the model is moved there.
         command: for the card.
-        observe: see `collect`.
+        on_progress: called with the number of network states visited and a note.
+
+    Returns:
+        The statistics, whose ``card`` says how they were made; None in all processes but the first.
 
     Raises:
-        FewstepError: as `diffused` and `collect`; also the model's own errors.
+        FewstepError: images that do not fit the model, see `diffused`.
+        ModelError: something that is no `Model`, a model without a shape, or a network that cannot be differentiated, see `collect`.
+        ArtifactError: the folder is in use, holds moments of another calibration, or cannot be written.
+
+    Example:
+        >>> import fewstep
+        >>> model = fewstep.load_model("digits-edm")
+        >>> statistics = fewstep.calibrate(model, config=fewstep.CalibrationConfig(levels=6, num=8))
+        >>> fewstep.sample(model, fewstep.DPMSolverV3(statistics), nfe=5, seeds=range(2)).shape
+        torch.Size([2, 1, 8, 8])
     """
-    device, folder = device or torch.device("cpu"), None if folder is None else Path(folder)
-    model.to(device)
-    guided, lam = model.guided(guidance), config.lam(model.denoiser.schedule)
-    source = "own trajectories" if images is None else f"{images.name}, {len(images.x)} images, diffused"
-    condition = conditions or model.labels
-    states: States = lambda seeds: (None, condition(seeds))  # noqa: E731
-    if images is not None:
-        states = diffused(images, model.shape, conditional=model.classes is not None)
-        if model.classes is not None and images.labels is not None and int(images.labels.max()) >= model.classes:
-            raise FewstepError(f"{images.name} has labels up to {int(images.labels.max())}, the model has labels 0 to {model.classes - 1}")
-    identity = f"{model.fingerprint} {guidance} {unguided} {source} {0 if images is None else float(images.x.double().mean())}"
-    measured, along = (model.denoiser, guided) if unguided else (guided, None)
-    made = collect(measured, model.shape, config, states, along=along, folder=folder, identity=identity, device=device, observe=observe)
-    if made is None:
-        return None
-    moments, method = made
-    card = {
-        "of": model.name,
-        "states": source,
-        "data": moments.count,
-        "pool": config.pool,
-        "seed": config.seed,
-        "derivatives": method,
-        "denoiser": "unguided" if unguided else "as sampled",
-        "command": command,
-    }
-    numbers = moments.fit(lam, config.pool)
-    statistics = ModelStatistics(lam, *numbers, model.shape, model.denoiser.schedule, model.fingerprint, guidance, card)
-    if folder is not None:
-        statistics.save(folder)
-    return statistics
+    config = config or CalibrationConfig()
+    check_model(model)
+    with Job.open("calibrate", out, device=device or model.device, on_progress=on_progress, command=command) as job:
+        problem = Problem(model, model.default_guidance if guidance is None else guidance, job.device)
+        source = "own trajectories" if images is None else f"{images.name}, {len(images.x)} images, diffused"
+        condition = conditions or problem.labels
+        states: States = lambda seeds: (None, condition(seeds))  # noqa: E731
+        if images is not None:
+            states = diffused(images, problem.shape, conditional=model.classes is not None)
+            if model.classes is not None and images.labels is not None and int(images.labels.max()) >= model.classes:
+                highest = int(images.labels.max())
+                raise FewstepError(f"{images.name} has labels up to {highest}, the model has labels 0 to {model.classes - 1}")
+        mean = 0 if images is None else float(images.x.double().mean())
+        identity = f"{problem.fingerprint} {problem.guidance} {unguided} {source} {mean}"
+        measured, along = (model.conditional, problem.teacher) if unguided else (problem.teacher, None)
+        made = collect(measured, problem.shape, config, states, along=along, job=job, identity=identity)
+        if made is None:
+            return None
+        moments, method = made
+        card = {
+            "of": model.name,
+            "states": source,
+            "data": moments.count,
+            "pool": config.pool,
+            "seed": config.seed,
+            "derivatives": method,
+            "denoiser": "unguided" if unguided else "as sampled",
+            "command": command,
+        }
+        lam = config.lam(problem.schedule)
+        numbers = moments.fit(lam, config.pool)
+        statistics = ModelStatistics(lam, *numbers, problem.shape, problem.schedule, problem.fingerprint, problem.guidance, card)
+        if not job.in_memory:
+            statistics.save(job.folder)
+        return statistics
 
 
 def collect(
@@ -177,46 +206,52 @@ def collect(
     states: States,
     *,
     along: Denoiser | None = None,
-    folder: Path | None = None,
+    job: Job | None = None,
     identity: str = "",
-    device: torch.device | None = None,
-    observe: Callable[[int, str], None] | None = None,
 ) -> tuple[Moments, str] | None:
-    """One pass over ``config.num`` data: the moments that `Moments.fit` makes statistics of, and how the network was differentiated.
+    """Collect the moments that `Moments.fit` makes statistics of, in one pass over ``config.num`` data.
 
-    Each batch visits all levels with the same images, noise and probes. Memory does not grow with the data. With a
-    ``folder`` the moments are kept there: a killed run continues and ends with the same numbers, a finished one can be given more data
-    or fitted with another pooling at no cost, and the processes of ``torchrun`` share the batches (all but the first get None).
+    Each batch visits all levels with the same images, noise and probes. Memory does not grow with the data. With a ``job`` the moments are
+    stored in its folder: a killed run continues and ends with the same numbers, a finished one can be given more data or fitted with
+    another pooling at no cost, and the processes of ``torchrun`` share the batches (all but the first get None).
 
     Args:
-        denoiser: whose statistics; with its guidance, if it is to be sampled with any.
-        shape: of one sample, ``*D``.
+        denoiser: the denoiser to calibrate, with the guidance that it will be sampled with.
+        shape: shape ``*D`` of one sample.
+        config: how to calibrate.
         states: ``seeds -> (x0 [B, *D], cond)`` gives clean images to diffuse; where ``x0`` is None the states are those of the
             sampling trajectories from seeded noise, solved with the very evaluations made here.
-        along: the denoiser whose trajectories those are, if not ``denoiser``.
-        identity: what is calibrated, to tell moments in the folder from those of anything else.
-        observe: called with the number of network states visited and a note.
+        along: the denoiser that is sampled for those trajectories; by default ``denoiser``.
+        job: where the moments are stored; its ``on_progress`` gets the number of network states visited and a note.
+        identity: names what is calibrated; moments of anything else in the folder are refused.
+
+    Returns:
+        The moments, and how the network was differentiated.
 
     Raises:
         ModelError: the network cannot be differentiated, or gives numbers that are not finite (where).
         ArtifactError: the folder holds moments of another calibration, or cannot be written.
     """
-    problem = _Problem(denoiser, along, tuple(shape), config.lam(denoiser.schedule), states, device or torch.device("cpu"))
-    levels = len(problem.lam)
-    whole = f"{identity} {problem.lam.tolist()} {config.identity}"
-    store = None if folder is None else Store(folder, "moments", whole, Moments, work="calibration", again="calibrate")
+    device = torch.device("cpu") if job is None else job.device
+    on_progress: Progress = (lambda done, note: None) if job is None else job.on_progress
+    pass_ = _Pass(denoiser, along, tuple(shape), config.lam(denoiser.schedule), states, device)
+    levels = len(pass_.lam)
+    whole = f"{identity} {pass_.lam.tolist()} {config.identity}"
+    store = None
+    if job is not None and not job.in_memory:
+        store = Store(job.folder, "moments", whole, Moments, work="calibration", again="calibrate")
 
     def fresh(seeds: range, count: int, method: str) -> Moments:
-        return Moments.of(problem.batch(seeds, method, count * levels, observe), levels, shape)
+        return Moments.of(pass_.batch(seeds, method, count * levels, on_progress), levels, shape)
 
-    made = accumulate(config.batches, fresh, lambda: Moments(levels, shape), store, note=lambda: problem.method(config), verb="calibrate")
-    if made is not None and observe is not None:
-        observe(made[0].count * levels, "")
+    made = accumulate(config.batches, fresh, lambda: Moments(levels, shape), store, note=lambda: pass_.method(config), verb="calibrate")
+    if made is not None:
+        on_progress(made[0].count * levels, "")
     return made
 
 
-class _Problem:
-    """Where the network is looked at."""
+class _Pass:
+    """One pass over data: the states at which the network is evaluated and differentiated."""
 
     def __init__(
         self, denoiser: Denoiser, along: Denoiser | None, shape: tuple[int, ...], lam: Tensor, states: States, device: torch.device
@@ -226,7 +261,7 @@ class _Problem:
         self.tableau = tabulate(UniPC(3), self.nodes)
 
     def function(self, cond: Cond) -> Callable[[Tensor, Tensor], Tensor]:
-        """``(X, lam) -> D``."""
+        """Return the denoiser as a function ``(X, lam) -> D``."""
         schedule = self.denoiser.schedule
 
         def clean(X: Tensor, lam: Tensor) -> Tensor:  # noqa: N803
@@ -236,7 +271,7 @@ class _Problem:
         return clean
 
     def method(self, config: CalibrationConfig) -> str:
-        """How this network can be differentiated, tried in the middle of the range."""
+        """Choose how to differentiate the network, by trying in the middle of the range."""
         k, (seeds, *_) = len(self.lam) // 2, config.batches
         x0, cond, z, v = self.draw(seeds[:4])
         level = float(torch.exp(-self.lam[k]))
@@ -244,15 +279,15 @@ class _Problem:
         return choose_jvp(self.function(cond), point, (v, torch.zeros_like(self.lam[k])), level, config.jvp)
 
     def draw(self, seeds: Sequence[int]) -> tuple[Tensor | None, Cond, Tensor, Tensor]:
-        """Clean images or None, conditions, noise and probes, the same at all levels."""
+        """Draw clean images or None, conditions, noise and probes, the same at all levels."""
         x0, cond = self.states(seeds)
         z = seeded_noise(seeds, self.shape, stream=NOISE).to(self.device)
         v = torch.where(seeded_noise(seeds, self.shape, stream=PROBE) > 0, 1.0, -1.0).to(self.device)
         cond = cond.to(self.device) if isinstance(cond, Tensor) else cond
         return None if x0 is None else x0.to(self.device), cond, z, v
 
-    def batch(self, seeds: Sequence[int], method: str, visited: int, observe: Callable[[int, str], None] | None) -> Iterator[Tensor]:
-        """``X, D, D', v J v`` at one level after the other, each ``[4, B, *D]``."""
+    def batch(self, seeds: Sequence[int], method: str, visited: int, on_progress: Progress) -> Iterator[Tensor]:
+        """Yield ``X, D, D', v J v`` level by level, each ``[4, B, *D]``."""
         x0, cond, z, v = self.draw(seeds)
         for k, values in enumerate(self.trajectories(cond, z, v, method) if x0 is None else self.diffusions(x0, cond, z, v, method)):
             if not bool(torch.isfinite(values).all()):
@@ -262,12 +297,11 @@ class _Problem:
                     f"the network or its derivative is not finite at noise level {torch.exp(-self.lam[k]):.4g}, t = {self.nodes.t[k]:g}, "
                     f"among the seeds {seeds[0]} to {seeds[-1]}: check its weights and dtype, or calibrate a smaller range of times"
                 )
-            if observe is not None:
-                observe(visited + (k + 1) * len(seeds), f"noise level {torch.exp(-self.lam[k]):.3g}")
+            on_progress(visited + (k + 1) * len(seeds), f"noise level {torch.exp(-self.lam[k]):.3g}")
             yield values
 
     def diffusions(self, x0: Tensor, cond: Cond, z: Tensor, v: Tensor, method: str) -> Iterator[Tensor]:
-        """At diffused images: ``D'`` is the derivative along the trajectory through each state."""
+        """Differentiate at diffused images: ``D'`` is the derivative along the trajectory through each state."""
         derivative, function = JVP_METHODS[method], self.function(cond)
         one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for lam in self.lam:
@@ -278,27 +312,51 @@ class _Problem:
             yield torch.stack([X, D, dD, v * Jv])
 
     def trajectories(self, cond: Cond, z: Tensor, v: Tensor, method: str) -> Iterator[Tensor]:
-        """At the states of sampling trajectories: ``D'`` is the difference of ``D`` at the levels around.
+        """Differentiate at the states of sampling trajectories: ``D'`` is the difference of ``D`` at the levels around.
 
         Its sum over levels is what ``D`` really changes by, however rough the network is in time; point derivatives are
         aliased on any grid coarser than that.
         """
-        derivative, function, zero = JVP_METHODS[method], self.function(cond), torch.zeros((), dtype=torch.float64)
-        x = z * aligned(self.nodes.sigma[0], z)
-        state, rows = self.tableau.start(x), self.tableau.rows(x)
-        seen: list[Tensor] = []  # X, D, v J v of the last levels
-        for k, lam in enumerate(self.lam):
-            X = state.x / aligned(self.nodes.alpha[k], z)
-            D, Jv = derivative(function, (X, lam), (v, zero), float(torch.exp(-lam)))
-            seen = [*seen[-2:], torch.stack([X, D, v * Jv])]
+        probe = _Probed(self, cond, v, method)
+        end, count = z * aligned(self.nodes.sigma[0], z), len(self.lam)
+        for k, step in enumerate(_without_gradients(steps(probe, self.tableau, end, cond))):
+            end = step.x_next
             if k:
-                yield self._with_slope(seen[-2], seen[-3 if k > 1 else -2], seen[-1])
-            if k < len(rows):
-                with torch.no_grad():
-                    state = advance(rows[k], state, D if self.along is None else self.along(state.x, self.nodes.t[k], cond))
-        yield self._with_slope(seen[-1], seen[-2], seen[-1])
+                yield self._with_slope(probe.seen[-2], probe.seen[-3 if k > 1 else -2], probe.seen[-1])
+        probe(end, self.nodes.t[-1], cond)
+        yield self._with_slope(probe.seen[-2], probe.seen[-3 if count > 2 else -2], probe.seen[-1])
+        yield self._with_slope(probe.seen[-1], probe.seen[-2], probe.seen[-1])
 
     def _with_slope(self, here: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """``X, D, D', v J v`` from ``X, D, v J v`` here and at the levels around (at the ends: here and the one next to it)."""
+        """Return ``X, D, D', v J v`` from ``X, D, v J v`` here and at the levels around (at the ends: here and the one next to it)."""
         cells = 1 if here is before or here is after else 2
         return torch.stack([here[0], here[1], (after[1] - before[1]) / (cells * float(self.lam[1] - self.lam[0])), here[2]])
+
+
+class _Probed:
+    """The denoiser of a pass, which differentiates itself wherever it is evaluated.
+
+    Attributes:
+        seen: ``X, D, v J v`` at the last three levels.
+    """
+
+    def __init__(self, of: _Pass, cond: Cond, v: Tensor, method: str) -> None:
+        self.of, self.v, self.derivative, self.function = of, v, JVP_METHODS[method], of.function(cond)
+        self.seen: list[Tensor] = []
+        self.count = 0
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.of.denoiser.schedule
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        lam, zero = self.of.lam[self.count], torch.zeros((), dtype=torch.float64)
+        X = x / aligned(self.of.nodes.alpha[self.count], x)
+        D, Jv = self.derivative(self.function, (X, lam), (self.v, zero), float(torch.exp(-lam)))
+        self.seen, self.count = [*self.seen[-2:], torch.stack([X, D, self.v * Jv])], self.count + 1
+        return D if self.of.along is None else self.of.along(x, t, cond)
+
+
+@torch.no_grad()
+def _without_gradients(iterator: Iterator[Step]) -> Iterator[Step]:
+    yield from iterator

@@ -1,10 +1,10 @@
-"""Fitted samplers: from a model to one artifact for each number of evaluations."""
+"""Fit samplers to a model: one for each number of evaluations."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
@@ -12,127 +12,127 @@ from tempfile import TemporaryDirectory
 import torch
 
 from fewstep.core.grid import TimeGrid
-from fewstep.core.prediction import prediction
-from fewstep.learn.samplers.fit_search import FitConfig, FitSearch, Found, best_hand_made
+from fewstep.learn.samplers.fit_search import FitConfig, FitSearch, SearchResult, best_hand_made
 from fewstep.learn.teacher.gram import fine_grid
-from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
-from fewstep.models.formats.folders import FITTED, Model
-from fewstep.runtime.artifact import check_writable, write_whole
+from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, trajectories_of
+from fewstep.models.carried import FITTED
+from fewstep.models.model import Model
+from fewstep.models.problem import Problem, check_model
+from fewstep.runtime.artifact import write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError
+from fewstep.runtime.front_door import checked
+from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import process, wait_for_all
 from fewstep.sampling.sampler import Sampler
 
-__all__ = ["FitConfig", "Fitted", "fit", "nfe_folder"]
+__all__ = ["FitConfig", "fit", "nfe_folder"]
 
 SCRATCH = ".students-"  # begins the names of folders that only a running fit has
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """One fitted sampler.
-
-    Attributes:
-        stages: on held-out noises, the mean error of a sample and the RMSE of all, of the fit and of hand-made samplers, by name.
-    """
-
-    sampler: Sampler
-    stages: Mapping[str, tuple[float, float]]
-
-
 def nfe_folder(folder: Path, nfe: int) -> Path:
-    """Where the sampler with ``nfe`` evaluations lies."""
+    """Return where the sampler with ``nfe`` evaluations lies."""
     return folder / f"nfe-{nfe:02d}"
 
 
+@checked
 def fit(
     model: Model,
-    nfe: Sequence[int],
-    config: FitConfig,
-    folder: str | Path,
+    nfe: int | Sequence[int],
     *,
-    guidance: float = 1.0,
+    guidance: float | None = None,
+    out: str | Path | None = None,
+    config: FitConfig | None = None,
     trajectories: Trajectories | None = None,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     command: str = "",
-    observe: Callable[[int, str], None] | None = None,
-) -> dict[int, Fitted]:
-    """A sampler of its own for each number of evaluations, kept in ``folder/nfe-NN``.
+    on_progress: Progress | None = None,
+) -> dict[int, Sampler]:
+    """Fit one sampler to a model for each number of evaluations.
 
-    One set of teacher trajectories serves them all. A killed run continues after the last whole sampler; the processes of ``torchrun``
-    share the noises. Where a hand-made solver is better on the held-out noises, the sampler is that one, and its card says so.
+    One set of teacher trajectories serves all samplers. Where a hand-made solver is better on the held-out noises, the sampler is that one,
+    and its card says so. The card has the errors on held-out noises: ``error`` and ``rmse`` of the sampler and of the best hand-made one,
+    and all ``stages``.
 
     Args:
-        trajectories: to fit to, at least ``num + held_out``, which are the next; by default they are made in ``folder/trajectories``.
-        observe: called with the number of samplers done and a note.
+        model: the model to fit to.
+        nfe: network evaluations per sample, one number or several.
+        guidance: the scale that the model will be sampled with; by default the model's own.
+        out: a folder to save the samplers in (``out/nfe-NN``), where a killed run continues after the last whole sampler, and where the
+            processes of ``torchrun`` share the noises; by default they stay in memory.
+        config: how to fit.
+        trajectories: stored ones to fit to, at least ``num + held_out``; by default they are made.
+        device: where to compute; the model is moved there.
+        command: for the card.
+        on_progress: called with the number of samplers done and a note.
+
+    Returns:
+        The samplers by their number of evaluations.
 
     Raises:
         SolverError: fewer than one evaluation, or more than there are cells between levels.
-        ArtifactError: the folder holds the work of another model or configuration, or cannot be written; trajectories of another model.
+        ModelError: something that is no `Model`, or a model without a shape.
+        ArtifactError: the folder is in use, holds the work of another model or configuration, or cannot be written; trajectories of
+            another model.
         FewstepError: more processes than noises, or too few trajectories.
+
+    Example:
+        >>> import fewstep
+        >>> model = fewstep.load_model("digits-edm")
+        >>> samplers = fewstep.fit(model, nfe=3, config=fewstep.FitConfig(num=32, held_out=16, iterations=0))
+        >>> samplers[3]
+        Sampler(fitted, 3 evaluations, noise levels 80 to 0.002)
     """
-    folder, device, say = Path(folder), device or torch.device("cpu"), observe or (lambda done, note: None)
-    check_writable(folder)
-    schedule, counts, (rank, world) = model.denoiser.schedule, sorted(set(nfe)), process()
-    levels = fine_grid(schedule, config.levels) if trajectories is None else TimeGrid(trajectories.t)
+    config, counts = config or FitConfig(), sorted({nfe} if isinstance(nfe, int) else set(nfe))
+    check_model(model)
+    guidance = model.default_guidance if guidance is None else float(guidance)
+    levels = fine_grid(model.schedule, config.levels) if trajectories is None else TimeGrid(trajectories.t)
     if not counts or counts[0] < 1 or counts[-1] > levels.steps:
         got = ", ".join(map(str, counts)) or "none"
         raise SolverError(f"a fit on {levels.steps + 1} levels takes 1 to {levels.steps} evaluations, got {got}")
-    if world > config.fewest:
-        raise FewstepError(f"{world} processes cannot share {config.fewest} noises: use fewer processes")
-    identity = _identity(model, guidance, config, trajectories)
-    _kept(folder, identity)  # what is there of something else is said before any work
-    if trajectories is None:
-        asked = replace(config.trajectories, guidance=guidance, nfe=levels.steps)  # a step from each level to the next
-        trajectories = _teachers(model, levels, asked, folder / "trajectories", device, command, say)
-    _check(trajectories, model, guidance, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        for left in folder.glob(f"{SCRATCH}*"):  # of a run that could not clean up
-            rmtree(left)
-    wait_for_all()
-    search = FitSearch(model.to(device), trajectories, config, guidance, device, counts[-1])
-    for done, n in enumerate(counts):
-        place = nfe_folder(folder, n)
-        if not (place / "sampler.json").exists():
-            with TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
-                found = search.find(n, Path(scratch), lambda note, done=done, n=n: say(done, f"{n} evaluations: {note}"))
-            if rank == 0:
-                _sampler(found, model, guidance, config, identity, command).save(place)
-        if rank == 0:
-            write_whole(folder / "README.md", _card(model.name, guidance, _kept(folder, identity)).encode())
+    if process()[1] > config.fewest:
+        raise FewstepError(f"{process()[1]} processes cannot share {config.fewest} noises: use fewer processes")
+    with Job.open("fit", out, device=device or model.device, on_progress=on_progress, command=command) as job:
+        problem = Problem(model, guidance, job.device)
+        identity = _identity(problem, config, trajectories)
+        _stored(job.folder, identity)  # the work of another fit is refused before any of this one
+        if trajectories is None:
+            trajectories = _teach(problem, levels, config.trajectories, job)
+        _check(trajectories, problem, config)
+        if job.rank == 0:
+            for left in job.folder.glob(f"{SCRATCH}*"):  # of a run that could not clean up
+                rmtree(left)
         wait_for_all()
-    say(len(counts), "")
-    kept = _kept(folder, identity)
-    return {n: kept[n] for n in counts}
+        search = FitSearch(problem, trajectories, config, counts[-1])
+        for done, n in enumerate(counts):
+            place = nfe_folder(job.folder, n)
+            if not (place / "sampler.json").exists():
+                with TemporaryDirectory(dir=job.folder, prefix=SCRATCH) as scratch:
+                    note = lambda text, done=done, n=n: job.on_progress(done, f"{n} evaluations: {text}")  # noqa: E731
+                    found = search.find(n, Path(scratch), note)
+                if job.rank == 0:
+                    _sampler(found, problem, config, identity, job.command).save(place)
+            if job.rank == 0:
+                write_whole(job.folder / "README.md", _card(problem, _stored(job.folder, identity)).encode())
+            wait_for_all()
+        job.on_progress(len(counts), "")
+        stored = _stored(job.folder, identity)
+        return {n: stored[n] for n in counts}
 
 
-def _teachers(
-    model: Model,
-    levels: TimeGrid,
-    config: TrajectoryConfig,
-    folder: Path,
-    device: torch.device,
-    command: str,
-    say: Callable[[int, str], None],
-) -> Trajectories:
-    """The trajectories, made or read, in all processes."""
-    generate_trajectories(
-        model,
-        levels,
-        config,
-        folder,
-        device=device,
-        command=command,
-        observe=lambda done, note: say(0, f"{done} of {config.num} trajectories"),
-    )
-    wait_for_all()
-    return Trajectories.load(folder)
+def _teach(problem: Problem, levels: TimeGrid, config: TrajectoryConfig, job: Job) -> Trajectories:
+    """Solve the teacher's trajectories, one step from each level to the next, and read them in all processes."""
+    config = replace(config, guidance=problem.guidance, nfe=levels.steps)
+    with job.below("trajectories", lambda done, note: job.on_progress(0, f"{done} of {config.num} trajectories")) as part:
+        trajectories_of(problem, levels, config, part)
+        wait_for_all()
+    return Trajectories.load(part.folder)
 
 
-def _check(trajectories: Trajectories, model: Model, guidance: float, config: FitConfig) -> None:
-    """See that there are enough trajectories, and the model's, from its first time to its last."""
-    schedule, ends = model.denoiser.schedule, (float(trajectories.t[0]), float(trajectories.t[-1]))
-    trajectories.check(model=model.fingerprint, schedule=schedule, shape=model.shape, guidance=guidance)
+def _check(trajectories: Trajectories, problem: Problem, config: FitConfig) -> None:
+    """Refuse trajectories that are too few, of another model, or do not run from the model's first time to its last."""
+    schedule, ends = problem.schedule, (float(trajectories.t[0]), float(trajectories.t[-1]))
+    trajectories.check(problem)
     if ends != (schedule.t_max, schedule.t_min):
         raise FewstepError(
             f"{trajectories.folder} goes from t = {ends[0]:g} to {ends[1]:g}; a fit takes trajectories from {schedule.t_max:g} to "
@@ -144,14 +144,11 @@ def _check(trajectories: Trajectories, model: Model, guidance: float, config: Fi
         )
 
 
-def _sampler(found: Found, model: Model, guidance: float, config: FitConfig, identity: str, command: str) -> Sampler:
+def _sampler(found: SearchResult, problem: Problem, config: FitConfig, identity: str, command: str) -> Sampler:
     best = best_hand_made(found.stages)
     card = {
         "name": FITTED,
-        "of": model.name,
-        "model": model.fingerprint,
-        "prediction": prediction(model.denoiser.prediction).name,
-        "guidance": guidance,
+        **problem.card(),
         "identity": identity,
         "chosen": found.chosen,
         "levels_from": found.begun,
@@ -166,51 +163,50 @@ def _sampler(found: Found, model: Model, guidance: float, config: FitConfig, ide
     }
     grid = TimeGrid(found.tableau.nodes.t)
     options = {**asdict(config.form), "parent": config.parent_with(grid.steps)}
-    return Sampler(found.tableau, grid, model.denoiser.schedule, FITTED, options, card)
+    return Sampler(found.tableau, grid, problem.schedule, FITTED, options, card)
 
 
-def _identity(model: Model, guidance: float, config: FitConfig, given: Trajectories | None) -> str:
-    """What all samplers of one folder share."""
-    about = (model.fingerprint, float(guidance), asdict(config), None if given is None else given.identity)
+def _identity(problem: Problem, config: FitConfig, given: Trajectories | None) -> str:
+    """Return a hash of what all samplers of one folder share: model, guidance, configuration and trajectories."""
+    about = (problem.fingerprint, problem.guidance, asdict(config), None if given is None else given.identity)
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 
-def _loaded(place: Path, identity: str) -> Fitted:
+def _loaded(place: Path, identity: str) -> Sampler:
     sampler = Sampler.load(place)
     if sampler.card.get("identity") != identity:
         raise ArtifactError(f"{place} holds a sampler of another model or configuration: remove it, or use another folder")
-    return Fitted(sampler, {key: tuple(value) for key, value in sampler.card["stages"].items()})
+    return sampler
 
 
-def _kept(folder: Path, identity: str) -> dict[int, Fitted]:
-    """All samplers of a folder."""
+def _stored(folder: Path, identity: str) -> dict[int, Sampler]:
+    """Return all samplers of a folder.
+
+    Raises:
+        ArtifactError: one is of another fit.
+    """
     found = (_loaded(path.parent, identity) for path in sorted(folder.glob("nfe-*/sampler.json")))
-    return {one.sampler.nfe: one for one in found}
+    return {one.nfe: one for one in found}
 
 
-def _card(name: str, guidance: float, made: Mapping[int, Fitted]) -> str:
+def _card(problem: Problem, made: Mapping[int, Sampler]) -> str:
     rows = []
     for nfe, one in made.items():
-        card = one.sampler.card
-        ours, theirs = (f"{error:.4f} ({rmse:.4f})" for error, rmse in zip(card["error"], card["rmse"], strict=True))
-        rows.append(f"| {nfe} | {ours} | {theirs} `{card['best_hand_made']}` | {card['chosen']} |")
+        ours, theirs = (f"{error:.4f} ({rmse:.4f})" for error, rmse in zip(one.card["error"], one.card["rmse"], strict=True))
+        rows.append(f"| {nfe} | {ours} | {theirs} `{one.card['best_hand_made']}` | {one.card['chosen']} |")
     table = "\n".join(rows)
-    model = next(iter(made.values())).sampler.card["model"]
-    commands = "\n".join(dict.fromkeys(one.sampler.card["command"] for one in made.values()))
-    return f"""# Samplers fitted to {name}
+    commands = "\n".join(dict.fromkeys(one.card["command"] for one in made.values() if one.card["command"]))
+    made_by = f" Made by\n\n```\n{commands}\n```" if commands else ""
+    return f"""# Samplers fitted to {problem.name}
 
-For the model with fingerprint {model} at guidance {guidance:g}. Made by
-
-```
-{commands}
-```
+For the model with fingerprint {problem.fingerprint} at guidance {problem.guidance:g}.{made_by}
 
 | evaluations | error | of the best hand-made sampler | from |
 |---|---|---|---|
 {table}
 
-Mean over samples of each one's error to the end of its exact trajectory (in brackets the RMSE of all), on noises that the samplers were
-not fitted to. Each folder `nfe-NN` is a sampler:
+Mean over samples of each one's error to the endpoint of its exact trajectory (in brackets the RMSE of all), on held-out noises. Each folder
+`nfe-NN` is a sampler:
 
 ```python
 import fewstep

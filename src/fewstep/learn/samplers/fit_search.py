@@ -1,4 +1,4 @@
-"""The search for one fitted sampler: levels to begin with, the fit, the sweep, and the check on other noises."""
+"""Search for one fitted sampler: initial levels, the fit in sequence, the sweep, and model selection on held-out noises."""
 
 from __future__ import annotations
 
@@ -17,40 +17,41 @@ from fewstep.core.grid import GRIDS, TimeGrid, make_grid
 from fewstep.core.schedule import VPLinear
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
 from fewstep.learn.search.bound import Bound
-from fewstep.learn.search.coefficients import FitForm, Lesson, fit_in_sequence, sweep, widened
-from fewstep.learn.search.endpoint import Ends, mean_over_processes, sizes
+from fewstep.learn.search.coefficients import FitForm, TeacherBatch, fit_in_sequence, sweep, widened
+from fewstep.learn.search.endpoint import EndpointError, mean_over_processes, per_sample_rmse
 from fewstep.learn.teacher.gram import Gram
 from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig
-from fewstep.models.formats.folders import Model
+from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError, GridError, ModelError, SolverError
 from fewstep.runtime.process import process, sum_over_processes
 from fewstep.solvers import make_solver
 
-__all__ = ["FitConfig", "FitSearch", "Found", "best_hand_made"]
+__all__ = ["FitConfig", "FitSearch", "SearchResult", "best_hand_made"]
 
 HAND_MADE = ("dpm-solver-pp-2m", "unipc-2", "ipndm")  # and dpm-solver-v3, if the model has statistics
 RANKING = 256  # noises that rank levels to begin with
-ABOUT = 1.5  # times the least mean error: levels that may begin
-RIVALS = 32  # and hand-made samplers
-GRAM = 64  # trajectories that the programmes for levels look at
+ABOUT = 1.5  # times the least mean error: levels that may begin a fit
+RIVALS = 32  # noises that rank hand-made samplers
+GRAM = 64  # trajectories that the dynamic programs for levels are averaged over
 PROBE = 8  # steps on which a parent shows its form
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How to fit samplers.
+    """Configure a fit of samplers.
 
     Args:
-        form: which coefficients.
-        num: trajectories that they are fitted to in sequence.
-        held_out: others that decide, and that the figures on the card are of.
-        levels: at which trajectories are kept; the fit begins on some of them.
-        noises: of the ``num``, as many for the sweep, in windows of ``window``.
-        iterations: of the sweep, at most.
-        move: whether the sweep moves levels too.
-        seed: of the first trajectory; far from those that benchmarks start with.
-        batch: noises at a time.
-        parent: the solver that coefficients are shrunk to.
+        form: which coefficients are fitted.
+        num: trajectories to fit to.
+        held_out: held-out trajectories used for model selection and for the reported figures.
+        levels: cells between the noise levels at which trajectories are stored; the fit begins on some of them.
+        noises: number of trajectories (out of ``num``) used by the sweep.
+        window: trajectories that the sweep processes at a time.
+        iterations: iterations of the sweep over all steps, at most; 0 for no sweep.
+        move: whether the sweep moves the levels too.
+        seed: seed of the first trajectory; far from those that benchmarks start with.
+        batch: trajectories processed at a time.
+        parent: the solver that coefficients are drawn to.
 
     Raises:
         FewstepError: a number out of range.
@@ -86,15 +87,15 @@ class FitConfig:
 
     @property
     def trajectories(self) -> TrajectoryConfig:
-        """Those of the teacher, held-out ones last."""
+        """The configuration of the teacher's trajectories, held-out ones last."""
         return TrajectoryConfig(self.num + self.held_out, self.levels, seed=self.seed, batch=self.batch)
 
     def parent_with(self, steps: int, form: FitForm | None = None) -> str:
-        """The parent on so many steps: one that reads a single output where there is no room for more."""
+        """Return the name of the parent on so many steps: ``ddim`` where a step may read a single output only."""
         return self.parent if (form or self.form).memory(steps) > 1 else "ddim"
 
     def evaluations(self, nfe: Sequence[int]) -> int:
-        """About how many network evaluations it takes."""
+        """Estimate how many network evaluations a fit takes."""
         swept, window = min(self.noises, self.num), min(self.window, self.num)
         total = (self.num + self.held_out) * self.levels
         for n in nfe:
@@ -105,19 +106,21 @@ class FitConfig:
 
     @property
     def fewest(self) -> int:
-        """The fewest noises of any part of the work, which several processes share."""
+        """The fewest noises in any part of the work: as many processes can share it."""
         return min(self.num, self.held_out, self.noises, self.window, RANKING, RIVALS, GRAM)
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The outcome of a search.
 
     Attributes:
-        chosen: which of the stages the tableau is from.
-        begun: the levels that the fit began with.
-        stages: on held-out noises, the mean error of a sample and the RMSE of all, by name; `` on `` is in those of hand-made samplers.
-        evaluations: of the network, in samples, of all processes.
+        tableau: the best sampler.
+        chosen: name of the stage that it is from.
+        begun: name of the initial levels.
+        stages: for each stage by name the mean error of a sample, and the RMSE over all, on held-out noises; names of hand-made samplers
+            contain `` on ``.
+        evaluations: network evaluations of all processes, in samples.
     """
 
     tableau: Tableau
@@ -128,12 +131,12 @@ class Found:
 
 
 def best_hand_made(stages: Mapping[str, tuple[float, float]]) -> str:
-    """The hand-made sampler with the least RMSE."""
+    """Return the hand-made sampler with the least RMSE."""
     return min((name for name in stages if " on " in name), key=lambda name: stages[name][1])
 
 
 def _worse(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether the mean square of our errors ``[n]`` exceeds theirs by more than chance: twice the standard error of the difference."""
+    """Return whether the mean square of our errors ``[n]`` exceeds theirs by more than twice the standard error of the difference."""
     excess = ours.square() - theirs.square()
     mean, square = mean_over_processes(excess), mean_over_processes(excess.square())
     count = float(sum_over_processes(torch.tensor(float(len(excess)))))
@@ -141,43 +144,49 @@ def _worse(ours: Tensor, theirs: Tensor) -> bool:
 
 
 class FitSearch:
-    """What the searches for all samplers of one model share.
+    """The part of the search that all samplers of one model share.
 
     Args:
-        trajectories: of this model at this guidance scale, the first ``num`` to fit to and the next ``held_out`` to decide by.
-        most: the largest number of evaluations that will be asked for.
+        problem: the model and its guidance.
+        trajectories: trajectories of this problem: the first ``num`` to fit to, and the next ``held_out`` for model selection.
+        config: how to fit.
+        most: the largest number of evaluations that will be needed.
     """
 
-    def __init__(
-        self, model: Model, trajectories: Trajectories, config: FitConfig, guidance: float, device: torch.device, most: int
-    ) -> None:
-        self.model, self.trajectories, self.config, self.device, self.most = model, trajectories, config, device, most
-        self.denoiser, self.schedule = model.guided(guidance), model.denoiser.schedule
+    def __init__(self, problem: Problem, trajectories: Trajectories, config: FitConfig, most: int) -> None:
+        self.problem, self.trajectories, self.config, self.most = problem, trajectories, config, most
+        self.denoiser, self.schedule = problem.teacher, problem.schedule
         self.levels = TimeGrid(trajectories.t)
         self.held_out = range(config.num, config.num + config.held_out)
         self.hand_made: dict[str, Solver] = {name: make_solver(name) for name in HAND_MADE}
-        statistics = model.statistics(guidance)
+        statistics = problem.model.statistics(problem.guidance)
         if statistics is not None:
             self.hand_made["dpm-solver-v3"] = make_solver("dpm-solver-v3", statistics=statistics)
         self.evaluations = 0
 
     @cached_property
-    def programmes(self) -> dict[str, dict[int, list[int]]]:
-        """The optima of the first-order programmes; not sought where every sampler is there already."""
+    def programs(self) -> dict[str, dict[int, list[int]]]:
+        """The optima of the first-order dynamic programs, computed when first needed."""
         gram = self._gram()
-        return {f"first-order programme ({total})": Bound(gram, "plain", total).best(self.most) for total in ("sum", "squares")}
+        return {f"first-order program ({total})": Bound(gram, "plain", total).best(self.most) for total in ("sum", "squares")}
 
-    def find(self, nfe: int, scratch: Path, note: Callable[[str], None]) -> Found:
-        """The best tableau with ``nfe`` evaluations; ``scratch`` is an empty folder for its students' states."""
+    def find(self, nfe: int, scratch: Path, note: Callable[[str], None]) -> SearchResult:
+        """Find the best tableau with ``nfe`` evaluations.
+
+        Args:
+            nfe: network evaluations.
+            scratch: an empty folder for states of the sampler that is fitted.
+            note: called with the stage of the search.
+        """
         self.evaluations = 0
         note("levels to begin with")
         begun, at = self.begin(nfe)
         note("fit in sequence")
-        form, kept = self.config.form, _OnDisk(scratch)
-        found = {"fitted in sequence": self.in_sequence(at, form, range(self.config.num), kept)}
+        form, cache = self.config.form, _OnDisk(scratch)
+        found = {"fitted in sequence": self.in_sequence(at, form, range(self.config.num), cache)}
         if self.config.iterations:
             swept = self.swept(found["fitted in sequence"], note)
-            found["swept"] = self.in_sequence([0, *[-1] * nfe], form, range(self.config.num), kept, swept)  # its last step
+            found["swept"] = self.in_sequence([0, *[-1] * nfe], form, range(self.config.num), cache, swept)  # its last step
         note("check on held-out noises")
         found |= self.rivals(nfe)
         errors = {name: self.errors(tableau, self.held_out) for name, tableau in found.items()}
@@ -185,21 +194,25 @@ class FitSearch:
         rival = best_hand_made(stages)
         allowed = [name for name in stages if not _worse(errors[name], errors[rival])]
         chosen = min(allowed, key=lambda name: stages[name][0])
-        return Found(found[chosen], chosen, begun, stages, int(sum_over_processes(torch.tensor(self.evaluations))))
+        return SearchResult(found[chosen], chosen, begun, stages, int(sum_over_processes(torch.tensor(self.evaluations))))
 
     def begin(self, nfe: int) -> tuple[str, list[int]]:
-        """The levels on which a few trajectories, fitted with one coefficient for all elements, leave little error.
+        """Choose initial levels by a fit of one coefficient for all elements to a few trajectories.
 
-        Of those with about the least mean error the one with the fewest large errors: a sweep mends usual errors, but hardly a sample that
-        ends as another picture, which the first few levels decide.
+        Of the levels with about the least mean error, choose those with the fewest large errors: a sweep mends usual errors, but hardly a
+        sample that ends as another picture, which the first few levels decide.
+
+        Returns:
+            Their name, and their places among the stored levels.
         """
         form, error, places = replace(self.config.form, pool="scalar", bias=False), dict[str, Tensor](), dict[str, list[int]]()
         rows = range(min(RANKING, self.config.num))
         for name, at in self.candidates(nfe).items():
             if at not in places.values():
-                kept: dict[str, Tensor] = {}
-                self.in_sequence(at, form, rows, kept)
-                ends = [sizes(kept[f"x-{k}"].cpu() - lesson.state(nfe).cpu()) for k, lesson in enumerate(self._lessons(rows, at))]
+                cache: dict[str, Tensor] = {}
+                self.in_sequence(at, form, rows, cache)
+                batches = self._batches(rows, at)
+                ends = [per_sample_rmse(cache[f"x-{k}"].cpu() - batch.state(nfe).cpu()) for k, batch in enumerate(batches)]
                 error[name], places[name] = torch.cat(ends), at
         mean = {name: mean_over_processes(found) for name, found in error.items()}
         large = {name: mean_over_processes(error[name] ** 4) for name in error if mean[name] <= ABOUT * min(mean.values())}
@@ -207,7 +220,7 @@ class FitSearch:
         return best, places[best]
 
     def candidates(self, nfe: int) -> dict[str, list[int]]:
-        """Standard grids and the optima of the programmes, all on the kept levels."""
+        """Return the places of standard grids, moved to the nearest stored levels, and of the optima of the dynamic programs."""
         grids: dict[str, TimeGrid] = {}
         for name in GRIDS:
             with suppress(GridError):  # not for this schedule, or too fine for a discrete one
@@ -217,26 +230,26 @@ class FitSearch:
             at: list[int] = (self.schedule.lam(grid.t).clamp(-20, 20)[:, None] - lam).abs().argmin(1).tolist()
             if at[0] == 0 and at[-1] == self.levels.steps and len(set(at)) == nfe + 1:
                 found[name] = at
-        return found | {name: best[nfe] for name, best in self.programmes.items()}
+        return found | {name: best[nfe] for name, best in self.programs.items()}
 
     def in_sequence(
-        self, at: Sequence[int], form: FitForm, rows: range, kept: MutableMapping[str, Tensor], start: Tableau | None = None
+        self, at: Sequence[int], form: FitForm, rows: range, cache: MutableMapping[str, Tensor], start: Tableau | None = None
     ) -> Tableau:
-        """Fitted on these levels; of ``start``, if there is one, only the last step again."""
-        lessons, n = self._lessons(rows, at), len(at) - 1
+        """Fit a tableau on these levels, step by step; given ``start``, fit only its last step again."""
+        batches, n = self._batches(rows, at), len(at) - 1
         self.evaluations += len(self._share(rows)) * n
         if start is not None:
-            return fit_in_sequence(self.denoiser, start, lessons, form, rows=[n - 1], kept=kept)
+            return fit_in_sequence(self.denoiser, start, batches, form, rows=[n - 1], cache=cache)
         parent = make_solver(self.config.parent_with(n, form))
         nodes = parent.nodes(TimeGrid(self.levels.t[list(at)]), self.schedule)
-        start = widened(tabulate(parent, nodes), form, self.model.shape)
-        return fit_in_sequence(self.denoiser, start, lessons, form, kept=kept)
+        start = widened(tabulate(parent, nodes), form, self.problem.shape)
+        return fit_in_sequence(self.denoiser, start, batches, form, cache=cache)
 
     def swept(self, tableau: Tableau, note: Callable[[str], None]) -> Tableau:
-        """Moved for where its samples end."""
+        """Improve all steps of a tableau together by a sweep."""
         rows = range(min(self.config.noises, self.config.num))
         parts = [rows[k : k + self.config.window] for k in range(0, len(rows), self.config.window)]
-        windows = [self._ends(part) for part in parts if len(part) >= process()[1]]
+        windows = [self._endpoints(part) for part in parts if len(part) >= process()[1]]
         most = self.config.iterations
         moved = sweep(
             windows,
@@ -249,7 +262,7 @@ class FitSearch:
         return moved
 
     def rivals(self, nfe: int) -> dict[str, Tableau]:
-        """The best pair of a hand-made solver and a standard grid on a few noises."""
+        """Return the best pair of a hand-made solver and a standard grid, ranked on a few noises."""
         few, error, made = range(min(RIVALS, self.config.num)), dict[str, float](), dict[str, Tableau]()
         for name, solver in self.hand_made.items():
             for spacing in GRIDS:
@@ -260,14 +273,14 @@ class FitSearch:
                         made[pair] = tabulate(solver, solver.nodes(grid, self.schedule))
                         error[pair] = mean_over_processes(self.errors(made[pair], few))
         if not error:
-            raise SolverError(f"no standard grid of {self.model.name} has {nfe} steps: ask for fewer evaluations")
+            raise SolverError(f"no standard grid of {self.problem.name} has {nfe} steps: ask for fewer evaluations")
         best = min(error, key=error.__getitem__)
         return {best: made[best]}
 
     def errors(self, tableau: Tableau, rows: range) -> Tensor:
-        """Those of this process's samples, ``[n]``."""
-        batches = self._ends(rows)
-        made = torch.cat([sizes(batch.run(tableau)[0]) for batch in batches])
+        """Return the errors of this process's samples, ``[n]``."""
+        batches = self._endpoints(rows)
+        made = torch.cat([per_sample_rmse(batch.run(tableau)[0]) for batch in batches])
         self.evaluations += sum(batch.evaluations for batch in batches)
         return made
 
@@ -277,26 +290,24 @@ class FitSearch:
             raise FewstepError(f"{world} processes cannot share {len(rows)} noises: use fewer processes")
         return rows[rank::world]
 
-    def _batches(self, rows: range) -> Iterator[range]:
-        mine = self._share(rows)
-        for start in range(0, len(mine), self.config.batch):
-            yield mine[start : start + self.config.batch]
+    def _batches(self, rows: range, at: Sequence[int]) -> list[TeacherBatch]:
+        """Return this process's share of some trajectories, at some of the stored levels."""
+        mine, size = self._share(rows), self.config.batch
+        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+        return [_StoredBatch(self.trajectories, part, at, self.problem.device) for part in parts]
 
-    def _lessons(self, rows: range, at: Sequence[int]) -> list[Lesson]:
-        return [_Stored(self.trajectories, part, at, self.device) for part in self._batches(rows)]
-
-    def _ends(self, rows: range) -> list[Ends]:
-        lessons = self._lessons(rows, [0, -1])
-        return [Ends(self.denoiser, lesson.state(0), lesson.state(1), lesson.cond) for lesson in lessons]
+    def _endpoints(self, rows: range) -> list[EndpointError]:
+        batches = self._batches(rows, [0, -1])
+        return [EndpointError(self.denoiser, batch.state(0), batch.state(1), batch.cond) for batch in batches]
 
     def _gram(self) -> Gram:
-        """Second moments along a few trajectories."""
+        """Average second moments along a few trajectories."""
         nodes, rows = Nodes.at(self.schedule, self.levels.t), range(min(GRAM, self.config.num))
         total = Gram.empty(torch.exp(-nodes.lam))
-        for lesson in self._lessons(rows, range(len(nodes.t))):
-            states = [lesson.state(k) for k in range(len(nodes.t))]
+        for batch in self._batches(rows, range(len(nodes.t))):
+            states = [batch.state(k) for k in range(len(nodes.t))]
             with torch.no_grad():
-                outputs = [self.denoiser(x, t, lesson.cond) for x, t in zip(states, nodes.t, strict=True)]
+                outputs = [self.denoiser(x, t, batch.cond) for x, t in zip(states, nodes.t, strict=True)]
             bad = [float(t) for t, x0 in zip(nodes.t, outputs, strict=True) if not bool(torch.isfinite(x0).all())]
             if bad:
                 raise ModelError(f"the network's output is not finite (NaN or infinite) at t = {bad[0]:g}: check its weights and dtype")
@@ -306,7 +317,7 @@ class FitSearch:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _StoredBatch:
     """Some of the stored trajectories, at some of the stored times."""
 
     trajectories: Trajectories

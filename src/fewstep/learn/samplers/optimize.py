@@ -1,12 +1,12 @@
-"""Phase 1 whole: from a model and a solver to its optimised schedules, as `Sampler` artifacts and one `GridTable`."""
+"""Optimise the schedule of a solver for a model: one sampler for each number of evaluations, and a table of their grids."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -14,21 +14,26 @@ from typing import Any, Literal
 import torch
 
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid
-from fewstep.core.prediction import prediction
+from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver
 from fewstep.learn.search.bound import Bound
-from fewstep.learn.search.endpoint import sizes
-from fewstep.learn.search.refine import EndError, refine
-from fewstep.learn.teacher.gram import Gram, GramConfig, collect_gram, fine_grid
-from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
-from fewstep.models.formats.folders import Model
-from fewstep.runtime.artifact import check_writable, write_whole
+from fewstep.learn.search.endpoint import per_sample_rmse
+from fewstep.learn.search.refine import SolverEndpointError, refine
+from fewstep.learn.teacher.gram import Gram, GramConfig, collect_gram, fine_grid, gram_store
+from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, trajectories_of
+from fewstep.models.generate import solver_for
+from fewstep.models.model import Model
+from fewstep.models.problem import Problem, check_model
+from fewstep.runtime.artifact import write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError
+from fewstep.runtime.front_door import checked
+from fewstep.runtime.job import Job, Progress
 from fewstep.sampling.grid_table import GridTable
 from fewstep.sampling.reference import REFERENCE_NFE
 from fewstep.sampling.sampler import Sampler
+from fewstep.solvers import spec_of
 
-__all__ = ["Optimized", "OptimizeConfig", "optimize", "solver_folder"]
+__all__ = ["OptimizeConfig", "collected_gram", "name_of", "optimize", "solver_folder"]
 
 EVALUATIONS = 1920  # network evaluations of one calibration run, about: fewer noises for more steps
 FEWEST = 64  # noises, though; as many rank the candidates
@@ -37,14 +42,15 @@ MANY_STEPS = 8  # beyond them only the best candidate is refined, not the two be
 
 @dataclass(frozen=True)
 class OptimizeConfig:
-    """How to look for schedules.
+    """Configure a search for schedules.
 
     Args:
-        levels, num: of the Gram matrix, see `GramConfig`.
-        noises: at most as many calibrate a schedule, fewer for many steps.
-        held_out: others decide between the schedules found.
-        seed: of the first of these; far from those that benchmarks start with.
-        iterations: of the refinement, at most.
+        levels: cells between the noise levels that the dynamic programs choose from.
+        num: trajectories that the error bound is averaged over.
+        noises: noises that calibrate a schedule, at most; fewer for many steps.
+        held_out: held-out noises, used for model selection and for the reported figures.
+        seed: seed of the first noise; far from those that benchmarks start with.
+        iterations: iterations of the refinement, at most.
 
     Raises:
         FewstepError: a number out of range.
@@ -64,166 +70,180 @@ class OptimizeConfig:
 
     @property
     def gram(self) -> GramConfig:
-        """That of the Gram matrix."""
+        """The configuration of the Gram matrix."""
         return GramConfig(self.levels, self.num, jacobian=True)
 
     @property
     def exact(self) -> TrajectoryConfig:
-        """That of the exact ends of the noises."""
+        """The configuration of the exact trajectories, of which only the endpoints are stored."""
         return TrajectoryConfig(self.noises + self.held_out, REFERENCE_NFE, seed=self.seed, batch=128)
 
 
-@dataclass(frozen=True)
-class Optimized:
-    """One optimised schedule: its sampler, and the candidates it came from.
-
-    Attributes:
-        candidates: mean error on some calibration noises and the bound (None where there is none) of every schedule tried, by name.
-    """
-
-    sampler: Sampler
-    candidates: Mapping[str, tuple[float, float | None]]
-
-
 def solver_folder(folder: Path, name: str) -> Path:
-    """Where the schedules of a solver lie."""
+    """Return the folder of a solver's schedules."""
     return folder / re.sub("[:/=]", "_", name)
 
 
+@checked
 def optimize(
     model: Model,
-    solvers: Mapping[str, Solver],
-    nfe: Sequence[int],
-    config: OptimizeConfig,
-    folder: str | Path,
+    solver: str | Solver,
+    nfe: int | Sequence[int],
     *,
-    guidance: float = 1.0,
-    device: torch.device | None = None,
+    guidance: float | None = None,
+    out: str | Path | None = None,
+    config: OptimizeConfig | None = None,
+    statistics: ModelStatistics | str | Path | None = None,
+    device: torch.device | str | None = None,
     command: str = "",
-    observe: Callable[[int, str], None] | None = None,
-) -> tuple[Gram, dict[str, dict[int, Optimized]]]:
-    """The best schedules found for each solver and number of evaluations, kept in ``folder``.
+    on_progress: Progress | None = None,
+) -> dict[int, Sampler]:
+    """Find the noise levels at which a solver should evaluate a model, for each number of evaluations.
 
-    One pass over teacher trajectories serves them all. Each solver has a folder with ``grids.json`` and one `Sampler` per ``nfe``; a
-    killed run continues after the last whole schedule.
+    The card of each sampler has the errors on held-out noises: ``error`` and ``rmse`` of the schedule and of the best standard grid, and
+    all ``candidates`` with their mean error on some calibration noises and their bound.
 
     Args:
-        solvers: by the names that they are kept under.
-        observe: called with the number of schedules done and a note.
+        model: the model to sample.
+        solver: a solver's name, or a `Solver`.
+        nfe: network evaluations per sample, one number or several.
+        guidance: the scale that the model will be sampled with; by default the model's own.
+        out: a folder to save the samplers in (``out/SOLVER/nfe-NN``, with ``grids.json``), where a killed run continues after the last
+            whole schedule, and where other solvers share what is measured of the model; by default they stay in memory.
+        config: how to search.
+        statistics: statistics for ``dpm-solver-v3`` by name, or their folder; by default those that the model carries.
+        device: where to compute; the model is moved there.
+        command: for the card.
+        on_progress: called with the number of schedules done and a note.
+
+    Returns:
+        The samplers by their number of evaluations.
 
     Raises:
         SolverError: a solver that adds noise, or cannot use exactly that many evaluations.
         GridError: more steps than cells between the levels.
-        ArtifactError: the folder holds the work of another model or configuration, or cannot be written.
+        ModelError: something that is no `Model`, or a model without a shape.
+        ArtifactError: the folder is in use, holds the work of another model or configuration, or cannot be written.
+        FewstepError: no number of evaluations, or several processes.
+
+    Example:
+        >>> import fewstep
+        >>> model = fewstep.load_model("digits-edm")
+        >>> config = fewstep.OptimizeConfig(levels=16, num=8, noises=16, held_out=16, iterations=1)
+        >>> samplers = fewstep.optimize(model, "unipc-2", nfe=4, config=config)
+        >>> samplers[4]
+        Sampler(unipc-2, 4 evaluations, noise levels 80 to 0.002)
     """
-    folder, device, say = Path(folder), device or torch.device("cpu"), observe or (lambda done, note: None)
-    check_writable(folder)
-    if not solvers or not nfe:
-        raise FewstepError("name at least one solver and one number of evaluations")
-    schedule = model.denoiser.schedule
-    steps = {name: {n: solver.steps_on(schedule, n) for n in sorted(set(nfe))} for name, solver in solvers.items()}
-    most = max(n for of in steps.values() for n in of.values())
-    cells = fine_grid(schedule, config.levels).steps
+    config, counts = config or OptimizeConfig(), sorted({nfe} if isinstance(nfe, int) else set(nfe))
+    check_model(model)
+    guidance = model.default_guidance if guidance is None else float(guidance)
+    if not counts:
+        raise FewstepError("name at least one number of evaluations, as in nfe=[6, 8]")
+    if isinstance(solver, str):
+        name, solver = solver, solver_for(solver, model, guidance=guidance, statistics=statistics)
+    else:
+        name = name_of(solver)
+        if statistics is not None:
+            raise SolverError(f"a {type(solver).__name__} has its statistics already: leave statistics out")
+    steps = {n: solver.steps_on(model.schedule, n) for n in counts}
+    most, cells = max(steps.values()), fine_grid(model.schedule, config.levels).steps
     if most > cells:
         raise GridError(f"{most} steps need at least as many cells between levels; {model.name} has {cells}: ask for more levels")
-    gram = collect_gram(
-        model,
-        config.gram,
-        folder,
-        guidance=guidance,
-        device=device,
-        observe=lambda done, note: say(0, f"{done} of {config.num} trajectories"),
-    )
-    ends = TimeGrid(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64))
-    exact = generate_trajectories(
-        model,
-        ends,
-        TrajectoryConfig(**{**asdict(config.exact), "guidance": guidance}),
-        folder / "exact",
-        device=device,
-        command=command,
-        observe=lambda done, note: say(0, f"{done} of {config.exact.num} exact ends"),
-    )
-    if gram is None or exact is None:
-        raise FewstepError("schedules are optimised by one process: start it without torchrun")
-    search = _Search(model, gram, exact, config, guidance, device, most)
-    made: dict[str, dict[int, Optimized]] = {}
-    done = 0
-    for name, solver in solvers.items():
-        made[name] = {}
-        for n in steps[name]:
-            say(done, f"{name}, {n} evaluations")
-            made[name][n] = search.kept(name, solver, n, folder, made[name], command)
-            table = _table(model, name, guidance, made[name], solver_folder(folder, name), command)
-            table.save(solver_folder(folder, name))
-            write_whole(solver_folder(folder, name) / "README.md", _card(table, name).encode())
-            done += 1
-    say(done, "")
-    return gram, made
+    with Job.open("optimize", out, device=device or model.device, on_progress=on_progress, command=command, alone=True) as job:
+        problem = Problem(model, guidance, job.device)
+        measuring = replace(job, on_progress=lambda done, note: job.on_progress(0, f"{done} of {config.num} trajectories"))
+        gram = collect_gram(problem, config.gram, measuring)
+        asked = replace(config.exact, guidance=guidance)
+        with job.below("exact", lambda done, note: job.on_progress(0, f"{done} of {config.exact.num} exact endpoints")) as part:
+            exact = trajectories_of(problem, TimeGrid(problem.schedule.ends), asked, part)
+        assert gram is not None and exact is not None  # as in the only process
+        search, place = _Search(problem, gram, exact, config, most), solver_folder(job.folder, name)
+        made: dict[int, Sampler] = {}
+        for done, n in enumerate(counts):
+            job.on_progress(done, f"{name}, {n} evaluations")
+            made[n] = search.stored(name, solver, n, place / f"nfe-{n:02d}", made, job.command)
+            table = _table(problem, name, made, place, job.command)
+            table.save(place)
+            write_whole(place / "README.md", _card(table, name).encode())
+        job.on_progress(len(counts), "")
+        return made
+
+
+def name_of(solver: Solver) -> str:
+    """Return the name that tables and folders give a solver: that of the registry with its options, else that of its class."""
+    values = {one.name: getattr(solver, one.name) for one in fields(solver)} if is_dataclass(solver) else {}
+    options = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return spec_of(type(solver).__name__, options) or type(solver).__name__
+
+
+def collected_gram(problem: Problem, config: OptimizeConfig, folder: Path) -> Gram:
+    """Read the Gram matrix that `optimize` left in its folder.
+
+    Raises:
+        ArtifactError: it is not there, or of another model or configuration.
+    """
+    with Job.open("optimize", folder) as job:
+        store = gram_store(problem, config.gram, job)
+        assert store is not None  # the job has a folder
+        return store.read(0)[0]
 
 
 class _Search:
-    """What all schedules of one model share."""
+    """The part of the search that all schedules of one model share."""
 
-    def __init__(
-        self, model: Model, gram: Gram, exact: Trajectories, config: OptimizeConfig, guidance: float, device: torch.device, most: int
-    ) -> None:
-        self.model, self.config, self.device, self.gram = model, config, device, gram
-        self.denoiser, self.schedule, self.guidance = model.guided(guidance), model.denoiser.schedule, guidance
+    def __init__(self, problem: Problem, gram: Gram, exact: Trajectories, config: OptimizeConfig, most: int) -> None:
+        self.problem, self.config, self.gram = problem, config, gram
+        self.denoiser, self.schedule = problem.teacher, problem.schedule
         self.exact, self.bound = exact, Bound(gram)
         self.levels = fine_grid(self.schedule, config.levels)
-        self.programmes: dict[str, dict[int, list[int]]] = {}
+        self.programs: dict[str, dict[int, list[int]]] = {}
         totals: tuple[Literal["sum", "squares"], ...] = ("sum", "squares")
         for amplification, total in product(("plain", "trace"), totals):
             bound = Bound(gram, amplification, total)
-            self.programmes[f"first-order programme ({amplification}, {total})"] = bound.best(most)
-            self.programmes[f"pair programme ({amplification}, {total})"] = bound.best_pairs(most)
+            self.programs[f"first-order program ({amplification}, {total})"] = bound.best(most)
+            self.programs[f"pair program ({amplification}, {total})"] = bound.best_pairs(most)
 
-    def kept(self, name: str, solver: Solver, nfe: int, folder: Path, others: Mapping[int, Optimized], command: str) -> Optimized:
-        """The schedule for ``nfe`` evaluations, from the folder if it is there."""
-        place = solver_folder(folder, name) / f"nfe-{nfe:02d}"
+    def stored(self, name: str, solver: Solver, nfe: int, place: Path, others: Mapping[int, Sampler], command: str) -> Sampler:
+        """Return the schedule for ``nfe`` evaluations, from its folder if it is there."""
         rebuilt = Sampler.build(solver, self.levels, self.schedule)  # for its options
-        about = (self.model.fingerprint, self.guidance, name, sorted(rebuilt.options.items()), nfe, asdict(self.config))
+        about = (self.problem.fingerprint, self.problem.guidance, name, sorted(rebuilt.options.items()), nfe, asdict(self.config))
         identity = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
         if (place / "sampler.json").exists():
             sampler = Sampler.load(place)
             if sampler.card.get("identity") != identity:
                 raise ArtifactError(f"{place} holds a schedule of another model, solver or configuration: remove it, or use another folder")
-            return Optimized(sampler, {key: tuple(value) for key, value in sampler.card["candidates"].items()})
+            return sampler
         grid, card, candidates = self.find(solver, nfe, others)
         card = {
             "name": name,
-            "of": self.model.name,
-            "model": self.model.fingerprint,
-            "prediction": prediction(self.model.denoiser.prediction).name,
-            "guidance": self.guidance,
+            **self.problem.card(),
             "identity": identity,
             **card,
             "candidates": {key: list(value) for key, value in candidates.items()},
             "command": command,
         }
-        sampler = Sampler.build(solver, grid, self.schedule, **card)
+        sampler = Sampler.build(solver, grid, self.schedule, card=card)
         sampler.save(place)
-        return Optimized(sampler, candidates)
+        return sampler
 
     def find(
-        self, solver: Solver, nfe: int, others: Mapping[int, Optimized]
+        self, solver: Solver, nfe: int, others: Mapping[int, Sampler]
     ) -> tuple[TimeGrid, dict[str, Any], dict[str, tuple[float, float | None]]]:
-        """Candidates, refinement of the best, and the choice on held-out noises."""
+        """Rank candidates, refine the best and choose on held-out noises: the grid, facts for the card, and error and bound of each."""
         steps = solver.steps_on(self.schedule, nfe)
         count = max(min(FEWEST, self.config.noises), min(self.config.noises, EVALUATIONS // nfe))
         fit, check = self._error(solver, range(count)), self._error(solver, range(self.config.noises, len(self.exact)))
         grids = self.candidates(steps, others)
         few = fit.first(FEWEST)
-        measured = {name: few.typical(grid) for name, grid in grids.items()}
+        measured = {name: few.mean_error(grid) for name, grid in grids.items()}
         ranked = sorted(measured, key=measured.__getitem__)
         standards = [name for name in ranked if name in GRIDS][:2]
         finalists = {name: grids[name] for name in (ranked[0], *standards)}
-        different = {tuple(grids[name].t.tolist()): name for name in reversed(ranked)}  # programmes often agree
+        different = {tuple(grids[name].t.tolist()): name for name in reversed(ranked)}  # the dynamic programs often agree
         for name in sorted(different.values(), key=ranked.index)[: 2 if nfe <= MANY_STEPS else 1]:
             finalists[f"{name}, refined"] = refine(fit, grids[name], iterations=self.config.iterations)
-            measured[f"{name}, refined"] = few.typical(finalists[f"{name}, refined"])
-        held = {name: sizes(check.residual(grid)[0]) for name, grid in finalists.items()}
+            measured[f"{name}, refined"] = few.mean_error(finalists[f"{name}, refined"])
+        held = {name: per_sample_rmse(check.residual(grid)[0]) for name, grid in finalists.items()}
         error = {name: float(of.mean()) for name, of in held.items()}
         rmse = {name: float(of.square().mean().sqrt()) for name, of in held.items()}
         standard = min(standards, key=rmse.__getitem__)
@@ -240,8 +260,8 @@ class _Search:
         bounds = {name: self.bound_of(grid) for name, grid in {**grids, **finalists}.items()}
         return finalists[chosen], card, {name: (measured[name], bounds[name]) for name in measured}
 
-    def candidates(self, steps: int, others: Mapping[int, Optimized]) -> dict[str, TimeGrid]:
-        """Standard grids, the optima of the programmes, and the schedule found for a neighbouring number of steps, stretched."""
+    def candidates(self, steps: int, others: Mapping[int, Sampler]) -> dict[str, TimeGrid]:
+        """Return standard grids, the optima of the dynamic programs, and stretched schedules of neighbouring numbers of steps."""
         found: dict[str, TimeGrid] = {}
         for name in GRIDS:
             try:
@@ -250,41 +270,41 @@ class _Search:
                 continue
             if (float(grid.t[0]), float(grid.t[-1])) == (self.schedule.t_max, self.schedule.t_min):  # leading starts elsewhere
                 found[name] = grid
-        for name, best in self.programmes.items():
+        for name, best in self.programs.items():
             found[name] = TimeGrid(self.levels.t[best[steps]])
-        near = [made.sampler.grid for made in others.values() if abs(made.sampler.grid.steps - steps) <= 2 and made.sampler.grid.steps > 1]
+        near = [made.grid for made in others.values() if abs(made.grid.steps - steps) <= 2 and made.grid.steps > 1]
         for grid in near:
             with suppress(GridError):  # an infinite end, or too fine for a discrete schedule
                 found[f"that of {grid.steps} steps, stretched"] = grid.stretched(self.schedule, steps)
         if not any(name in GRIDS for name in found):
-            raise SolverError(f"no standard grid of {self.model.name} has {steps} steps: ask for fewer")
+            raise SolverError(f"no standard grid of {self.problem.name} has {steps} steps: ask for fewer")
         return found
 
     def bound_of(self, grid: TimeGrid) -> float | None:
-        """The error bound of a grid, moved to the nearest levels of the Gram matrix; None if two times fall on one."""
+        """Return the error bound of a grid, moved to the nearest levels of the Gram matrix; None if two times fall on one."""
         lam, levels = (self.schedule.lam(g.t).clamp(-20, 20) for g in (grid, self.levels))
         index: list[int] = (lam[:, None] - levels).abs().argmin(1).tolist()
         ordered = all(a < b for a, b in zip(index[:-1], index[1:], strict=True))
         return self.bound(index) if ordered and index[0] == 0 and index[-1] == self.gram.cells else None
 
-    def _error(self, solver: Solver, which: range) -> EndError:
+    def _error(self, solver: Solver, which: range) -> SolverEndpointError:
         states, labels = self.exact.states(list(which)), self.exact.labels(list(which))
-        cond = None if labels is None else labels.to(self.device)
-        x, end = (states[:, k].to(self.device) for k in (0, -1))
-        return EndError(self.denoiser, solver, x, end, cond)
+        cond = None if labels is None else labels.to(self.problem.device)
+        x, end = (states[:, k].to(self.problem.device) for k in (0, -1))
+        return SolverEndpointError(self.denoiser, solver, x, end, cond)
 
 
-def _table(model: Model, name: str, guidance: float, made: Mapping[int, Optimized], folder: Path, command: str) -> GridTable:
-    """The grids made now, beside those of other numbers of evaluations that were there."""
+def _table(problem: Problem, name: str, made: Mapping[int, Sampler], folder: Path, command: str) -> GridTable:
+    """Return the table of the grids made now and of those that were there for other numbers of evaluations."""
     shown = ("chosen", "best_standard_grid", "error", "rmse", "calibration_noises", "held_out_noises")
     old = GridTable.load(folder) if (folder / "grids.json").exists() else None
-    if old is not None and (old.model, old.guidance) != (model.fingerprint, guidance):
+    if old is not None and (old.model, old.guidance) != (problem.fingerprint, problem.guidance):
         old = None  # its samplers were refused before, or are gone
-    grids = dict({} if old is None else old.grids) | {n: one.sampler.grid for n, one in made.items()}
+    grids = dict({} if old is None else old.grids) | {n: one.grid for n, one in made.items()}
     rows = {row["nfe"]: row for row in (() if old is None else old.card["rows"])}
-    rows |= {n: {"solver": name, "nfe": n, **{key: one.sampler.card[key] for key in shown}} for n, one in made.items()}
-    card = {"of": model.name, "rows": [rows[n] for n in sorted(rows)], "command": command}
-    return GridTable(name, model.fingerprint, guidance, model.denoiser.schedule, grids, card)
+    rows |= {n: {"solver": name, "nfe": n, **{key: one.card[key] for key in shown}} for n, one in made.items()}
+    card = {"of": problem.name, "rows": [rows[n] for n in sorted(rows)], "command": command}
+    return GridTable(name, problem.fingerprint, problem.guidance, problem.schedule, grids, card)
 
 
 def _card(table: GridTable, name: str) -> str:
@@ -294,20 +314,17 @@ def _card(table: GridTable, name: str) -> str:
         ours, theirs = (f"{error:.4f} ({rmse:.4f})" for error, rmse in zip(row["error"], row["rmse"], strict=True))
         rows.append(f"| {row['nfe']} | {ours} | {theirs} `{row['best_standard_grid']}` | {row['chosen']} |")
     table_rows = "\n".join(rows)
+    made_by = f" Made by\n\n```\n{card['command']}\n```" if card["command"] else ""
     return f"""# Optimized schedules: {name} on {card["of"]}
 
-For the model with fingerprint {table.model} at guidance {table.guidance:g}. Made by
-
-```
-{card["command"]}
-```
+For the model with fingerprint {table.model} at guidance {table.guidance:g}.{made_by}
 
 | evaluations | error | of the best standard grid | from |
 |---|---|---|---|
 {table_rows}
 
-Mean over samples of each one's error to the end of its exact trajectory (in brackets the RMSE of all), on noises that the schedules were
-not fitted to. `grids.json` holds them all; each folder `nfe-NN` is a sampler:
+Mean over samples of each one's error to the endpoint of its exact trajectory (in brackets the RMSE of all), on held-out noises.
+`grids.json` holds them all; each folder `nfe-NN` is a sampler:
 
 ```python
 import fewstep

@@ -7,7 +7,7 @@ of all outputs, and its error obeys ``e_{i-1} = r_i e_i + (1 - r_i) [D(z_i + e_i
     |e_0| <= sum_i A_{i-1} |d_i|,        A_k = prod_{j<=k} (r_j + (1 - r_j) L(s_j)).
 
 `Bound` has all ``|d_i|`` between any two levels of a `Gram` matrix; the best schedule of ``N`` steps is a shortest path of ``N`` edges,
-found exactly for all ``N`` at once. `descend` is the paper's own way: Monte Carlo over data and a gradient.
+found exactly for all ``N`` at once. `descend_bound` is the paper's own way: Monte Carlo over data and a gradient.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from fewstep.core.prediction import aligned
 from fewstep.learn.teacher.gram import Gram
 from fewstep.runtime.errors import FewstepError, GridError, look_up
 
-__all__ = ["AMPLIFICATIONS", "Bound", "convex_weights", "descend", "monte_carlo_bound"]
+__all__ = ["AMPLIFICATIONS", "Bound", "convex_weights", "descend_bound", "monte_carlo_bound"]
 
 SMALLEST_GAIN = 1e-9  # no error vanishes, so that an infinite one stays infinite
 
 
 def convex_weights(level: Tensor) -> tuple[Tensor, Tensor]:
-    """``s_0/s_N`` and the weights ``w [N]`` of the start and of the outputs in a first-order sample; together they sum to 1.
+    """Return ``s_0/s_N`` and ``w [N]``, the weights of the start and of the outputs in a first-order sample; together they sum to 1.
 
     Args:
         level: ``sigma/alpha [N+1]``, decreasing.
@@ -41,17 +41,17 @@ def convex_weights(level: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _plain(r: Tensor, slopes: Tensor) -> Tensor:
-    """``L = 1``: the denoiser brings no two states further apart."""
+    """Take ``L = 1``: the denoiser brings no two states further apart."""
     return torch.ones_like(r)
 
 
 def _trace(r: Tensor, slopes: Tensor) -> Tensor:
-    """``L = trace J / dim``: what the denoiser does to a random error in its own direction."""
+    """Take ``L = trace J / dim``: how the denoiser scales a random error along itself."""
     return r + (1 - r) * slopes[:, :1]
 
 
 def _norm(r: Tensor, slopes: Tensor) -> Tensor:
-    """``|r v + (1 - r) J v|`` of random ``v``: what the whole step does to the size of a random error."""
+    """Take ``|r v + (1 - r) J v|`` of random ``v``: how the whole step scales a random error."""
     trace, square = slopes[:, :1], slopes[:, 1:]
     return (r**2 + 2 * r * (1 - r) * trace + (1 - r) ** 2 * square).sqrt()
 
@@ -89,7 +89,7 @@ class Bound:
 
     @cached_property
     def first_order(self) -> Tensor:
-        """``|d_jk|`` of a first-order step from level ``j`` to ``k``, ``[K+1, K+1]``; infinite unless ``j < k``."""
+        """The local error ``|d_jk|`` of a first-order step from level ``j`` to ``k``, ``[K+1, K+1]``; infinite unless ``j < k``."""
         gram = self.gram
         D = gram.D  # noqa: N806
         square = D.diagonal()[:, None]
@@ -102,7 +102,7 @@ class Bound:
 
     @cached_property
     def second_order(self) -> Tensor:
-        """``|d_ijk|`` of a two-step method (the line of DPM-Solver++ 2M) from ``j`` to ``k`` after ``i``, ``[K+1, K+1, K+1]``."""
+        """The local error ``|d_ijk|`` of a two-step method (as DPM-Solver++ 2M) from ``j`` to ``k`` after ``i``, ``[K+1, K+1, K+1]``."""
         gram = self.gram
         D, lam = gram.D, -torch.log(gram.level)  # noqa: N806
         i, j, k = lam[:, None, None], lam[None, :, None], lam[None, None, :]
@@ -118,7 +118,7 @@ class Bound:
 
     @cached_property
     def _means(self) -> tuple[Tensor, Tensor]:
-        """``E|Dbar_jk|^2 [j, k]`` and ``E<Dbar_jk, D_i> [j, k, i]``."""
+        """The moments ``E|Dbar_jk|^2 [j, k]`` and ``E<Dbar_jk, D_i> [j, k, i]``."""
         gram, shares = self.gram, self.gram.shares()
         size = gram.cells + 1
         cross, cells = gram.matrix[size:, :size], gram.matrix[size:, size:]
@@ -131,7 +131,7 @@ class Bound:
     # -- one schedule -----------------------------------------------------------------------------------------------
 
     def __call__(self, indices: Sequence[int]) -> float:
-        """The bound of the first-order schedule that visits these levels, first to last.
+        """Return the bound of the first-order schedule that visits these levels, first to last.
 
         Raises:
             GridError: they do not increase from the first level to the last.
@@ -143,7 +143,7 @@ class Bound:
         return error
 
     def steps(self, indices: Sequence[int]) -> Tensor:
-        """The local errors ``|d|`` of its steps, ``[N]``."""
+        """Return the local errors ``|d|`` of a schedule's steps, ``[N]``."""
         K = self.gram.cells  # noqa: N806
         if indices[0] != 0 or indices[-1] != K or any(b <= a for a, b in _pairs(indices)):
             raise GridError(f"a schedule on these levels runs from 0 up to {K} with no level twice, got {list(indices)}")
@@ -155,10 +155,13 @@ class Bound:
     # -- the best ones ----------------------------------------------------------------------------------------------
 
     def best(self, most: int) -> dict[int, list[int]]:
-        """The schedules with the least bound for a first-order step, as level indices, for every ``N`` up to ``most``.
+        """Find the schedules with the least bound for a first-order step, as level indices, for every ``N`` up to ``most``.
 
-        The bound after a step grows with the bound before it, so the best way to a level in ``n`` steps goes on from the best
-        way to another in ``n - 1``: the global minimum.
+        The bound after a step grows with the bound before it, so the best path to a level in ``n`` steps extends the best path to another
+        in ``n - 1``: the minimum is global.
+
+        Args:
+            most: the largest ``N``.
 
         Raises:
             GridError: there are fewer than ``most`` cells between the levels.
@@ -176,9 +179,12 @@ class Bound:
         return found
 
     def best_pairs(self, most: int, *, last_first_order: bool = True) -> dict[int, list[int]]:
-        """The same for a two-step method, whose step depends on the level before: the state is the pair.
+        """Find the schedules with the least bound for a two-step method, for every ``N`` up to ``most``.
+
+        A step depends on the level before it, so the state of the dynamic program is a pair of levels. Errors are those of `best`.
 
         Args:
+            most: the largest ``N``.
             last_first_order: the last step is of first order, as solvers have it on grids of few steps.
         """
         self._check(most)
@@ -218,11 +224,15 @@ Draw = Callable[[int], tuple[Tensor, Tensor, Cond]]  # step -> clean images [B, 
 
 
 def monte_carlo_bound(denoiser: Denoiser, level: Tensor, x0: Tensor, noise: Tensor, cond: Cond, u: Tensor) -> Tensor:
-    """The bound with ``A = 1`` and Jensen's inequality, estimated at diffused images that share their noise; differentiable in ``level``.
+    """Estimate the bound with ``A = 1`` and Jensen's inequality at diffused images that share their noise; differentiable in ``level``.
 
     Args:
+        denoiser: the model.
         level: ``sigma/alpha [N+1]``, decreasing, finite and positive.
-        u: uniform in (0, 1), ``[N, B]``: where inside each step, in ``1/s``.
+        x0: clean images ``[B, *D]``.
+        noise: standard normal ``[B, *D]``.
+        cond: conditions of the images.
+        u: uniform in (0, 1), ``[N, B]``: the place inside each step, in ``1/s``.
     """
     at = level[:-1, None].expand_as(u)
     inside = 1 / (1 / at + u * (1 / level[1:, None] - 1 / at))
@@ -232,7 +242,7 @@ def monte_carlo_bound(denoiser: Denoiser, level: Tensor, x0: Tensor, noise: Tens
 
 
 def _denoise(denoiser: Denoiser, level: Tensor, x0: Tensor, noise: Tensor, cond: Cond) -> Tensor:
-    """``D(x0 + s n; s)`` at ``level [N, B]``, in one call: ``[N, B, *D]``."""
+    """Return ``D(x0 + s n; s)`` at ``level [N, B]``, from one call: ``[N, B, *D]``."""
     schedule, (steps, batch) = denoiser.schedule, level.shape
     t = schedule.t_of_lam(-torch.log(level)).flatten()
     x0, noise = (v.expand(steps, *v.shape).flatten(0, 1) for v in (x0, noise))
@@ -241,7 +251,7 @@ def _denoise(denoiser: Denoiser, level: Tensor, x0: Tensor, noise: Tensor, cond:
     return denoiser(x, t, repeated).reshape(steps, batch, *x0.shape[1:])
 
 
-def descend(
+def descend_bound(
     denoiser: Denoiser,
     start: TimeGrid,
     draw: Draw,
@@ -250,12 +260,15 @@ def descend(
     lr: float = 0.05,
     observe: Callable[[int, float], None] | None = None,
 ) -> TimeGrid:
-    """The paper's phase 1: descend the Monte-Carlo bound in the increments of ``log s``, a softmax of free numbers between fixed ends.
+    """Descend the Monte-Carlo bound in the increments of ``log s``, a softmax of free numbers between fixed ends: the paper's phase 1.
 
     Args:
+        denoiser: the model.
         start: the schedule to begin with; its ends stay.
-        draw: data, noise and conditions of each iteration.
-        observe: called with the iteration and its bound.
+        draw: images, noise and conditions for an iteration, given its number.
+        iterations: number of steps of Adam; the schedule is averaged over the second half.
+        lr: learning rate of the first, which falls linearly to 0.
+        observe: called after each iteration with its number and bound.
 
     Raises:
         GridError: a level of ``start`` is infinite or zero.

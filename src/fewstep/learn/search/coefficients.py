@@ -1,12 +1,12 @@
-r"""A solver fitted to a model: the coefficients of a tableau in least squares, first in closed form, then by where its samples end.
+r"""Fit the coefficients of a tableau to a model by least squares, first in closed form, then on the endpoints of its samples.
 
 On a grid a solver is ``x_{i+1} = a_i x_i + sum_k c_ik h_{i-k} (+ b_i)`` with ``h_j = D(x_j, t_j)``. Hand-made coefficients are exact on
-polynomials; over a few long steps a trajectory is none, but a few hundred of a model's own show what it is. So `fit_in_sequence` chooses
+polynomials. Over a few long steps a trajectory is not one, but a few hundred of a model's own show its shape. So `fit_in_sequence` chooses
 
     (a_i, c_i) = argmin |F_i w - y_{i+1}|^2,     F_i = [x_i, h_i, h_{i-1}, ..., h_{i-K+1}],     y_{i+1} the teacher's state at t_{i+1},
 
-for one step after the other, from the student's own states, so that a step also mends what those before it missed. What matters is
-where the last one ends, though: `sweep` moves all coefficients and levels together for that (see `endpoint.py`).
+for one step after the other, from the student's own states, so that a step also corrects the errors of the steps before it. Only the
+endpoint counts in the end, so `sweep` then adjusts all coefficients and levels together (see `endpoint.py`).
 """
 
 from __future__ import annotations
@@ -22,31 +22,38 @@ from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, State, Tableau, advance
-from fewstep.learn.search.endpoint import Ends, Move, Moves, Run, descend, mean_over_processes, sizes
+from fewstep.learn.search.endpoint import (
+    CachedRun,
+    EndpointError,
+    Parameters,
+    Perturbation,
+    levenberg_marquardt,
+    mean_over_processes,
+    per_sample_rmse,
+)
 from fewstep.learn.search.refine import Levels
 from fewstep.runtime.errors import FewstepError, SolverError
 from fewstep.runtime.process import sum_over_processes
 
-__all__ = ["FitForm", "Lesson", "NormalEquations", "fit_in_sequence", "sweep", "widened"]
+__all__ = ["FitForm", "NormalEquations", "TeacherBatch", "fit_in_sequence", "sweep", "widened"]
 
 Pool = Literal["element", "channel", "scalar"]
 WEAKEST = 1e-2  # size of a direction of the features, relative to the features', below which a sweep does not move along it
 DIFFERENCE = 0.5  # of the size of the errors: how far a coefficient moves a state for a difference
 FINEST = 1e-4  # of the size of the states, at least
-STEPS = 4  # with one Jacobian, see `descend`
+STEPS = 4  # with one Jacobian, see `levenberg_marquardt`
 
 
 @dataclass(frozen=True)
 class FitForm:
-    """Which coefficients are fitted.
+    """The coefficients of a sampler that are fitted.
 
     Args:
-        history: ``K``, how many outputs a step reads; None for all that there are.
-        pool: elements that share a coefficient: every one its own, those of a channel, or all.
+        history: number of past outputs that a step reads; by default all.
+        pool: which elements share a coefficient: element (none do), channel, scalar (all do).
         bias: also fit a constant picture to each step (a number, if the pool is scalar).
-        ridge: of the coefficients towards the parent's, relative to features of unit size.
-        shrink: of those of one element or channel towards what all elements together want, and of the bias towards 0, likewise; with a
-            bias of scalars too.
+        ridge: strength of the ridge penalty towards the parent's coefficients, relative to features of unit size.
+        shrink: strength of the penalty on differences between elements, and on the bias, likewise.
 
     Raises:
         FewstepError: a number out of range, an unknown pool.
@@ -65,28 +72,28 @@ class FitForm:
             raise FewstepError(f"a fit needs a history of at least 1 and ridge and shrink from 0 to less than 1e6, got {self}")
 
     def memory(self, steps: int) -> int:
-        """``K`` of a tableau with so many steps."""
+        """Return the number ``K`` of past outputs in a tableau of ``steps`` steps."""
         return steps if self.history is None else min(self.history, steps)
 
     def shape(self, sample: Sequence[int]) -> tuple[int, ...]:
-        """``*E``, of one coefficient for samples ``*D``."""
+        """Return the shape ``*E`` of one coefficient for samples ``*D``."""
         ones = (1,) * (len(sample) - 1)
         return {"element": tuple(sample), "channel": (*sample[:1], *ones), "scalar": ()}[self.pool]
 
 
-class Lesson(Protocol):
+class TeacherBatch(Protocol):
     """A batch of the teacher's trajectories at the times of a grid."""
 
     @property
     def cond(self) -> Cond: ...
 
     def state(self, i: int) -> Tensor:
-        """``[B, *D]`` at the ``i``-th time."""
+        """Return the states ``[B, *D]`` at the ``i``-th time."""
         ...
 
 
 class NormalEquations:
-    """``F F'`` and ``F y`` summed over samples, and over the elements that share coefficients; float64, additive.
+    """The normal equations ``F F'`` and ``F y``, summed over samples and over the elements that share coefficients; float64, additive.
 
     The last feature is the constant 1, whose coefficient is the bias.
     """
@@ -97,7 +104,7 @@ class NormalEquations:
         self.rows = torch.zeros((), dtype=torch.float64)
 
     def add(self, features: Tensor, target: Tensor) -> None:
-        """Take in ``features [c, B, *D]`` and their ``target [B, *D]``."""
+        """Add ``features [c, B, *D]`` and their ``target [B, *D]``."""
         both = torch.cat([features, torch.ones_like(features[:1]), target[None]]).detach().cpu().double()
         grouped = both.reshape(len(both), len(target), len(self.gram), -1).permute(2, 0, 1, 3).flatten(2)  # [groups, c+2, rows]
         product = grouped[:, :-1] @ grouped.mT
@@ -106,13 +113,13 @@ class NormalEquations:
         self.rows += grouped.shape[2]
 
     def over_processes(self) -> NormalEquations:
-        """Those of all processes together."""
+        """Return the sum over all processes (all-reduce)."""
         total = NormalEquations(len(self.gram), self.gram.shape[1] - 1)
         total.gram, total.right, total.rows = map(sum_over_processes, (self.gram, self.right, self.rows))
         return total
 
     def solve(self, parent: Tensor, form: FitForm) -> Tensor:
-        """Weights and bias ``[groups, c+1]``: what all groups together want, near the ``parent [c]``, then each group near that."""
+        """Return weights and bias ``[groups, c+1]``: the common solution near the ``parent [c]``, then each group's near that."""
         gram, right = self.gram / self.rows, self.right / self.rows
         size = gram.mean(0).diagonal().sqrt()
         size = torch.where(size > 0, size, 1.0)
@@ -127,14 +134,14 @@ class NormalEquations:
 
 
 def _ridge(gram: Tensor, right: Tensor, near: Tensor, size: Tensor, ridge: float) -> Tensor:
-    """What to add to ``near [c]``: ``argmin |F w - y|^2 + ridge |size (w - near)|^2``, for each group."""
+    """Return the ridge-regularised correction to ``near [c]``, ``argmin |F w - y|^2 + ridge |size (w - near)|^2``, for each group."""
     left = gram / size[:, None] / size + ridge * torch.eye(len(size), dtype=torch.float64)
     missing = (right - (gram @ near[:, None]).squeeze(-1)) / size
     return torch.linalg.lstsq(left, missing[..., None], driver="gelsd").solution.squeeze(-1) / size
 
 
 def widened(parent: Tableau, form: FitForm, sample: Sequence[int]) -> Tableau:
-    """The parent's tableau with room for the coefficients of ``form``, for samples ``*D``: the same solver, to be fitted.
+    """Widen the parent's tableau to the coefficients of ``form``, for samples ``*D``: the same solver, to be fitted.
 
     Raises:
         SolverError: the parent is not of the form ``x' = a x + sum_k c_k h_k`` with ``K`` outputs.
@@ -162,54 +169,57 @@ def widened(parent: Tableau, form: FitForm, sample: Sequence[int]) -> Tableau:
 def fit_in_sequence(
     denoiser: Denoiser,
     start: Tableau,
-    lessons: Sequence[Lesson],
+    batches: Sequence[TeacherBatch],
     form: FitForm,
     *,
     rows: Collection[int] | None = None,
-    kept: MutableMapping[str, Tensor] | None = None,
+    cache: MutableMapping[str, Tensor] | None = None,
 ) -> Tableau:
-    """``start`` with its rows fitted one after the other to the teacher's states, each from the states that the rows before it reach.
+    """Fit the rows of a tableau one after the other to the teacher's states, each from the states that the rows before it reach.
 
-    Only sums over samples are kept, and the students' states in ``kept``: in memory, or wherever that mapping puts them. With several
-    processes each has lessons of its own, and all get the same tableau.
+    Sums over samples are in memory, the student's states and outputs in ``cache``, a mapping that may store them elsewhere. With several
+    processes each has batches of its own, and all get the same tableau.
 
     Args:
-        start: see `widened`; its rows are what the fit is shrunk to.
-        lessons: the teacher's states at the nodes of ``start``.
-        rows: those to fit; by default all.
+        denoiser: the model.
+        start: the tableau to begin with, see `widened`; the fit is shrunk to its rows.
+        batches: the teacher's states at the nodes of ``start``.
+        form: which coefficients are fitted.
+        rows: the rows to fit; by default all.
+        cache: where the student's states and outputs are stored, ``x-{batch}`` and ``h-{evaluation}-{batch}``; by default in memory.
 
     Raises:
-        ModelError: as the denoiser.
-        FewstepError: no lessons, a start with other coefficients than the form's, or states that are not finite.
+        ModelError: the denoiser refuses its inputs.
+        FewstepError: no batches, a start without the coefficients of the form, or states that are not finite.
     """
-    if not lessons:
-        raise FewstepError("a fit needs at least one lesson")
-    sample = lessons[0].state(0).shape[1:]
+    if not batches:
+        raise FewstepError("a fit needs at least one batch of trajectories")
+    sample = batches[0].state(0).shape[1:]
     if start.memory != form.memory(len(start.update)) or start.update.shape[3:] != form.shape(sample):
         raise FewstepError("the tableau to start from has not the coefficients of the form: make it with widened(parent, form, shape)")
-    kept, rows = {} if kept is None else kept, range(len(start.update)) if rows is None else rows
-    tableau, shape, device = start, start.update.shape[3:], lessons[0].state(0).device
+    cache, rows = {} if cache is None else cache, range(len(start.update)) if rows is None else rows
+    tableau, shape, device = start, start.update.shape[3:], batches[0].state(0).device
     for i in range(len(start.update)):
         equations = NormalEquations(shape.numel(), 1 + min(i + 1, start.memory))
-        for k, lesson in enumerate(lessons):
-            x = kept[f"x-{k}"].to(device) if i else lesson.state(0)
+        for k, batch in enumerate(batches):
+            x = cache[f"x-{k}"].to(device) if i else batch.state(0)
             with torch.no_grad():
-                kept[f"h-{i}-{k}"] = denoiser(x, start.nodes.t[i], lesson.cond).to(x.dtype)
+                cache[f"h-{i}-{k}"] = denoiser(x, start.nodes.t[i], batch.cond).to(x.dtype)
             if i in rows:
-                equations.add(_features(x, _history(kept, i, k, start.memory)), lesson.state(i + 1))
+                equations.add(_features(x, _history(cache, i, k, start.memory)), batch.state(i + 1))
         if i in rows:
             tableau = _fitted(tableau, i, equations.over_processes(), form)
-        for k, lesson in enumerate(lessons):
-            x = kept[f"x-{k}"].to(device) if i else lesson.state(0)
-            newest, *past = (h.to(device) for h in _history(kept, i, k, start.memory))
+        for k, batch in enumerate(batches):
+            x = cache[f"x-{k}"].to(device) if i else batch.state(0)
+            newest, *past = (h.to(device) for h in _history(cache, i, k, start.memory))
             room = (torch.zeros_like(x) for _ in range(start.memory - len(past)))
-            kept[f"x-{k}"] = advance(tableau.rows(x)[i], State(x, None, (*past, *room)), newest).x
+            cache[f"x-{k}"] = advance(tableau.rows(x)[i], State(x, None, (*past, *room)), newest).x
     return tableau
 
 
-def _history(kept: MutableMapping[str, Tensor], i: int, k: int, memory: int) -> list[Tensor]:
-    """The outputs for one lesson, newest first."""
-    return [kept[f"h-{j}-{k}"] for j in range(i, max(-1, i - memory), -1)]
+def _history(cache: MutableMapping[str, Tensor], i: int, k: int, memory: int) -> list[Tensor]:
+    """Return the outputs for one batch, newest first."""
+    return [cache[f"h-{j}-{k}"] for j in range(i, max(-1, i - memory), -1)]
 
 
 def _features(x: Tensor, history: Sequence[Tensor]) -> Tensor:
@@ -217,7 +227,7 @@ def _features(x: Tensor, history: Sequence[Tensor]) -> Tensor:
 
 
 def _fitted(tableau: Tableau, i: int, equations: NormalEquations, form: FitForm) -> Tableau:
-    """The tableau with row ``i`` solved."""
+    """Return the tableau with row ``i`` solved."""
     shape, count = tableau.update.shape[3:], equations.gram.shape[1] - 1
     parent = tableau.update[i, 1, 1 : 1 + count].reshape(count, -1).mean(1)
     if not all(bool(torch.isfinite(part).all()) for part in (equations.gram, equations.right)):  # lstsq crashes on these
@@ -229,54 +239,54 @@ def _fitted(tableau: Tableau, i: int, equations: NormalEquations, form: FitForm)
     return Tableau(tableau.nodes, tableau.record, update, bias, tableau.noise)
 
 
-# -- all coefficients and levels for where the samples end ---------------------------------------------------------------
+# -- all coefficients and levels together, on the endpoints --------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class _Free:
-    """A tableau whose coefficients may move, alike for all elements, and its inner levels with them if ``schedule`` is not None."""
+    """A tableau with free coefficients, changed alike for all elements, and free inner levels unless ``schedule`` is None."""
 
     tableau: Tableau
     schedule: NoiseSchedule | None
 
-    def moves(self, runs: Sequence[Run], size: float) -> Moves:
-        """Every row along the principal directions of its features, every level by itself."""
-        tableau, each, places = self.tableau, list[Move](), list[tuple[int, Tensor]]()
-        step = max(DIFFERENCE * size, FINEST * _rms(runs))
+    def parameters(self, runs: Sequence[CachedRun], size: float) -> Parameters:
+        """Return every row's weights along the principal directions of its features, and every level, as free numbers."""
+        tableau, perturb, places = self.tableau, list[Perturbation](), list[tuple[int, Tensor]]()
+        far = max(DIFFERENCE * size, FINEST * _rms(runs))
         for i in range(len(tableau.update)):
             for direction in _directions(runs, i, min(i + 1, tableau.memory)):
                 places.append((i, direction))
-                each.append(lambda i=i, direction=direction: (_along(tableau, [(i, step * direction)]), step))
+                perturb.append(lambda i=i, direction=direction: (_along(tableau, [(i, far * direction)]), far))
         levels = None if self.schedule is None else Levels(TimeGrid(tableau.nodes.t), self.schedule)
-        for move in levels.moves() if levels is not None else []:
-            each.append(lambda move=move: None if move is None else (self._on(tableau, move[0]), move[1]))
+        for level in levels.perturbed() if levels is not None else []:
+            perturb.append(lambda level=level: None if level is None else (self._on(tableau, level[0]), level[1]))
 
-        def together(far: Tensor) -> _Free | None:
-            changes = [(i, amount * direction) for (i, direction), amount in zip(places, far, strict=False)]
-            grid = None if levels is None else levels.moved(far[len(places) :])
+        def step(delta: Tensor) -> _Free | None:
+            changes = [(i, amount * direction) for (i, direction), amount in zip(places, delta, strict=False)]
+            grid = None if levels is None else levels.moved(delta[len(places) :])
             if levels is not None and grid is None:
                 return None
             moved = _along(tableau, changes)
             return replace(self, tableau=moved if grid is None else self._on(moved, grid))
 
-        return Moves(each, together)
+        return Parameters(perturb, step)
 
     def _on(self, tableau: Tableau, grid: TimeGrid) -> Tableau:
-        """The same coefficients, evaluated at other levels."""
+        """Return the same coefficients, evaluated at other levels."""
         assert self.schedule is not None
         return Tableau(Nodes.at(self.schedule, grid.t), tableau.record, tableau.update, tableau.bias, tableau.noise)
 
 
 def _along(tableau: Tableau, changes: Sequence[tuple[int, Tensor]]) -> Tableau:
-    """Each of some rows with its weights of state and outputs changed."""
+    """Return the tableau with the weights of state and outputs changed in some rows."""
     update = tableau.update.clone()
     for i, change in changes:
         update[i, 1, 1 : 1 + len(change)] += change.reshape(-1, *(1,) * (update.ndim - 3))
     return Tableau(tableau.nodes, tableau.record, update, tableau.bias, tableau.noise)
 
 
-def _directions(runs: Sequence[Run], i: int, count: int) -> list[Tensor]:
-    """Changes of the weights of row ``i``, each ``[1 + count]``, that move its state by 1 (RMS) and are orthogonal in that."""
+def _directions(runs: Sequence[CachedRun], i: int, count: int) -> list[Tensor]:
+    """Return changes of the weights of row ``i``, each ``[1 + count]``, that move its next state by 1 (RMS), in orthogonal directions."""
     gram, rows = torch.zeros(1 + count, 1 + count, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for run in runs:
         features = _features(run.states[i].x, run.states[i + 1].history[:count]).flatten(1).cpu().double()
@@ -289,17 +299,25 @@ def _directions(runs: Sequence[Run], i: int, count: int) -> list[Tensor]:
     return [vector / value.sqrt() / size for value, vector in zip(values, vectors.T, strict=True) if float(value) > WEAKEST**2]
 
 
-def _rms(runs: Sequence[Run]) -> float:
-    return mean_over_processes(torch.cat([sizes(run.states[-1].x) for run in runs]).square()) ** 0.5
+def _rms(runs: Sequence[CachedRun]) -> float:
+    return mean_over_processes(torch.cat([per_sample_rmse(run.states[-1].x) for run in runs]).square()) ** 0.5
 
 
 def sweep(
-    windows: Sequence[Sequence[Ends]],
+    windows: Sequence[Sequence[EndpointError]],
     tableau: Tableau,
     schedule: NoiseSchedule | None,
     *,
     iterations: int,
     observe: Callable[[int, float], None] | None = None,
 ) -> Tableau:
-    """The tableau with all its coefficients, and its inner levels if ``schedule`` is given, moved for where its samples end."""
-    return descend(windows, _Free(tableau, schedule), iterations=iterations, steps=STEPS, observe=observe).tableau
+    """Minimise the endpoint error over all coefficients of a tableau together, and over its inner levels if ``schedule`` is given.
+
+    Args:
+        windows: batches of noises, see `levenberg_marquardt`.
+        tableau: where to start.
+        schedule: the noise law whose times the levels are; None to leave them where they are.
+        iterations: largest number of iterations.
+        observe: called after each iteration with its number and the objective.
+    """
+    return levenberg_marquardt(windows, _Free(tableau, schedule), iterations=iterations, steps_each=STEPS, observe=observe).tableau

@@ -1,8 +1,8 @@
-r"""Refine a schedule by the error that it really makes: least squares on the ends of a few sampled trajectories.
+r"""Refine a schedule by the error that it really makes: least squares on the endpoints of a few sampled trajectories.
 
-Bounds rank schedules of first-order steps. A multistep solver also amplifies what is wrong with its past outputs, which no bound
+Bounds rank schedules of first-order steps. A multistep solver also amplifies the errors of its past outputs, which no bound
 along the exact trajectory sees, so its schedule is judged by running it, and its inner levels ``lam_1 .. lam_{N-1}`` are the free numbers
-that `descend` moves.
+of `levenberg_marquardt`.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.grid import TimeGrid
-from fewstep.core.schedule import DiscreteVP, NoiseSchedule
+from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Solver, Tableau, tabulate
-from fewstep.learn.search.endpoint import Ends, Moves, Run, descend, rms, sizes
+from fewstep.learn.search.endpoint import CachedRun, EndpointError, Parameters, levenberg_marquardt, per_sample_rmse, rms
 from fewstep.runtime.errors import GridError, SolverError
 
-__all__ = ["EndError", "Levels", "refine"]
+__all__ = ["Levels", "SolverEndpointError", "refine"]
 
 DIFFERENCE = 0.1  # of the smaller gap beside a level: how far it moves for a difference
 REACH = 0.4  # of the gap: how far it may move in one iteration, so that no two levels meet
 
 
-class EndError(Ends):
-    """The error of a solver's samples from fixed noises, as a function of its grid."""
+class SolverEndpointError(EndpointError):
+    """The endpoint error of a solver's samples from fixed noises, as a function of its grid."""
 
     def __init__(self, denoiser: Denoiser, solver: Solver, x: Tensor, exact: Tensor, cond: Cond = None) -> None:
         super().__init__(denoiser, x, exact, cond)
         self.solver = solver
 
     def tableau(self, grid: TimeGrid) -> Tableau:
-        """The solver on a grid.
+        """Put the solver on a grid.
 
         Raises:
             SolverError: the solver adds noise, or cannot run on this grid.
@@ -45,29 +45,29 @@ class EndError(Ends):
             raise SolverError(f"{type(self.solver).__name__} adds noise, and has no exact ends to compare with: use a deterministic solver")
         return tableau
 
-    def residual(self, grid: TimeGrid, base: Run | None = None) -> tuple[Tensor, Run]:
-        """`run` on a grid."""
+    def residual(self, grid: TimeGrid, base: CachedRun | None = None) -> tuple[Tensor, CachedRun]:
+        """Run the solver on a grid, see `run`."""
         return self.run(self.tableau(grid), base)
 
     def rmse(self, grid: TimeGrid) -> float:
-        """The root mean square error of all samples on a grid."""
+        """Return the root mean square error of all samples on a grid."""
         return rms(self.residual(grid)[0])
 
-    def typical(self, grid: TimeGrid) -> float:
-        """The mean over samples of each one's root mean square error."""
-        return float(sizes(self.residual(grid)[0]).mean())
+    def mean_error(self, grid: TimeGrid) -> float:
+        """Return the mean over samples of each one's root mean square error."""
+        return float(per_sample_rmse(self.residual(grid)[0]).mean())
 
-    def first(self, count: int) -> EndError:
-        """The same problem with its first noises only."""
+    def first(self, count: int) -> SolverEndpointError:
+        """Return the same problem with its first noises only."""
         cond = self.cond[:count] if isinstance(self.cond, Tensor) else self.cond
-        return EndError(self.denoiser, self.solver, self.x[:count], self.exact[:count], cond)
+        return SolverEndpointError(self.denoiser, self.solver, self.x[:count], self.exact[:count], cond)
 
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """The inner levels ``lam`` of a grid, each in the unit of the smaller gap beside it. The ends stay.
+    """The inner levels ``lam`` of a grid as free numbers, each in units of the smaller gap beside it. The ends stay.
 
-    Times of a discrete model are moved in steps of its own.
+    Times of a discrete model move among its own times.
     """
 
     grid: TimeGrid
@@ -75,7 +75,7 @@ class Levels:
 
     @cached_property
     def lam(self) -> Tensor:
-        """All of them; an infinite one at an end as far out as the gap beside it is wide."""
+        """All levels; an infinite one at an end lies as far out as the gap beside it is wide."""
         lam = self.schedule.lam(self.grid.t).clone()
         inner = lam[torch.isfinite(lam)]
         if not len(inner):
@@ -88,24 +88,23 @@ class Levels:
 
     @cached_property
     def gap(self) -> Tensor:
-        """``[N-1]``."""
+        """The smaller gap beside each inner level, ``[N-1]``."""
         return torch.minimum(torch.diff(self.lam)[:-1], torch.diff(self.lam)[1:])
 
     def moved(self, step: Tensor) -> TimeGrid | None:
-        """The grid with every level ``step [N-1]`` gaps further, at most `REACH`; None if two of them meet."""
+        """Return the grid with every level moved by ``step [N-1]`` gaps, at most `REACH`; None if two levels meet."""
         if self.grid.steps == 1:
             return self.grid
         return self._at(self.lam[1:-1] + self.gap * step.clamp(-REACH, REACH))
 
-    def moves(self) -> list[tuple[TimeGrid, float] | None]:
-        """For each level the grid with it alone moved a little, and how many gaps far; None if it cannot move."""
+    def perturbed(self) -> list[tuple[TimeGrid, float] | None]:
+        """Return for each level the grid with that level alone moved a little, and by how many gaps; None if it cannot move."""
         return [self._move(k) for k in range(self.grid.steps - 1)]
 
     def _at(self, inner: Tensor) -> TimeGrid | None:
-        t, table = self.grid.t, self.schedule.times if isinstance(self.schedule, DiscreteVP) else None
+        t = self.grid.t
         try:
-            grid = TimeGrid(torch.cat([t[:1], self.schedule.t_of_lam(inner), t[-1:]]))
-            return grid if table is None else grid.snap(table)
+            return TimeGrid(torch.cat([t[:1], self.schedule.t_of_lam(inner), t[-1:]])).known_to(self.schedule)
         except GridError:
             return None
 
@@ -124,34 +123,35 @@ class Levels:
 class _OnGrid:
     """A solver whose grid is free."""
 
-    error: EndError
+    error: SolverEndpointError
     levels: Levels
     tableau: Tableau
 
     @classmethod
-    def at(cls, error: EndError, grid: TimeGrid) -> _OnGrid:
+    def at(cls, error: SolverEndpointError, grid: TimeGrid) -> _OnGrid:
         return cls(error, Levels(grid, error.denoiser.schedule), error.tableau(grid))
 
-    def moves(self, runs: Sequence[Run], size: float) -> Moves:
-        """Every inner level by itself."""
+    def parameters(self, runs: Sequence[CachedRun], size: float) -> Parameters:
+        """Return every inner level as a free number."""
 
-        def one(move: tuple[TimeGrid, float] | None) -> tuple[Tableau, float] | None:
-            return None if move is None else (self.error.tableau(move[0]), move[1])
+        def perturb(level: tuple[TimeGrid, float] | None) -> tuple[Tableau, float] | None:
+            return None if level is None else (self.error.tableau(level[0]), level[1])
 
-        def together(far: Tensor) -> _OnGrid | None:
-            grid = self.levels.moved(far)
+        def step(delta: Tensor) -> _OnGrid | None:
+            grid = self.levels.moved(delta)
             return None if grid is None else self.at(self.error, grid)
 
-        return Moves([partial(one, move) for move in self.levels.moves()], together)
+        return Parameters([partial(perturb, level) for level in self.levels.perturbed()], step)
 
 
 def refine(
-    error: EndError,
+    error: SolverEndpointError,
     start: TimeGrid,
     *,
     iterations: int = 6,
     evaluations: int = 30_000,
     observe: Callable[[int, float], None] | None = None,
 ) -> TimeGrid:
-    """The schedule that `descend` reaches from ``start`` on the noises of ``error``, see there."""
-    return descend([[error]], _OnGrid.at(error, start), iterations=iterations, evaluations=evaluations, observe=observe).levels.grid
+    """Refine a schedule by `levenberg_marquardt` on the noises of ``error``, starting from ``start``. Arguments as there."""
+    begin = _OnGrid.at(error, start)
+    return levenberg_marquardt([[error]], begin, iterations=iterations, evaluations=evaluations, observe=observe).levels.grid

@@ -11,9 +11,8 @@ and the ``K`` cell means, and its mean square is ``c' G c`` with the averaged Gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,17 +20,18 @@ from torch import Tensor
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.grid import TimeGrid
 from fewstep.core.prediction import aligned
-from fewstep.core.schedule import DiscreteVP, NoiseSchedule
-from fewstep.core.tableau import Nodes, advance, tabulate
+from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.tableau import Nodes, tabulate
 from fewstep.learn.teacher.jvp import JVP_METHODS, choose_jvp
-from fewstep.models.formats.folders import Model
+from fewstep.models.problem import Problem
 from fewstep.runtime.accumulate import Store, accumulate, seed_batches
 from fewstep.runtime.errors import FewstepError, GridError, ModelError
-from fewstep.runtime.process import process
-from fewstep.sampling.noise import seeded_noise, start_noise
+from fewstep.runtime.job import Job
+from fewstep.sampling.loop import steps
+from fewstep.sampling.noise import seeded_noise
 from fewstep.solvers import UniPC
 
-__all__ = ["Gram", "GramConfig", "collect_gram", "fine_grid"]
+__all__ = ["Gram", "GramConfig", "collect_gram", "fine_grid", "gram_store", "solve"]
 
 FINITE = 7.0  # |lam| beyond which levels are not uniform any more: an end further out is one level by itself
 PROBE = 1_000_002  # stream of the seeds
@@ -52,18 +52,18 @@ class Gram:
 
     @property
     def cells(self) -> int:
-        """``K``."""
+        """The number of cells ``K``."""
         return len(self.level) - 1
 
     @classmethod
     def empty(cls, level: Tensor) -> Gram:
-        """Of no data."""
+        """Make a matrix of no data."""
         size = 2 * len(level) - 1
         return cls(level, torch.zeros(size, size, dtype=torch.float64), torch.zeros(len(level), 2, dtype=torch.float64), 0)
 
     @classmethod
     def of(cls, nodes: Nodes, x: Tensor, D: Tensor, slopes: Tensor | None = None) -> Gram:  # noqa: N803
-        """Of one batch of trajectories: states and denoiser outputs at the levels, each ``[K+1, B, *D]``."""
+        """Average over one batch of trajectories: states and denoiser outputs at the levels, each ``[K+1, B, *D]``."""
         level = torch.exp(-nodes.lam)
         x, D = x.detach().cpu().double(), D.detach().cpu().double()  # noqa: N806
         cells = []
@@ -77,15 +77,15 @@ class Gram:
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], count: int) -> Gram:
-        """From what `tensors` gives."""
+        """Rebuild a matrix from its `tensors`."""
         return cls(tensors["level"], tensors["matrix"], tensors["slopes"], count)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it but the count."""
+        """Return everything except `count`, for serialisation."""
         return {"level": self.level, "matrix": self.matrix, "slopes": self.slopes}
 
     def merge(self, other: Gram) -> None:
-        """Take in the trajectories of another.
+        """Merge the trajectories of another matrix.
 
         Raises:
             GridError: it has other levels.
@@ -103,11 +103,11 @@ class Gram:
 
     @property
     def D(self) -> Tensor:  # noqa: N802
-        """``<D_j, D_k>``, ``[K+1, K+1]``."""
+        """The inner products ``<D_j, D_k>``, ``[K+1, K+1]``."""
         return self.matrix[: self.cells + 1, : self.cells + 1]
 
     def shares(self) -> Tensor:
-        """``[K+1, K+1, K]``: the share of each cell in ``Dbar_jk``; zero unless ``j < k``."""
+        """Return the share of each cell in ``Dbar_jk``, ``[K+1, K+1, K]``; zero unless ``j < k``."""
         s, K = self.level, self.cells  # noqa: N806
         j, k, m = torch.arange(K + 1)[:, None, None], torch.arange(K + 1)[None, :, None], torch.arange(1, K + 1)
         upper = torch.where(m == k, 1.0, s[k] / s[m])
@@ -115,17 +115,20 @@ class Gram:
         return torch.where((j < m) & (m <= k), share, 0.0)
 
     def ratio(self) -> Tensor:
-        """``r_jk = s_k/s_j``, ``[K+1, K+1]``; 1 unless ``j < k``."""
+        """Return ``r_jk = s_k/s_j``, ``[K+1, K+1]``; 1 unless ``j < k``."""
         r = self.level[None, :] / self.level[:, None]
         return torch.where(torch.ones_like(r).triu(1) > 0, r, 1.0)
 
 
 @dataclass(frozen=True)
 class GramConfig:
-    """``num`` trajectories at ``levels + 1`` noise levels.
+    """How to average a Gram matrix.
 
     Args:
-        seed: of the first trajectory; far from those that benchmarks start with, so that they are fresh noises.
+        levels: number of cells between the noise levels.
+        num: number of trajectories.
+        batch: number of trajectories solved at a time.
+        seed: seed of the first trajectory; by default far from the seeds of benchmarks, so that the noises are fresh.
         jacobian: also measure how strongly the denoiser reacts to its state (five times the work).
 
     Raises:
@@ -144,21 +147,24 @@ class GramConfig:
 
     @property
     def identity(self) -> str:
-        """What the matrix depends on; more trajectories may be added later, if the last batch is whole."""
+        """The options that the matrix depends on; more trajectories may be added later, if the last batch is whole."""
         whole = self.num if self.num % self.batch else "any"
         return f"levels {self.levels} batch {self.batch} seed {self.seed} jacobian {self.jacobian} num {whole}"
 
 
 def fine_grid(schedule: NoiseSchedule, levels: int) -> TimeGrid:
-    """``levels + 1`` times uniform in ``lam`` from ``t_max`` to ``t_min``; of a discrete model its own times, so fewer at the clean end."""
-    ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
-    known = torch.tensor([schedule.t_max, schedule.t_last], dtype=torch.float64) if isinstance(schedule, DiscreteVP) else ends
+    """Return ``levels + 1`` times uniform in ``lam`` from ``t_max`` to ``t_min``.
+
+    For a discrete model they are rounded to its own times, so there are fewer at the clean end.
+    """
+    ends = schedule.ends
+    known = torch.tensor([schedule.t_max, schedule.t_last], dtype=torch.float64)
     outer = schedule.lam(known)
     first, last = outer.clamp(-FINITE, FINITE).tolist()
     lam = torch.linspace(first, last, levels + 1, dtype=torch.float64)
     gap = float(lam[1] - lam[0]) / 2
     t = schedule.t_of_lam(lam[(lam > outer[0] + gap) & (lam < outer[1] - gap)])
-    if isinstance(schedule, DiscreteVP):
+    if schedule.times is not None:
         times = schedule.times.double()
         t = times[(times[:, None] - t).abs().argmin(0)].unique().flip(0)
         t = t[(t < ends[0]) & (t > ends[1])]
@@ -167,57 +173,60 @@ def fine_grid(schedule: NoiseSchedule, levels: int) -> TimeGrid:
     return TimeGrid(torch.cat([ends[:1], t, ends[1:]]))
 
 
-def collect_gram(
-    model: Model,
-    config: GramConfig,
-    folder: Path | None = None,
-    *,
-    guidance: float = 1.0,
-    device: torch.device | None = None,
-    observe: Callable[[int, str], None] | None = None,
-) -> Gram | None:
-    """The Gram matrix of a model along its own trajectories, solved by UniPC-3 with the very evaluations that it averages.
+def collect_gram(problem: Problem, config: GramConfig, job: Job | None = None) -> Gram | None:
+    """Average the Gram matrix of a model along its own trajectories, solved by UniPC-3 with the very evaluations that it averages.
 
-    Memory does not grow with ``num``. With a ``folder`` it is kept there (``gram-*.safetensors``): a killed pass continues, a finished one
-    can be given more trajectories, and the processes of ``torchrun`` share the work (all but the first get None).
+    Memory does not grow with ``num``. With a ``job`` it is stored in its folder (``gram-*.safetensors``): a killed pass continues, a
+    finished one can be given more trajectories, and the processes of ``torchrun`` share the work (all but the first get None).
 
     Args:
-        observe: called with the number of trajectories done and a note.
+        problem: the model and its guidance.
+        config: how many trajectories, at how many levels.
+        job: where the matrix is stored; its ``on_progress`` gets the number of trajectories done and a note.
 
     Raises:
         ModelError: the network's output is not finite (where).
         ArtifactError: the folder holds the matrix of another model or configuration, is damaged or cannot be written.
     """
-    device = device or torch.device("cpu")
-    model.to(device)
-    denoiser, schedule = model.guided(guidance), model.denoiser.schedule
-    nodes = Nodes.at(schedule, fine_grid(schedule, config.levels).t)
-    level = torch.exp(-nodes.lam)
-    whole = f"{model.fingerprint} {guidance} {config.identity}"
-    store = None if folder is None else Store(folder, "gram", whole, Gram, work="Gram matrix", again="run the command")
+    nodes = Nodes.at(problem.schedule, fine_grid(problem.schedule, config.levels).t)
+    level, on_progress = torch.exp(-nodes.lam), _quiet if job is None else job.on_progress
 
     def fresh(seeds: range, count: int, method: str) -> Gram:
-        cond = model.labels(seeds)
-        cond = None if cond is None else cond.to(device)
-        x = start_noise(nodes, seeds, model.shape).to(device)
-        probe = torch.where(seeded_noise(seeds, model.shape, stream=PROBE) > 0, 1.0, -1.0).to(device)
-        made = _along(denoiser, nodes, x, cond, probe, method)
-        if observe is not None:
-            observe(count + len(seeds), f"{len(level)} levels")
+        probe = _signs(problem, seeds)
+        made = _along(problem.teacher, nodes, problem.start(seeds, nodes), problem.cond(seeds), probe, method)
+        on_progress(count + len(seeds), f"{len(level)} levels")
         return made
 
     def note() -> str:
-        return _method(denoiser, nodes, model) if config.jacobian else "none"
+        return _method(problem, nodes) if config.jacobian else "none"
 
     batches = seed_batches(config.seed, config.num, config.batch)
+    store = gram_store(problem, config, job)
     made = accumulate(batches, fresh, lambda: Gram.empty(level), store, note=note, verb="make a Gram matrix")
-    if made is not None and observe is not None and process()[0] == 0:
-        observe(made[0].count, "")
-    return None if made is None else made[0]
+    if made is None:
+        return None
+    on_progress(made[0].count, "")
+    return made[0]
+
+
+def gram_store(problem: Problem, config: GramConfig, job: Job | None) -> Store[Gram] | None:
+    """Return the store of a job's Gram matrix; None without a job, or for one in memory."""
+    if job is None or job.in_memory:
+        return None
+    return Store(job.folder, "gram", f"{problem.identity} {config.identity}", Gram, work="Gram matrix", again="run the command")
+
+
+def _quiet(done: int, note: str) -> None:
+    """Show nothing."""
+
+
+def _signs(problem: Problem, seeds: Sequence[int]) -> Tensor:
+    """Return random signs ``[B, *D]``, by seed."""
+    return torch.where(seeded_noise(seeds, problem.shape, stream=PROBE) > 0, 1.0, -1.0).to(problem.device)
 
 
 def _along(denoiser: Denoiser, nodes: Nodes, x: Tensor, cond: Cond, probe: Tensor, method: str) -> Gram:
-    """One batch: solve, evaluate at the last level too, and average."""
+    """Solve one batch, evaluate at the last level too, and average."""
     states, outputs, slopes = [], [], []
     function = _at(denoiser, cond)
 
@@ -240,28 +249,23 @@ def _along(denoiser: Denoiser, nodes: Nodes, x: Tensor, cond: Cond, probe: Tenso
 
 @torch.no_grad()
 def solve(denoiser: Denoiser, nodes: Nodes, x: Tensor, cond: Cond) -> Iterator[tuple[Tensor, Tensor]]:
-    """The trajectory from ``x [B, *D]`` by UniPC-3 on the nodes: at each the (corrected) state and the denoiser's answer."""
-    tableau = tabulate(UniPC(3), nodes)
-    state = tableau.start(x)
-    for k, row in enumerate(tableau.rows(x)):
-        D = denoiser(state.x, nodes.t[k], cond)  # noqa: N806
-        state = advance(row, state, D)
-        assert state.anchor is not None  # UniPC steps from the corrected state
-        yield state.anchor, D
-    yield state.x, denoiser(state.x, nodes.t[-1], cond)
+    """Solve the trajectory from ``x [B, *D]`` by UniPC-3 and yield, at each node, the (corrected) state and the denoiser's answer."""
+    end = x
+    for step in steps(denoiser, tabulate(UniPC(3), nodes), x, cond):
+        assert step.state.anchor is not None  # UniPC steps from the corrected state
+        yield step.state.anchor, step.x0
+        end = step.x_next
+    yield end, denoiser(end, nodes.t[-1], cond)
 
 
 def _at(denoiser: Denoiser, cond: Cond) -> Callable[[Tensor, Tensor], Tensor]:
-    """``(x, t) -> D``."""
+    """Return the denoiser as a function ``(x, t) -> D``."""
     return lambda x, t: denoiser(x, t, cond)
 
 
-def _method(denoiser: Denoiser, nodes: Nodes, model: Model) -> str:
-    """How this network can be differentiated, tried in the middle of the range."""
-    k = nodes.evaluations // 2
-    sigma = float(nodes.sigma[k])
-    z = seeded_noise([0, 1], model.shape)
-    labels = model.labels([0, 1])
-    device = next(iter(model.denoiser.network.parameters())).device if isinstance(model.denoiser.network, torch.nn.Module) else z.device
-    z, labels = z.to(device), None if labels is None else labels.to(device)
-    return choose_jvp(_at(denoiser, labels), (sigma * z, nodes.t[k]), (z.sign(), torch.zeros_like(nodes.t[k])), sigma, "auto")
+def _method(problem: Problem, nodes: Nodes) -> str:
+    """Choose how to differentiate this network, by trials in the middle of the range of noise levels."""
+    k, seeds = nodes.evaluations // 2, [0, 1]
+    sigma, z = float(nodes.sigma[k]), seeded_noise(seeds, problem.shape).to(problem.device)
+    function, point = _at(problem.teacher, problem.cond(seeds)), (sigma * z, nodes.t[k])
+    return choose_jvp(function, point, (z.sign(), torch.zeros_like(nodes.t[k])), sigma, "auto")

@@ -28,9 +28,9 @@ ROUND_OFF = 1e-3  # of the state's size: a smaller step would be lost in float32
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Within it, attention and group normalisation of any network have forward-mode derivatives.
+    """Give attention and group normalisation of any network forward-mode derivatives, within the context.
 
-    PyTorch's fused attention kernels have none, and that of GroupNorm wants contiguous inputs.
+    PyTorch's fused attention kernels have none, and the kernel of GroupNorm needs contiguous inputs.
     """
 
     def contiguous(module: nn.Module, inputs: Any) -> Any:  # noqa: ANN401 - whatever a module is called with
@@ -47,7 +47,7 @@ def differentiable() -> Iterator[None]:
 
 
 def _forward(function: Function, point: Pair, direction: Pair, scale: float) -> Pair:
-    """Forward mode: one pass with dual numbers."""
+    """Differentiate in forward mode: one pass with dual numbers."""
     with torch.no_grad(), differentiable(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # PyTorch's own use: as an error it would refuse this
         value, derivative = torch.func.jvp(function, point, direction)[:2]
@@ -55,7 +55,7 @@ def _forward(function: Function, point: Pair, direction: Pair, scale: float) -> 
 
 
 def _reverse(function: Function, point: Pair, direction: Pair, scale: float) -> Pair:
-    """``u -> J^T u`` is linear, so its own gradient along the direction is ``J`` times it."""
+    """Differentiate by two reverse passes: ``u -> J^T u`` is linear, so its gradient along the direction is ``J`` times the direction."""
     with torch.enable_grad(), differentiable():
         x, lam = (value.detach().clone().requires_grad_() for value in point)
         value = function(x, lam)
@@ -68,7 +68,7 @@ def _reverse(function: Function, point: Pair, direction: Pair, scale: float) -> 
 
 @torch.no_grad()
 def _difference(function: Function, point: Pair, direction: Pair, scale: float) -> Pair:
-    """A central difference, its step a part of ``scale`` but not so small that rounding would eat it."""
+    """Take a central difference, with a step in proportion to ``scale`` but above the rounding of the state."""
     size = float(direction[0].square().mean().sqrt().clamp_min(1e-12))
     h = max(DIFFERENCE * scale, ROUND_OFF * float(point[0].square().mean().sqrt())) / size
     ahead, behind = (function(point[0] + step * direction[0], point[1] + step * direction[1]) for step in (h, -h))
@@ -79,12 +79,14 @@ JVP_METHODS: dict[str, Derivative] = {"forward": _forward, "reverse": _reverse, 
 
 
 def choose_jvp(function: Function, point: Pair, direction: Pair, scale: float, method: str = "auto") -> str:
-    """The first of `JVP_METHODS` that works on this function, or the one asked for if it does: differences judge the derivatives.
+    """Return the first of `JVP_METHODS` whose derivative of this function agrees with a central difference.
 
     Args:
         function: ``(x [B, *D], lam []) -> [B, *D]``.
-        point, direction: where, and along what.
+        point: where to differentiate, ``(x, lam)``.
+        direction: the direction to differentiate along, likewise.
         scale: the size of a change of ``x`` over which the function bends.
+        method: the only one to try, or ``auto`` for all of them.
 
     Raises:
         ModelError: none works; the message says why for each.

@@ -1,4 +1,4 @@
-r"""What calibration accumulates, and the statistics that are fitted to it.
+r"""Moments that calibration accumulates, and the statistics that are fitted to them.
 
 In ``X = x/alpha`` along a trajectory, with ``D' = dD/dlam`` and Rademacher ``v``, the statistics at each ``lam`` are (Zheng et al.,
 arXiv 2310.13268)
@@ -6,7 +6,7 @@ arXiv 2310.13268)
     l = 1 - E[v (dD/dX) v],        F = (1 - l) X - D,        s, b = the regression of F' on F
 
 and ``F`` and ``F'`` are linear in ``X, D, D'`` with coefficients that depend on ``l`` alone. So four means and five second moments
-are enough, no datum is kept, and any pooling over elements is fitted afterwards.
+are enough, no datum is stored, and any pooling over elements is fitted afterwards.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ class Moments:
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], count: int) -> Moments:
-        """From what `tensors` gives."""
+        """Rebuild moments from their `tensors`."""
         mean, second = tensors["mean"], tensors["second"]
         made = cls(len(mean), mean.shape[2:])
         made.mean, made.second, made.count = mean, second, count
         return made
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it but the count."""
+        """Return everything except `count`, for serialisation."""
         return {"mean": self.mean, "second": self.second}
 
     @classmethod
     def of(cls, batch: Iterable[Tensor], levels: int, shape: Sequence[int]) -> Moments:
-        """Of one batch: at each level ``[4, B, *D]`` in the order of `MEANS`."""
+        """Take the moments of one batch: at each level ``[4, B, *D]`` in the order of `MEANS`."""
         made = cls(levels, shape)
         for k, values in enumerate(batch):
             values = values.cpu().double()
@@ -64,7 +64,7 @@ class Moments:
         return made
 
     def merge(self, other: Moments) -> None:
-        """Take in the moments of other data (Chan, Golub and LeVeque, 1979)."""
+        """Merge the moments of other data (Chan, Golub and LeVeque, 1979)."""
         total = self.count + other.count
         gap = other.mean - self.mean
         between = torch.stack([gap[:, one] * gap[:, two] for one, two in SECOND], 1)
@@ -73,7 +73,7 @@ class Moments:
         self.count = total
 
     def fit(self, lam: Tensor, pool: str) -> tuple[Tensor, Tensor, Tensor]:
-        """``l, s, b [S+1, *E]`` by the least squares of the paper's section 3.1, each shared as ``pool`` says and all fitted together."""
+        """Fit ``l, s, b [S+1, *E]`` by the least squares of the paper's section 3.1, all together and each shared as ``pool`` says."""
         shared, shared_b = (self._axes(axes) for axes in POOLS[pool])
         X, D, dD, vJv = self.mean.unbind(1)
         XX, DD, XD, XdD, DdD = (self.second / self.count).unbind(1)

@@ -1,4 +1,4 @@
-"""Teacher trajectories as a data set on disk: solved once on many steps, kept at a few times, read at random by a student.
+"""Teacher trajectories as a data set on disk: solved once on many steps, stored at a few times, read at random by a student.
 
 The start ``x_T`` is not stored, since its seed gives it; the class label is, where the model takes one.
 """
@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ from torch import Tensor
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule, VPLinear, schedule_from_config
-from fewstep.core.tableau import Nodes, Solver, Tableau, advance, tabulate
-from fewstep.models.formats.folders import Model
-from fewstep.runtime.artifact import check_writable, read_json, write_whole
+from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
+from fewstep.models.analytic import GaussianDenoiser
+from fewstep.models.model import Model
+from fewstep.models.problem import Problem, check_model
+from fewstep.runtime.artifact import read_json, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError, look_up
-from fewstep.runtime.process import process, wait_for_all
-from fewstep.sampling.loop import FiniteCheck
+from fewstep.runtime.front_door import checked
+from fewstep.runtime.job import Job, Progress
+from fewstep.runtime.process import wait_for_all
+from fewstep.sampling.loop import steps
 from fewstep.sampling.noise import start_noise
 from fewstep.solvers import make_solver, takes_statistics
 
@@ -41,18 +45,28 @@ AGAIN = "remove it and run the same command again"
 class TrajectoryConfig:
     """How to make teacher trajectories.
 
+    Args:
+        num: number of trajectories.
+        nfe: least number of network evaluations per trajectory: every stored interval is divided into equally many steps.
+        solver: name of a solver that adds no noise, needs no statistics and starts every step at a time of the grid.
+        seed: seed of the first trajectory; the next has the next seed.
+        guidance: classifier-free guidance scale at which the teacher samples.
+        label: one class for all; by default the seed modulo the number of classes.
+        batch: number of trajectories solved at a time, and stored in a file.
+        dtype: dtype of the stored states: float32, float16 or bfloat16.
+
     Raises:
         FewstepError: a number out of range, an unknown dtype or solver, or a solver that adds noise or needs statistics.
     """
 
     num: int = 8192
-    nfe: int = 128  # evaluations per trajectory, at least: every kept interval is divided into equally many steps
-    solver: str = "unipc-3"  # any that adds no noise and starts every step at a time of the grid
-    seed: int = 0  # of the first; the next has the next seed
+    nfe: int = 128
+    solver: str = "unipc-3"
+    seed: int = 0
     guidance: float = 1.0
-    label: int | None = None  # one class for all; by default `Model.labels` of the seeds
-    batch: int = 256  # trajectories at a time, and per shard
-    dtype: str = "float32"  # of what is stored
+    label: int | None = None
+    batch: int = 256
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if min(self.num, self.nfe, self.batch) < 1 or not math.isfinite(self.guidance):
@@ -67,13 +81,13 @@ class TrajectoryConfig:
             raise SolverError(f"{self.solver} adds noise, and a trajectory is the solution of the ODE: use a solver like unipc-3")
 
     def shards(self, folder: Path) -> dict[Path, range]:
-        """The files to be made, and the seeds in each."""
+        """Return the files to be made, and the seeds in each."""
         seeds, starts = range(self.seed, self.seed + self.num), range(0, self.num, self.batch)
         return {folder / f"shard-{k:05d}.safetensors": seeds[start : start + self.batch] for k, start in enumerate(starts)}
 
 
 def teacher_grid(schedule: NoiseSchedule, grid: TimeGrid, nfe: int, evaluations_per_step: int = 1) -> TimeGrid:
-    """``grid`` with each interval divided into the same number of steps, the fewest that make at least ``nfe`` evaluations.
+    """Divide each interval of a grid into the same number of steps, the fewest that make at least ``nfe`` evaluations.
 
     They are uniform in ``lam``, or in the angle ``arctan(sigma/alpha)`` where ``lam`` is infinite at an end of their interval; the times
     of ``grid`` stay as they are, bit for bit.
@@ -91,7 +105,7 @@ def teacher_grid(schedule: NoiseSchedule, grid: TimeGrid, nfe: int, evaluations_
 
 
 class TrajectorySolver:
-    """A solver on the fine grid, which shows its states at the kept times: the corrected ones, of a solver that corrects."""
+    """A solver on the fine grid that returns its states at the stored times: of a predictor-corrector the corrected ones."""
 
     def __init__(self, denoiser: Denoiser, solver: Solver, grid: TimeGrid, nfe: int) -> None:
         fine = teacher_grid(denoiser.schedule, grid, nfe, solver.stages)
@@ -99,27 +113,32 @@ class TrajectorySolver:
         self.tableau, stride = tabulate(solver, solver.nodes(fine, denoiser.schedule)), self.parts * solver.stages
         if not torch.equal(self.tableau.nodes.t[:-1][::stride], grid.t[:-1]):
             raise SolverError(f"{type(solver).__name__} does not start each of its steps at a time of the grid: use a solver like unipc-3")
-        self.from_anchor = {i: kept for i, kept in enumerate(_in_anchor(self.tableau)) if i and i % stride == 0}
+        corrected = _in_anchor(self.tableau, denoiser.schedule)
+        self.from_anchor = {i: shown for i, shown in enumerate(corrected) if i and i % stride == 0}
 
     @torch.no_grad()
     def run(self, x: Tensor, cond: Cond, observe: Callable[[float], None] | None = None) -> Tensor:
-        """The states ``[B, T-1, *D]`` at all kept times but the first, on the CPU; ``observe`` is given each noise level."""
-        nodes, state, finite, kept = self.tableau.nodes, self.tableau.start(x), FiniteCheck(), []
-        for i, row in enumerate(self.tableau.rows(x)):
-            x0 = self.denoiser(state.x, nodes.t[i], cond).to(x.dtype)
-            finite.note(x0)
-            here, state = state.x, advance(row, state, x0)
-            if i in self.from_anchor:
-                kept.append((state.anchor if self.from_anchor[i] and state.anchor is not None else here).cpu())
+        """Return the states ``[B, T-1, *D]`` at all stored times but the first, on the CPU.
+
+        Args:
+            x: the start ``[B, *D]``.
+            cond: handed to the denoiser.
+            observe: called with the noise level of each stored time.
+        """
+        stored, end = [], x
+        for step in steps(self.denoiser, self.tableau, x, cond):
+            if step.i in self.from_anchor:
+                corrected = step.state.anchor if self.from_anchor[step.i] else None
+                stored.append((step.x if corrected is None else corrected).cpu())
                 if observe is not None:
-                    observe(float(torch.exp(-nodes.lam[i])))
-        finite.done(lambda i: f"t = {nodes.t[i]:g}, noise level {torch.exp(-nodes.lam[i]):.4g}")
-        return torch.stack([*kept, state.x.cpu()], 1)
+                    observe(float(torch.exp(-self.tableau.nodes.lam[step.i])))
+            end = step.x_next
+        return torch.stack([*stored, end.cpu()], 1)
 
     def error(self, start: Tensor, cond: Cond, states: Tensor) -> dict[str, float | None]:
-        """The RMSE between ``states`` and those on half the steps: at the last time, and the largest at any time that both keep.
+        """Return the RMSE between ``states`` and a solution with half the steps: at the last time, and the largest at any stored time.
 
-        Half are those of each interval or, where these are odd, of all intervals, by leaving out every second kept time.
+        Every interval gets half its steps; where their number is odd, every second stored time is left out instead.
         """
         t, parts = self.grid.t, self.parts
         if len(t) == 2 and parts == 1:
@@ -134,68 +153,79 @@ class TrajectorySolver:
         return {"teacher_error": float(rmse[-1]), "teacher_error_largest": float(rmse.max())}
 
 
-def _in_anchor(tableau: Tableau) -> list[bool]:
-    """Whether the anchor is, after an evaluation, the state at its time: on data that are all 0, where states are multiples of sigma."""
-    sigma, state, found = tableau.nodes.sigma, tableau.start(tableau.nodes.sigma[:1].clone()), []
-    for i, row in enumerate(tableau.rows(sigma)):
-        state = advance(row, state, torch.zeros_like(state.x))
-        found.append(state.anchor is not None and bool(torch.isclose(state.anchor, sigma[i], rtol=1e-6, atol=0)))
-    return found
+def _in_anchor(tableau: Tableau, schedule: NoiseSchedule) -> list[bool]:
+    """Return for each evaluation whether the anchor is the state at its time: for data that are 0 it is then a multiple of sigma."""
+    zero, sigma = GaussianDenoiser(schedule, torch.zeros(1), torch.zeros(())), tableau.nodes.sigma
+    anchors = [step.state.anchor for step in steps(zero, tableau, sigma[:1, None].clone())]
+    return [one is not None and bool(torch.isclose(one, now, rtol=1e-6, atol=0)) for one, now in zip(anchors, sigma, strict=False)]
 
 
+@checked
 def generate_trajectories(
     model: Model,
     grid: TimeGrid,
-    config: TrajectoryConfig,
-    folder: str | Path,
+    out: str | Path,
     *,
-    device: torch.device | None = None,
+    guidance: float | None = None,
+    config: TrajectoryConfig | None = None,
+    device: torch.device | str | None = None,
     command: str = "",
-    observe: Callable[[int, str], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Trajectories | None:
-    """Solve the sampling ODE from seeded noise and keep the states at the times of ``grid``; None in all processes but the first.
+    """Solve the sampling ODE from seeded noise and store the states at the times of ``grid``; None in all processes but the first.
 
     Each batch is a file of its own, so a killed run continues and ends with the same numbers, a finished folder is only read, and more
     trajectories can be added to one whose last shard is whole. The processes of ``torchrun`` share the batches. The card has
-    ``teacher_error``: over the first batch, the RMSE at the last time between the trajectories and those on half the steps.
+    ``teacher_error``: over the first batch, the RMSE at the last time between the trajectories and a solution with half the steps.
 
     Args:
-        grid: the kept times ``[T]``, from the noise at ``t_max`` to the last.
-        device: where to compute, and where the model is moved.
-        command: for the card.
-        observe: called with the number of trajectories done and a note.
+        model: the teacher.
+        grid: the stored times ``[T]``, from the noise at ``t_max`` to the last.
+        out: the folder.
+        guidance: scale at which the teacher samples; by default the configuration's.
+        config: how to solve, and how many.
+        device: where to compute; the model is moved there.
+        command: the command line, for the card.
+        on_progress: called with the number of trajectories done and a note.
 
     Raises:
         ModelError: no such label or guidance, or an output that is not finite (where).
-        ArtifactError: the folder cannot be written, or holds trajectories of another request.
+        ArtifactError: the folder cannot be written, is in use, or holds trajectories of another request.
     """
-    folder, device, (rank, world) = Path(folder), device or torch.device("cpu"), process()
-    check_writable(folder)
-    teacher = TrajectorySolver(model.to(device).guided(config.guidance), make_solver(config.solver), grid, config.nfe)
+    config = config or TrajectoryConfig()
+    config = config if guidance is None else replace(config, guidance=guidance)
+    check_model(model)
+    with Job.open("make trajectories", out, device=device or model.device, on_progress=on_progress, command=command) as job:
+        return trajectories_of(Problem(model, config.guidance, job.device), grid, config, job)
+
+
+def trajectories_of(problem: Problem, grid: TimeGrid, config: TrajectoryConfig, job: Job) -> Trajectories | None:
+    """Make or complete the trajectories of a problem in a job's folder, see `generate_trajectories`."""
+    teacher = TrajectorySolver(problem.teacher, make_solver(config.solver), grid, config.nfe)
     about = {name: value for name, value in asdict(config).items() if name != "num"} | {
         "nfe": teacher.tableau.nodes.evaluations,
-        "guidance": float(config.guidance),
+        "guidance": problem.guidance,
         "times": grid.t.tolist(),
-        "shape": list(model.shape),
-        "classes": model.classes,
-        "schedule": model.denoiser.schedule.to_config(),
-        "model": model.fingerprint,
+        "shape": list(problem.shape),
+        "classes": problem.model.classes,
+        "schedule": problem.schedule.to_config(),
+        "model": problem.fingerprint,
     }
     about["identity"] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    wanted, done, observe = config.shards(folder), 0, observe or (lambda done, note: None)
-    model.labels([config.seed], config.label)  # an unknown label is said before anything else
-    present = _survey(folder, about["identity"], wanted)
-    for number, (path, seeds) in list(enumerate(wanted.items()))[rank::world]:
+    wanted, done = config.shards(job.folder), 0
+    problem.labels([config.seed], config.label)  # an unknown label is refused before anything else
+    present = _survey(job.folder, about["identity"], wanted)
+    for number, (path, seeds) in list(enumerate(wanted.items()))[job.rank :: job.world]:
         if path not in present:
-            labels = model.labels(seeds, config.label)
-            x, cond = start_noise(teacher.tableau.nodes, seeds, model.shape).to(device), None if labels is None else labels.to(device)
-            states = teacher.run(x, cond, lambda level, done=done: observe(done, f"noise level {level:.3g}"))
+            x, cond = problem.start(seeds, teacher.tableau.nodes), problem.cond(seeds, config.label)
+            states = teacher.run(x, cond, lambda level, done=done: job.on_progress(done, f"noise level {level:.3g}"))
             error = {} if number else teacher.error(x, cond, states)
+            labels = problem.labels(seeds, config.label)
             _write_shard(path, about["identity"], seeds, states.to(DTYPES[config.dtype]), labels, error)
         done = seeds[-1] + 1 - config.seed
-        observe(done, f"shard {number + 1} of {len(wanted)}")
+        job.on_progress(done, f"shard {number + 1} of {len(wanted)}")
     wait_for_all()
-    return None if rank else _finish(folder, about, wanted, {"of": model.name}, {"command": command})
+    return None if job.rank else _finish(job.folder, about, wanted, {"of": problem.name}, {"command": job.command})
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -211,7 +241,7 @@ def _write_shard(path: Path, identity: str, seeds: range, states: Tensor, labels
 
 
 def _read_shard(path: Path, identity: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a shard says of itself, and its tensors, mapped rather than read."""
+    """Return the description of a shard and its tensors, mapped rather than read."""
     if not path.exists():
         raise ArtifactError(f"{path} is missing: run the same command again")
     try:
@@ -226,7 +256,7 @@ def _read_shard(path: Path, identity: str) -> tuple[dict[str, Any], dict[str, Te
 
 
 def _survey(folder: Path, identity: str, wanted: dict[Path, range]) -> set[Path]:
-    """The shards that are there already; each must be one of those wanted."""
+    """Return the shards that are there already, and refuse any that is not wanted."""
     found = set(folder.glob("shard-*.safetensors"))
     for path in sorted(found):
         about, _ = _read_shard(path, identity)
@@ -239,7 +269,7 @@ def _survey(folder: Path, identity: str, wanted: dict[Path, range]) -> set[Path]
 
 
 def _finish(folder: Path, about: dict[str, Any], wanted: dict[Path, range], of: dict[str, str], by: dict[str, str]) -> Trajectories:
-    """The card, and the manifest last of all."""
+    """Write the card, and the manifest last of all."""
     shards = {path.name: _read_shard(path, about["identity"])[0] for path in wanted}
     listed = [{"file": name, "count": shard["count"], "sha256": shard["sha256"]} for name, shard in shards.items()]
     card = {**of, "solver": about["solver"], "nfe": about["nfe"], **next(iter(shards.values()))["error"], **by}
@@ -256,7 +286,7 @@ def _finish(folder: Path, about: dict[str, Any], wanted: dict[Path, range], of: 
 class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
     """A folder of trajectories: the states ``x [T, *D]`` of each at the times ``t [T]``, from the noise of its seed to the last.
 
-    ``shape`` is ``*D``; ``model`` (its fingerprint), ``schedule`` and ``guidance`` are the teacher's; ``card`` says how they were made.
+    ``shape`` is ``*D``; ``model`` (its fingerprint), ``schedule`` and ``guidance`` are the teacher's; ``card`` has provenance.
     Shards are mapped, not read, so memory does not grow with them; each is checked when it is first used.
     """
 
@@ -294,15 +324,18 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.num
 
+    def __repr__(self) -> str:
+        return f"Trajectories({self.num} of {self.card.get('of')}, {len(self.t)} times, samples of {self.shape})"
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """``x [T, *D]`` float32, ``seed``, and ``label`` if the model takes any."""
+        """Return ``x [T, *D]`` float32, ``seed``, and ``label`` if the model takes any."""
         x, seeds, labels = self.states([index]), self.seeds([index]), self.labels([index])
         return {"x": x[0], "seed": int(seeds[0])} | ({} if labels is None else {"label": int(labels[0])})
 
     def states(self, index: Sequence[int] | Tensor | slice, at: Sequence[int] | None = None) -> Tensor:
-        """Trajectories ``[n, T, *D]``, float32, in the order asked for; an `ArtifactError` names a shard that cannot be used.
+        """Return trajectories ``[n, T, *D]``, float32, in the order of ``index``; an `ArtifactError` names a shard that cannot be used.
 
-        ``at`` picks some of the ``T`` times, by their places; no others are read.
+        ``at`` picks some of the ``T`` times, by index; no others are read.
         """
         places, seeds = self._places(index), self.seeds(index)
         if at is not None:
@@ -313,19 +346,24 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
         return torch.cat([start_noise(self._nodes, seeds, self.shape)[:, None], self._gather("x", places, torch.float32)], 1)
 
     def seeds(self, index: Sequence[int] | Tensor | slice) -> Tensor:
+        """Return the seeds ``[n]`` of the starts."""
         return torch.tensor(self._places(index), dtype=torch.int64) + self.first
 
     def labels(self, index: Sequence[int] | Tensor | slice) -> Tensor | None:
-        """``[n]``, or None if the model takes no labels."""
+        """Return class labels ``[n]``, or None if the model takes none."""
         return None if self.classes is None else self._gather("labels", self._places(index), torch.int64)
 
-    def check(self, *, model: str, schedule: NoiseSchedule, shape: Sequence[int], guidance: float) -> None:
-        """An `ArtifactError` that names both sides, unless the trajectories are those of this model (by fingerprint) and so on."""
-        ours = {"model": self.model, "guidance": self.guidance, "sample shape": self.shape, "schedule": self.schedule.to_config()}
-        theirs = {"model": model, "guidance": guidance, "sample shape": tuple(shape), "schedule": schedule.to_config()}
-        for what, mine in ours.items():
-            if mine != theirs[what]:
-                one, two = (json.dumps(side)[:200] for side in (mine, theirs[what]))
+    def check(self, problem: Problem) -> None:
+        """Refuse another problem than the one these trajectories are of.
+
+        Raises:
+            ArtifactError: the schedule, sample shape, model (by fingerprint) or guidance is another (both sides are named).
+        """
+        ours = {"schedule": self.schedule.to_config(), "sample shape": self.shape, "model": self.model, "guidance": self.guidance}
+        theirs = (problem.schedule.to_config(), problem.shape, problem.fingerprint, problem.guidance)  # the fingerprint holds the schedule
+        for (what, mine), other in zip(ours.items(), theirs, strict=True):
+            if mine != other:
+                one, two = (json.dumps(side)[:200] for side in (mine, other))
                 raise ArtifactError(f"{self.folder} has trajectories of {what} {one}, but they are used with {what} {two}: make them again")
 
     def _places(self, index: Sequence[int] | Tensor | slice) -> list[int]:
@@ -335,7 +373,7 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
         return list(places[index]) if isinstance(index, slice) else [places[i] for i in index]
 
     def _gather(self, name: str, places: list[int], dtype: torch.dtype, time: int | None = None) -> Tensor:
-        """Rows of a tensor that is cut into shards, whole or at one of the stored times."""
+        """Return rows of a tensor that is cut into shards, whole or at one of the stored times."""
         rows: dict[int, list[int]] = {}  # of the result, by shard
         for row, place in enumerate(places):
             rows.setdefault(place // self.batch, []).append(row)

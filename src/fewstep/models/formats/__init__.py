@@ -1,1 +1,1 @@
-"""Model files of this project and of others: what they hold, and how they become a `Model`."""
+"""Model files of this project and of others, and how they become a `Model`."""

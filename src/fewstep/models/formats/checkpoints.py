@@ -42,17 +42,17 @@ TRUST = (
 
 
 def load_checkpoint(path: str | Path, *, format: str | None = None, config: Mapping[str, Any] | None = None, trust: bool = False) -> Model:
-    """A model from one file.
+    """Load a model from one file.
 
     Args:
-        path: EDM's ``.pkl``, ScoreSDE's or guided-diffusion's ``.pth`` or ``.pt``, each as ``.safetensors``, or what `convert` wrote.
-        format: ``edm``, ``score-sde``, ``guided-diffusion`` or ``safetensors`` (ours); by default as the file shows.
-        config: what the weights do not show, by the names that the checkpoint's own code has for it (see docs/checkpoints.md).
+        path: EDM's ``.pkl``, ScoreSDE's or guided-diffusion's ``.pth`` or ``.pt``, each as ``.safetensors``, or a file of `convert`.
+        format: ``edm``, ``score-sde``, ``guided-diffusion`` or ``safetensors`` (ours); by default the format that the file shows.
+        config: options that the weights do not show, by their names in the checkpoint's own code (see docs/checkpoints.md).
         trust: read a pickle, see the module.
 
     Raises:
-        ModelError: no such file, a pickle that is not trusted or names what it should not, a damaged or foreign file, or options that
-            are missing, unknown, or not what the weights show.
+        ModelError: no such file, a pickle that is not trusted or names a class it should not, a damaged or foreign file, or options that
+            are missing, unknown, or contradicted by the weights.
     """
     path, config = Path(path), dict(config or {})
     if not path.is_file():
@@ -70,7 +70,7 @@ def load_checkpoint(path: str | Path, *, format: str | None = None, config: Mapp
 
 
 def _read(path: Path, kind: str | None, config: dict[str, Any], trust: bool) -> tuple[dict[str, Any], Weights]:
-    """The description and the weights in a file."""
+    """Return the description and the weights in a file."""
     pickled = kind == "edm" or (kind is None and path.suffix == ".pkl")
     if pickled and path.suffix != ".safetensors":
         if not trust:
@@ -101,7 +101,7 @@ def _no_config(config: Mapping[str, Any], what: str) -> None:
 
 
 def _torch_file(path: Path) -> dict[str, Any]:
-    """What ``torch.save`` wrote, if that is tensors and numbers."""
+    """Read a file of ``torch.save`` that holds tensors and numbers alone."""
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -115,7 +115,7 @@ def _torch_file(path: Path) -> dict[str, Any]:
 
 
 def _shown(file: Mapping[str, Any]) -> str | None:
-    """The format that the names in a file show."""
+    """Return the format that the names in a file show, or None."""
     names = set(file["model"]) if isinstance(file.get("model"), Mapping) else set(file)
     if any(name.removeprefix("module.").startswith("all_modules.") for name in names):
         return "score-sde"
@@ -123,10 +123,12 @@ def _shown(file: Mapping[str, Any]) -> str | None:
 
 
 def save_single_file(model: Model, path: str | Path) -> Path:
-    """Write a model as one safetensors file that says all of it in its header; `load_checkpoint` reads it back to the bit.
+    """Write a model as one safetensors file with its description in the header, and return the path.
+
+    `load_checkpoint` reads it back to the bit.
 
     Raises:
-        ModelError: a name without ``.safetensors``; an operator student; a network or a time that is a function of your own.
+        ModelError: a name without ``.safetensors``; a student; a network or a time that is a function of your own.
         ArtifactError: it cannot be written.
     """
     path = Path(path)
@@ -144,7 +146,13 @@ def convert(
     config: Mapping[str, Any] | None = None,
     trust: bool = False,
 ) -> Model:
-    """Write a checkpoint as a folder of ours, or as one file where ``out`` ends in ``.safetensors``; whole or not at all. Gives the model.
+    """Write a checkpoint as a folder of ours, or as one file where ``out`` ends in ``.safetensors``; return the model.
+
+    The result appears whole or not at all.
+
+    Args:
+        path, format, config, trust: see `load_checkpoint`.
+        out: the folder or file, which must not exist yet.
 
     Raises:
         ModelError: as `load_checkpoint`.

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fewstep.core.prediction import EDM, Prediction, prediction
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding
-from fewstep.models.denoiser import edm_time
-from fewstep.models.model import NetworkTime
+from fewstep.models.networks.calls import NetworkTime, edm_time
 from fewstep.runtime.errors import ModelError
 
 __all__ = ["NoiseLaw", "flow_shift", "is_edm", "is_flow", "noise_law"]
@@ -26,11 +25,11 @@ ALMOST_NO_SIGNAL = 2.0**-24  # diffusers' last alphas_cumprod of zero terminal S
 
 @dataclass(frozen=True, eq=False)
 class NoiseLaw:
-    """What a network was trained with.
+    """The noise law of a diffusers network, with its prediction type and its own time.
 
     Attributes:
         schedule: the law ``alpha(t), sigma(t)``.
-        prediction: what the network predicts.
+        prediction: the prediction type.
         time: the network's own time, diffusers' "timestep", from ``t``. ``[*] -> [*]``.
         t_of_time: its inverse. (Both are functions of a module, or made of one: a scheduler can be pickled.)
         betas: the variances ``[T]`` of a discrete law, float32 as diffusers has them.
@@ -44,10 +43,10 @@ class NoiseLaw:
 
 
 def noise_law(config: Mapping[str, Any], *, mu: float | None = None, to_clean: bool = False) -> NoiseLaw:
-    """The law that a scheduler's configuration describes; betas are built by diffusers itself.
+    """Return the law that a scheduler's configuration describes; betas are built by diffusers itself.
 
     Args:
-        config: of any of diffusers' schedulers, or of `FewstepScheduler`.
+        config: the configuration of any of diffusers' schedulers, or of a `FewstepScheduler`.
         mu: the shift of a flow that depends on the image size (``use_dynamic_shifting``).
         to_clean: let grids of a discrete law end at the clean image.
 
@@ -75,13 +74,13 @@ def noise_law(config: Mapping[str, Any], *, mu: float | None = None, to_clean: b
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler's configuration is a flow's. One that was not read from a file does not name its class."""
+    """Return whether a scheduler's configuration is a flow's. One that was not read from a file does not name its class."""
     named = "FlowMatch" in str(config.get("_class_name", "")) or ("shift" in config and "beta_schedule" not in config)
     return bool(config.get("use_flow_sigmas")) or named
 
 
 def is_edm(config: Mapping[str, Any]) -> bool:
-    """Whether it is that of one of the EDM schedulers."""
+    """Return whether a scheduler's configuration is that of one of the EDM schedulers."""
     return str(config.get("_class_name", "")).startswith("EDM") or "sigma_data" in config
 
 
@@ -110,7 +109,7 @@ def _of_flow(law: RectifiedFlow, steps: float, time: Tensor) -> Tensor:
 
 
 def flow_shift(config: Mapping[str, Any], mu: float | None = None) -> float:
-    """The shift of a flow's times: fixed, or from ``mu``.
+    """Return the shift of a flow's times: the fixed one, or that of ``mu``.
 
     Raises:
         ModelError: the shift depends on the image size, and ``mu`` is not given.

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch._utils import _rebuild_tensor
 
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, VarianceExploding, VPLinear
+from fewstep.models.formats.description import description
 from fewstep.models.formats.state_dicts import Weights, at_the_end
-from fewstep.models.model import NetworkTime, description
+from fewstep.models.networks.calls import NetworkTime
 from fewstep.runtime.errors import ModelError, look_up
 
 __all__ = ["KNOWN", "edm_network", "read_edm"]
@@ -40,7 +41,7 @@ TRAINING_ONLY = ("dropout", "label_dropout", "use_fp16")
 
 
 class _Record:
-    """Stands for an object of a pickle: what it would have been made with, and nothing that acts."""
+    """The place of an object of a pickle: the arguments it would have been made with, and no code."""
 
     kind: str
     args: tuple[Any, ...]
@@ -56,7 +57,7 @@ class _Record:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Gives records, of classes made anew for each file, so that no file can leave anything behind in them."""
+    """A reader of pickles that makes records alone, of classes made anew for each file, so that no file can leave anything in them."""
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
         if (module, name) in KNOWN:
@@ -76,7 +77,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _tensor(value: Any) -> Tensor:  # noqa: ANN401
-    """The tensor of a record; its bytes are a stream of torch's own, read as weights only."""
+    """Return the tensor of a record; its bytes are a stream of torch's own, read as weights only."""
     if isinstance(value, _Record) and value.kind == "_rebuild_parameter":
         return _tensor(value.args[0])
     if not isinstance(value, _Record) or value.kind != "_rebuild_tensor_v2":
@@ -92,7 +93,7 @@ def _tensor(value: Any) -> Tensor:  # noqa: ANN401
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401
-    """An option of a network as JSON; numpy's scalars are decoded from their bytes."""
+    """Return an option of a network as JSON; numpy's scalars are decoded from their bytes."""
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, _Record) and value.kind == "scalar":
@@ -105,7 +106,7 @@ def plain(value: Any) -> Any:  # noqa: ANN401
 
 
 def _persistent(value: Any) -> tuple[str, dict[str, Any]]:  # noqa: ANN401
-    """The class name and the state of one of EDM's persistent objects; the program in it is passed over."""
+    """Return the class name and the state of one of EDM's persistent objects; the program in it is skipped."""
     if not isinstance(value, _Record) or value.kind != "_reconstruct_persistent_obj":
         raise ModelError("the file has no network in EDM's form at 'ema'")
     meta = value.args[0]
@@ -115,7 +116,7 @@ def _persistent(value: Any) -> tuple[str, dict[str, Any]]:  # noqa: ANN401
 
 
 def _collect(value: Any, prefix: str, into: Weights) -> Weights:  # noqa: ANN401
-    """The state dict of a module and its children."""
+    """Return the state dict of a module and its children, added to ``into``."""
     state = value.state if value.kind == "ModuleDict" else _persistent(value)[1]
     passing = state.get("_non_persistent_buffers_set", ())
     own = {**state["_parameters"], **{key: buffer for key, buffer in state["_buffers"].items() if key not in passing}}
@@ -127,7 +128,11 @@ def _collect(value: Any, prefix: str, into: Weights) -> Weights:  # noqa: ANN401
 
 
 def read_edm(path: Path) -> tuple[dict[str, Any], Weights]:
-    """EDM's own options and the weights, from its pickle."""
+    """Return EDM's own options and the weights from its pickle.
+
+    Raises:
+        ModelError: a class that no EDM network needs, or a file of another kind.
+    """
     with path.open("rb") as file:
         data = _Unpickler(file).load()
     if not isinstance(data, dict) or "ema" not in data:
@@ -150,7 +155,15 @@ EDM_LAWS = {  # what each preconditioning has besides the network, with EDM's de
 
 
 def edm_network(config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
-    """The description of an EDM network: ``config`` has ``precond`` and its options, ``model_type`` and the network's options."""
+    """Return the description and the weights of an EDM network, under the names of `unets`.
+
+    Args:
+        config: ``precond`` and its options, ``model_type`` and the network's options, by EDM's names.
+        weights: EDM's own.
+
+    Raises:
+        ModelError: options that are missing or unknown.
+    """
     config = {key: value for key, value in config.items() if key not in TRAINING_ONLY}
     if missing := [key for key in ("precond", "model_type", "img_resolution", "in_channels") if key not in config]:
         raise ModelError(f"config of an EDM network lacks {', '.join(missing)}")

@@ -1,6 +1,6 @@
 """Trained models from folders: ours (``fewstep.json``) and diffusers' (a ``UNet2DModel`` with a scheduler). Never a pickle.
 
-A folder of ours is of version 1 (a ``UNet2DModel`` with EDM preconditioning) or 2 (which says all that a `Model` is, see `describe`).
+A folder of ours is of version 1 (a ``UNet2DModel`` with EDM preconditioning) or 2 (which describes a whole `Model`, see `describe`).
 """
 
 from __future__ import annotations
@@ -17,23 +17,28 @@ from torch import Tensor
 
 from fewstep.core.prediction import Prediction, prediction
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
-from fewstep.models.denoiser import AdaptedDenoiser, edm_time, image_size, unet_call
+from fewstep.models.flow_map import OperatorMap
+from fewstep.models.formats.description import description
 from fewstep.models.formats.diffusers_law import noise_law
-from fewstep.models.model import FITTED, Model, NetworkTime
-from fewstep.models.networks.operator import OperatorDenoiser, OperatorStudent
+from fewstep.models.model import Model
+from fewstep.models.networks.calls import NetworkTime, edm_time, image_size, same_time, unet_call
+from fewstep.models.networks.operator import OperatorStudent
 from fewstep.models.networks.unets import NETWORKS, build_network
 from fewstep.runtime.artifact import read_json, write_whole
 from fewstep.runtime.errors import ArtifactError, ModelError
 
-__all__ = ["FITTED", "Model", "NetworkTime", "described", "load_folder", "read_tensors", "save_described", "save_like", "save_ours"]
+__all__ = ["describe", "described", "load_folder", "read_tensors", "save_described", "save_like", "save_ours"]
 
 WEIGHTS = "unet/model.safetensors"
 
 
 def load_folder(source: str | Path) -> Model:
-    """A model from a folder with ``unet/`` and either ``fewstep.json`` (as `fewstep train` writes) or a diffusers ``scheduler/``.
+    """Load a model from a folder with ``unet/`` and either ``fewstep.json`` (as `fewstep train` writes) or a diffusers ``scheduler/``.
 
     A name like ``owner/repository`` that is no folder is fetched from the hub by diffusers.
+
+    Args:
+        source: the folder or hub id.
 
     Raises:
         ModelError: no model there, unreadable weights, or a scheduler or prediction type that is not known.
@@ -44,9 +49,9 @@ def load_folder(source: str | Path) -> Model:
 
 
 def _as_operator(model: Model, path: Path) -> Model:
-    """The operator student around a network that was read already."""
-    student = OperatorStudent.load(path, model.adapted)
-    return replace(model, denoiser=OperatorDenoiser(student), null_label=None)  # the guidance is in the weights
+    """Return the student around a network that was read already."""
+    student = OperatorStudent.load(path, model)
+    return replace(model, network=student, flow_map=OperatorMap(student), null_label=None)  # the guidance is in the weights
 
 
 def _load_network(path: Path, source: str | Path) -> Model:
@@ -68,49 +73,50 @@ def _load_ours(path: Path) -> Model:
     try:
         if not str(meta["prediction"]).startswith("edm("):
             raise ModelError(f"{path / 'fewstep.json'} has prediction {meta['prediction']!r}; version 1 holds edm(sigma_data) models only")
-        denoiser = AdaptedDenoiser(_unet(str(path)), schedule_from_config(meta["schedule"]), meta["prediction"], edm_time, unet_call)
-        return Model(path.name, denoiser, tuple(meta["shape"]), meta["null_label"], meta["null_label"], folder=path)
+        network, schedule = _unet(str(path)), schedule_from_config(meta["schedule"])
+        called = {"time": edm_time, "call": unet_call, "classes": meta["null_label"], "null_label": meta["null_label"]}
+        return Model(network, schedule, meta["prediction"], shape=tuple(meta["shape"]), name=path.name, folder=path, **called)
     except KeyError as error:
         raise ModelError(f"{path / 'fewstep.json'} lacks {error}") from error
 
 
 def describe(model: Model) -> dict[str, Any]:
-    """All that a model is beside its weights, JSON-able; `described` reads it back.
+    """Return a JSON-able description of a model beside its weights, which `described` reads back.
 
     Raises:
-        ModelError: its network, or its network's time, is none that can be written down.
+        ModelError: its network, or its network's time, is a function that cannot be written down.
     """
-    denoiser = model.adapted
-    network, time = denoiser.network, denoiser.time
-    times = {edm_time: NetworkTime("log", 0.25), AdaptedDenoiser.time: NetworkTime()}
+    network, time = model.need_denoiser().network, model.time
+    times: dict[Any, NetworkTime] = {edm_time: NetworkTime("log", 0.25), same_time: NetworkTime()}
     time = time if isinstance(time, NetworkTime) else times.get(time)
     config = getattr(network, "options", None) if type(network).__name__ in NETWORKS else getattr(network, "config", None)
     if time is None or config is None:
         raise ModelError(f"{model.name} cannot be written down: its {'time' if time is None else 'network'} is a function of your own")
-    return {
-        "format": "fewstep-model",
-        "version": 2,
-        "network": {"class": type(network).__name__, "options": {key: value for key, value in config.items() if not key.startswith("_")}},
-        "prediction": prediction(denoiser.prediction).name,
-        "schedule": denoiser.schedule.to_config(),
-        "time": {"form": time.form, "scale": time.scale, "factor": time.factor},
-        **{key: getattr(model, key) for key in ("shape", "classes", "null_label")},
-    }
+    options = {key: value for key, value in config.items() if not key.startswith("_")}
+    kind, facts = type(network).__name__, (model.need_shape(), model.classes, model.null_label)
+    about = description(kind, options, model.schedule, prediction(model.prediction).name, time, *facts)
+    return {"format": "fewstep-model", "version": 2, **about}
 
 
 def described(meta: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, where: Path) -> Model:
-    """The model of a description and its weights.
+    """Make the model of a description and its weights.
+
+    Args:
+        meta: the description.
+        weights: by name.
+        name: of the model.
+        where: the file of the description, for errors.
 
     Raises:
-        ModelError: the description (that lies at ``where``) lacks something, or the weights do not fit it.
+        ModelError: the description lacks something, or the weights do not fit it.
     """
     try:
         network = build_network(str(meta["network"]["class"]), meta["network"]["options"], weights)
         schedule = schedule_from_config(meta["schedule"])
         time = NetworkTime(**meta["time"], schedule=schedule if meta["time"]["form"] == "sigma" else None)
         call = None if type(network).__name__ in NETWORKS else unet_call
-        denoiser = AdaptedDenoiser(network, schedule, str(meta["prediction"]), time, call)
-        return Model(name, denoiser, tuple(meta["shape"]), meta["classes"], meta["null_label"])
+        labels = {"classes": meta["classes"], "null_label": meta["null_label"]}
+        return Model(network, schedule, str(meta["prediction"]), shape=tuple(meta["shape"]), time=time, call=call, name=name, **labels)
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -118,7 +124,7 @@ def described(meta: Mapping[str, Any], weights: Mapping[str, Tensor], name: str,
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a safetensors file.
+    """Return the metadata and the tensors of a safetensors file.
 
     Raises:
         ModelError: it is not there, or damaged.
@@ -133,12 +139,17 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 def save_described(model: Model, path: Path, network: Any = None) -> None:  # noqa: ANN401
     """Write a model as a folder of version 2, or as one file where ``path`` ends in ``.safetensors``; each file whole or not at all.
 
+    Args:
+        model: to be written.
+        path: the folder or file.
+        network: weights of the same kind to write in place of the model's, or None.
+
     Raises:
         ModelError: see `describe`.
         ArtifactError: it cannot be written.
     """
     meta, single = json.dumps(describe(model)), path.suffix == ".safetensors"
-    network = model.adapted.network if network is None else network
+    network = model.need_denoiser().network if network is None else network
     weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     header = {"format": "pt", **({"fewstep": meta} if single else {})}
     write_whole(path if single else path / WEIGHTS, lambda target: save_file(weights, target, header))
@@ -180,14 +191,14 @@ def save_like(model: Model, network: Any, folder: Path) -> None:  # noqa: ANN401
     Raises:
         ModelError: the model was not loaded from a folder, or is an operator student.
     """
-    _ = model.adapted
+    model.need_denoiser()
     if model.folder is None:
         raise ModelError(f"{model.name} was not loaded from a folder: save it to one first")
-    if isinstance(model.denoiser.network, tuple(NETWORKS.values())):
+    if isinstance(model.network, tuple(NETWORKS.values())):
         save_described(model, folder, network)
         return
     if (model.folder / "fewstep.json").exists():
-        save_ours(folder, network, model.denoiser.prediction, model.denoiser.schedule, model.shape, model.null_label)
+        save_ours(folder, network, model.prediction, model.schedule, model.need_shape(), model.null_label)
         return
     _save_network(network, folder)
     for file in ("scheduler/scheduler_config.json", "model_index.json"):
@@ -200,14 +211,14 @@ def _load_diffusers(source: str) -> Model:
     config = _scheduler_config(source)
     try:
         law = noise_law(config)
-        denoiser = AdaptedDenoiser(network, law.schedule, law.prediction, law.time, unet_call)
     except (KeyError, TypeError, ValueError, NotImplementedError) as error:
         raise ModelError(f"{source}/scheduler/scheduler_config.json does not describe a noise schedule: {error!r}") from error
     if network.config.sample_size is None:
         raise ModelError(f"{source}/unet/config.json has no sample_size: write the height and width of the images there")
     shape = (network.config.in_channels, *image_size(network))
     folder = Path(source) if Path(source).is_dir() else None
-    return Model(Path(source).name, denoiser, shape, network.config.num_class_embeds, folder=folder)
+    called = {"time": law.time, "call": unet_call, "classes": network.config.num_class_embeds}
+    return Model(network, law.schedule, law.prediction, shape=shape, name=Path(source).name, folder=folder, **called)
 
 
 def _unet(source: str) -> Any:  # noqa: ANN401

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, VarianceExploding, VPLinear
-from fewstep.models.model import NetworkTime, description
+from fewstep.models.formats.description import description
+from fewstep.models.networks.calls import NetworkTime
 from fewstep.runtime.errors import ModelError, look_up, nearest
 
 __all__ = ["Weights", "at_the_end", "guided_network", "score_sde_network"]
@@ -66,7 +67,7 @@ SCORE_SDE = {  # ScoreSDE's options, by the names of its configurations; None mu
 
 
 class _Walk:
-    """ScoreSDE's numbered modules in their order, and their weights under EDM's names."""
+    """A walk through ScoreSDE's numbered modules in their order, which collects their weights under EDM's names."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.modules: dict[int, Weights] = {}
@@ -81,7 +82,15 @@ class _Walk:
         return name in self.modules.get(self.i + ahead, {})
 
     def take(self, to: str, names: Mapping[str, str]) -> Weights:
-        """The next module, whose parts ``names`` (theirs to ours) must be all it has."""
+        """Take the weights of the next module.
+
+        Args:
+            to: its name here.
+            names: all of its parts, their names -> ours.
+
+        Raises:
+            ModelError: it has other parts.
+        """
         module, wanted = (
             self.modules.get(self.i, {}),
             {f"{name}{kind}": ours for name, ours in names.items() for kind in ("weight", "bias")},
@@ -96,12 +105,12 @@ class _Walk:
         return module
 
     def block(self, to: str) -> int:
-        """A residual block, and its width."""
+        """Take a residual block, and return its width."""
         names = {"GroupNorm_0.": ".norm0", "Conv_0.": ".conv0", "Dense_0.": ".affine", "GroupNorm_1.": ".norm1", "Conv_1.": ".conv1"}
         return len(self.take(to, {**names, "Conv_2.": ".skip"} if self.has("Conv_2.weight") else names)["Conv_0.weight"])
 
     def attention(self, to: str) -> bool:
-        """Attention, if it is next: its three maps become one, whose channels are ordered (channel, which of the three)."""
+        """Take attention, if it is next, and return whether; its three maps become one, of channels ordered (channel, which map)."""
         if not self.has("NIN_0.W"):
             return False
         module = self.modules[self.i]
@@ -114,7 +123,7 @@ class _Walk:
 
 
 def _score_sde_ladder(walk: _Walk, size: int) -> dict[str, Any]:
-    """Walk through all modules; gives the options that they show."""
+    """Walk through all modules, and return the options that they show."""
     blocks = [module for _, module in sorted(walk.modules.items()) if "Conv_1.weight" in module]
     changed = [m for m in blocks if "Conv_2.weight" in m and m["Conv_0.weight"].shape[0] == m["Conv_0.weight"].shape[1]]
     levels = 1 + len(changed) // 2
@@ -151,7 +160,7 @@ def _score_sde_ladder(walk: _Walk, size: int) -> dict[str, Any]:
 
 
 def _score_sde_decoder(walk: _Walk, keys: list[str], each: int) -> str:
-    """The decoder's modules; gives what leaves beside it."""
+    """Walk through the decoder's modules, and return the kind of output beside it."""
     walk.block(f"dec.{keys[-1]}_in0")
     walk.attention(f"dec.{keys[-1]}_in0")
     walk.block(f"dec.{keys[-1]}_in1")
@@ -172,7 +181,7 @@ def _score_sde_decoder(walk: _Walk, keys: list[str], each: int) -> str:
 
 
 def _score_sde_input(walk: _Walk, key: str) -> str:
-    """What enters beside the encoder at a level."""
+    """Take the module of the input beside the encoder at a level, and return its kind."""
     if walk.has("Conv.weight", ahead=1) and walk.i not in walk.modules:  # halving the picture has a number but no weights
         walk.i += 1
         walk.take(f"enc.{key}_aux_skip", {"Conv.": ""})
@@ -184,7 +193,7 @@ def _score_sde_input(walk: _Walk, key: str) -> str:
 
 
 def _averaged(file: Mapping[str, Any], which: str) -> tuple[Weights, Tensor | None]:
-    """The weights of a ScoreSDE checkpoint, averaged over training or not, and its table of noise levels."""
+    """Return the weights of a ScoreSDE checkpoint, averaged over training or not, and its table of noise levels."""
     model = {key.removeprefix("module."): value for key, value in file.get("model", file).items()}
     sigmas = model.pop("sigmas", None)
     look_up(which, dict.fromkeys(("ema", "model")), "kind of weights", ModelError)
@@ -200,7 +209,15 @@ def _averaged(file: Mapping[str, Any], which: str) -> tuple[Weights, Tensor | No
 
 
 def score_sde_network(file: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict[str, Any], Weights]:
-    """The description and the weights of a ScoreSDE checkpoint (arXiv 2011.13456)."""
+    """Return the description and the weights of a ScoreSDE checkpoint (Song et al., arXiv 2011.13456).
+
+    Args:
+        file: the checkpoint.
+        config: options that the weights do not show, by ScoreSDE's names.
+
+    Raises:
+        ModelError: options that are missing, unknown or contradicted by the weights, or a variant that is not known here.
+    """
     weights, sigmas = _averaged(file, config.get("weights", "ema"))
     _said({**SCORE_SDE, **config}, "image_size", "sde")
     walk = _Walk({key: value.float() for key, value in weights.items()})
@@ -232,7 +249,7 @@ def score_sde_network(file: Mapping[str, Any], config: Mapping[str, Any]) -> tup
 
 
 def _score_sde_law(c: Mapping[str, Any], fourier: bool) -> tuple[NoiseSchedule, NetworkTime]:
-    """The noise law, and how the network is told it."""
+    """Return the noise law, and the network's own time."""
     usual = {"vp": (True, False), "ve": (False, True)}  # of centered and scale_by_sigma
     if c["sde"] == "subvp":
         raise ModelError("sde 'subvp' has a noise law of its own, which fewstep does not have; vp and ve are known")
@@ -255,7 +272,7 @@ def _score_sde_law(c: Mapping[str, Any], fourier: bool) -> tuple[NoiseSchedule, 
 
 
 def _settings(config: Mapping[str, Any], known: Mapping[str, Any], read: Mapping[str, Any], fixed: tuple[str, ...]) -> dict[str, Any]:
-    """The options of a checkpoint: what it shows (``read``), what was said, and the defaults.
+    """Return the options of a checkpoint: those that its weights show, those of ``config``, and the defaults.
 
     Raises:
         ModelError: an unknown option, one that the weights contradict, or one of ``fixed`` that is not as it must be.
@@ -276,13 +293,16 @@ def _said(settings: Mapping[str, Any], *keys: str) -> None:
 
 
 def at_the_end(weights: Weights, change: Callable[[Tensor], Tensor]) -> Weights:
-    """Weights with those changed that the output is linear in: all of the last layer, or of the last of each level."""
+    """Return weights with those changed in which the output is linear: all of the last layer, or of the last of each level."""
     last = ("aux_conv.weight", "aux_conv.bias", "out_conv.weight", "out_conv.bias")
     return {key: change(value) if key.endswith(last) else value for key, value in weights.items()}
 
 
 def _guided_ladder(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The options that the weights of guided-diffusion show; levels end where an output block has a second residual block."""
+    """Return the options that the weights of guided-diffusion show.
+
+    Levels end where an output block has a second residual block.
+    """
     if "time_embed.0.weight" not in weights or "out.2.weight" not in weights:
         raise ModelError("the weights have no time_embed or no out.2: they are no guided-diffusion U-Net (a classifier, perhaps)")
     if any(key.endswith((".op.weight", ".conv.weight")) for key in weights):
@@ -312,7 +332,15 @@ def _guided_ladder(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def guided_network(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Any], Weights]:
-    """The description and the weights of a guided-diffusion checkpoint (arXiv 2105.05233)."""
+    """Return the description and the weights of a guided-diffusion checkpoint (Dhariwal and Nichol, arXiv 2105.05233).
+
+    Args:
+        weights: of the checkpoint.
+        config: options that the weights do not show, by guided-diffusion's names.
+
+    Raises:
+        ModelError: options that are missing, unknown or contradicted by the weights, or a variant that is not known here.
+    """
     read = _guided_ladder(weights)
     _said({**GUIDED, **config}, "image_size", "use_new_attention_order", "noise_schedule")
     attending = [config["image_size"] >> level for level, attends in enumerate(read.pop("attention")) if attends]
@@ -345,7 +373,7 @@ def guided_network(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
 
 
 def _guided_weights(weights: Mapping[str, Tensor], c: Mapping[str, Any]) -> Weights:
-    """Weights under EDM's names."""
+    """Return the weights under EDM's names."""
     size, each, levels = c["image_size"], c["num_res_blocks"], len(c["channel_mult"])
     keys = [f"{size >> level}x{size >> level}" for level in range(levels)]
     places = {"input_blocks.0.0": f"enc.{keys[0]}_conv", "time_embed.0": "map_layer0", "time_embed.2": "map_layer1"}
@@ -380,8 +408,9 @@ def _guided_weights(weights: Mapping[str, Tensor], c: Mapping[str, Any]) -> Weig
 
 
 def _qkv_order(value: Tensor, c: Mapping[str, Any]) -> Tensor:
-    """Rows of ``qkv [3C, ...]`` from guided-diffusion's order, (head, which, channel) or the newer (which, head, channel), to EDM's,
-    (head, channel, which).
+    """Return the rows of ``qkv [3C, ...]`` in EDM's order, (head, channel, which).
+
+    Guided-diffusion's order is (head, which, channel), or the newer (which, head, channel).
     """
     width = len(value) // 3
     heads = c["num_heads"] or width // c["num_head_channels"]
@@ -393,5 +422,5 @@ def _qkv_order(value: Tensor, c: Mapping[str, Any]) -> Tensor:
 
 
 def _listed(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    """Tuples as JSON has them."""
+    """Return a tuple as JSON has it, a list; anything else as it is."""
     return list(value) if isinstance(value, tuple) else value

@@ -1,1 +1,1 @@
-"""Network architectures that this library has to know."""
+"""Network architectures, and how networks are called."""

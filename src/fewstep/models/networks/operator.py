@@ -17,10 +17,10 @@ where ``r = sigma_k/sigma_s`` and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,27 +28,27 @@ from torch import Tensor, nn
 from fewstep.core.denoiser import Cond
 from fewstep.core.prediction import Prediction, aligned, prediction
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.core.tableau import Nodes, Tableau, advance
-from fewstep.models.denoiser import AdaptedDenoiser, image_size, refusals, unet_call
+from fewstep.core.tableau import Nodes
+from fewstep.models.networks.calls import image_size, refusals, unet_call
 from fewstep.models.networks.temporal_unet import Mixing, TemporalUNet
 from fewstep.runtime.artifact import load_artifact, save_artifact
-from fewstep.runtime.errors import ModelError, SolverError, look_up
+from fewstep.runtime.errors import ModelError, look_up
 
-__all__ = ["OperatorDenoiser", "OperatorForm", "OperatorStudent"]
+__all__ = ["OperatorForm", "OperatorStudent"]
 
-FEATURES = 16  # of a time that the network is told beside its own
+FEATURES = 16  # of a time that the network is given beside its own
 
 
 @dataclass(frozen=True)
 class OperatorForm:
-    """What an operator student is made of.
+    """The parts of an operator student, as options.
 
     Args:
-        output: what the network's output means: ``denoised``, ``skip`` or ``state``.
-        time: which time the network itself is given: that of the ``start`` (a new embedding then tells it the slot's), or the ``slot``'s,
-            as in DSNO.
+        output: the meaning of the network's output: ``denoised``, ``skip`` or ``state``.
+        time: the time that is the network's own input: that of the ``start`` (an extra embedding then gives it the slot's), or the
+            ``slot``'s, as in DSNO.
         anywhere: whether it starts at any of its times, so that several passes are possible, or at the first only.
-        mixing: how the slots meet.
+        mixing: the temporal layers.
 
     Raises:
         ModelError: an unknown word; slots that share an encoder, which then cannot be given a time of their own.
@@ -62,24 +62,37 @@ class OperatorForm:
     def __post_init__(self) -> None:
         look_up(self.output, dict.fromkeys(("denoised", "skip", "state")), "output of an operator", ModelError)
         look_up(self.time, dict.fromkeys(("start", "slot")), "time of an operator", ModelError)
-        if self.time == "slot" and self.mixing.fan == "inner":
-            raise ModelError("slots that part in the inner half of the network share its encoder, and so its time: use time start")
+        if self.time == "slot" and self.mixing.branch_at == "inner":
+            raise ModelError("slots that branch at the inner half of the network share its encoder, and so its time: use time start")
+
+
+class Teacher(Protocol):
+    """The parts of a model that an operator student takes over."""
+
+    @property
+    def network(self) -> Any: ...  # noqa: ANN401 - a UNet2DModel
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+    @property
+    def prediction(self) -> str | Prediction: ...
+    @property
+    def time(self) -> Callable[[Tensor], Tensor]: ...
 
 
 class OperatorStudent(nn.Module):
-    """``(x [B, *D], t [T], cond) -> x(t) [B, T, *D]``: the states at later times of the trajectory through ``x``.
+    """A network from a noisy state to later states of its trajectory: ``(x [B, *D], t [T], cond) -> x(t) [B, T, *D]``.
 
     Args:
-        teacher: the network to begin with (it gets hooks, so give it a copy) and what it predicts.
-        times: ``t_0 > ... > t_M`` float64: the start and the slots.
-        form: see `OperatorForm`.
-        card: where it comes from; plain JSON values.
+        teacher: the model to begin with; its network gets hooks, so pass a copy.
+        times: ``t_0 > ... > t_M``, float64: the start and the slots.
+        form: its parts.
+        card: provenance, plain JSON values.
 
     Raises:
         ModelError: fewer than two times, or one at which the network's own time is infinite.
     """
 
-    def __init__(self, teacher: AdaptedDenoiser, times: Tensor, form: OperatorForm, card: dict[str, Any] | None = None) -> None:
+    def __init__(self, teacher: Teacher, times: Tensor, form: OperatorForm, card: dict[str, Any] | None = None) -> None:
         super().__init__()
         times = torch.as_tensor(times, dtype=torch.float64)
         if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
@@ -90,37 +103,36 @@ class OperatorStudent(nn.Module):
         if not bool(torch.isfinite(self.time(used)).all()):
             raise ModelError(f"the network's own time is not finite at all of the times {used.tolist()}: end the trajectories earlier")
         self.times = times  # no buffer: they stay float64 and on the CPU whatever the network does
-        told = FEATURES if form.time == "start" or form.anywhere else 0
-        self.operator = TemporalUNet(teacher.network, len(times) - 1, form.mixing, told)
+        features = FEATURES if form.time == "start" or form.anywhere else 0
+        self.operator = TemporalUNet(teacher.network, len(times) - 1, form.mixing, features)
 
     @property
     def slots(self) -> int:
-        """``M``."""
+        """The number of slots ``M``."""
         return len(self.times) - 1
 
     def coefficients(self, start: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``a, b [T]`` of ``x(t) = a x_s + b output`` at the times ``t [T]`` below ``start []``, float64."""
-        here, there = Nodes.at(self.schedule, start), Nodes.at(self.schedule, t)
-        ratio, one = there.sigma / here.sigma, torch.ones_like(t)
+        """Return ``a, b [T]``, float64, of ``x(t) = a x_s + b output`` at the times ``t [T]`` below ``start []``."""
+        nodes, one = Nodes.at(self.schedule, torch.cat([start.reshape(1), t])), torch.ones_like(t)
         if self.form.output == "state":
-            return torch.zeros_like(t), torch.sqrt(there.alpha**2 + there.sigma**2)
+            return torch.zeros_like(t), torch.sqrt(nodes.alpha[1:] ** 2 + nodes.sigma[1:] ** 2)
+        ratio, gain = nodes.first_order(0, slice(1, None))
         if self.form.output == "skip":
             return ratio, one
-        gain = there.alpha - ratio * here.alpha
         of_x, of_output = 0 * one, one  # an output that says little of x0 where alpha is small is learned to be x0 itself
         if not self.prediction.undefined_at_zero_alpha:
-            of_x, of_output = self.prediction.coefficients(here.alpha, here.sigma)
+            of_x, of_output = self.prediction.coefficients(nodes.alpha[0], nodes.sigma[0])
         return ratio + gain * of_x, gain * of_output
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None, start: Tensor | None = None, last_only: bool = False) -> Tensor:
-        """The states ``[B, T, *D]`` at the times ``t [T]``, or ``[B, 1, *D]`` at the last of them.
+        """Return the states ``[B, T, *D]`` at the times ``t [T]``, or ``[B, 1, *D]`` at the last of them.
 
         Args:
-            x: states at ``start``.
+            x: states ``[B, *D]`` at ``start``.
             t: consecutive times of `times`, on the CPU.
             cond: class labels ``[B]``, or None.
             start: one of `times`, ``[]`` on the CPU; by default the first.
-            last_only: leave out what the last one does not need.
+            last_only: return the last state alone, and skip the work that it does not need.
 
         Raises:
             ModelError: the network refused its inputs (what it said).
@@ -132,19 +144,25 @@ class OperatorStudent(nn.Module):
         scaled = x if self.prediction.input_scale is None else x * aligned(self.prediction.input_scale(alpha, sigma), x)
         given, other = (start.expand(len(t)), t) if self.form.time == "start" else (t, start.expand(len(t)))
         time = self.time(given).to(torch.promote_types(dtype, torch.float32)).to(x.device)
-        told = None if self.operator.told is None else _features(self.schedule, other).to(dtype).to(x.device)
+        features = None if self.operator.extra_embedding is None else _features(self.schedule, other).to(dtype).to(x.device)
         with refusals(x):
-            output = self.operator(scaled.to(dtype), time, cond, told, last_only).to(x.dtype)
+            output = self.operator(scaled.to(dtype), time, cond, features, last_only).to(x.dtype)
         a, b = (coefficient.to(x.dtype).to(x.device).reshape(-1, *(1,) * (x.ndim - 1)) for coefficient in (a, b))
         return a * x[:, None] + b * output
 
     @torch.no_grad()
     def denoise_once(self, x_T: Tensor, cond: Cond = None) -> Tensor:  # noqa: N803 - the field's name
-        """The samples ``[B, *D]`` of the noises ``x_T``: the last slot, from one pass."""
+        """Return the samples ``[B, *D]`` of the noises ``x_T [B, *D]``: the last slot, from one pass."""
         return self.jump(x_T, self.times[0], self.times[-1], cond)
 
     def jump(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """The states ``[B, *D]`` at the slot ``t []`` on the trajectories through ``x`` at ``s []``, with as little work as there is.
+        """Return the states ``[B, *D]`` at time ``t`` on the trajectories through ``x`` at time ``s``, with as little work as possible.
+
+        Args:
+            x: states ``[B, *D]``.
+            s: one of `times`, ``[]``.
+            t: a later one of `times`, ``[]``.
+            cond: class labels ``[B]``, or None.
 
         Raises:
             ModelError: these are not two of its times, the second later.
@@ -154,7 +172,7 @@ class OperatorStudent(nn.Module):
             raise ModelError(f"an operator leads from one of its times {self.times.tolist()} to a later one, not from {s:g} to {t:g}")
         if self.form.mixing.last_alone:  # a slot reads none, or those after it
             wanted = slots <= t if self.form.mixing.form == "one-way" else slots == t
-            if self.form.mixing.fan == "inner":  # the outer encoder is told the last slot of all, whichever is asked for
+            if self.form.mixing.branch_at == "inner":  # the outer encoder has the time of the last slot of all, whichever is computed
                 wanted = wanted | (slots == slots[-1])
             slots = slots[wanted]
         if bool(slots[-1] == t):
@@ -162,7 +180,7 @@ class OperatorStudent(nn.Module):
         return self(x, slots, cond, s)[:, int((slots == t).nonzero())]
 
     def arithmetic(self, passes: Sequence[float] | Tensor) -> float:
-        """What going through the times ``passes`` costs, in evaluations of the network alone: floating-point operations, counted."""
+        """Return the cost of going through the times ``passes``, in evaluations of the network alone, by counting FLOPs."""
         from torch.utils.flop_counter import FlopCounterMode
 
         unet, times = self.operator.unet, torch.as_tensor(passes, dtype=torch.float64)
@@ -182,7 +200,7 @@ class OperatorStudent(nn.Module):
     # -- as a folder ------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``operator.json`` and ``operator.safetensors`` (all but the network itself, whose folder this goes to), and a card.
+        """Write ``operator.json``, ``operator.safetensors`` and a card; the network itself is saved beside them by `save_like`.
 
         Raises:
             ArtifactError: the folder cannot be written, or the card is not JSON-able.
@@ -192,8 +210,12 @@ class OperatorStudent(nn.Module):
         return save_artifact(Path(folder), "operator", meta, tensors, self._readme(Path(folder).name))
 
     @classmethod
-    def load(cls, folder: str | Path, network: AdaptedDenoiser) -> OperatorStudent:
-        """Read what `save` wrote, around the network of the same folder.
+    def load(cls, folder: str | Path, network: Teacher) -> OperatorStudent:
+        """Load a student that `save` wrote, around the network of the same folder.
+
+        Args:
+            folder: with ``operator.json``.
+            network: the model that was read from this folder.
 
         Raises:
             ArtifactError: a file is missing, damaged or of another version.
@@ -229,82 +251,8 @@ fewstep bench {name} --out runs/bench
 
 
 def _features(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """What tells the network of times ``t [T]``: waves in ``arctan(sigma/alpha)`` and in ``lam`` from -8 to 8, ``[T, FEATURES]``."""
+    """Return features of times ``t [T]``: waves in ``arctan(sigma/alpha)`` and in ``lam`` from -8 to 8, ``[T, FEATURES]``."""
     angle = torch.atan2(schedule.sigma(t), schedule.alpha(t)) * (2 / math.pi)
     level = (schedule.lam(t).clamp(-8, 8) + 8) / 16
     waves = math.pi * torch.arange(1, FEATURES // 2 + 1, dtype=torch.float64)
     return torch.cos(torch.cat([angle[:, None] * waves, level[:, None] * waves], 1))
-
-
-@dataclass(frozen=True, eq=False)
-class OperatorDenoiser:
-    """An operator student where a `Denoiser` is wanted: in first-order steps along some of its times, each a pass, it lands where it says.
-
-    A first-order step from ``s`` to ``t`` leads to ``r x + (alpha_t - r alpha_s) x0``: its ``x0`` is the one with which that is its own
-    estimate of ``x(t)``. Which ``t`` comes next it is told by `aimed`.
-    """
-
-    network: OperatorStudent
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.network.schedule
-
-    @property
-    def prediction(self) -> Prediction:
-        return self.network.prediction
-
-    def time(self, t: Tensor) -> Tensor:
-        """The network's own time."""
-        return self.network.time(t)
-
-    def aimed(self, tableau: Tableau) -> _Aimed:
-        """This operator for the steps of one sampler.
-
-        Raises:
-            SolverError: not a first-order sampler, or one along other times than the operator's.
-        """
-        nodes, times = tableau.nodes, self.network.times
-        known = ", ".join(f"{t:.6g}" for t in times.tolist())
-        use = "use --solver ddim --grid optimized with the numbers of passes that it has"
-        if not bool(torch.isin(nodes.t, times).all()):
-            raise SolverError(f"an operator jumps between its own times only, {known}: {use}")
-        if nodes.t[0] != times[0] and not self.network.form.anywhere:
-            raise SolverError(f"this operator starts at t = {times[0]:g} only, not at {nodes.t[0]:g}: {use}")
-        if nodes.evaluations > 1 and not self.network.form.anywhere:
-            raise SolverError(f"this operator makes one pass only, not {nodes.evaluations}: {use}")
-        first_order = f"an operator answers for first-order steps alone: {use}"
-        if tableau.stochastic or tableau.update.ndim > 3:  # coefficients per channel or pixel
-            raise SolverError(first_order)
-        ratio = nodes.sigma[1:] / nodes.sigma[:-1]
-        gain = nodes.alpha[1:] - ratio * nodes.alpha[:-1]
-        x = torch.ones(2, dtype=torch.float64)
-        state = tableau.start(x)
-        for i, row in enumerate(tableau.rows(x)):
-            x0 = torch.tensor([0.0, 1.0 + i * i], dtype=x.dtype)  # another each time: on a constant one all solvers agree
-            before, state = state, advance(row, state, x0)
-            if not torch.allclose(state.x, ratio[i] * before.x + gain[i] * x0, rtol=1e-9, atol=1e-12):
-                raise SolverError(first_order)
-        return _Aimed(self.network, nodes)
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        raise ModelError("an operator student has to know where a step leads: sample it by fewstep.sample, in steps of DDIM")
-
-
-@dataclass(frozen=True, eq=False)
-class _Aimed:
-    """An operator that knows its steps."""
-
-    network: OperatorStudent
-    nodes: Nodes
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.network.schedule
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        i = int((self.nodes.t == t).nonzero())
-        here, there = (Nodes(*(column[k] for column in self.nodes)) for k in (i, i + 1))
-        ratio = there.sigma / here.sigma
-        landed = self.network.jump(x, here.t, there.t, cond)
-        return (landed - aligned(ratio, x) * x) / aligned(there.alpha - ratio * here.alpha, x)

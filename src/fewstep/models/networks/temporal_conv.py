@@ -33,14 +33,14 @@ SLOPE = 0.01  # of the LeakyReLU
 
 
 class TemporalConv(nn.Module):
-    """Mixing over slots, ``[B, T, C, *P] -> [B, T, C, *P]``, each place ``P`` for itself.
+    """A layer that mixes slots, ``[B, T, C, *P] -> [B, T, C, *P]``, each place ``P`` for itself.
 
     It may be called with fewer slots than it was made for: the last ones of a trajectory. Frequencies above theirs are left out.
 
     Args:
-        channels: ``C``.
-        slots: ``T`` that it is made for.
-        modes: ``K``, of ``1 .. T//2 + 1``.
+        channels: number of channels ``C``.
+        slots: number of slots ``T`` that it is made for.
+        modes: number of frequencies ``K``, of ``1 .. T//2 + 1``.
         form: ``real``, ``fft`` or ``one-way``.
 
     Raises:
@@ -64,7 +64,7 @@ class TemporalConv(nn.Module):
         return h + self.gate.to(h.dtype).reshape(-1, *(1,) * (h.ndim - 3)) * y
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """``W`` and ``V``, each ``[K, C, C]``; ``V`` is 0 where a frequency has no phase."""
+        """Return ``W`` and ``V``, each ``[K, C, C]``; ``V`` is 0 where a frequency has no phase."""
         imag = torch.zeros_like(self.real)
         if self.imag is not None:
             imag = torch.cat([imag[:1], self.imag, imag[1 + len(self.imag) :]])
@@ -72,7 +72,7 @@ class TemporalConv(nn.Module):
 
 
 def _fft(layer: TemporalConv, h: Tensor) -> Tensor:
-    """Complex numbers are kept in at least float32, whatever the network computes in."""
+    """Return ``y`` by FFT; complex numbers are at least float32, whatever the network computes in."""
     with torch.autocast(h.device.type, enabled=False):
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         spectrum = torch.fft.rfft(wide, dim=1)
@@ -84,7 +84,10 @@ def _fft(layer: TemporalConv, h: Tensor) -> Tensor:
 
 
 def _real(layer: TemporalConv, h: Tensor) -> Tensor:
-    """Frequency by frequency; one that so few slots do not have is a wave of 0, which keeps its parameters known to all processes."""
+    """Return ``y`` frequency by frequency.
+
+    One that so few slots do not have is a wave of 0, so that its parameters get a gradient in all processes.
+    """
     cos, sin = (basis.to(h) for basis in _bases(h.shape[1], layer.modes))
     y, phases = torch.zeros_like(h), 0 if layer.imag is None else len(layer.imag)
     for m, (real, imag) in enumerate(zip(*layer.matrices(), strict=True)):
@@ -97,7 +100,10 @@ def _real(layer: TemporalConv, h: Tensor) -> Tensor:
 
 
 def _one_way(layer: TemporalConv, h: Tensor) -> Tensor:
-    """The circulant form with everything that comes from an earlier slot left out; ``d`` counts in the slots it is made for."""
+    """Return ``y`` by the circulant form without everything that comes from an earlier slot.
+
+    Distances ``d`` count in the slots that the layer is made for.
+    """
     count, total = h.shape[1], layer.slots
     real, imag = layer.matrices()
     cos, sin = (basis.to(real) for basis in _bases(total, layer.modes))
@@ -112,12 +118,12 @@ FORMS = {"real": _real, "fft": _fft, "one-way": _one_way}
 
 
 def _right(h: Tensor, matrix: Tensor) -> Tensor:
-    """Channel (row) vectors ``[B, C, P]`` times a matrix ``[C, D]``."""
+    """Return channel (row) vectors ``[B, C, P]`` times a matrix ``[C, D]``."""
     return nn.functional.conv1d(h, matrix.mT[..., None].to(h.dtype))
 
 
 def _bases(slots: int, modes: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal ``cos`` and ``sin`` rows ``[K, T]``; rows of 0 for frequencies that the slots do not have."""
+    """Return orthonormal ``cos`` and ``sin`` rows ``[K, T]``, float64; rows of 0 for frequencies that the slots do not have."""
     m, k = torch.arange(modes, dtype=torch.float64)[:, None], torch.arange(slots, dtype=torch.float64)
     angle = 2 * math.pi * m * k / slots
     single = (m == 0) | (2 * m == slots)

@@ -31,7 +31,7 @@ __all__ = ["NETWORKS", "DhariwalUNet", "SongUNet", "build_network"]
 
 @dataclass(frozen=True)
 class _Style:
-    """In what the blocks of the two networks differ."""
+    """The options in which the blocks of the two networks differ."""
 
     gain: float  # g
     eps: float
@@ -46,9 +46,14 @@ class _Style:
 
 
 class Resample(nn.Module):
-    """Halves (``up=False``) or doubles the resolution by a filter, before a convolution; ``kernel=0`` has none.
+    """A layer that halves (``up=False``) or doubles the resolution by a filter, before a convolution: ``[B, cin, H, W] -> [B, cout, ...]``.
 
-    ``fused`` convolves before it halves and pads once for both, as NCSN++ does beside its encoder. ``[B, cin, H, W] -> [B, cout, ...]``.
+    Args:
+        cin, cout: channels.
+        kernel: of the convolution; 0 has none.
+        taps: the filter.
+        up: double rather than halve.
+        fused: convolve before halving and pad once for both, as NCSN++ does beside its encoder.
     """
 
     resample_filter: Tensor
@@ -78,7 +83,15 @@ class Resample(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block: ``(x [B, cin, H, W], e [B, emb]) -> [B, cout, H', W']``. ``resample`` is ``up``, ``down`` or None."""
+    """A residual block: ``(x [B, cin, H, W], e [B, emb]) -> [B, cout, H', W']``.
+
+    Args:
+        cin, cout: channels.
+        emb: width of the embedding.
+        style: of the network.
+        resample: ``up``, ``down`` or None.
+        attend: add self-attention.
+    """
 
     def __init__(self, cin: int, cout: int, emb: int, style: _Style, *, resample: str | None = None, attend: bool = False) -> None:
         super().__init__()
@@ -110,14 +123,14 @@ class Block(nn.Module):
         return (x + self.proj(self._attention(x))) * self.style.gain if self.heads else x
 
     def _attention(self, x: Tensor) -> Tensor:
-        """The channels of ``qkv`` are ordered (head, channel, which of the three)."""
+        """Return self-attention over the pixels; the channels of ``qkv`` are ordered (head, channel, which of the three)."""
         q, k, v = self.qkv(self.norm2(x)).reshape(len(x) * self.heads, x.shape[1] // self.heads, 3, -1).unbind(2)
         scores = (q.mT @ k).to(torch.promote_types(x.dtype, torch.float32)) / math.sqrt(k.shape[1])
         return (v @ scores.softmax(-1).to(x.dtype).mT).reshape(x.shape)
 
 
 class Fourier(nn.Module):
-    """Random frequencies ``[n/2]`` of a noise level: ``[B] -> [B, n]``, sines first."""
+    """Random Fourier features of a noise level: ``[B] -> [B, n]``, sines first, of frequencies ``[n/2]``."""
 
     freqs: Tensor
 
@@ -131,7 +144,10 @@ class Fourier(nn.Module):
 
 
 def _positional(time: Tensor, channels: int, *, closed: bool) -> tuple[Tensor, Tensor]:
-    """Sines and cosines ``[B, channels/2]`` of ``time [B]`` at frequencies from 1 down to 1/10000, that end included if ``closed``."""
+    """Return sines and cosines ``[B, channels/2]`` of ``time [B]`` at frequencies from 1 down to 1/10000.
+
+    That end is included if ``closed``.
+    """
     half = channels // 2
     powers = torch.arange(half, dtype=torch.float32, device=time.device) / (half - closed)
     angle = torch.outer(time, ((1 / 10000) ** powers).to(time.dtype))
@@ -139,7 +155,7 @@ def _positional(time: Tensor, channels: int, *, closed: bool) -> tuple[Tensor, T
 
 
 class _UNet(nn.Module, ABC):
-    """What both have: an encoder and a decoder of blocks, with skips between them; subclasses embed, inject and emit."""
+    """The common part of both networks: an encoder and a decoder of blocks with skips; subclasses embed, inject and emit."""
 
     options: dict[str, Any]  # it was built with, by `build_network`
 
@@ -151,7 +167,7 @@ class _UNet(nn.Module, ABC):
         self.blocks, self.widths, self.first, self.channels, self.label_dim = blocks, list(widths), first, channels, 0
 
     def _build(self, make: Callable[..., Block], attends: Sequence[bool], *, every_block: bool) -> None:
-        """The blocks; in the decoder every one attends where the level does, or only the last."""
+        """Make the blocks; in the decoder every one attends where the level does, or only the last."""
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         wide, skips = self.first, [self.first]
         for level, key in enumerate(self.keys):
@@ -175,7 +191,7 @@ class _UNet(nn.Module, ABC):
                 wide = self.widths[level]
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The output ``[B, out_channels, H, W]``.
+        """Return the output ``[B, out_channels, H, W]``.
 
         Args:
             x: ``[B, in_channels, H, W]``.
@@ -203,7 +219,7 @@ class _UNet(nn.Module, ABC):
         return out
 
     def _classes(self, x: Tensor, labels: Tensor | None) -> Tensor | None:
-        """The classes as rows ``[B, label_dim]`` of one 1, or of zeros for no class."""
+        """Return the classes as rows ``[B, label_dim]`` of one 1, or of zeros for no class."""
         if not self.label_dim:
             if labels is not None:
                 raise ValueError("it takes no class labels")  # what a network refuses, the denoiser reports
@@ -223,18 +239,20 @@ class _UNet(nn.Module, ABC):
 
 
 class SongUNet(_UNet):
-    """DDPM++ and NCSN++ (Song et al., arXiv 2011.13456).
+    """The U-Nets DDPM++ and NCSN++ (Song et al., arXiv 2011.13456).
 
     Args:
-        img_resolution, in_channels, out_channels, label_dim: of the images; how many classes they have, 0 for none.
-        augment_dim: augmentation labels it was trained with: its weights load, the labels are always zero.
+        img_resolution, in_channels, out_channels: of the images.
+        label_dim: number of classes, 0 for none.
+        augment_dim: number of augmentation labels it was trained with: their weights load, the labels are always zero.
         model_channels, channel_mult: the width at each level is their product.
         channel_mult_emb, channel_mult_noise: widths of the embedding, and of the time before it, in ``model_channels``.
         num_blocks: residual blocks per level.
-        attn_resolutions: where blocks attend.
+        attn_resolutions: resolutions at which blocks attend.
         embedding_type: of the time: ``positional`` or ``fourier``.
-        encoder_type: what enters at each level beside it: nothing (``standard``), the image (``skip``), a second ladder (``residual``).
-        decoder_type: whether each level adds to the output (``skip``) or the last alone makes it (``standard``).
+        encoder_type: input beside the encoder at each level: none (``standard``), the image (``skip``), a second ladder (``residual``).
+        decoder_type: ``skip`` if each level adds to the output, ``standard`` if the last alone makes it.
+        resample_filter: of changes of resolution.
 
     Raises:
         ModelError: an unknown type, or images that cannot be halved so often.
@@ -310,12 +328,19 @@ class SongUNet(_UNet):
 
 
 class DhariwalUNet(_UNet):
-    """ADM (Dhariwal and Nichol, arXiv 2105.05233). Options as in `SongUNet`, and:
+    """The U-Net ADM (Dhariwal and Nichol, arXiv 2105.05233).
 
     Args:
+        img_resolution, in_channels, out_channels, label_dim, augment_dim, model_channels, channel_mult, channel_mult_emb, num_blocks: as of
+            `SongUNet`.
+        attn_resolutions: as of `SongUNet`.
         num_heads: of attention; by default, one per ``channels_per_head``.
+        channels_per_head: width of a head.
         channels_per_group: least channels in a group of the norms: 4 in EDM's, 1 (so always 32 groups) in guided-diffusion's.
         null_label: whether it can do without a class.
+
+    Raises:
+        ModelError: images that cannot be halved so often.
     """
 
     def __init__(
@@ -368,7 +393,12 @@ NETWORKS: dict[str, type[_UNet]] = {"SongUNet": SongUNet, "DhariwalUNet": Dhariw
 
 
 def build_network(name: str, options: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
-    """A network of `NETWORKS`, or diffusers' ``UNet2DModel``, with its weights, whose dtype it takes; ready to sample with.
+    """Make a network of `NETWORKS`, or diffusers' ``UNet2DModel``, with its weights and in their dtype, ready to sample with.
+
+    Args:
+        name: of the class.
+        options: arguments of its constructor.
+        weights: by name.
 
     Raises:
         ModelError: an unknown class or option, or weights that do not fit: too few, too many, of another shape (the first few).

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep import EDM, AdaptedDenoiser, DiscreteVP, ModelError, VarianceExploding
-from fewstep.models.denoiser import edm_time
+from fewstep import EDM, DiscreteVP, Model, ModelError, VarianceExploding
+from fewstep.models.networks.calls import edm_time
 
 
 class Recorder(nn.Module):
@@ -23,7 +23,7 @@ class Recorder(nn.Module):
 
 def test_epsilon_is_undone_and_times_are_one_per_sample() -> None:
     network, schedule = Recorder(torch.float32), DiscreteVP.linear()
-    denoiser, x = AdaptedDenoiser(network, schedule, "epsilon"), torch.randn(3, 1, 4, 4)
+    denoiser, x = Model(network, schedule, "epsilon"), torch.randn(3, 1, 4, 4)
     t = torch.tensor(500.0, dtype=torch.float64)
     x0 = denoiser(x, t)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -34,7 +34,7 @@ def test_epsilon_is_undone_and_times_are_one_per_sample() -> None:
 
 def test_edm_scales_its_input_and_its_time() -> None:
     network = Recorder(torch.float32)
-    denoiser = AdaptedDenoiser(network, VarianceExploding(), EDM(0.5), edm_time)
+    denoiser = Model(network, VarianceExploding(), EDM(0.5), time=edm_time)
     x, t = torch.randn(2, 3), torch.tensor(2.0, dtype=torch.float64)
     denoiser(x, t, torch.tensor([7, 8]))
     seen, time, cond = network.calls[0]
@@ -45,15 +45,15 @@ def test_edm_scales_its_input_and_its_time() -> None:
 
 def test_a_half_precision_network_sees_its_own_dtype_and_answers_in_that_of_the_state() -> None:
     network = Recorder(torch.bfloat16)
-    x0 = AdaptedDenoiser(network, DiscreteVP.linear(), "v")(torch.randn(2, 3), torch.tensor(10.0, dtype=torch.float64))
+    x0 = Model(network, DiscreteVP.linear(), "v")(torch.randn(2, 3), torch.tensor(10.0, dtype=torch.float64))
     assert network.calls[0][0].dtype == torch.bfloat16 and network.calls[0][1].dtype == torch.float32 and x0.dtype == torch.float32
 
 
 def test_a_network_that_refuses_or_answers_another_shape_is_named() -> None:
     t = torch.tensor(10.0, dtype=torch.float64)
     with pytest.raises(ModelError, match="refused a state of shape"):
-        AdaptedDenoiser(nn.Linear(5, 5), DiscreteVP.linear(), "v", call=lambda net, x, time, cond: net(x))(torch.randn(2, 3), t)
+        Model(nn.Linear(5, 5), DiscreteVP.linear(), "v", call=lambda net, x, time, cond: net(x))(torch.randn(2, 3), t)
     with pytest.raises(ModelError, match="pass call="):
-        AdaptedDenoiser(lambda x, time: (x,), DiscreteVP.linear(), "v")(torch.randn(2, 3), t)
+        Model(lambda x, time: (x,), DiscreteVP.linear(), "v")(torch.randn(2, 3), t)
     with pytest.raises(ModelError, match=r"answered shape \(2, 2\)"):
-        AdaptedDenoiser(lambda x, time: x[:, :2], DiscreteVP.linear(), "v")(torch.randn(2, 3), t)
+        Model(lambda x, time: x[:, :2], DiscreteVP.linear(), "v")(torch.randn(2, 3), t)

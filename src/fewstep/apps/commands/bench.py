@@ -1,0 +1,128 @@
+"""``fewstep bench``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewstep.apps.console import console, next_command, print_json, progress
+from fewstep.apps.models import guidance_of, open_model
+from fewstep.apps.options import (
+    ANY_STATISTICS,
+    INTEGERS,
+    NAMES,
+    STATISTICS,
+    AsJson,
+    Fields,
+    Flag,
+    Guidance,
+    ModelName,
+    command,
+    integers,
+    words,
+)
+from fewstep.evaluate.benchmark.comparison import Comparison
+from fewstep.evaluate.benchmark.plan import BenchmarkConfig, planned_entries
+from fewstep.evaluate.benchmark.run import benchmark
+from fewstep.evaluate.pictures import save_comparison
+from fewstep.evaluate.report.write import check_packages, write_report
+from fewstep.evaluate.rows import REFERENCE, picture_file, read_samples
+from fewstep.models.carried import OPTIMIZED
+from fewstep.models.model import Model
+from fewstep.models.problem import Problem
+from fewstep.runtime.process import default_device
+from fewstep.sampling.reference import REFERENCE_NFE
+
+__all__ = ["bench", "run_bench"]
+
+SOLVERS = ("ddim", "dpm-solver-pp-2m", "unipc-2", "deis-3", "dpm-solver-v3")
+GRIDS = ("logsnr", "karras", "angle")
+NFE = (5, 6, 8, 10)
+
+FLAGS = {
+    "num": Flag("--num", "-n", help="How many noises."),
+    "seed": Flag(help="Seed of the first noise; the next has the next seed."),
+    "samplers": Flag("--sampler", help="Folders of saved samplers: of fewstep fit or optimize, for example."),
+    "peers": Flag(help="Also: diffusers (its ODE solvers), module:function (a sampler of k-diffusion's signature)."),
+    "batch": Flag(help="Noises at a time."),
+    "features": Flag(help="In which samples and data are compared: digits, pixels, inception:PATH, module:function. Default: by the data."),
+    "data": Flag(help="Images to compare with: digits, an .npz, a folder of pictures. Default: the model's own, if known."),
+    "statistics": Flag(help=STATISTICS),
+    "any_statistics": Flag("--any-statistics", help=ANY_STATISTICS),
+}
+
+
+def bench(
+    model: ModelName,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for results.json and the pictures.")],
+    solver: Annotated[str | None, typer.Option(metavar=NAMES, help="Solvers; fitted: the model's own. Default: five.")] = None,
+    grid: Annotated[
+        str | None, typer.Option(metavar=NAMES, help="Grids; optimized: the model's own. Default: logsnr,karras,angle.")
+    ] = None,
+    nfe: Annotated[str | None, typer.Option(metavar=INTEGERS, help="Network evaluations. Default: 5,6,8,10.")] = None,
+    guidance: Guidance = None,
+    rest: Annotated[partial[BenchmarkConfig], Fields(FLAGS, ("solvers", "grids", "nfe", "guidance"))],
+    report: Annotated[bool, typer.Option("--report", help="Also write report.html: the rows as plots, tables and pictures.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Compare samplers on the same noises.
+
+    Shown are the error to a tight trajectory, the Frechet distance to data, and the time. Rows that are there already are not run again.
+    """
+    if report:
+        check_packages()
+    typed = words(solver), words(grid), None if nfe is None else integers(nfe, "--nfe")
+    opened = open_model(model)
+    alone = bool(rest.keywords["samplers"]) and solver is None and grid is None and not rest.keywords["peers"]
+    solvers, grids, counts = (
+        default if one is None else one for one, default in zip(typed, ((), (), ()) if alone else _rows(opened), strict=True)
+    )
+    config = rest(solvers=solvers, grids=grids, nfe=counts, guidance=guidance_of(opened, guidance))
+    compared = run_bench(opened, config, out, command(), report=report)
+    if json:
+        print_json(compared.results)
+        return
+    console.print(str(compared))
+    console.print(f"rows: {out / 'results.json'}")
+    if (out / "pictures.png").exists():
+        console.print(f"pictures: {out / 'pictures.png'}")
+    console.print(f"report: {out / 'report.html'}" if report else next_command("report", out, "--out", out))
+
+
+def _rows(model: Model) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
+    """Return solvers, grids and evaluations where nothing was typed: a tuned model is tried with what it was tuned for."""
+    if model.tuned is None:
+        return SOLVERS, GRIDS, NFE
+    return (model.tuned.solver,), (OPTIMIZED,), model.num_jumps or (model.tuned.nfe,)
+
+
+def run_bench(model: Model, config: BenchmarkConfig, out: Path, typed: str, *, report: bool = False) -> Comparison:
+    """Benchmark a model, draw all samplers of our own on the same seeds, and write the report if it is wanted."""
+    planned = planned_entries(Problem(model, config.guidance, default_device()), config)
+    cost = config.num * (REFERENCE_NFE + sum(entry.nfe for entry in planned)) / 1e6
+    title = f"{model.name}: {len(planned)} rows, {config.num} noises, at most {cost:.1f} M network evaluations"
+    with progress(title, len(planned)) as on_progress:
+        compared = benchmark(model, config, out, command=typed, on_progress=on_progress)
+    _draw(compared.results, out)
+    if report:
+        write_report([out], out)
+    return compared
+
+
+def _draw(results: Mapping[str, Any], out: Path) -> None:
+    """Draw our own samplers, rows grouped by grid, below the ends of exact trajectories; if the samples are pictures."""
+    rows = [row for row in results["rows"] if row["library"] == "fewstep" and row.get("failed") is None]
+    exact, columns = read_samples(out / REFERENCE), sorted({row["nfe"] for row in rows})
+    if not rows or exact.ndim != 4:
+        return
+    cells = {("exact trajectory", f"{nfe} evaluations"): (exact, "") for nfe in columns}
+    grids = list(dict.fromkeys(row["grid"] for row in rows))
+    for row in sorted(rows, key=lambda row: (grids.index(row["grid"]), row["nfe"])):
+        stored = picture_file(out, ("fewstep", row["solver"], row["grid"], row["nfe"]))
+        cells[f"{row['solver']}, {row['grid']}", f"{row['nfe']} evaluations"] = (read_samples(stored), f"rmse {row['rmse']:.3f}")
+    save_comparison(cells, out / "pictures.png", title=f"{results['model']}: the same seeds by every sampler")

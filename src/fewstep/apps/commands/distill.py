@@ -1,0 +1,115 @@
+"""``fewstep distill``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from fewstep.apps.console import console, next_command, print_json, progress, show_table
+from fewstep.apps.models import guidance_of, open_model
+from fewstep.apps.options import NUM, AsJson, Fields, Flag, ModelName, TeacherGuidance, checked, command
+from fewstep.evaluate.metrics.features import load_digits_features
+from fewstep.evaluate.pictures import save_comparison
+from fewstep.learn.networks.distill import distill as make_student
+from fewstep.learn.networks.objectives import OBJECTIVES, DistillConfig
+from fewstep.learn.teacher.trajectories import Trajectories
+from fewstep.models.model import Model
+from fewstep.models.networks.operator import OperatorStudent
+from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.process import default_device
+
+__all__ = ["distill"]
+
+FIGURES = ("curve", "slots", "passes", "arithmetic", "seconds")
+FLAGS = {
+    "num": NUM,
+    "form.anywhere": Flag("--anywhere/--one-pass", help="Start at any of the slots' times, for several passes, or at the noise only."),
+    "form.mixing.form": Flag("--mixing", help="Temporal layers of dsno: real, fft, one-way (the last slot needs no other)."),
+    "form.mixing.insert_after": Flag(
+        "--insert-after", "--places", help="Temporal layers after all blocks, or in the inner half of the network."
+    ),
+    "form.mixing.branch_at": Flag("--branch-at", "--fan"),
+}
+
+
+def distill(
+    model: ModelName,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for the student.")],
+    method: Annotated[
+        str, typer.Option(metavar="|".join(OBJECTIVES), help="dsno: slots that meet in temporal layers; slots: they do not; kd: one slot.")
+    ] = "dsno",
+    config: Annotated[DistillConfig, Fields(FLAGS, ("guidance",))],
+    guidance: TeacherGuidance = None,
+    trajectories: Annotated[Path | None, typer.Option(help="A folder of trajectories; by default they are made.")] = None,
+    begin: Annotated[str | None, typer.Option("--from", help="A student to begin with; by default the teacher's weights.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Distil a model into a student that samples in one pass.
+
+    A killed run continues where it stopped; the processes of torchrun share trajectories and batches.
+    """
+    checked(method, tuple(OBJECTIVES), "--method")
+    opened, features = open_model(model), load_digits_features().smooth if config.loss == "features" else None
+    if features is not None and opened.shape != (1, 8, 8):
+        raise FewstepError(f"the bundled features are of 8x8 digits, {opened.name} makes {opened.shape}: use another loss")
+    stored = None if trajectories is None else Trajectories.load(trajectories)
+    with progress(f"distilling {opened.name}", config.steps) as report:
+        student = make_student(
+            opened,
+            method,
+            guidance=guidance_of(opened, guidance),
+            out=out,
+            config=config,
+            trajectories=stored,
+            begin=None if begin is None else open_model(begin),
+            features=features,
+            device=default_device(),
+            command=command(),
+            on_progress=report,
+        )
+    if student is None:
+        return
+    shown = Trajectories.load(out / "work" / "trajectories") if stored is None else stored
+    picture = _draw(student, shown, range(config.num, config.num + min(6, config.held_out)), out / "slots.png")
+    done = {"model": opened.name, "student": str(out), "picture": str(picture)} | {key: student.card[key] for key in FIGURES}
+    if json:
+        print_json(done)
+        return
+    _show(done)
+    console.print(f"student: {out}\npicture of its slots: {picture}")
+    console.print(next_command("bench", out, "--out", "runs/bench"))
+
+
+def _show(done: dict[str, Any]) -> None:
+    """Print the error of the student by the number of passes, and what they cost."""
+    rows = [
+        (str(n), f"{done['arithmetic'][n]:.2f}", f"{error:.4f}", ", ".join(f"{t:.4g}" for t in times))
+        for n, (times, error) in done["passes"].items()
+    ]
+    headings = ("passes", "arithmetic (evaluations)", "RMSE to the teacher", "times")
+    show_table(f"{done['model']} distilled, on held-out trajectories", headings, rows, left=("times",))
+    slots = ", ".join(f"{error:.4f}" for error in done["slots"])
+    console.print(f"error in each slot of one pass: {slots}; {done['seconds']:.0f} s of training")
+
+
+@torch.no_grad()
+def _draw(student: Model, stored: Trajectories, index: range, path: Path) -> Path:
+    """Draw the state in each slot of one pass, below the teacher's trajectory, each scaled to unit size."""
+    operator, schedule = student.to(default_device()).network, student.schedule
+    assert isinstance(operator, OperatorStudent)  # just made
+    t = operator.times
+    places = [int((stored.t - wanted).abs().argmin()) for wanted in t]
+    x, labels = stored.states(index, at=places).to(default_device()), stored.labels(index)
+    ours = operator(x[:, 0], t[1:], None if labels is None else labels.to(x.device))
+    cells = {}
+    for name, states in (("teacher", x), ("one pass", torch.cat([x[:, :1], ours], 1))):
+        for k, now in enumerate(t):
+            size = torch.sqrt(schedule.alpha(now) ** 2 + schedule.sigma(now) ** 2)
+            level = float(torch.exp(-schedule.lam(now)))
+            error = float((states[:, k] - x[:, k]).double().square().mean().sqrt() / size)
+            cells[name, f"noise level {level:.3g}"] = ((states[:, k] / size).cpu(), f"rmse {error:.3f}" if name != "teacher" else "")
+    return save_comparison(cells, path, title=f"{student.name}: all slots of one pass, on noises that were not trained on")

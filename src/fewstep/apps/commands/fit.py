@@ -1,0 +1,82 @@
+"""``fewstep fit``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewstep.apps.console import console, next_command, pipeline_line, print_json, progress, show_table
+from fewstep.apps.models import guidance_words, open_model
+from fewstep.apps.options import INTEGERS, NUM, AsJson, Fields, Guidance, ModelName, Prompts, command, integers
+from fewstep.learn.samplers.fit import FitConfig, nfe_folder
+from fewstep.learn.samplers.fit import fit as make_samplers
+from fewstep.learn.teacher.trajectories import Trajectories
+from fewstep.runtime.process import default_device, process
+
+__all__ = ["fit"]
+
+FIGURES = ("chosen", "best_hand_made", "error", "rmse", "noises", "held_out_noises", "network_evaluations")
+
+
+def fit(
+    model: ModelName,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for the samplers.")],
+    nfe: Annotated[str, typer.Option(metavar=INTEGERS, help="Network evaluations.")] = "4,5,6,8,10",
+    guidance: Guidance = None,
+    config: Annotated[FitConfig, Fields({"num": NUM})],
+    trajectories: Annotated[Path | None, typer.Option(help="A folder of trajectories to fit to; by default they are made.")] = None,
+    prompts: Prompts = None,
+    json: AsJson = False,
+) -> None:
+    """Fit samplers of its own to a model.
+
+    Coefficients and noise levels are chosen by where the model's own samples end. A killed run continues after the last whole sampler; the
+    processes of torchrun share the work.
+    """
+    opened, counts, begin = open_model(model, prompts), sorted(set(integers(nfe, "--nfe"))), time.perf_counter()
+    stored = None if trajectories is None else Trajectories.load(trajectories)
+    title = f"fitting {len(counts)} samplers of {opened.name}, about {config.evaluations(counts) / 1e6:.2f} M network evaluations"
+    with progress(title, len(counts)) as report:
+        samplers = make_samplers(
+            opened,
+            counts,
+            guidance=guidance,
+            out=out,
+            config=config,
+            trajectories=stored,
+            device=default_device(),
+            command=command(),
+            on_progress=report,
+        )
+    if process()[0]:
+        return
+    rows = [{"nfe": n} | {key: samplers[n].card[key] for key in FIGURES} for n in counts]
+    done = {"model": opened.name, "samplers": str(out), "seconds": time.perf_counter() - begin, "rows": rows}
+    if json:
+        print_json(done)
+        return
+    _show(done)
+    console.print(f"samplers: {out}")
+    if prompts:
+        console.print(pipeline_line("from_sampler", out))
+        return
+    scale = guidance_words(opened, guidance)
+    console.print(next_command("sample", model, *scale, "--sampler", nfe_folder(out, counts[0]), "--out", "runs/sample"))
+    console.print(next_command("bench", model, *scale, "--sampler", out, "--out", "runs/bench", begin="or"))
+
+
+def _show(done: dict[str, Any]) -> None:
+    """Print the errors on held-out noises of each sampler beside the best hand-made one, where it came from and what it cost."""
+    rows = []
+    for row in done["rows"]:
+        (ours, theirs), (our_rmse, their_rmse) = row["error"], row["rmse"]
+        rival = f"{theirs:.4f} ({their_rmse:.4f}) {row['best_hand_made']}"
+        cost = f"{row['network_evaluations']:,}"
+        rows.append((str(row["nfe"]), f"{ours:.4f} ({our_rmse:.4f})", rival, f"{ours / theirs:.2f}", cost, row["chosen"]))
+    headings = ("evaluations", "fitted", "best hand-made sampler", "ratio", "network evaluations", "from")
+    show_table(f"{done['model']}: mean error on held-out noises (RMSE)", headings, rows, left=("from",))
+    console.print(f"{done['seconds']:.0f} seconds; trajectories are stored, other numbers of evaluations begin with them")

@@ -1,0 +1,23 @@
+"""``fewstep models``."""
+
+from __future__ import annotations
+
+from fewstep.apps.console import console, next_command, print_json
+from fewstep.apps.options import AsJson
+from fewstep.core.grid import GRIDS
+from fewstep.models.zoo import BUNDLED
+from fewstep.solvers import SOLVERS
+
+__all__ = ["models"]
+
+
+def models(json: AsJson = False) -> None:
+    """List the bundled models, the solvers and the grids."""
+    known = {"models": {name: about for name, (about, _) in BUNDLED.items()}, "solvers": list(SOLVERS), "grids": list(GRIDS)}
+    if json:
+        print_json(known)
+        return
+    for name, about in known["models"].items():
+        console.print(f"{name:16} {about}")
+    console.print(f"\nsolvers          {', '.join(known['solvers'])}\ngrids            {', '.join(known['grids'])}\n")
+    console.print(next_command("sample", "digits-edm", "--nfe", 6, "--out", "runs/sample"))

@@ -1,0 +1,154 @@
+"""``fewstep sample``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from fewstep.apps.console import console, next_command, print_json, progress
+from fewstep.apps.models import guidance_of, guidance_words, open_model
+from fewstep.apps.options import NUMBERS, AnyStatistics, AsJson, Guidance, ModelName, StatisticsFolder, numbers
+from fewstep.core.grid import TimeGrid
+from fewstep.evaluate.pictures import save_grid, save_singles, to_uint8
+from fewstep.models.carried import FITTED, OPTIMIZED
+from fewstep.models.generate import check_made_for, generate_to, sampler_for
+from fewstep.models.model import Model
+from fewstep.models.problem import Problem, check_seeds
+from fewstep.runtime.artifact import write_whole
+from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.process import default_device
+from fewstep.sampling.sampler import Sampler
+from fewstep.solvers import takes_statistics
+
+__all__ = ["sample"]
+
+PLAIN = ("unipc-2", "angle", 8)  # solver, grid and evaluations where nothing is named, of a model that was not tuned for others
+
+
+def sample(
+    model: ModelName,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    solver: Annotated[
+        str | None, typer.Option(help="Or fitted: the model's own. Default: what the model was tuned for, else unipc-2.")
+    ] = None,
+    grid: Annotated[str | None, typer.Option(help="Or optimized: the model's own. Default: as for --solver, else angle.")] = None,
+    nfe: Annotated[int | None, typer.Option(help="Network evaluations per sample. Default: as for --solver, else 8.")] = None,
+    num: Annotated[int, typer.Option("--num", "-n", help="How many samples. Under torchrun say -n.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the first sample; the next has the next seed.")] = 0,
+    guidance: Guidance = None,
+    label: Annotated[int | None, typer.Option(help="Class of all samples; by default the seed modulo the classes.")] = None,
+    batch: Annotated[int, typer.Option(help="Samples at a time.")] = 256,
+    sampler: Annotated[Path | None, typer.Option(help="A sampler folder to use instead of --solver, --grid and --nfe.")] = None,
+    times: Annotated[str | None, typer.Option(metavar=NUMBERS, help="Times, instead of --grid and --nfe: 80,10,1,0.002.")] = None,
+    sigmas: Annotated[str | None, typer.Option(metavar=NUMBERS, help="Noise levels sigma/alpha, likewise; 0 is the clean image.")] = None,
+    singles: Annotated[bool, typer.Option("--singles", help="Also write one PNG per sample.")] = False,
+    npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz (float32, and uint8 pictures).")] = False,
+    statistics: StatisticsFolder = None,
+    any_statistics: AnyStatistics = False,
+    json: AsJson = False,
+) -> None:
+    """Sample a model.
+
+    A killed run continues where it stopped when the same command is typed again; the processes of torchrun share the seeds.
+    """
+    if num < 1 or batch < 1:
+        raise FewstepError(f"num and batch must be at least 1, got {num} and {batch}")
+    check_seeds(seed, num)
+    opened = open_model(model)
+    scale = guidance_of(opened, guidance)
+    chosen = _Choice(solver, grid, nfe, sampler, times, sigmas, statistics, any_statistics).sampler_for(opened, scale)
+    if len(opened.need_shape()) != 3 and singles:
+        raise FewstepError(f"samples of shape {opened.shape} are no pictures: leave --singles out; they are written to samples.npz")
+    seeds = range(seed, seed + num)
+    with progress(f"sampling {num} x {chosen.nfe} evaluations", num) as report:
+        problem = Problem(opened, scale, default_device())
+        made = generate_to(out, problem, chosen, seeds, label=label, batch=batch, on_progress=report)
+    if made is None:
+        return
+    images, parts = made
+    done = {"num": num, "nfe": chosen.nfe, "sampler": _described(chosen), **_written(images, opened, seeds, label, out, singles, npz)}
+    rmtree(parts)
+    if json:
+        print_json(done)
+        return
+    console.print(f"sampler: {done['sampler']}")
+    console.print(f"pictures: {done['grid']}" if "grid" in done else f"samples: {done['npz']}")
+    console.print(next_command("bench", model, *guidance_words(opened, guidance), "--out", "runs/bench"))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The options that name a sampler; None where nothing was typed."""
+
+    solver: str | None
+    grid: str | None
+    nfe: int | None
+    sampler: Path | None
+    times: str | None
+    sigmas: str | None
+    statistics: Path | None
+    any_statistics: bool
+
+    def sampler_for(self, model: Model, guidance: float) -> Sampler:
+        """Return the sampler: one from a folder, or a solver on explicit times, on explicit noise levels, or on a named grid."""
+        if model.flow_map is not None:
+            model.guided(guidance)  # refuses a scale that a student cannot have
+        if sum(option is not None for option in (self.sampler, self.times, self.sigmas)) > 1:
+            raise FewstepError("give one of --sampler, --times and --sigmas")
+        if self.sampler is not None:
+            loaded = Sampler.load(self.sampler)
+            check_made_for(loaded, model, guidance, self.sampler)
+            return loaded.with_card(grid=str(self.sampler))
+        solver, spacing, nfe = PLAIN if model.tuned is None else (model.tuned.solver, OPTIMIZED, model.tuned.nfe)
+        solver, spacing, nfe = self.solver or solver, self.grid or spacing, nfe if self.nfe is None else self.nfe
+        if solver == FITTED:
+            if self.times is not None or self.sigmas is not None or self.grid not in (None, OPTIMIZED) or self.statistics is not None:
+                raise FewstepError(
+                    "a fitted sampler has noise levels and coefficients of its own: leave --grid, --times, --sigmas and --statistics out"
+                )
+            return model.fitted(nfe, guidance).with_card(name=FITTED, grid=OPTIMIZED)
+        if self.statistics is not None and not takes_statistics(solver):
+            raise FewstepError(f"{solver} takes no statistics: say --solver dpm-solver-v3, or leave --statistics out")
+        grid, count, where = spacing, nfe, spacing
+        if self.times is not None:
+            grid, count, where = TimeGrid(torch.tensor(numbers(self.times, "--times"), dtype=torch.float64)), None, "the times given"
+        elif self.sigmas is not None:
+            grid, count, where = TimeGrid.from_sigmas(model.schedule, numbers(self.sigmas, "--sigmas")), None, "the noise levels given"
+        options = {"statistics": self.statistics, "any_statistics": self.any_statistics}
+        made = sampler_for(model, solver, nfe=count, guidance=guidance, grid=grid, **options)
+        assert isinstance(made, Sampler)  # a tableau is what was given as one
+        return made.with_card(name=solver, grid=where)
+
+
+def _described(sampler: Sampler) -> str:
+    """Return what a sampler is, for the reader."""
+    first, last = torch.exp(-sampler.tableau.nodes.lam[[0, -1]]).tolist()
+    where = f" on {sampler.card['grid']}" if sampler.card.get("grid") else ""
+    return f"{sampler.name}{where}, {sampler.nfe} evaluations, noise levels {first:.3g} to {last:.3g}"
+
+
+def _written(images: Tensor, model: Model, seeds: range, label: int | None, out: Path, singles: bool, npz: bool) -> dict[str, Any]:
+    """Write samples as pictures and arrays, those that are no pictures as arrays alone, and return where."""
+    places = dict[str, str]()
+    if images.ndim == 4:
+        places["grid"] = str(save_grid(images, out / "grid.png"))
+    if singles:
+        places["singles"] = str(save_singles(images, out / "singles", seeds))
+    if npz or images.ndim != 4:
+        arrays: dict[str, Any] = {"x": images.numpy(), "seeds": np.array(seeds)}
+        if images.ndim == 4:
+            arrays["images"] = to_uint8(images)
+        labels = model.labels(seeds, label)
+        if labels is not None:
+            arrays["labels"] = labels.numpy()
+        write_whole(out / "samples.npz", lambda temporary: np.savez(temporary, **arrays))
+        places["npz"] = str(out / "samples.npz")
+    return places

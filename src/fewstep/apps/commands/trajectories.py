@@ -1,0 +1,57 @@
+"""``fewstep trajectories``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewstep.apps.console import console, next_command, print_json, progress
+from fewstep.apps.models import guidance_of, guidance_words, open_model
+from fewstep.apps.options import NUM, AsJson, Fields, Flag, Guidance, ModelName, command
+from fewstep.learn.networks.distill import DistillConfig
+from fewstep.learn.teacher.trajectories import TrajectoryConfig, generate_trajectories
+from fewstep.runtime.process import default_device
+
+__all__ = ["trajectories"]
+
+DISTILL = DistillConfig()  # whose students learn from these by default
+FLAGS = {"num": NUM, "seed": Flag(default=DISTILL.seed)}
+
+
+def trajectories(
+    model: ModelName,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for the trajectories.")],
+    slots: Annotated[int, typer.Option(help="Times at which states are stored, beside the noise.")] = 16,
+    grid: Annotated[str, typer.Option(help="Their spacing; optimized is the model's own for ddim.")] = DISTILL.grid,
+    config: Annotated[TrajectoryConfig, Fields(FLAGS, ("guidance",))],
+    guidance: Guidance = None,
+    json: AsJson = False,
+) -> None:
+    """Solve a model's sampling ODE, for students to learn from.
+
+    A killed run continues where it stopped, a larger --num adds trajectories; the processes of torchrun share the work.
+    """
+    opened = open_model(model)
+    scale = guidance_of(opened, guidance)
+    times = opened.trajectory_grid(grid, slots, scale)
+    with progress(f"solving {config.num} trajectories of {opened.name}", config.num) as report:
+        made = generate_trajectories(
+            opened, times, out, guidance=scale, config=config, device=default_device(), command=command(), on_progress=report
+        )
+    if made is None:
+        return
+    size = sum(path.stat().st_size for path in out.glob("shard-*.safetensors"))
+    done: dict[str, Any] = {"model": opened.name, "trajectories": str(out), "num": len(made), "times": made.t.tolist(), "bytes": size}
+    done |= made.card
+    if json:
+        print_json(done)
+        return
+    own = "unknown" if done["teacher_error"] is None else f"{done['teacher_error']:.1e}"
+    console.print(f"trajectories: {out} ({size / 1e6:.0f} MB, own error {own})")
+    held_out = min(DISTILL.held_out, config.num // 4)
+    which = ["--grid", grid, "--slots", slots, "--num", config.num - held_out, "--held-out", held_out]
+    which += ["--method", "kd"] if slots == 1 else []
+    console.print(next_command("distill", model, *guidance_words(opened, guidance), "--trajectories", out, *which, "--out", "runs/student"))

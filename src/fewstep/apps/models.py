@@ -1,0 +1,83 @@
+"""The model that a command names."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+from fewstep.integrations.diffusers.pipelines import from_pipeline, is_pipeline, load_pipeline
+from fewstep.models.model import Model
+from fewstep.models.zoo import load_model
+from fewstep.runtime.entry import imported, is_entry
+from fewstep.runtime.errors import FewstepError, ModelError
+
+__all__ = ["guidance_of", "guidance_words", "open_model"]
+
+HOW = "it should be a function without arguments that returns a fewstep.Model"
+
+
+def open_model(name: str, prompts: Path | None = None) -> Model:
+    """Load a model by the name of a bundled one, its folder, checkpoint file or hub id; or make it by a function.
+
+    Args:
+        name: or ``module:function``: a function without arguments that returns a `Model`; or the folder of a whole pipeline.
+        prompts: a text file for the network of that pipeline to be conditioned on, one prompt on each line.
+
+    Raises:
+        ModelError: no such model, prompts missing or not wanted, a pipeline that is not known; a function that is none, takes arguments,
+            raises, or returns something else than a model with a shape.
+    """
+    if is_pipeline(name):
+        return from_pipeline(load_pipeline(name), prompts)
+    if prompts is not None:
+        raise ModelError(f"{name} is not a pipeline that takes prompts: leave --prompts out, or name the folder of one")
+    return _made(name) if is_entry(name) and not Path(name).exists() else load_model(name)
+
+
+def _made(entry: str) -> Model:
+    """Return what a function of the caller's own returns, under the name that was typed if it has no folder."""
+    try:
+        function = imported(entry)
+    except FewstepError as error:
+        raise ModelError(f"{error}; {HOW}") from error
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ModelError(f"{entry} cannot be called without arguments ({error}); {HOW}") from error
+    except ValueError:  # a function in C that does not say what it takes
+        pass
+    try:
+        made = function()
+    except FewstepError as error:
+        raise ModelError(f"{entry} made no model: {error}") from error
+    except Exception as error:  # whatever another's function does
+        first = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"{entry} made no model: {type(error).__name__}: {first}{_place(error)}") from error
+    if not isinstance(made, Model):
+        raise ModelError(f"{entry} returned a {type(made).__name__}, not a fewstep.Model: {_WRAP}")
+    if made.shape is None:
+        raise ModelError(f"the model that {entry} returned does not know the shape of its samples: make it with shape=, as in {_EXAMPLE}")
+    return made if made.folder is not None else replace(made, name=entry)
+
+
+_EXAMPLE = 'fewstep.Model(network, fewstep.DiscreteVP.scaled_linear(), "epsilon", shape=(4, 64, 64))'
+_WRAP = f"wrap the network with its noise law and what it predicts, as in {_EXAMPLE}"
+
+
+def _place(error: BaseException) -> str:
+    """Return the last line of the caller's own file that led to an error, as `` (my_model.py, line 3)``."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the call here
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+
+
+def guidance_of(model: Model, scale: float | None) -> float:
+    """Return the guidance scale that was typed, else the model's own."""
+    return model.default_guidance if scale is None else scale
+
+
+def guidance_words(model: Model, scale: float | None) -> list[str]:
+    """Return the words that name a guidance scale on the command line, if it is not the one that the model has anyway."""
+    return [] if scale is None or scale == model.default_guidance else ["--guidance", f"{scale:g}"]

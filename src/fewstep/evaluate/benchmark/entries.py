@@ -1,0 +1,354 @@
+"""The samplers of a benchmark: one small class per kind, each of which makes samples and says what it is made of."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fewstep.core.denoiser import Cond, Denoiser, FlowMap
+from fewstep.core.grid import TimeGrid, make_grid
+from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
+from fewstep.evaluate.benchmark.peers import LIBRARY, peer_steps, run_peer
+from fewstep.evaluate.benchmark.third_party import ThirdPartySampler, run_third_party
+from fewstep.evaluate.rows import OWN_FORMULAS, Key
+from fewstep.models.carried import OPTIMIZED
+from fewstep.models.problem import Problem
+from fewstep.runtime.errors import GridError, SolverError
+from fewstep.sampling.loop import jumps, run
+from fewstep.sampling.sampler import Sampler
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Entry", "HandMadeEntry", "PeerEntry", "SamplerEntry", "ThirdPartyEntry"]
+
+
+@dataclass(frozen=True, eq=False)
+class Entry(ABC):
+    """One sampler with a number of evaluations, on one problem: a row of the benchmark to be.
+
+    Attributes:
+        problem: the model at a guidance scale.
+        solver, grid: what the table calls them.
+        nfe: the evaluations that are requested.
+    """
+
+    problem: Problem
+    solver: str
+    grid: str
+    nfe: int
+
+    @property
+    @abstractmethod
+    def library(self) -> str:
+        """The library that the sampler belongs to."""
+
+    @property
+    def key(self) -> Key:
+        """The identifier of its row."""
+        return self.library, self.solver, self.grid, self.nfe
+
+    @property
+    def statistics(self) -> str | None:
+        """The fingerprint of the statistics that it uses."""
+        return None
+
+    @property
+    @abstractmethod
+    def artifact(self) -> str | None:
+        """The fingerprint of what it is made of, as far as its key does not say."""
+
+    @property
+    def trusted(self) -> bool:
+        """Whether all of its code is this library's, so that an unexpected exception is a mistake here and no failure of the sampler."""
+        return False
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """The sampler as data, where it is one of this library's."""
+        return None
+
+    @property
+    @abstractmethod
+    def time_grid(self) -> TimeGrid:
+        """The times of its grid.
+
+        Raises:
+            GridError, SolverError: it has none.
+        """
+
+    @abstractmethod
+    def why_not(self) -> str:
+        """Say why it cannot run at all; empty if it can."""
+
+    @abstractmethod
+    def samples(self, denoiser: Denoiser | FlowMap, seeds: Sequence[int], cond: Cond) -> Tensor:
+        """Sample the noises of ``seeds``, ``[len(seeds), *D]``.
+
+        Args:
+            denoiser: that of the problem, or a wrapper around it.
+            seeds: of the noises.
+            cond: the condition of each.
+        """
+
+    def same_as(self, other: Entry) -> bool:
+        """Return whether an entry with the same key is the same sampler."""
+        return type(self) is type(other) and (self.statistics, self.artifact) == (other.statistics, other.artifact)
+
+    def renamed(self, solver: str) -> Self:
+        """Return the same sampler under another name."""
+        return replace(self, solver=solver)
+
+
+def _named_grid(entry: Entry, steps: int) -> TimeGrid:
+    """Return the grid that an entry names, of so many intervals."""
+    problem = entry.problem
+    if entry.grid == OPTIMIZED:
+        return problem.model.optimized(entry.solver, entry.nfe, problem.guidance)
+    return make_grid(entry.grid, problem.schedule, steps)
+
+
+def _refused(problem: Problem, tableau: Tableau) -> None:
+    """Refuse a tableau that a student cannot take.
+
+    Raises:
+        SolverError: it is not of first order, or has times between which the student cannot jump.
+    """
+    if isinstance(problem.denoiser, FlowMap):
+        jumps(problem.denoiser, tableau)
+
+
+def _numbers(*tables: Tensor) -> str:
+    return hashlib.sha256(repr([table.tolist() for table in tables]).encode()).hexdigest()[:16]
+
+
+# -- of this library ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class HandMadeEntry(Entry):
+    """A solver on a grid by name.
+
+    Attributes:
+        method: the solver, or why the model has none.
+        named: whether its name stands for its formulas; a solver of somebody's own has a name that says nothing of them.
+    """
+
+    _: KW_ONLY
+    method: Solver | SolverError
+    named: bool = True
+
+    @property
+    def library(self) -> str:
+        return "fewstep"
+
+    @property
+    def trusted(self) -> bool:
+        return self.named
+
+    @property
+    def statistics(self) -> str | None:
+        used = getattr(self.method, "statistics", None)
+        return None if used is None else used.fingerprint
+
+    @property
+    def artifact(self) -> str | None:
+        if not self.named:
+            try:
+                return OWN_FORMULAS + self.sampler.fingerprint
+            except Exception:  # somebody's own code: its row says why
+                return None
+        return _numbers(self.time_grid.t) if self.grid == OPTIMIZED else None
+
+    @property
+    def _solver(self) -> Solver:
+        if isinstance(self.method, SolverError):
+            raise self.method
+        return self.method
+
+    @cached_property
+    def _times(self) -> TimeGrid:
+        return _named_grid(self, self._solver.steps_on(self.problem.schedule, self.nfe))
+
+    @property
+    def time_grid(self) -> TimeGrid:
+        return self._times
+
+    @cached_property
+    def _built(self) -> Sampler:
+        return Sampler.build(self._solver, self.time_grid, self.problem.schedule)
+
+    @property
+    def sampler(self) -> Sampler:
+        return self._built
+
+    def why_not(self) -> str:
+        try:
+            nodes = self._solver.nodes(self.time_grid, self.problem.schedule)
+            if isinstance(self.problem.denoiser, FlowMap):
+                _refused(self.problem, tabulate(self._solver, nodes))
+        except (GridError, SolverError) as error:
+            return str(error)
+        except Exception:  # somebody's own code: its row says why
+            if self.trusted:
+                raise
+        return ""
+
+    def samples(self, denoiser: Denoiser | FlowMap, seeds: Sequence[int], cond: Cond) -> Tensor:
+        return _sampled(self.sampler, self.problem, denoiser, seeds, cond)
+
+    def same_as(self, other: Entry) -> bool:
+        if not isinstance(other, HandMadeEntry):
+            return False
+        if self.named and other.named:
+            return self.statistics == other.statistics
+        try:
+            return bool(self.method == other.method)
+        except Exception:  # options that cannot be compared, as tensors
+            return False
+
+
+@dataclass(frozen=True, eq=False)
+class SamplerEntry(Entry):
+    """A `Sampler`: saved in a folder, carried by the model, or in memory.
+
+    Attributes:
+        given: the sampler, or why the model carries none.
+    """
+
+    _: KW_ONLY
+    given: Sampler | SolverError
+
+    @property
+    def library(self) -> str:
+        return "fewstep"
+
+    @property
+    def trusted(self) -> bool:
+        return True
+
+    @property
+    def sampler(self) -> Sampler:
+        if isinstance(self.given, SolverError):
+            raise self.given
+        return self.given
+
+    @property
+    def time_grid(self) -> TimeGrid:
+        return self.sampler.grid
+
+    @property
+    def artifact(self) -> str | None:
+        if isinstance(self.given, SolverError):
+            return None
+        tableau = self.given.tableau
+        return _numbers(tableau.nodes.t, tableau.update, tableau.record, tableau.bias)
+
+    def why_not(self) -> str:
+        try:
+            _refused(self.problem, self.sampler.tableau)
+        except SolverError as error:
+            return str(error)
+        return ""
+
+    def samples(self, denoiser: Denoiser | FlowMap, seeds: Sequence[int], cond: Cond) -> Tensor:
+        return _sampled(self.sampler, self.problem, denoiser, seeds, cond)
+
+
+def _sampled(sampler: Sampler, problem: Problem, denoiser: Denoiser | FlowMap, seeds: Sequence[int], cond: Cond) -> Tensor:
+    return run(denoiser, sampler.tableau, problem.start(seeds, sampler.tableau.nodes), cond, seeds=seeds)
+
+
+# -- of others ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _ForeignEntry(Entry):
+    """A sampler of another library on a grid by name."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """The grid intervals with which it makes `nfe` evaluations."""
+
+    @abstractmethod
+    def run(self, denoiser: Denoiser, x: Tensor, seeds: Sequence[int], cond: Cond) -> Tensor:
+        """Sample from ``x [B, *D]`` at the grid's first time to its last."""
+
+    @cached_property
+    def _times(self) -> TimeGrid:
+        return _named_grid(self, self.steps)
+
+    @property
+    def time_grid(self) -> TimeGrid:
+        return self._times
+
+    def why_not(self) -> str:
+        if isinstance(self.problem.denoiser, FlowMap):
+            return f"{self.problem.name} is a student, which jumps along its own times alone: no sampler of {self.library} is for it"
+        try:
+            _ = self.time_grid
+        except (GridError, SolverError) as error:
+            return str(error)
+        return ""
+
+    def samples(self, denoiser: Denoiser | FlowMap, seeds: Sequence[int], cond: Cond) -> Tensor:
+        assert not isinstance(denoiser, FlowMap)  # `why_not` says so
+        x = self.problem.start(seeds, Nodes.at(self.problem.schedule, self.time_grid.t))
+        return self.run(denoiser, x, seeds, cond)
+
+
+@dataclass(frozen=True, eq=False)
+class PeerEntry(_ForeignEntry):
+    """A scheduler class of diffusers."""
+
+    @property
+    def library(self) -> str:
+        return LIBRARY
+
+    @property
+    def steps(self) -> int:
+        return peer_steps(self.solver, self.nfe, to_clean=self.problem.schedule.ends_clean)
+
+    @property
+    def artifact(self) -> str | None:
+        return f"{LIBRARY}-{version(LIBRARY)}"
+
+    def run(self, denoiser: Denoiser, x: Tensor, seeds: Sequence[int], cond: Cond) -> Tensor:
+        return run_peer(self.solver, denoiser, self.time_grid, x, cond)
+
+
+@dataclass(frozen=True, eq=False)
+class ThirdPartyEntry(_ForeignEntry):
+    """A function with the signature of k-diffusion's samplers.
+
+    It is given as many grid intervals as evaluations are requested; how many it makes is its own business, and counted.
+    """
+
+    _: KW_ONLY
+    third_party: ThirdPartySampler
+
+    @property
+    def library(self) -> str:
+        return self.third_party.module
+
+    @property
+    def steps(self) -> int:
+        return self.nfe
+
+    @property
+    def artifact(self) -> str | None:
+        return self.third_party.fingerprint
+
+    def run(self, denoiser: Denoiser, x: Tensor, seeds: Sequence[int], cond: Cond) -> Tensor:
+        return run_third_party(self.third_party, denoiser, self.time_grid, x, cond, seeds)
+
+    def same_as(self, other: Entry) -> bool:
+        return isinstance(other, ThirdPartyEntry) and self.third_party.function == other.third_party.function

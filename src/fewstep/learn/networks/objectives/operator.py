@@ -1,0 +1,249 @@
+r"""Distil a model into an operator that maps noise to its whole trajectory (DSNO, Zheng et al., arXiv 2211.13449).
+
+The trajectories pair each noise with its own solution, so training is regression: with ``output_k`` the answer of slot ``k`` and
+``target_k`` the one that would land on the teacher's state,
+
+    mean_k  weight_k  distance(output_k, target_k),
+
+in the network's own output, where all targets have one size. It starts at the noise, or at any time of the trajectory (then the slots are
+those below), so that a student may go on from where it has come to: one stored trajectory teaches all its ``(s, t)``. One slot is plain
+knowledge distillation; several that do not meet are several such tasks on one network.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.denoiser import Cond
+from fewstep.core.tableau import Nodes
+from fewstep.learn.networks.loop import LoopConfig
+from fewstep.learn.networks.objectives.objective import Objective
+from fewstep.learn.teacher.batches import Batch, TeacherData
+from fewstep.learn.teacher.trajectories import TrajectoryConfig
+from fewstep.models.flow_map import OperatorMap
+from fewstep.models.formats.folders import save_like
+from fewstep.models.model import Model
+from fewstep.models.networks.operator import OperatorForm, OperatorStudent
+from fewstep.models.problem import Problem
+from fewstep.runtime.errors import FewstepError, look_up
+
+__all__ = ["DISTANCES", "WEIGHTS", "DistillConfig", "OperatorObjective"]
+
+
+def _l1(error: Tensor) -> Tensor:
+    return error.abs().mean((0, *range(2, error.ndim)))
+
+
+def _l2(error: Tensor) -> Tensor:
+    return error.square().mean((0, *range(2, error.ndim)))
+
+
+def _huber(error: Tensor) -> Tensor:
+    """Return the pseudo-Huber distance (Song and Dhariwal, arXiv 2310.14189).
+
+    It is ``(sqrt(|e|^2 + c^2) - c) / sqrt(D)`` of each sample's norm, with ``c = 0.00054 sqrt(D)``.
+    """
+    size = math.prod(error.shape[2:])
+    c = 0.00054 * math.sqrt(size)
+    return (torch.sqrt(error.flatten(2).square().sum(2) + c * c) - c).mean(0) / math.sqrt(size)
+
+
+# error [B, T, *D] -> distance [T]
+DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {"l1": _l1, "l2": _l2, "huber": _huber}
+
+# alpha/sigma of the slots [T] -> weight [T]
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "equal": torch.ones_like,
+    "snr": lambda snr: snr.clamp(1, 10),
+    "paper": lambda snr: snr.clamp(1, 1e4),
+}
+SLOTS = 4
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Configure a distillation.
+
+    Args:
+        slots: times below the start that one pass answers for; by default 4, and 1 of the method kd.
+        grid: the spacing of the slots, or optimized: the model's own for ddim. ``angle`` is uniform in DSNO's time, ``angle:power=2`` is
+            quadratic.
+        form: the student's architecture and output.
+        loss: huber, l1, l2, or features, which compares features of pictures.
+        weights: weights of the slots: equal, snr (alpha/sigma, from 1 to 10) or paper (to 10000: little but the last slot is left).
+        first: share of each batch that starts at the noise, where the student starts anywhere.
+        dropout: dropout in the network's blocks.
+        steps: training steps.
+        batch: trajectories in a step.
+        lr: learning rate at its peak.
+        weight_decay: weight decay of AdamW.
+        ema: decay of the averaged weights, which are saved.
+        mixed_precision: no, bf16, fp16.
+        num: stored trajectories to learn from.
+        held_out: held-out trajectories after them, which measure.
+        fresh: share of each batch that is not stored but solved while training.
+        teacher_nfe: network evaluations of the teacher per trajectory.
+        guidance: scale at which the teacher samples; the student takes labels but no scale.
+        seed: seed of the first trajectory; far from those that benchmarks start with.
+        half: save the weights in float16.
+
+    Raises:
+        FewstepError: a number out of range, or an unknown word.
+    """
+
+    slots: int | None = None
+    grid: str = "angle"
+    form: OperatorForm = field(default_factory=OperatorForm)
+    loss: str = "huber"
+    weights: str = "equal"
+    first: float = 0.5
+    dropout: float = 0.0
+    steps: int = 6000
+    batch: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    ema: float = 0.999
+    mixed_precision: str = "no"
+    num: int = 16384
+    held_out: int = 512
+    fresh: float = 0.0
+    teacher_nfe: int = 32
+    guidance: float = 1.0
+    seed: int = 6_000_000
+    half: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_slots < 1 or self.num < 1 or self.held_out < 2 or self.teacher_nfe < 1:
+            raise FewstepError(f"distilling needs slots, num and teacher_nfe of at least 1 and 2 trajectories held out, got {self}")
+        if not 0 <= self.fresh <= 1 or not 0 < self.first <= 1 or not 0 <= self.dropout < 1:
+            raise FewstepError(f"fresh lies in [0, 1], first in (0, 1], dropout in [0, 1), got {self.fresh}, {self.first}, {self.dropout}")
+        look_up(self.loss, {**DISTANCES, "features": None}, "loss", FewstepError)
+        look_up(self.weights, WEIGHTS, "weights of the slots", FewstepError)
+        _ = self.loop
+
+    @property
+    def num_slots(self) -> int:
+        """The number of times below the start that one pass answers for."""
+        return SLOTS if self.slots is None else self.slots
+
+    @property
+    def loop(self) -> LoopConfig:
+        """The configuration of the training loop."""
+        options = {"weight_decay": self.weight_decay, "ema": self.ema, "seed": self.seed, "mixed_precision": self.mixed_precision}
+        return LoopConfig(self.steps, self.batch, self.lr, min(200, self.steps // 10), **options)
+
+    @property
+    def trajectories(self) -> TrajectoryConfig:
+        """The configuration of the training trajectories followed by held-out ones."""
+        return TrajectoryConfig(self.num + self.held_out, self.teacher_nfe, seed=self.seed, guidance=self.guidance)
+
+
+class OperatorObjective(Objective):
+    """Regression of an operator student onto its teacher's trajectories.
+
+    Args:
+        problem: the teacher and its guidance.
+        config: how to distil.
+        features: network of the loss ``features``, from pictures ``[B, *D]`` to ``[B, F]``.
+
+    Raises:
+        FewstepError: the loss ``features`` without any.
+        ModelError: a network that operators cannot be made of.
+    """
+
+    def __init__(self, problem: Problem, config: DistillConfig, features: Callable[[Tensor], Tensor] | None = None) -> None:
+        if config.loss == "features" and features is None:
+            raise FewstepError("the loss features compares features of pictures: pass features=, a network from pictures [B, *D] to [B, F]")
+        self.problem, self.config, self.features = problem, config, features
+        self.grid = problem.model.trajectory_grid(config.grid, config.num_slots, problem.guidance)
+        self.nodes = Nodes.at(problem.schedule, self.grid.t)
+        self.weight = WEIGHTS[config.weights](torch.exp(self.nodes.lam))
+        self.form = self.student()  # what cannot be made is refused before long work; knows the scale of each slot's output
+
+    def student(self) -> OperatorStudent:
+        torch.manual_seed(self.config.seed)
+        network: Any = copy.deepcopy(self.problem.model.network)
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = self.config.dropout
+        teacher = replace(self.problem.model, network=network)
+        return OperatorStudent(teacher, self.grid.t, self.config.form).to(self.problem.device)
+
+    def loss(self, student: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        config, (x, cond) = self.config, batch
+        anywhere = config.form.anywhere and config.num_slots > 1
+        at_noise = max(1, round(len(x) * config.first)) if anywhere else len(x)
+        total = at_noise / len(x) * self._from(student, x[:at_noise], None if cond is None else cond[:at_noise], 0)
+        if at_noise < len(x):  # both in each step: one or the other in turn would shake the weights
+            j = int(torch.randint(1, config.num_slots, (), generator=generator))
+            rest = self._from(student, x[at_noise:], None if cond is None else cond[at_noise:], j)
+            total = total + (1 - at_noise / len(x)) * rest
+        return total
+
+    def _from(self, student: nn.Module, x: Tensor, cond: Cond, j: int) -> Tensor:
+        """Return the loss of the slots below the time ``t_j``, from the trajectories ``x [b, M+1, *D]``."""
+        t, later = self.grid.t, slice(j + 1, None)
+        states = student(x[:, j], t[later], cond, t[j])
+        of_slot = (self.weight[later] / self.weight[later].mean()).to(x.dtype).to(x.device)
+        if self.config.loss == "features":
+            return (of_slot * self._feature_distance(states, x[:, later], later)).mean()
+        scale = self.form.coefficients(t[j], t[later])[1].to(x.dtype).to(x.device)
+        error = (states - x[:, later]) / scale.reshape(-1, *(1,) * (x.ndim - 2))
+        return (of_slot * DISTANCES[self.config.loss](error)).mean()
+
+    def _feature_distance(self, states: Tensor, wanted: Tensor, slots: slice) -> Tensor:
+        """Return the mean square distance of features ``[T]``, of the states scaled to unit size."""
+        assert self.features is not None  # checked at the beginning
+        norm = torch.sqrt(self.nodes.alpha[slots] ** 2 + self.nodes.sigma[slots] ** 2).to(states.dtype).to(states.device)
+        norm = norm.reshape(-1, *(1,) * (states.ndim - 2))
+        ours, theirs = (self.features((x / norm).flatten(0, 1)) for x in (states, wanted))
+        return (ours - theirs).square().unflatten(0, (len(states), -1)).flatten(2).mean((0, 2))
+
+    @torch.no_grad()
+    def finish(self, student: nn.Module, data: TeacherData) -> dict[str, Any]:
+        """Measure the student on held-out trajectories.
+
+        Returns:
+            ``slots``: RMSE of the states in each slot of one pass from the noise, over ``sqrt(alpha^2 + sigma^2)``; ``passes``: for each
+            number of passes the best times to go through, and the RMSE to the teacher's endpoints; ``arithmetic``: for each number of
+            passes their operations, in evaluations of the teacher.
+        """
+        assert isinstance(student, OperatorStudent)
+        slots, t = self.config.num_slots, self.grid.t
+        most = slots if self.config.form.anywhere else 1
+        counts = [n for n in range(most) if slots <= 7 or n <= 2 or n == slots - 1]  # inner times: all 64 paths, or some
+        paths = [(0, *inner, slots) for n in counts for inner in itertools.combinations(range(1, slots), n)]
+        slot_error, path_error = torch.zeros(slots, dtype=torch.float64), torch.zeros(len(paths), dtype=torch.float64)
+        for x, cond in data.batches_held_out(256):
+            share = len(x) / data.held_out
+            slot_error += (student(x[:, 0], t[1:], cond) - x[:, 1:]).double().cpu().square().mean((0, *range(2, x.ndim))) * share
+            for k, path in enumerate(paths):
+                here = x[:, 0]
+                for i, j in itertools.pairwise(path):
+                    here = student.jump(here, t[i], t[j], cond)
+                path_error[k] += (here - x[:, -1]).double().square().mean().cpu() * share
+        passes: dict[int, tuple[list[float], float]] = {}
+        for path, error in sorted(zip(paths, path_error.sqrt().tolist(), strict=True), key=lambda one: one[1]):
+            passes.setdefault(len(path) - 1, (t[list(path)].tolist(), error))
+        passes = {n: passes[n] for n in sorted(passes)}
+        size = torch.sqrt(self.nodes.alpha[1:] ** 2 + self.nodes.sigma[1:] ** 2)
+        arithmetic = {n: student.arithmetic(times) for n, (times, _) in passes.items()}
+        return {"slots": (slot_error.sqrt() / size).tolist(), "passes": passes, "arithmetic": arithmetic}
+
+    def model(self, student: nn.Module) -> Model:
+        assert isinstance(student, OperatorStudent)
+        return replace(self.problem.model, network=student, flow_map=OperatorMap(student), null_label=None)
+
+    def save(self, student: nn.Module, folder: Path) -> None:
+        assert isinstance(student, OperatorStudent)
+        student.save(folder)
+        save_like(self.problem.model, student.operator.unet, folder)

@@ -1,0 +1,64 @@
+"""Denoising score matching on images: the loss that diffusion models are trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.prediction import aligned, from_x0, prediction
+from fewstep.data.images import Images
+from fewstep.models.model import Model
+from fewstep.models.networks.calls import unet_call
+
+__all__ = ["score_matching"]
+
+
+def score_matching(
+    model: Model,
+    images: Images,
+    levels: Callable[[int, torch.Generator], Tensor],
+    *,
+    conditional: bool,
+    null: int | None = None,
+    dropout: float = 0.1,
+    flip: bool = False,
+) -> Callable[[nn.Module, int, torch.Generator], Tensor]:
+    """Return the loss of denoising score matching in the network's own output: for EDM its loss weighting, for epsilon the simple loss.
+
+    Args:
+        model: what the network predicts, and its noise law.
+        images: the data.
+        levels: ``(b, generator)`` -> the times ``[b]`` of a batch.
+        conditional: whether the network is conditioned on the labels.
+        null: the label that stands for no condition, which replaces some of the labels; None for none.
+        dropout: share of the labels that are replaced.
+        flip: mirror half of the images, left to right.
+    """
+    kind = prediction(model.prediction)
+
+    def loss(network: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
+        device = next(network.parameters()).device
+        index = torch.randint(len(images.x), (batch,), generator=generator)
+        x0 = images.dequantised(index, generator)
+        if flip:
+            x0 = torch.where(torch.rand(batch, 1, 1, 1, generator=generator) < 0.5, x0.flip(-1), x0)
+        x0, t = _moved(x0, device), _moved(levels(batch, generator), device)
+        noise = _moved(torch.randn(x0.shape, generator=generator), device)
+        cond = None
+        if conditional and images.labels is not None:
+            drop = torch.rand(batch, generator=generator) < (dropout if null is not None else 0.0)
+            cond = _moved(torch.where(drop, torch.tensor(null or 0), images.labels[index]), device)
+        alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
+        x = aligned(alpha, x0) * x0 + aligned(sigma, x0) * noise
+        scale = 1.0 if kind.input_scale is None else aligned(kind.input_scale(alpha, sigma), x0)
+        output = unet_call(network, x * scale, model.time(t), cond)
+        return (output.float() - from_x0(kind, x0, x, alpha, sigma)).square().mean()
+
+    return loss
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor without waiting for what the device is doing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -1,0 +1,109 @@
+"""Train a student of any kind: an objective, its teacher's trajectories and the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.learn.networks.loop import LoopConfig, LossCurve, run_loop
+from fewstep.learn.networks.objectives.objective import Objective
+from fewstep.learn.teacher.batches import TeacherData
+from fewstep.models.model import Model
+from fewstep.models.networks.calls import network_device
+from fewstep.models.tuned import Tuned
+from fewstep.runtime.errors import FewstepError, ModelError
+
+__all__ = ["Trained", "may_write_model", "teacher_name", "train_student"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A student after training.
+
+    Attributes:
+        student: its network, with averaged weights.
+        curve: ``(step, mean loss since the step before it)``.
+        seconds: training time of all runs together.
+    """
+
+    student: Any
+    curve: list[tuple[int, float]]
+    seconds: float
+
+
+def train_student(
+    objective: Objective,
+    student: nn.Module,
+    data: TeacherData,
+    loop: LoopConfig,
+    folder: Path,
+    *,
+    identity: str,
+    on_step: Callable[[int, float], None],
+) -> Trained:
+    """Train a student for an objective; a killed run continues from its checkpoint in ``folder`` and ends with the same weights.
+
+    Args:
+        objective: gives the loss of a batch.
+        student: the network to train.
+        data: the teacher's trajectories.
+        loop: the options of the training loop.
+        folder: for the checkpoint and the loss curve.
+        identity: what is trained on what; a checkpoint of anything else is refused.
+        on_step: called with the step and the mean loss since the last call.
+
+    Raises:
+        ArtifactError: the folder holds a checkpoint of another run.
+    """
+    curve = LossCurve(folder / "curve.json", identity)
+
+    def loss(network: nn.Module, size: int, generator: torch.Generator) -> Tensor:
+        batch = objective.batch(data, size, generator).to(network_device(network))  # that of the loop, which may be another
+        return objective.loss(network, batch, generator)
+
+    def observe(step: int, value: float) -> None:
+        curve.add(step, value)
+        on_step(step, value)
+
+    student.requires_grad_(True)
+    trained: Any = run_loop(student, loss, loop, folder, identity=identity, observe=observe).to(data.problem.device)
+    return Trained(trained.requires_grad_(False), curve.points, curve.seconds)
+
+
+def may_write_model(model: Model, out: str | Path | None, begun: str) -> None:
+    """Refuse a student that could not be saved, or that would overwrite a model.
+
+    Args:
+        model: the teacher.
+        out: where the student's folder will be; None to keep it in memory.
+        begun: a path below ``out`` that shows an unfinished run of the same kind.
+
+    Raises:
+        ModelError: the teacher is a student itself or no module; or it was not loaded from a folder, whose format its student's would have.
+        FewstepError: the folder holds a finished model.
+    """
+    model = model.need_denoiser()
+    if not isinstance(model.network, nn.Module):
+        raise ModelError(f"{model.name} is a function, which cannot be trained: make the Model of a torch.nn.Module")
+    if out is None:
+        return
+    folder = Path(out)
+    if model.folder is None:
+        raise ModelError(
+            f"{model.name} was not loaded from a folder, so its student could not be saved as one: save it first, or leave out= away to "
+            "keep the student in memory"
+        )
+    if Tuned.in_folder(folder):
+        raise FewstepError(f"{folder} already holds a finished student: choose another folder, or remove it")
+    if (folder / "unet").exists() and not (folder / begun).exists():  # with it, a run was killed while it saved
+        raise FewstepError(f"{folder} already holds a model, which would be lost: choose another folder")
+
+
+def teacher_name(model: Model) -> str:
+    """Return how `load_model` finds a teacher again: its bundled name, or its folder."""
+    return model.name if model.data or model.folder is None else str(model.folder.resolve())

@@ -1,0 +1,138 @@
+"""A `Problem`: a model at one guidance scale on a device, to sample, measure and learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fewstep.core.denoiser import Cond, Denoiser, FlowMap
+from fewstep.core.prediction import prediction
+from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.tableau import Nodes
+from fewstep.models.model import Model
+from fewstep.runtime.errors import FewstepError, ModelError
+from fewstep.sampling.noise import seeded_noise
+
+__all__ = ["Problem", "check_model", "check_seeds"]
+
+
+def check_seeds(first: int, count: int) -> None:
+    """Refuse seeds ``first, first + 1, ...`` that are none.
+
+    Raises:
+        FewstepError: one is negative or does not fit in 63 bits.
+    """
+    if first < 0 or first + count > 2**63:
+        raise FewstepError(f"seeds must lie between 0 and 2^63, got {first} and the {count - 1} after it")
+
+
+def check_model(model: object) -> None:
+    """Refuse anything but a `Model`.
+
+    Raises:
+        ModelError: it is none (and how to make one of it).
+    """
+    if isinstance(model, Model):
+        return
+    what = type(model).__name__
+    if isinstance(getattr(model, "schedule", None), NoiseSchedule):
+        raise ModelError(
+            f"a {what} does not know the shape of its samples: make a Model of it, as in "
+            'fewstep.Model(denoiser, denoiser.schedule, "sample", shape=(1, 8, 8))'
+        )
+    raise ModelError(
+        f"this takes a fewstep.Model, not a {what}: wrap a network with its noise law and what it predicts, as in "
+        'fewstep.Model(net, fewstep.DiscreteVP.scaled_linear(), "epsilon", shape=(4, 64, 64))'
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A model at one guidance scale on a device, to sample, measure and learn from.
+
+    Attributes:
+        model: the model; its network is moved to the device.
+        guidance: the guidance scale.
+        device: of the network and of the samples.
+
+    Raises:
+        ModelError: the model does not know the shape of its samples, or cannot be guided.
+    """
+
+    model: Model
+    guidance: float = 1.0
+    device: torch.device = torch.device("cpu")
+
+    def __post_init__(self) -> None:
+        self.model.need_shape()
+        object.__setattr__(self, "guidance", float(self.guidance))
+        self.model.to(self.device)
+        _ = self.denoiser  # what cannot be guided is refused here
+
+    @cached_property
+    def denoiser(self) -> Denoiser | FlowMap:
+        """The model with its guidance; a student's flow map."""
+        return self.model.guided(self.guidance)
+
+    @property
+    def teacher(self) -> Denoiser:
+        """The denoiser, for learners, which need the clean image at any time.
+
+        Raises:
+            ModelError: the model is a student.
+        """
+        self.model.need_denoiser()
+        assert not isinstance(self.denoiser, FlowMap)
+        return self.denoiser
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise law."""
+        return self.model.schedule
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape ``*D`` of one sample."""
+        return self.model.need_shape()
+
+    @property
+    def name(self) -> str:
+        """The model's name in tables and errors."""
+        return self.model.name
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the model."""
+        return self.model.fingerprint
+
+    @cached_property
+    def identity(self) -> str:
+        """The fingerprint of the model with the guidance scale, for work that belongs to them alone."""
+        return f"{self.fingerprint} {self.guidance}"
+
+    def start(self, seeds: Sequence[int] | Tensor, nodes: Nodes | None = None) -> Tensor:
+        """Return the start ``x_T = sigma_T eps`` of each seed, ``[len(seeds), *D]``, at the first node (by default at ``t_max``)."""
+        sigma = self.schedule.sigma(self.schedule.ends[0]) if nodes is None else nodes.sigma[0]
+        return (seeded_noise(seeds, self.shape) * sigma.float()).to(self.device)
+
+    def labels(self, seeds: Sequence[int], label: int | None = None) -> Tensor | None:
+        """Return one class label per sample on the CPU, see `Model.labels`."""
+        return self.model.labels(seeds, label)
+
+    def cond(self, seeds: Sequence[int], label: int | None = None) -> Cond:
+        """Return the condition of each sample on the device: its class label, or None without classes."""
+        labels = self.labels(seeds, label)
+        return None if labels is None else labels.to(self.device)
+
+    def card(self) -> dict[str, object]:
+        """Return whose an artifact is, for its card."""
+        return {
+            "of": self.name,
+            "model": self.fingerprint,
+            "prediction": prediction(self.model.prediction).name,
+            "guidance": self.guidance,
+        }

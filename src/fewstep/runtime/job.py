@@ -1,0 +1,144 @@
+"""A `Job`: one piece of long work in a folder, which nothing else may work in meanwhile.
+
+Every learner and every benchmark opens one. It holds the folder and its lock, the device, this process's share and the progress.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shutil import rmtree
+from tempfile import TemporaryDirectory
+
+import torch
+from filelock import FileLock, Timeout
+
+from fewstep.runtime.artifact import check_writable
+from fewstep.runtime.errors import ArtifactError, FewstepError
+from fewstep.runtime.process import process, wait_for_all
+
+__all__ = ["Job", "Progress"]
+
+LOCK = ".lock"
+
+Progress = Callable[[int, str], None]  # units done, a note
+
+
+def _silent(done: int, note: str) -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Long work in a folder, under a lock that ends with it, however it ends.
+
+    Attributes:
+        work: its name in errors, as ``fit``.
+        folder: the folder of its files.
+        device: the device that it computes on.
+        on_progress: called with the units done and a note.
+        command: the command line that began it, for cards; empty from Python.
+        in_memory: whether the folder is a temporary one.
+        rank, world: this process and how many there are.
+    """
+
+    work: str
+    folder: Path
+    device: torch.device
+    on_progress: Progress
+    command: str
+    in_memory: bool
+    rank: int
+    world: int
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        work: str,
+        out: str | Path | None = None,
+        *,
+        device: torch.device | str | None = None,
+        on_progress: Progress | None = None,
+        command: str = "",
+        alone: bool = False,
+    ) -> Generator[Job, None, None]:
+        """Open a folder for one job, or a temporary folder without ``out``, which is removed at the end.
+
+        The processes of ``torchrun`` share one job. A folder that the job made and left empty is removed.
+
+        Args:
+            work: what errors call it.
+            out: the folder; it need not exist.
+            device: where to compute; by default the CPU.
+            on_progress: called with the units done and a note.
+            command: the command line, for cards.
+            alone: whether the work cannot be shared by several processes.
+
+        Raises:
+            ArtifactError: another job works in the folder, or it cannot be written.
+            FewstepError: several processes without a folder to meet in, or for work that one has to do alone.
+        """
+        rank, world = process()
+        if alone and world > 1:
+            raise FewstepError(f"{work} runs in one process: start it without torchrun")
+        facts = (torch.device(device or "cpu"), on_progress or _silent, command)
+        if out is None:
+            if world > 1:
+                raise FewstepError(f"several processes can only {work} together with a folder to meet in: name one")
+            with TemporaryDirectory(prefix="fewstep-") as folder:
+                yield cls(work, Path(folder), *facts, in_memory=True, rank=rank, world=world)
+            return
+        folder = Path(out)
+        check_writable(folder)
+        with _locked(folder, rank):
+            wait_for_all()  # the first process has the lock
+            yield cls(work, folder, *facts, in_memory=False, rank=rank, world=world)
+
+    @contextmanager
+    def below(self, name: str, on_progress: Progress | None = None) -> Generator[Job, None, None]:
+        """Open a folder below this job's for a part of the work that may also be a job by itself."""
+        quiet = on_progress or _silent
+        with Job.open(self.work, self.folder / name, device=self.device, on_progress=quiet, command=self.command) as part:
+            yield replace(part, in_memory=self.in_memory)
+
+
+@contextmanager
+def _locked(folder: Path, rank: int) -> Generator[None, None, None]:
+    """Hold the lock of a folder in the first process; the operating system ends it with the process, even a killed one."""
+    if rank:
+        yield
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]  # the deepest first
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise ArtifactError(f"another fewstep job is working in {folder}: wait until it ends, or use another folder") from None
+    except OSError as error:
+        _remove_empty(made)
+        raise ArtifactError(f"cannot write {folder}: {error.strerror}; choose a folder that you may write to") from error
+    try:
+        yield
+    finally:
+        if made and not _files(folder):  # nothing came of it
+            rmtree(folder, ignore_errors=True)
+            lock.release()
+            _remove_empty(made[1:])
+        else:
+            lock.release()
+
+
+def _files(folder: Path) -> set[str]:
+    """Return the names in a folder but for the lock; none if someone has removed it."""
+    return {path.name for path in folder.iterdir()} - {LOCK} if folder.exists() else set()
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, the deepest first, up to one that someone else has put something into."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

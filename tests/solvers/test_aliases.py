@@ -1,0 +1,55 @@
+"""Solvers by their names in the menus of A1111 and ComfyUI."""
+
+import pytest
+from tests.problems import toy
+
+from fewstep import FewstepError, Sampler, SolverError, VPLinear, make_solver, sample
+from fewstep.solvers import SOLVERS, DPMSolverPP, SDEDPMSolverPP2M, UniPC
+from fewstep.solvers.aliases import ALIASES
+
+MEANT = {  # written out once more
+    "DDIM": make_solver("ddim"),
+    "Euler": make_solver("euler"),
+    "Heun": make_solver("heun"),
+    "DPM++ 2M": DPMSolverPP(steps=2),
+    "dpmpp_2m": DPMSolverPP(steps=2),
+    "DPM++ 2M SDE": SDEDPMSolverPP2M(),
+    "dpmpp_2m_sde": SDEDPMSolverPP2M(),
+    "DPM++ 2M SDE Heun": SDEDPMSolverPP2M(form="taylor"),
+    "dpmpp_2m_sde_heun": SDEDPMSolverPP2M(form="taylor"),
+    "UniPC": UniPC(steps=3, weights="bh1"),
+    "uni_pc": UniPC(steps=3, weights="bh1"),
+    "uni_pc_bh2": UniPC(steps=3),
+    "deis": make_solver("deis-3"),
+    "DEIS": make_solver("deis-3"),
+}
+
+
+def test_the_table_is_whole():
+    assert set(MEANT) == set(ALIASES) and not set(ALIASES) & set(SOLVERS)
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_each_name_makes_its_solver(name):
+    assert make_solver(name) == MEANT[name]
+    assert Sampler.build(name, "angle", VPLinear(), nfe=4).solver == type(MEANT[name]).__name__
+
+
+def test_options_are_added_to_a_menus_name_and_win_over_it():
+    assert make_solver("DPM++ 2M:form=taylor") == DPMSolverPP(steps=2, form="taylor")
+    assert make_solver("UniPC:weights=bh2", corrector=False) == UniPC(steps=3, corrector=False)
+
+
+@pytest.mark.parametrize("name", ["DPM++ 2M Karras", "DPM++ 2M SDE Exponential", "dpmpp_2m_karras", "uni_pc_exponential"])
+def test_noise_levels_in_a_name_are_a_grid(name):
+    says = f"unknown solver '{name.replace('+', '.')}': (Karras|Exponential|_karras|_exponential) is a choice of noise levels, so name them"
+    with pytest.raises(SolverError, match=says + r" by the grid, as in sample\(model, 'dpmpp_2m', nfe=8, grid='karras'\)"):
+        make_solver(name)
+    with pytest.raises(FewstepError, match="grid='karras'"):
+        sample(toy(), name, nfe=4, seeds=[1])
+
+
+@pytest.mark.parametrize(("name", "near"), [("dpmpp_2s", "dpmpp_2m"), ("DPM++ 3M", "DPM.. 2M"), ("dpm-solver++-2m", "dpm-solver-pp-2m")])
+def test_a_near_name_is_found(name, near):
+    with pytest.raises(SolverError, match=f"did you mean .*{near}"):
+        make_solver(name)
