@@ -290,3 +290,14 @@ def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path: Path, monkeypa
     ):
         pytest.fail("not ours")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def acquire(self: FileLock) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    refusal = pytest.raises(ArtifactError, match="the file system of .* has no locks: choose a folder on another")
+    with refusal, Job.open("fit", tmp_path / "a"):
+        pytest.fail("nothing would keep a second job out")
+    assert list(tmp_path.iterdir()) == []

@@ -118,6 +118,10 @@ def _locked(folder: Path, rank: int) -> Generator[None, None, None]:
         lock.acquire()
     except Timeout:
         raise ArtifactError(f"another fewstep job is working in {folder}: wait until it ends, or use another folder") from None
+    except NotImplementedError as error:
+        (folder / LOCK).unlink(missing_ok=True)
+        _remove_empty(made)
+        raise ArtifactError(f"the file system of {folder} has no locks: choose a folder on another one") from error
     except OSError as error:
         _remove_empty(made)
         raise ArtifactError(f"cannot write {folder}: {error.strerror}; choose a folder that you may write to") from error
