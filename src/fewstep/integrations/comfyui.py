@@ -81,16 +81,11 @@ class FewstepSampler:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
         """Return the node's inputs: solver, options, law, artifact."""
-        tips = {
-            "options": "options of the solver, for example steps=3:corrector=same",
-            "law": "what the model's sigmas are: auto asks the model, eps is Stable Diffusion's, flow is SD3's and Flux'",
-        }
+        options = {"default": "", "tooltip": "options of the solver, for example steps=3:corrector=same"}
+        kinds = "what the model's sigmas are: auto asks the model, eps is Stable Diffusion's, flow is SD3's and Flux'"
+        law = {"default": "auto", "tooltip": kinds}
         return {
-            "required": {
-                "solver": (list(SOLVERS), {"default": "unipc-2"}),
-                "options": ("STRING", {"default": "", "tooltip": tips["options"]}),
-                "law": (list(LAWS), {"default": "auto", "tooltip": tips["law"]}),
-            },
+            "required": {"solver": (list(SOLVERS), {"default": "unipc-2"}), "options": ("STRING", options), "law": (list(LAWS), law)},
             "optional": {"artifact": ("FEWSTEP_ARTIFACT",)},
         }
 
