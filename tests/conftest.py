@@ -9,12 +9,15 @@ settings.register_profile("fewstep", derandomize=True, deadline=None, max_exampl
 settings.load_profile("fewstep")
 
 
+SHORTER = 8
+
+
 def shorten_reference(patch: pytest.MonkeyPatch) -> None:
-    """Benchmarks measure against a trajectory of a quarter of the steps, where what is tested needs no better one."""
+    """Benchmarks measure against a trajectory of an eighth of the steps, where what is tested needs no better one."""
     from fewstep.sampling.reference import REFERENCE_NFE, reference_sampler
 
     def short(schedule, nfe: int = REFERENCE_NFE):
-        return reference_sampler(schedule, nfe // 4)
+        return reference_sampler(schedule, nfe // SHORTER)
 
     patch.setattr("fewstep.evaluate.benchmark.run.reference_sampler", short)
 

@@ -78,6 +78,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 # -- the way of a person ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_bundled_model_from_trajectories_to_pictures(monkeypatch, capsys, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     common = ("--num", 48, "--slots", 1, "--nfe", 4, "--batch", 16)

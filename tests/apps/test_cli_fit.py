@@ -73,6 +73,7 @@ def test_the_options_of_fit_reach_it(monkeypatch, capsys, tmp_path: Path, tiny: 
     assert "remove it, or use another folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_fit_continues(monkeypatch, capsys, tmp_path: Path, tiny: Path, fitted: Path) -> None:
     with monkeypatch.context() as mortal:
         counted(mortal, stop=180)  # among the samplers

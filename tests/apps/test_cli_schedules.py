@@ -152,6 +152,7 @@ def test_finetune_makes_a_model(monkeypatch, capsys, tmp_path: Path, tiny: Path)
     assert f"model: {out}\nnext: fewstep bench {out} --nfe 2" in text and f"{done['history'][0]['bound_before']:.4f}" in text
 
 
+@pytest.mark.slow
 def test_a_killed_tuning_continues(monkeypatch, capsys, tmp_path: Path, tiny: Path, tuned: Path) -> None:
     hurry(monkeypatch)
     words = ("finetune", tiny, *FINETUNE, "--out", tmp_path / "cut")

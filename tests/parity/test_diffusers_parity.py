@@ -332,7 +332,8 @@ def test_diffusers_as_its_users_run_it(name: str, dtype: torch.dtype, counts: tu
 @pytest.mark.parametrize(
     "name", ["ddim-leading", "dpm2-zero", "dpm2-sigma-min", "dpm3-zero", "unipc2-zero", "deis3", "euler-linspace", "heun-linspace"]
 )
-@pytest.mark.parametrize(("dtype", "counts"), [(torch.float32, (20,)), pytest.param(torch.float64, (8,), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(("dtype", "counts"), [(torch.float32, (20,)), (torch.float64, (8,))], ids=str)
+@pytest.mark.slow
 def test_the_same_on_the_bundled_trained_model(name: str, dtype: torch.dtype, counts: tuple[int, ...], trained_unet: nn.Module) -> None:
     """A trained network amplifies what rounding remains: DEIS's (see TOLERANCE) to 2e-5 in 20 steps, so its tables are widened."""
     network, noise = trained_unet.to(dtype), seeded_noise([0, 1], (1, 8, 8)).to(dtype)

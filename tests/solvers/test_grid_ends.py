@@ -162,10 +162,10 @@ def test_an_impossible_number_of_evaluations_names_its_neighbours(name, nfe, to_
 
 
 @pytest.mark.parametrize("nfe", [0, -3, 2.5])
-@pytest.mark.parametrize("name", WHOLE_REGISTRY)
-def test_no_evaluations_are_refused(name, nfe):
-    with pytest.raises(SolverError, match="at least 1"):
-        WHOLE_REGISTRY[name].steps_for(nfe)
+def test_no_evaluations_are_refused(nfe):
+    for solver in WHOLE_REGISTRY.values():
+        with pytest.raises(SolverError, match="at least 1"):
+            solver.steps_for(nfe)
 
 
 # -- options --------------------------------------------------------------------------------------------------------------------------

@@ -356,21 +356,27 @@ def tabulate(solver: Solver, nodes: Nodes) -> Tableau:
     width, dims = 2 + solver.memory, (1,) * len(solver.shape)
     probes = torch.cat([torch.zeros(1, width, dtype=torch.float64), torch.eye(width, dtype=torch.float64)])
     anchor, x, *history = (column.reshape(-1, *dims) for column in probes.unbind(1))  # each [3+K, *1]
-    record, update, bias, noise = [], [], [], []
+    unit_x, unit_x0 = (column.reshape(3, *dims) for column in UNITS.unbind(1))
+    constant, record, update, bias, noise = [], [], [], [], []
     for i in range(nodes.evaluations):
-        unit_x, unit_x0 = (column.reshape(3, *dims) for column in UNITS.unbind(1))
         outputs = torch.stack([o.expand(len(probes), *solver.shape) for o in solver.update(nodes, i, anchor, x, history)])
         remembered = solver.record(nodes, i, unit_x, unit_x0).expand(3, *solver.shape)
+        constant.append(remembered[0])
         record.append(remembered[1:])
         update.append(outputs[:, 1:] - outputs[:, :1])
         bias.append(outputs[:, 0])
         noise.append(solver.noise(nodes, i))
-        if not all(bool(torch.isfinite(table[-1]).all()) for table in (record, update, bias, noise)):
-            raise SolverError(
-                f"{type(solver).__name__} has no finite coefficients at evaluation {i}, from t = {nodes.t[i]:g} to {nodes.t[i + 1]:g}"
-            )
-        if bool((remembered[0] != 0).any()):
-            raise SolverError(f"{type(solver).__name__}.record must be linear in x and x0, but remembers a constant at evaluation {i}")
+    finite = [torch.isfinite(torch.stack(table)).flatten(1).all(1) for table in (record, update, bias)]
+    bad = (~torch.stack([*finite, torch.isfinite(torch.stack(noise))]).all(0)).nonzero()
+    if len(bad):
+        i = int(bad[0])
+        raise SolverError(
+            f"{type(solver).__name__} has no finite coefficients at evaluation {i}, from t = {nodes.t[i]:g} to {nodes.t[i + 1]:g}"
+        )
+    constants = torch.stack(constant).reshape(len(constant), -1).any(1).nonzero()
+    if len(constants):
+        i = int(constants[0])
+        raise SolverError(f"{type(solver).__name__}.record must be linear in x and x0, but remembers a constant at evaluation {i}")
     if any(bool((row[:, 0] != 0).any()) for row in update[1:]):  # the anchor is read later: at the start it is x, so read it alone there
         first = update[0]
         update[0] = torch.cat([first[:, :1] + first[:, 1:2], torch.zeros_like(first[:, 1:2]), first[:, 2:]], 1)

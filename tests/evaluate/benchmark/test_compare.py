@@ -270,6 +270,7 @@ def test_a_student_is_compared_along_its_own_times() -> None:
 
 
 @pytest.mark.usefixtures("short_reference")
+@pytest.mark.slow
 def test_its_example_is_right() -> None:
     (example,) = doctest.DocTestFinder(recurse=False).find(compare, "compare", globs={})
     assert len(example.examples) == 4 and doctest.DocTestRunner().run(example).failed == 0

@@ -139,6 +139,7 @@ def test_pndm_needs_its_first_step_twice() -> None:
         peer_steps("pndm", 2)
 
 
+@pytest.mark.slow
 def test_every_peer_arrives_with_many_steps() -> None:
     schedule, exact = EDM, mixture(EDM)
     grid = TimeGrid.logsnr(schedule, 120)

@@ -88,6 +88,7 @@ class Written:
 
 @torch.no_grad()
 @pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.slow
 def test_features_are_those_of_the_layers_by_name(weights: dict[str, Tensor], file: Path, channels: int) -> None:
     grey = torch.randint(256, (1, channels, 32, 32), generator=torch.Generator().manual_seed(1))
     images = grey / 127.5 - 1

@@ -198,6 +198,7 @@ def test_skipped_rows_are_said(measured: Path) -> None:
     assert "2 evaluations a step" in Page(measured / "report.html").text  # heun with 5
 
 
+@pytest.mark.slow
 def test_80_rows_of_pictures_are_less_than_3_megabytes(tmp_path: Path) -> None:
     out = write_report([put(tmp_path / "run", many_rows())], tmp_path)
     assert len(many_rows()["rows"]) == 80 and out.stat().st_size < 3e6

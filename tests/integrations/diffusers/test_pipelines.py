@@ -1,5 +1,7 @@
 """Whole pipelines of diffusers: with a `FewstepScheduler` they give what `fewstep.sample` gives of `fewstep.from_pipeline`."""
 
+import copy
+import functools
 import threading
 
 import diffusers
@@ -25,10 +27,13 @@ NAMES = [name for name in tiny_pipelines.MAKERS if name != "sd-inpaint"]
 FLOWS = ("sd3", "flux")
 
 
+opened = functools.cache(tiny_pipelines.load)
+
+
 def loaded(place, **options):
     """A pipeline whose scheduler is ours; in the v prediction, so that latents of random networks stay of size 1."""
     dtype = options.pop("dtype", torch.float32)
-    pipe = tiny_pipelines.load(place).to(dtype)
+    pipe = copy.deepcopy(opened(place)).to(dtype)
     if place.name not in FLOWS:
         options["prediction_type"] = "v_prediction"
     pipe.scheduler = FewstepScheduler.from_config(pipe.scheduler.config, **options)

@@ -149,17 +149,16 @@ SWEEPS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", SWEEPS, ids=lambda options: "-".join(map(str, options.values())))
-def test_a_saved_configuration_steps_alike(options, tmp_path):
-    for base in (DPM, UNIPC):
-        scheduler = FewstepScheduler(**{**base, **options})
-        scheduler.save_config(tmp_path)
-        again = FewstepScheduler.from_pretrained(tmp_path)
-        ends = []
-        for one in (scheduler, again):
-            one.set_timesteps(6)
-            ends.append(run(one, ramp(), generator=torch.manual_seed(0))[0])
-        assert torch.equal(*ends) and bool(ends[0].isfinite().all())
+@pytest.mark.parametrize(("number", "options"), list(enumerate(SWEEPS)), ids=lambda value: str(value) if isinstance(value, int) else "")
+def test_a_saved_configuration_steps_alike(number, options, tmp_path):
+    scheduler = FewstepScheduler(**{**(DPM, UNIPC)[number % 2], **options})
+    scheduler.save_config(tmp_path)
+    again = FewstepScheduler.from_pretrained(tmp_path)
+    ends = []
+    for one in (scheduler, again):
+        one.set_timesteps(6)
+        ends.append(run(one, ramp(), generator=torch.manual_seed(0))[0])
+    assert torch.equal(*ends) and bool(ends[0].isfinite().all())
 
 
 @pytest.mark.parametrize("config", [DPM, UNIPC], ids=["dpm", "unipc"])

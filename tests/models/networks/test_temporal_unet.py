@@ -95,7 +95,7 @@ def test_a_new_operator_answers_what_the_network_alone_answers_to_the_bit(kind: 
     x, cond = given(kind)
     wanted = alone(network(kind), x, cond)
     assert float((wanted[:, 0] - wanted[:, -1]).abs().max()) > 1e-3  # slots differ by their time
-    for mixing in (Mixing("none"), Mixing(), Mixing("fft", 3), Mixing("one-way"), Mixing("real", 1, "inner"), Mixing("none", 2, "inner")):
+    for mixing in (Mixing("none"), Mixing(), Mixing("fft", 3), Mixing("one-way", 2, "inner"), Mixing("none", 2, "inner")):
         operator = TemporalUNet(network(kind), SLOTS, mixing, FEATURES)
         assert torch.equal(operator(x, TIME, cond, features()), wanted) and torch.equal(operator(x, TIME, cond), wanted)
 
