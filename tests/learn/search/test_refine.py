@@ -27,7 +27,7 @@ from fewstep import (
 from fewstep.core.grid import GRIDS
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.learn.search.endpoint import per_sample_rmse, rms
-from fewstep.learn.search.refine import SolverEndpointError, refine
+from fewstep.learn.search.refine import Levels, SolverEndpointError, refine
 from fewstep.sampling.reference import reference_sampler
 
 F64 = torch.float64
@@ -205,6 +205,17 @@ def test_refinement_stops_at_its_evaluations() -> None:
         one = 48 * (6 + 15 + 5 * 6)  # a start, a Jacobian (5 + 4 + ... evaluations) and at most 5 moves
         assert error.evaluations <= 48 * 6 + most + one and error.evaluations == error.denoiser.samples
     assert counts[0] == 1 and counts[0] < counts[1] < counts[2] <= 6
+
+
+def test_infinite_ends_lie_beyond_their_neighbours() -> None:
+    """So that the first and last inner level have a gap on both sides, and can move outwards."""
+    levels = Levels(TimeGrid([1.0, 0.8, 0.6, 0.3, 0.0]), RectifiedFlow())
+    inner = RectifiedFlow().lam(torch.tensor([0.8, 0.6, 0.3], dtype=F64))
+    torch.testing.assert_close(levels.lam, torch.cat([inner[:1] - 2, inner, inner[-1:] + 2]), rtol=0, atol=0)
+    torch.testing.assert_close(levels.gap, torch.stack([inner[1] - inner[0], inner[1] - inner[0], inner[2] - inner[1]]), rtol=0, atol=0)
+    outwards = levels.moved(torch.tensor([-0.5, 0.0, 0.5], dtype=F64))
+    assert outwards is not None and outwards.t[1] > 0.8 and outwards.t[3] < 0.3
+    assert Levels(TimeGrid([1.0, 0.0]), RectifiedFlow()).moved(torch.empty(0)) is not None
 
 
 def test_mistakes_are_named() -> None:

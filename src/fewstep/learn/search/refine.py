@@ -75,7 +75,7 @@ class Levels:
 
     @cached_property
     def lam(self) -> Tensor:
-        """All levels; an infinite one at an end lies as far out as the gap beside it is wide."""
+        """All levels, an infinite one at an end as the level 2 beyond its neighbour."""
         lam = self.schedule.lam(self.grid.t).clone()
         inner = lam[torch.isfinite(lam)]
         if not len(inner):
