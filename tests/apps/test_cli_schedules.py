@@ -12,6 +12,7 @@ from tests.apps.conftest import counted, made_by, run, samples, without_plots
 
 from fewstep import Sampler, load_model
 from fewstep.learn.networks import finetune
+from fewstep.learn.samplers import optimize
 from fewstep.learn.teacher.gram import GramConfig
 from fewstep.sampling.grid_table import GridTable
 
@@ -25,14 +26,20 @@ FINETUNE = ("--nfe", 2, "--rounds", 2, "--steps", 3, "--batch", 4, "--num", 8, "
 
 
 def hurry(monkeypatch) -> None:
-    """Less work than finetune does to choose its levels."""
+    """Less work than finetune does to choose its levels, and than optimize does for exact endpoints."""
     monkeypatch.setattr(finetune, "GramConfig", lambda num: GramConfig(levels=16, num=16))
+    monkeypatch.setattr(optimize, "REFERENCE_NFE", 16)
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch) -> None:
+    hurry(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def optimized(tmp_path_factory, tiny: Path) -> Path:
     """Schedules of the small model."""
-    return made_by(tmp_path_factory.mktemp("optimized") / "samplers", "optimize", tiny, *OPTIMIZE)
+    return made_by(tmp_path_factory.mktemp("optimized") / "samplers", "optimize", tiny, *OPTIMIZE, change=hurry)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +138,6 @@ def test_a_killed_optimisation_continues(monkeypatch, capsys, tmp_path: Path, ti
 
 
 def test_finetune_makes_a_model(monkeypatch, capsys, tmp_path: Path, tiny: Path) -> None:
-    hurry(monkeypatch)
     before = {path: path.read_bytes() for path in tiny.rglob("*") if path.is_file()}
     out = tmp_path / "tuned"
     words = ("finetune", tiny, *FINETUNE, "--half", "--out", out)
@@ -154,7 +160,6 @@ def test_finetune_makes_a_model(monkeypatch, capsys, tmp_path: Path, tiny: Path)
 
 @pytest.mark.slow
 def test_a_killed_tuning_continues(monkeypatch, capsys, tmp_path: Path, tiny: Path, tuned: Path) -> None:
-    hurry(monkeypatch)
     words = ("finetune", tiny, *FINETUNE, "--out", tmp_path / "cut")
     with monkeypatch.context() as mortal:
         counted(mortal, stop=4, training=True)  # in the second step

@@ -261,7 +261,6 @@ def test_the_model_is_sampled_with_its_own_guidance_by_default() -> None:
     assert {row.guidance for row in compare(model, "ddim", nfe=3, guidance=2, **SMALL).rows} == {2.0}
 
 
-@pytest.mark.usefixtures("short_reference")
 def test_a_student_is_compared_along_its_own_times() -> None:
     table = compare(load_model("digits-dsno"), ["ddim", "unipc-2", euler], nfe=(1, 2), grid=OPTIMIZED, num=4, batch=4)
     assert [(row.solver, row.nfe) for row in table.rows] == [("ddim", 1), ("ddim", 2)]
@@ -269,7 +268,6 @@ def test_a_student_is_compared_along_its_own_times() -> None:
     assert "1 pass of digits-dsno: the arithmetic of" in str(table) and "is a student" in str(table)
 
 
-@pytest.mark.usefixtures("short_reference")
 @pytest.mark.slow
 def test_its_example_is_right() -> None:
     (example,) = doctest.DocTestFinder(recurse=False).find(compare, "compare", globs={})
@@ -369,11 +367,7 @@ def test_names_are_only_text() -> None:
 
 
 def test_the_data_is_compared_with_too() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        from tests.conftest import shorten_reference
-
-        shorten_reference(patch)
-        made = compare(load_model("digits-edm"), "ddim", nfe=3, features="pixels", **SMALL)
+    made = compare(load_model("digits-edm"), "ddim", nfe=3, features="pixels", **SMALL)
     (row,) = made.rows
     assert row.fd_features == "pixels" and row.fd is not None
     assert f"({row.fd:.2f})" in str(made) and "its Frechet distance" in str(made) and "(Frechet distance to the data)" in str(made)

@@ -11,7 +11,6 @@ from fewstep import FewstepError, load_model
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig
 from fewstep.evaluate.benchmark.run import benchmark
 
-pytestmark = pytest.mark.usefixtures("short_reference")
 SMALL = {"num": 6, "batch": 6}
 
 

@@ -18,7 +18,6 @@ from fewstep.evaluate.rows import Row, picture_file, read_errors, read_samples
 from fewstep.models.analytic import GaussianDenoiser
 from fewstep.models.flow_map import FirstOrderMap
 
-pytestmark = pytest.mark.usefixtures("short_reference")
 SMALL = {"num": 12, "batch": 12}
 FIRST_ORDER = 3  # columns of its tableau
 MEASURED = ("seconds", "solver_seconds", "peak_memory")  # what no two runs share

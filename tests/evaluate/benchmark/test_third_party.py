@@ -175,7 +175,6 @@ def test_rows_are_run_again_when_the_source_changed_or_they_failed_and_not_befor
     assert all(back[name]["rmse"] == first[name]["rmse"] for name in first)  # those of a random sampler too
 
 
-@pytest.mark.usefixtures("short_reference")
 def test_class_labels_reach_the_model_unseen(module: str, tmp_path: Path) -> None:
     config = BenchmarkConfig(("euler",), ("angle",), (3,), peers=("theirs:euler",), num=8, batch=8)
     mine, theirs = benchmark(load_model("digits-edm"), config, tmp_path / "out").results["rows"]
@@ -183,7 +182,6 @@ def test_class_labels_reach_the_model_unseen(module: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("short_reference")
 def test_the_guide_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its three lines are one step of DDIM, and both of its comparisons run as they are written."""
     front, compared, jump = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text(), re.S)

@@ -151,7 +151,7 @@ def test_options_that_came_later_leave_older_checkpoints_valid() -> None:
 @pytest.mark.parametrize(
     ("config", "loop"),
     [
-        ({"flip": True, "attention": (8, 4), "layers": 2}, {}),
+        pytest.param({"flip": True, "attention": (8, 4), "layers": 2}, {}, marks=pytest.mark.slow),
         ({"flip": True, "conditional": True}, {"channels_last": True, "mixed_precision": "bf16"}),
     ],
 )
