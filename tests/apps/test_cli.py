@@ -135,7 +135,7 @@ def test_a_network_that_answers_nan_is_named_and_nothing_is_written(monkeypatch,
         next(model.network.parameters()).fill_(torch.nan)
     monkeypatch.setattr("fewstep.apps.models.load_model", lambda name: model)
     assert run(monkeypatch, *SAMPLE, "--out", tmp_path / "out") == 2
-    assert "not finite (NaN or infinite) at evaluation 1 of 2, t = 80" in capsys.readouterr().err
+    assert "not finite (NaN or infinite) at evaluation 1 of 8, t = 80" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -147,7 +147,7 @@ def test_train(monkeypatch, capsys, tmp_path: Path) -> None:
     assert run(monkeypatch, "sample", tmp_path / "m", "--nfe", 2, "--num", 2, "--out", tmp_path / "s") == 0
 
 
-SAMPLE = ("sample", "digits-edm", "--num", "2", "--nfe", "2")
+SAMPLE = ("sample", "digits-edm", "--num", "2")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +169,14 @@ SAMPLE = ("sample", "digits-edm", "--num", "2", "--nfe", "2")
         ((*SAMPLE, "--times", "80,1,2,0.002"), "followed by the larger 2"),
         ((*SAMPLE, "--times", "80,1", "--sigmas", "80,1"), "give one of"),
         ((*SAMPLE, "--sigmas", "80,x"), "numbers separated by commas"),
+        ((*SAMPLE, "--times", "80,1", "--nfe", "5"), "the levels given say where and how often the network is asked: leave --nfe out"),
+        ((*SAMPLE, "--sigmas", "80,1", "--grid", "karras", "--nfe", "5"), "leave --grid and --nfe out"),
+        ((*SAMPLE, "--solver", "ddim", "--any-statistics"), "ddim takes no statistics: leave --any-statistics out"),
+        (
+            ("bench", "digits-edm", "--solver", "ddim,fitted", "--statistics", "s"),
+            "none of ddim, fitted takes statistics: leave --statistics out",
+        ),
+        (("bench", "digits-edm", "--solver", "ddim", "--any-statistics"), "none of ddim takes statistics: leave --any-statistics out"),
         (("sample", "digits-emd"), "did you mean digits-edm"),
         (("sample", "digits-ddpm", "--guidance", "2"), "cannot be guided"),
         (("sample", "digits-ddpm", "--grid", "logsnr", "--nfe", "200"), "fall more than once"),
@@ -202,6 +210,9 @@ def test_damaged_samplers_and_unwritable_folders(monkeypatch, capsys, tmp_path: 
     folder = Sampler.build(make_solver("ddim"), TimeGrid.angle(schedule, 3), schedule).save(tmp_path / "sampler")
     data = folder / "sampler.safetensors"
     data.write_bytes(data.read_bytes()[:-8])
+    for words, flag in ((("--nfe", 8), "--nfe"), (("--solver", "ddim"), "--solver"), (("--grid", "karras"), "--grid")):
+        assert run(monkeypatch, *SAMPLE, *words, "--sampler", folder, "--out", tmp_path / "out") == 2
+        assert f"a saved sampler has all of its own: leave {flag} out" in capsys.readouterr().err
     assert run(monkeypatch, *SAMPLE, "--sampler", folder, "--out", tmp_path / "out") == 2
     assert "damaged" in capsys.readouterr().err and not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")

@@ -31,11 +31,13 @@ from fewstep.evaluate.benchmark.run import benchmark
 from fewstep.evaluate.pictures import save_comparison
 from fewstep.evaluate.report.write import check_packages, write_report
 from fewstep.evaluate.rows import REFERENCE, picture_file, read_samples
-from fewstep.models.carried import OPTIMIZED
+from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem
+from fewstep.runtime.errors import FewstepError
 from fewstep.runtime.process import default_device
 from fewstep.sampling.reference import REFERENCE_NFE
+from fewstep.solvers import takes_statistics
 
 __all__ = ["bench", "run_bench"]
 
@@ -83,6 +85,9 @@ def bench(
         default if one is None else one for one, default in zip(typed, ((), (), ()) if alone else _rows(opened), strict=True)
     )
     config = rest(solvers=solvers, grids=grids, nfe=counts, guidance=guidance_of(opened, guidance))
+    asked = [flag for flag, given in (("--statistics", config.statistics), ("--any-statistics", config.any_statistics)) if given]
+    if asked and not any(takes_statistics(one) for one in solvers if one != FITTED):
+        raise FewstepError(f"none of {', '.join(solvers) or 'these samplers'} takes statistics: leave {' and '.join(asked)} out")
     compared = run_bench(opened, config, out, command(), report=report)
     if json:
         print_json(compared.results)
@@ -104,8 +109,8 @@ def _rows(model: Model) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ..
 def run_bench(model: Model, config: BenchmarkConfig, out: Path, typed: str, *, report: bool = False) -> Comparison:
     """Benchmark a model, draw all samplers of our own on the same seeds, and write the report if it is wanted."""
     planned = planned_entries(Problem(model, config.guidance, default_device()), config)
-    cost = config.num * (REFERENCE_NFE + sum(entry.nfe for entry in planned)) / 1e6
-    title = f"{model.name}: {len(planned)} rows, {config.num} noises, at most {cost:.1f} M network evaluations"
+    cost = config.num * (REFERENCE_NFE + sum(entry.nfe for entry in planned))
+    title = f"{model.name}: {len(planned)} rows, {config.num} noises, at most {cost:,} network evaluations"
     with progress(title, len(planned)) as on_progress:
         compared = benchmark(model, config, out, command=typed, on_progress=on_progress)
     _draw(compared.results, out)

@@ -104,6 +104,7 @@ class _Choice:
         if sum(option is not None for option in (self.sampler, self.times, self.sigmas)) > 1:
             raise FewstepError("give one of --sampler, --times and --sigmas")
         if self.sampler is not None:
+            self._leave_out("a saved sampler has all of its own", "solver", "grid", "nfe", "statistics", "any_statistics")
             loaded = Sampler.load(self.sampler)
             check_made_for(loaded, model, guidance, self.sampler)
             return loaded.with_card(grid=str(self.sampler))
@@ -117,6 +118,10 @@ class _Choice:
             return model.fitted(nfe, guidance).with_card(name=FITTED, grid=OPTIMIZED)
         if self.statistics is not None and not takes_statistics(solver):
             raise FewstepError(f"{solver} takes no statistics: say --solver dpm-solver-v3, or leave --statistics out")
+        if self.any_statistics and not takes_statistics(solver):
+            raise FewstepError(f"{solver} takes no statistics: leave --any-statistics out")
+        if self.times is not None or self.sigmas is not None:
+            self._leave_out("the levels given say where and how often the network is asked", "grid", "nfe")
         grid, count, where = spacing, nfe, spacing
         if self.times is not None:
             grid, count, where = TimeGrid(torch.tensor(numbers(self.times, "--times"), dtype=torch.float64)), None, "the times given"
@@ -126,6 +131,12 @@ class _Choice:
         made = sampler_for(model, solver, nfe=count, guidance=guidance, grid=grid, **options)
         assert isinstance(made, Sampler)  # a tableau is what was given as one
         return made.with_card(name=solver, grid=where)
+
+    def _leave_out(self, why: str, *options: str) -> None:
+        """Refuse options that would change nothing."""
+        typed = [f"--{name.replace('_', '-')}" for name in options if getattr(self, name) not in (None, False)]
+        if typed:
+            raise FewstepError(f"{why}: leave {' and '.join(typed)} out")
 
 
 def _described(sampler: Sampler) -> str:
