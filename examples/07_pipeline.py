@@ -16,7 +16,7 @@ config = pipe.scheduler.config
 
 model = fewstep.from_pipeline(pipe)  # with prompts: from_pipeline(pipe, ["a red cat", ...], guidance_scale=5)
 quick = fewstep.FitConfig(num=64, held_out=64, noises=32, levels=24, iterations=0)
-fewstep.fit(model, nfe=5, config=quick, out="fitted")
+fewstep.fit(model, nfe=5, config=quick, out="fitted-pipeline")
 
 
 def images(scheduler, steps, num=64):
@@ -35,10 +35,10 @@ for name, scheduler in {
     "DPMSolverMultistepScheduler": diffusers.DPMSolverMultistepScheduler.from_config(config),
     "UniPCMultistepScheduler": diffusers.UniPCMultistepScheduler.from_config(config),
     "unipc-2, trailing": FewstepScheduler.from_config(config, solver="unipc-2", timestep_spacing="trailing"),
-    "fitted": FewstepScheduler.from_sampler("fitted", config),
+    "fitted": FewstepScheduler.from_sampler("fitted-pipeline", config),
 }.items():
     error = (images(scheduler, 5) - exact).square().mean().sqrt()
     print(f"5 steps by {name}: error {error:.4f}")
 
-pipe.scheduler = FewstepScheduler.from_sampler("fitted", config)
+pipe.scheduler = FewstepScheduler.from_sampler("fitted-pipeline", config)
 pipe(batch_size=4, num_inference_steps=5).images[0].resize((128, 128)).save("digit.png")

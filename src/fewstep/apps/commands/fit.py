@@ -39,7 +39,7 @@ def fit(
     """
     opened, counts, begin = open_model(model, prompts), sorted(set(integers(nfe, "--nfe"))), time.perf_counter()
     stored = None if trajectories is None else Trajectories.load(trajectories)
-    title = f"fitting {len(counts)} samplers of {opened.name}, about {config.evaluations(counts) / 1e6:.2f} M network evaluations"
+    title = f"fitting {len(counts)} samplers of {opened.name}, about {config.evaluations(counts):,} network evaluations"
     with progress(title, len(counts)) as report:
         samplers = make_samplers(
             opened,
