@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -449,6 +450,26 @@ def test_mistakes_are_named_before_any_work(learner: Learner, model: Model, call
     with pytest.raises(error, match=says.replace("?", "[?]")):
         learner.run(wrong, **{"out": tmp_path / "out", **given})
     assert calls.count == 0 and [path.name for path in tmp_path.rglob("*")] == ["file"]
+
+
+WRONG = {
+    "config": (5, {}, {"num": 8}, False),
+    "guidance": ("a", "2", [2], float("nan")),
+    "out": (5, ["folder"]),
+    "device": ("nodevice", 5.5),
+    "on_progress": (5,),
+}
+
+
+@pytest.mark.parametrize("argument", WRONG)
+def test_a_value_without_meaning_is_refused_before_any_work(
+    learner: Learner, model: Model, calls: Calls, tmp_path: Path, argument: str
+) -> None:
+    calls.begin()
+    for value in WRONG[argument]:
+        with pytest.raises(FewstepError, match=re.escape(repr(value)) if argument != "config" else "config is a"):
+            learner.run(model, **{"out": tmp_path / "out", argument: value})
+    assert calls.count == 0 and not list(tmp_path.iterdir())
 
 
 # -- several processes -----------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ SAMPLE = {
     # with what
     "guidance as text": (lambda: asked(guidance="much"), ModelError, "guidance is a scale, as 2.0, got 'much'"),
     "guidance without a null label": (lambda: asked(guidance=2), ModelError, "toy cannot be guided: .*; use guidance 1"),
-    "guidance that is not finite": (lambda: asked(of=LABELLED, guidance=float("nan")), ModelError, "guidance wants a finite scale"),
+    "guidance that is not finite": (lambda: asked(of=LABELLED, guidance=float("nan")), ModelError, "guidance is a scale, as 2.0, got nan"),
     "guidance of a denoiser": (
         lambda: sample(DENOISER, "ddim", torch.zeros(1, 2), nfe=2, guidance=2),
         ModelError,

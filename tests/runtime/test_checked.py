@@ -1,14 +1,18 @@
-"""Misspelt, missing and doubled arguments of a public function are refused with what to pass instead."""
+"""Arguments that a public function does not have, or cannot use, are refused with what to pass instead."""
 
 import copy
 import inspect
+import json
+import math
 import pickle
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
+import numpy as np
 import pytest
+import torch
 
-from fewstep import FewstepError
-from fewstep.runtime.front_door import checked, checked_class
+from fewstep import FewstepError, ModelError, SolverError
+from fewstep.runtime.front_door import check_fields, checked, checked_class, config_of, scale_of, whole, wholes
 
 
 @checked
@@ -69,3 +73,71 @@ def test_errors_from_inside_stay_what_they_are():
 def test_a_checked_class_is_copied_and_pickled():
     canvas = Canvas(3, height=4)
     assert copy.deepcopy(canvas) == canvas == pickle.loads(pickle.dumps(canvas)) and (canvas.width, canvas.height) == (3, 4)
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+@checked_class
+@dataclass(frozen=True)
+class Settings:
+    """One field of each kind that is checked, and one that is not."""
+
+    num: int = 3
+    rate: float = 0.5
+    fast: bool = False
+    word: str = "a"
+    most: int | None = None
+    inner: Canvas = field(default_factory=lambda: Canvas(1))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def test_whole_numbers_of_any_library_are_taken():
+    assert [whole(value, "num") for value in (3, np.int64(3), torch.tensor(3))] == [3, 3, 3]
+    for value in (5, np.int64(5), torch.tensor(5)):
+        assert wholes(value, "nfe") == [5]
+    for value in ([8, 5, 8], (8, 5), iter([8, 5]), np.array([8, 5]), torch.tensor([8, 5]), range(8, 2, -3)):
+        assert wholes(value, "nfe") == [8, 5]
+
+
+@pytest.mark.parametrize("value", [None, 2.0, math.nan, "2", True, [2.5], [None], [[2]], [2, "3"], torch.tensor([2.0])], ids=str)
+def test_other_values_are_no_numbers_of_evaluations(value):
+    with pytest.raises(SolverError, match=r"nfe is a whole number or a list of them, as \[5, 8\], got"):
+        wholes(value, "nfe", SolverError)
+
+
+def test_a_scale_is_a_finite_number():
+    assert [scale_of(value, 1.5) for value in (None, 2, 2.5, np.float32(2), torch.tensor(2.0))] == [1.5, 2, 2.5, 2, 2]
+    for value in ("2", [2], math.nan, math.inf, torch.tensor([2.0, 3.0]), object()):
+        with pytest.raises(ModelError, match="guidance is a scale, as 2.0, got"):
+            scale_of(value, 1.0)
+
+
+def test_a_configuration_is_one_of_its_kind():
+    assert config_of(None, Settings) == Settings() and config_of(Settings(4), Settings).num == 4
+    for value in ({}, [], False, 5, {"num": 4}, Canvas(1)):
+        with pytest.raises(FewstepError, match=r"config is a Settings, as fewstep.Settings\(...\), got"):
+            config_of(value, Settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        *(({"num": value}, "num is a whole number") for value in (2.5, "3", None, True, math.nan)),
+        *(({"rate": value}, "rate is a number") for value in ("0.5", None, True)),
+        *(({"fast": value}, "fast is True or False") for value in (1, "yes", None)),
+        *(({"word": value}, "word is a word") for value in (1, None)),
+        *(({"most": value}, "most is a whole number") for value in (2.5, "3")),
+    ],
+)
+def test_a_field_of_another_type_is_refused(changes, says):
+    with pytest.raises(FewstepError, match=f"Settings: {says}, got"):
+        Settings(**changes)
+
+
+def test_numbers_of_other_libraries_become_plain_ones():
+    made = Settings(num=np.int64(4), rate=np.float32(0.25), most=np.int64(2))
+    assert json.dumps([made.num, made.rate, made.most]) == "[4, 0.25, 2]"
+    assert Settings(rate=1).rate == 1.0 and isinstance(Settings(rate=1).rate, float)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, SupportsFloat, SupportsInt
+from typing import Any, SupportsInt
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +23,7 @@ from fewstep.models.model import Model
 from fewstep.models.problem import Problem
 from fewstep.runtime.artifact import check_writable, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
-from fewstep.runtime.front_door import checked
+from fewstep.runtime.front_door import checked, scale_of
 from fewstep.runtime.process import process, wait_for_all
 from fewstep.runtime.spec import parse_spec
 from fewstep.sampling.loop import Step, run
@@ -84,15 +84,13 @@ def sample(
         torch.Size([4, 1, 8, 8])
     """
     _check_denoiser(model)
-    if not isinstance(guidance, SupportsFloat | None):
-        raise ModelError(f"guidance is a scale, as 2.0, got {guidance!r}")
     if observe is not None and not callable(observe):
         raise FewstepError(f"observe is a function that is called with each Step, got {observe!r}")
     if isinstance(model, Model):
-        guidance = model.default_guidance if guidance is None else float(guidance)
+        guidance = scale_of(guidance, model.default_guidance)
         denoiser = model.guided(guidance)
     else:
-        denoiser, guidance = model, 1.0 if guidance is None else float(guidance)
+        denoiser, guidance = model, scale_of(guidance, 1.0)
         if guidance != 1:
             raise ModelError(
                 "only a Model can be guided by a scale: wrap the denoiser with fewstep.classifier_free(denoiser, scale, uncond)"

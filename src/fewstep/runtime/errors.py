@@ -51,6 +51,6 @@ def look_up(name: str, table: Mapping[str, T], kind: str, error: type[FewstepErr
     Raises:
         error: there is no such key; the message names the nearest ones.
     """
-    if name not in table:
-        raise error(f"unknown {kind} {name!r}: {nearest(name, table)}")
+    if not isinstance(name, str) or name not in table:
+        raise error(f"unknown {kind} {name!r}: {nearest(str(name), table)}")
     return table[name]

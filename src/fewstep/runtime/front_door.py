@@ -1,15 +1,20 @@
-"""Checks of the arguments of public functions: one that does not exist is refused with the name to pass instead."""
+"""Checks of what is passed to public functions: what does not exist or has no meaning there is refused, and the error says what to pass."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from functools import cache, wraps
+from numbers import Real
+from operator import index
+from types import NoneType, UnionType
+from typing import Any, ParamSpec, SupportsFloat, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fewstep.runtime.errors import FewstepError, nearest
+from fewstep.runtime.errors import FewstepError, ModelError, nearest
 
-__all__ = ["checked", "checked_class"]
+__all__ = ["check_fields", "checked", "checked_class", "config_of", "scale_of", "whole", "wholes"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,3 +49,110 @@ def checked_class(cls: type[T]) -> type[T]:
     constructor: Any = checked(cls.__init__, cls.__name__)
     cls.__init__ = constructor
     return cls
+
+
+def whole(value: Any, name: str, error: type[FewstepError] = FewstepError, *, many: bool = False) -> int:  # noqa: ANN401
+    """Return a whole number of any library.
+
+    Args:
+        value: what was passed.
+        name: what the error calls it.
+        error: the class of the error.
+        many: whether several would do too, for the error.
+
+    Raises:
+        error: it is none.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return index(value)
+    except TypeError:
+        several = " or a list of them, as [5, 8]" if many else ""
+        raise error(f"{name} is a whole number{several}, got {value!r}") from None
+
+
+def wholes(value: Any, name: str, error: type[FewstepError] = FewstepError) -> list[int]:  # noqa: ANN401
+    """Return one or several whole numbers as a list in their order, each once.
+
+    Raises:
+        error: it is something else.
+    """
+    several = isinstance(value, Iterable) and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) == 1
+    return list(dict.fromkeys(whole(one, name, error, many=True) for one in (value if several else (value,))))
+
+
+def scale_of(value: Any, default: float) -> float:  # noqa: ANN401
+    """Return a guidance scale, or the default for None.
+
+    Raises:
+        ModelError: it is no finite number.
+    """
+    try:
+        found = default if value is None else float(value) if isinstance(value, SupportsFloat) else math.nan
+    except (TypeError, ValueError, RuntimeError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ModelError(f"guidance is a scale, as 2.0, got {value!r}")
+    return found
+
+
+def config_of(value: Any, kind: type[T]) -> T:  # noqa: ANN401
+    """Return a configuration, or the default one for None.
+
+    Raises:
+        FewstepError: it is something else.
+    """
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise FewstepError(f"config is a {kind.__name__}, as fewstep.{kind.__name__}(...), got {value!r}")
+    return value
+
+
+def check_fields(config: Any) -> None:  # noqa: ANN401
+    """Check the types of the numbers, switches and words in a dataclass, and make numbers of other libraries plain ones.
+
+    Raises:
+        FewstepError: one is of another type.
+    """
+    cls = type(config)
+    for field in fields(config):
+        value, kind, optional = getattr(config, field.name), *_kinds(cls)[field.name]
+        if kind not in _TYPES or (optional and value is None):
+            continue
+        test, make, meaning = _TYPES[kind]
+        if not test(value):
+            raise FewstepError(f"{cls.__name__}: {field.name} is {meaning}, got {value!r}")
+        object.__setattr__(config, field.name, make(value))
+
+
+@cache
+def _kinds(cls: type) -> dict[str, tuple[Any, bool]]:
+    """Return the type of each field of a dataclass, and whether it may be None; no type where there is a choice of several."""
+    found: dict[str, tuple[Any, bool]] = {}
+    for name, hint in get_type_hints(cls).items():
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        others = [kind for kind in kinds if kind is not NoneType]
+        found[name] = others[0] if len(others) == 1 else None, NoneType in kinds
+    return found
+
+
+def _is_whole(value: Any) -> bool:  # noqa: ANN401
+    try:
+        index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:  # noqa: ANN401
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+_TYPES: dict[type, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
+    bool: (lambda value: isinstance(value, bool), bool, "True or False"),
+    int: (_is_whole, index, "a whole number"),
+    float: (_is_number, float, "a number"),
+    str: (lambda value: isinstance(value, str), str, "a word"),
+}

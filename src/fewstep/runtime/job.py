@@ -17,13 +17,24 @@ from filelock import FileLock, Timeout
 
 from fewstep.runtime.artifact import check_writable
 from fewstep.runtime.errors import ArtifactError, FewstepError
-from fewstep.runtime.process import process, wait_for_all
+from fewstep.runtime.process import process, usable_device, wait_for_all
 
-__all__ = ["Job", "Progress"]
+__all__ = ["Job", "Progress", "folder_of"]
 
 LOCK = ".lock"
 
 Progress = Callable[[int, str], None]  # units done, a note
+
+
+def folder_of(out: str | Path) -> Path:
+    """Return the folder of a job.
+
+    Raises:
+        ArtifactError: something that names none.
+    """
+    if not isinstance(out, str | Path):
+        raise ArtifactError(f"out is a folder, got {out!r}")
+    return Path(out)
 
 
 def _silent(done: int, note: str) -> None:
@@ -79,19 +90,22 @@ class Job:
 
         Raises:
             ArtifactError: another job works in the folder, or it cannot be written.
-            FewstepError: several processes without a folder to meet in, or for work that one has to do alone.
+            FewstepError: a device that cannot be used, no function for the progress; several processes without a folder to meet in, or for
+                work that one has to do alone.
         """
         rank, world = process()
         if alone and world > 1:
             raise FewstepError(f"{work} runs in one process: start it without torchrun")
-        facts = (torch.device(device or "cpu"), on_progress or _silent, command)
+        if on_progress is not None and not callable(on_progress):
+            raise FewstepError(f"on_progress is a function of the units done and a note, got {on_progress!r}")
+        facts = (usable_device(device or "cpu"), on_progress or _silent, command)
         if out is None:
             if world > 1:
                 raise FewstepError(f"several processes can only {work} together with a folder to meet in: name one")
             with TemporaryDirectory(prefix="fewstep-") as folder:
                 yield cls(work, Path(folder), *facts, in_memory=True, rank=rank, world=world)
             return
-        folder = Path(out)
+        folder = folder_of(out)
         check_writable(folder)
         with _locked(folder, rank):
             wait_for_all()  # the first process has the lock

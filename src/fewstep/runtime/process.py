@@ -8,12 +8,28 @@ import os
 import torch
 from torch import Tensor
 
-__all__ = ["default_device", "process", "sum_over_processes", "wait_for_all"]
+from fewstep.runtime.errors import FewstepError
+
+__all__ = ["default_device", "process", "sum_over_processes", "usable_device", "wait_for_all"]
 
 
 def default_device() -> torch.device:
     """Return the accelerator if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """Return a device that this process can compute on.
+
+    Raises:
+        FewstepError: there is no such device, or this PyTorch cannot use it.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise FewstepError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return found
 
 
 def process() -> tuple[int, int]:

@@ -96,7 +96,7 @@ def test_mistakes_are_named_before_any_work(tmp_path: Path) -> None:
         (SolverError, "takes 1 to 5 evaluations, got 6", {"model": toy(DiscreteVP.linear(6)), "nfe": (6,)}),
         (ArtifactError, "cannot write .*: .*file is a file; choose a folder", {"folder": tmp_path / "file"}),
         (ArtifactError, "cannot write .*: .*file is a file; choose a folder", {"folder": tmp_path / "file" / "below"}),
-        (FewstepError, "guidance wants a finite scale", {"guidance": float("nan"), "model": toy(classes=2)}),
+        (FewstepError, "guidance is a scale, as 2.0, got nan", {"guidance": float("nan"), "model": toy(classes=2)}),
     ]:
         asked = {"folder": tmp_path / "new", "model": toy(), **request}
         with pytest.raises(error, match=says):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,8 @@ from fewstep.models.generate import check_made_for, check_statistics
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.errors import FewstepError, GridError, SolverError
-from fewstep.runtime.front_door import checked
-from fewstep.runtime.job import Job
+from fewstep.runtime.front_door import checked, scale_of, whole, wholes
+from fewstep.runtime.job import Job, folder_of
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, spec_of
 
@@ -116,9 +115,9 @@ def compare(
             raise FewstepError(f"{name} is {says}, got {value!r}")
     if on_progress is not None and not callable(on_progress):
         raise FewstepError(f"on_progress is a function of the rows done and a note, got {on_progress!r}")
-    setup = Setup(_whole(num, "num"), _whole(seed, "seed"), _whole(batch, "batch"), features, None if data is None else str(data))
-    problem = Problem(model, model.default_guidance if guidance is None else guidance, model.device)
-    counts = tuple(dict.fromkeys(_whole(one, "nfe") for one in (nfe if isinstance(nfe, Iterable) else (nfe,))))
+    setup = Setup(whole(num, "num"), whole(seed, "seed"), whole(batch, "batch"), features, None if data is None else str(data))
+    problem = Problem(model, scale_of(guidance, model.default_guidance), model.device)
+    counts = tuple(wholes(nfe, "nfe"))
     grids, named = _words(grid, "grid"), _words(peers, "peers")
     check_names((), grids, counts, named)
     groups = [_entries(one, problem, grids, counts) for one in _listed(what)]
@@ -130,7 +129,7 @@ def compare(
         temporary = TemporaryFolder()
         folder = temporary.path
     else:
-        temporary, folder = None, Path(out)
+        temporary, folder = None, folder_of(out)
     try:
         with Job.open("compare", folder, device=problem.device, on_progress=on_progress, command=_call(problem, entries, setup)) as job:
             results = run_entries(problem, entries, setup, job)
@@ -141,14 +140,6 @@ def compare(
             temporary.remove()
         raise
     return Comparison(results, folder, temporary)
-
-
-def _whole(value: Any, name: str) -> int:  # noqa: ANN401 - whatever was passed
-    try:
-        return index(value)
-    except TypeError:
-        many = " or a list of them, as [5, 8]" if name == "nfe" else ""
-        raise FewstepError(f"{name} is a whole number{many}, got {value!r}") from None
 
 
 def _words(value: Any, name: str) -> tuple[str, ...]:  # noqa: ANN401

@@ -18,6 +18,7 @@ from fewstep.models.generate import check_made_for, solver_for
 from fewstep.models.problem import Problem, check_seeds
 from fewstep.runtime.entry import is_entry
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError, look_up
+from fewstep.runtime.front_door import check_fields, checked_class
 from fewstep.runtime.spec import parse_spec
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, takes_statistics
@@ -63,6 +64,7 @@ class Setup:
             raise FewstepError(f"a benchmark needs num of at least 2 and batch of at least 1, got {self.num} and {self.batch}")
 
 
+@checked_class
 @dataclass(frozen=True)
 class BenchmarkConfig:
     """The rows of a benchmark by name, and the noises.
@@ -96,6 +98,7 @@ class BenchmarkConfig:
     data: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_names(self.solvers, self.grids, self.nfe, self.peers)
         if not self.samplers and (not (self.solvers or self.peers) or not self.grids or not self.nfe):
             raise FewstepError("a benchmark needs at least one solver (or peers), one grid and one nfe, or a folder of samplers")

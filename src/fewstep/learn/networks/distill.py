@@ -26,7 +26,7 @@ from fewstep.models.problem import Problem, check_model
 from fewstep.models.tuned import Tuned
 from fewstep.runtime.artifact import write_whole
 from fewstep.runtime.errors import ModelError, look_up
-from fewstep.runtime.front_door import checked
+from fewstep.runtime.front_door import checked, config_of, scale_of
 from fewstep.runtime.job import Job, Progress
 from fewstep.sampling.grid_table import GridTable
 
@@ -75,9 +75,9 @@ def distill(
         ArtifactError: trajectories of another model or without the times of the grid; the folder is in use, holds another run, or cannot be
             written.
     """
-    make, config = look_up(method, OBJECTIVES, "method"), config or DistillConfig()
+    make, config = look_up(method, OBJECTIVES, "method"), config_of(config, DistillConfig)
     check_model(model)
-    scale = config.guidance if guidance is None else float(guidance)
+    scale = scale_of(guidance, config.guidance)
     config = replace(config, guidance=scale)
     if begin is not None and not isinstance(begin.network, OperatorStudent):
         raise ModelError(f"{begin.name} is no operator student to begin with: name one of fewstep distill")

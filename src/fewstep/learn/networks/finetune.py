@@ -33,7 +33,7 @@ from fewstep.models.problem import Problem, check_model
 from fewstep.models.tuned import Tuned
 from fewstep.runtime.artifact import read_json, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError
-from fewstep.runtime.front_door import checked
+from fewstep.runtime.front_door import check_fields, checked, checked_class, config_of, scale_of
 from fewstep.runtime.job import Job, Progress
 from fewstep.sampling.grid_table import GridTable
 from fewstep.sampling.sampler import Sampler
@@ -42,6 +42,7 @@ from fewstep.solvers import DDIM
 __all__ = ["FinetuneConfig", "Round", "finetune"]
 
 
+@checked_class
 @dataclass(frozen=True)
 class FinetuneConfig:
     """Configure the tuning of a network for ``nfe`` first-order steps.
@@ -84,6 +85,7 @@ class FinetuneConfig:
     half: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if min(self.nfe, self.rounds, self.steps, self.batch, self.num) < 1 or self.held_out < 2 or self.lr <= 0:
             raise FewstepError(f"tuning needs nfe, rounds, steps, batch and num of at least 1 and 2 trajectories held out, got {self}")
         if self.form not in ("mean", "score") or self.states not in ("own", "teacher"):
@@ -163,8 +165,8 @@ def finetune(
         ModelError: a network that could not be saved, or a model without a shape.
         ArtifactError: the folder is in use, holds the work of another configuration, or cannot be written.
     """
-    config = config or FinetuneConfig()
-    config = replace(config, nfe=config.nfe if nfe is None else nfe, guidance=config.guidance if guidance is None else float(guidance))
+    config = config_of(config, FinetuneConfig)
+    config = replace(config, nfe=config.nfe if nfe is None else nfe, guidance=scale_of(guidance, config.guidance))
     check_model(model)
     if config.form == "score" and images is None:
         raise FewstepError("the form score matches scores on images: pass the data that the model was trained on, or use the form mean")

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from fewstep.runtime.artifact import read_json, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, look_up
+from fewstep.runtime.front_door import check_fields, checked_class
 
 __all__ = ["LoopConfig", "LossCurve", "check_checkpoint", "forget_checkpoint", "identity_of", "run_loop"]
 
 
+@checked_class
 @dataclass(frozen=True)
 class LoopConfig:
     """Configure the training loop.
@@ -57,6 +59,7 @@ class LoopConfig:
     channels_last: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.steps < 1 or self.batch < 1 or not (self.lr > 0 and math.isfinite(self.lr)):
             raise FewstepError(f"training needs steps and batch of at least 1 and a positive lr, got {self.steps}, {self.batch}, {self.lr}")
         if self.warmup < 0 or self.checkpoint_every < 1:

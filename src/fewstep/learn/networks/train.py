@@ -22,12 +22,14 @@ from fewstep.models.model import Model
 from fewstep.models.networks.calls import edm_time, unet_call
 from fewstep.runtime.artifact import check_writable, write_whole
 from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.front_door import check_fields, checked_class
 
 __all__ = ["TrainConfig", "train"]
 
 GROUPS = 16  # of channels, normalised together
 
 
+@checked_class
 @dataclass(frozen=True)
 class TrainConfig:
     """Configure a network to train, and the noise levels that it is trained on.
@@ -61,6 +63,7 @@ class TrainConfig:
     flip: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.kind not in ("edm", "ddpm"):
             raise FewstepError(f"unknown kind of model {self.kind!r}: edm or ddpm")
         if not self.channels or any(width < 1 or width % GROUPS for width in self.channels):

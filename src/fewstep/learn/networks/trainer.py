@@ -17,6 +17,7 @@ from fewstep.models.model import Model
 from fewstep.models.networks.calls import network_device
 from fewstep.models.tuned import Tuned
 from fewstep.runtime.errors import FewstepError, ModelError
+from fewstep.runtime.job import folder_of
 
 __all__ = ["Trained", "may_write_model", "teacher_name", "train_student"]
 
@@ -92,10 +93,10 @@ def may_write_model(model: Model, out: str | Path | None, begun: str) -> None:
         raise ModelError(f"{model.name} is a function, which cannot be trained: make the Model of a torch.nn.Module")
     if out is None:
         return
-    folder = Path(out)
+    folder = folder_of(out)
     if model.folder is None:
         raise ModelError(
-            f"{model.name} was not loaded from a folder, so its student could not be saved as one: save it first, or leave out= away to "
+            f"{model.name} was not loaded from a folder, so its student could not be saved as one: save it first, or leave out=... away to "
             "keep the student in memory"
         )
     if Tuned.in_folder(folder):

@@ -26,7 +26,7 @@ from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.accumulate import Store, accumulate, seed_batches
 from fewstep.runtime.errors import FewstepError, ModelError
-from fewstep.runtime.front_door import checked
+from fewstep.runtime.front_door import check_fields, checked, checked_class, config_of, scale_of
 from fewstep.runtime.job import Job, Progress
 from fewstep.sampling.loop import Step, steps
 from fewstep.sampling.noise import seeded_noise
@@ -41,6 +41,7 @@ FINITE = (-math.log(200.0), -math.log(5e-4))  # lam: where statistics begin and 
 LARGEST_VALUE = 30.0  # of an image or latent
 
 
+@checked_class
 @dataclass(frozen=True)
 class CalibrationConfig:
     """Configure a calibration: statistics at ``levels + 1`` values of lam, from ``num`` data.
@@ -70,6 +71,7 @@ class CalibrationConfig:
     jvp: str = "auto"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.levels < 2 or self.num < 2 or self.batch < 1 or self.seed < 0:
             raise FewstepError(f"calibration needs at least 2 levels, 2 data, a batch of 1 and a seed of at least 0, got {self}")
         if self.pool not in POOLS:
@@ -162,10 +164,10 @@ def calibrate(
         >>> fewstep.sample(model, fewstep.DPMSolverV3(statistics), nfe=5, seeds=range(2)).shape
         torch.Size([2, 1, 8, 8])
     """
-    config = config or CalibrationConfig()
+    config = config_of(config, CalibrationConfig)
     check_model(model)
     with Job.open("calibrate", out, device=device or model.device, on_progress=on_progress, command=command) as job:
-        problem = Problem(model, model.default_guidance if guidance is None else guidance, job.device)
+        problem = Problem(model, scale_of(guidance, model.default_guidance), job.device)
         source = "own trajectories" if images is None else f"{images.name}, {len(images.x)} images, diffused"
         condition = conditions or problem.labels
         states: States = lambda seeds: (None, condition(seeds))  # noqa: E731

@@ -20,7 +20,7 @@ from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.artifact import write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError
-from fewstep.runtime.front_door import checked
+from fewstep.runtime.front_door import checked, config_of, scale_of, wholes
 from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import process, wait_for_all
 from fewstep.sampling.sampler import Sampler
@@ -83,9 +83,13 @@ def fit(
         >>> samplers[3]
         Sampler(fitted, 3 evaluations, noise levels 80 to 0.002)
     """
-    config, counts = config or FitConfig(), sorted({nfe} if isinstance(nfe, int) else set(nfe))
+    config, counts = config_of(config, FitConfig), sorted(wholes(nfe, "nfe", SolverError))
     check_model(model)
-    guidance = model.default_guidance if guidance is None else float(guidance)
+    guidance = scale_of(guidance, model.default_guidance)
+    if not isinstance(trajectories, Trajectories | None):
+        raise FewstepError(
+            f"trajectories are those of fewstep.generate_trajectories, got {trajectories!r}: Trajectories.load reads a folder"
+        )
     levels = fine_grid(model.schedule, config.levels) if trajectories is None else TimeGrid(trajectories.t)
     if not counts or counts[0] < 1 or counts[-1] > levels.steps:
         got = ", ".join(map(str, counts)) or "none"

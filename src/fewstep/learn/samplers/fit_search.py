@@ -23,6 +23,7 @@ from fewstep.learn.teacher.gram import Gram
 from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError, GridError, ModelError, SolverError
+from fewstep.runtime.front_door import check_fields, checked_class
 from fewstep.runtime.process import process, sum_over_processes
 from fewstep.solvers import make_solver
 
@@ -36,6 +37,7 @@ GRAM = 64  # trajectories that the dynamic programs for levels are averaged over
 PROBE = 8  # steps on which a parent shows its form
 
 
+@checked_class
 @dataclass(frozen=True)
 class FitConfig:
     """Configure a fit of samplers.
@@ -71,6 +73,7 @@ class FitConfig:
     parent: str = "dpm-solver-pp-2m"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if (
             min(self.num, self.held_out, self.noises, self.window) < 2
             or min(self.batch, self.levels) < 1

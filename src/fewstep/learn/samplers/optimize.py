@@ -26,7 +26,7 @@ from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.artifact import write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError
-from fewstep.runtime.front_door import checked
+from fewstep.runtime.front_door import check_fields, checked, checked_class, config_of, scale_of, wholes
 from fewstep.runtime.job import Job, Progress
 from fewstep.sampling.grid_table import GridTable
 from fewstep.sampling.reference import REFERENCE_NFE
@@ -40,6 +40,7 @@ FEWEST = 64  # noises, though; as many rank the candidates
 MANY_STEPS = 8  # beyond them only the best candidate is refined, not the two best
 
 
+@checked_class
 @dataclass(frozen=True)
 class OptimizeConfig:
     """Configure a search for schedules.
@@ -64,6 +65,7 @@ class OptimizeConfig:
     iterations: int = 6
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if min(self.noises, self.held_out) < 2 or self.seed < 0 or self.iterations < 0:
             raise FewstepError(f"optimisation needs at least 2 noises, 2 held out, and no negative number, got {self}")
         _ = self.gram
@@ -134,13 +136,15 @@ def optimize(
         >>> samplers[4]
         Sampler(unipc-2, 4 evaluations, noise levels 80 to 0.002)
     """
-    config, counts = config or OptimizeConfig(), sorted({nfe} if isinstance(nfe, int) else set(nfe))
+    config, counts = config_of(config, OptimizeConfig), sorted(wholes(nfe, "nfe", SolverError))
     check_model(model)
-    guidance = model.default_guidance if guidance is None else float(guidance)
+    guidance = scale_of(guidance, model.default_guidance)
     if not counts:
         raise FewstepError("name at least one number of evaluations, as in nfe=[6, 8]")
     if isinstance(solver, str):
         name, solver = solver, solver_for(solver, model, guidance=guidance, statistics=statistics)
+    elif not isinstance(solver, Solver):
+        raise SolverError(f"solver is one name or Solver, as 'unipc-2' or fewstep.make_solver('unipc-2'), got {solver!r}")
     else:
         name = name_of(solver)
         if statistics is not None:

@@ -33,6 +33,7 @@ from fewstep.learn.search.endpoint import (
 )
 from fewstep.learn.search.refine import Levels
 from fewstep.runtime.errors import FewstepError, SolverError
+from fewstep.runtime.front_door import check_fields, checked_class
 from fewstep.runtime.process import sum_over_processes
 
 __all__ = ["FitForm", "NormalEquations", "TeacherBatch", "fit_in_sequence", "sweep", "widened"]
@@ -44,6 +45,7 @@ FINEST = 1e-4  # of the size of the states, at least
 STEPS = 4  # with one Jacobian, see `levenberg_marquardt`
 
 
+@checked_class
 @dataclass(frozen=True)
 class FitForm:
     """The coefficients of a sampler that are fitted.
@@ -66,6 +68,7 @@ class FitForm:
     shrink: float = 1e-3
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.pool not in ("element", "channel", "scalar"):
             raise FewstepError(f"coefficients are pooled by element, channel or scalar, got {self.pool!r}")
         if (self.history is not None and self.history < 1) or not 0 <= self.ridge < 1e6 or not 0 <= self.shrink < 1e6:

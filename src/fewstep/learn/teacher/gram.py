@@ -26,6 +26,7 @@ from fewstep.learn.teacher.jvp import JVP_METHODS, choose_jvp
 from fewstep.models.problem import Problem
 from fewstep.runtime.accumulate import Store, accumulate, seed_batches
 from fewstep.runtime.errors import FewstepError, GridError, ModelError
+from fewstep.runtime.front_door import check_fields, checked_class
 from fewstep.runtime.job import Job
 from fewstep.sampling.loop import steps
 from fewstep.sampling.noise import seeded_noise
@@ -120,6 +121,7 @@ class Gram:
         return torch.where(torch.ones_like(r).triu(1) > 0, r, 1.0)
 
 
+@checked_class
 @dataclass(frozen=True)
 class GramConfig:
     """How to average a Gram matrix.
@@ -142,6 +144,7 @@ class GramConfig:
     jacobian: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.levels < 4 or self.num < 1 or self.batch < 1 or self.seed < 0:
             raise FewstepError(f"a Gram matrix needs at least 4 levels, 1 trajectory, a batch of 1 and a seed of at least 0, got {self}")
 

@@ -27,7 +27,7 @@ from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.artifact import read_json, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError, look_up
-from fewstep.runtime.front_door import checked
+from fewstep.runtime.front_door import check_fields, checked, checked_class, config_of
 from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import wait_for_all
 from fewstep.sampling.loop import steps
@@ -41,6 +41,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 AGAIN = "remove it and run the same command again"
 
 
+@checked_class
 @dataclass(frozen=True)
 class TrajectoryConfig:
     """How to make teacher trajectories.
@@ -69,6 +70,7 @@ class TrajectoryConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if min(self.num, self.nfe, self.batch) < 1 or not math.isfinite(self.guidance):
             raise FewstepError(f"trajectories need num, nfe and batch of at least 1 and a finite guidance, got {self}")
         if self.seed < 0 or self.seed + self.num > 2**63:
@@ -192,7 +194,7 @@ def generate_trajectories(
         ModelError: no such label or guidance, or an output that is not finite (where).
         ArtifactError: the folder cannot be written, is in use, or holds trajectories of another request.
     """
-    config = config or TrajectoryConfig()
+    config = config_of(config, TrajectoryConfig)
     config = config if guidance is None else replace(config, guidance=guidance)
     check_model(model)
     with Job.open("make trajectories", out, device=device or model.device, on_progress=on_progress, command=command) as job:

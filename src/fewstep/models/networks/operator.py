@@ -33,12 +33,14 @@ from fewstep.models.networks.calls import image_size, refusals, unet_call
 from fewstep.models.networks.temporal_unet import Mixing, TemporalUNet
 from fewstep.runtime.artifact import load_artifact, save_artifact
 from fewstep.runtime.errors import ModelError, look_up
+from fewstep.runtime.front_door import check_fields, checked_class
 
 __all__ = ["OperatorForm", "OperatorStudent"]
 
 FEATURES = 16  # of a time that the network is given beside its own
 
 
+@checked_class
 @dataclass(frozen=True)
 class OperatorForm:
     """The parts of an operator student, as options.
@@ -60,6 +62,7 @@ class OperatorForm:
     mixing: Mixing = field(default_factory=Mixing)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         look_up(self.output, dict.fromkeys(("denoised", "skip", "state")), "output of an operator", ModelError)
         look_up(self.time, dict.fromkeys(("start", "slot")), "time of an operator", ModelError)
         if self.time == "slot" and self.mixing.branch_at == "inner":

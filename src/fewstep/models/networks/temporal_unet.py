@@ -16,10 +16,12 @@ from fewstep.core.denoiser import Cond
 from fewstep.models.networks.calls import unet_call
 from fewstep.models.networks.temporal_conv import FORMS, TemporalConv
 from fewstep.runtime.errors import ModelError, look_up
+from fewstep.runtime.front_door import check_fields, checked_class
 
 __all__ = ["Mixing", "TemporalUNet"]
 
 
+@checked_class
 @dataclass(frozen=True)
 class Mixing:
     """The temporal layers of a `TemporalUNet`: their form, and where in the network they mix the slots of a trajectory.
@@ -40,6 +42,7 @@ class Mixing:
     branch_at: str = "input"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         look_up(self.form, dict.fromkeys(("none", *FORMS)), "form of mixing", ModelError)
         look_up(self.insert_after, dict.fromkeys(("all", "inner")), "place of temporal layers", ModelError)
         look_up(self.branch_at, dict.fromkeys(("input", "inner")), "branching of slots", ModelError)

@@ -35,6 +35,7 @@ from fewstep.models.model import Model
 from fewstep.models.networks.operator import OperatorForm, OperatorStudent
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError, look_up
+from fewstep.runtime.front_door import check_fields, checked_class
 
 __all__ = ["DISTANCES", "WEIGHTS", "DistillConfig", "OperatorObjective"]
 
@@ -69,6 +70,7 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 SLOTS = 4
 
 
+@checked_class
 @dataclass(frozen=True)
 class DistillConfig:
     """Configure a distillation.
@@ -122,6 +124,7 @@ class DistillConfig:
     half: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.num_slots < 1 or self.num < 1 or self.held_out < 2 or self.teacher_nfe < 1:
             raise FewstepError(f"distilling needs slots, num and teacher_nfe of at least 1 and 2 trajectories held out, got {self}")
         if not 0 <= self.fresh <= 1 or not 0 < self.first <= 1 or not 0 <= self.dropout < 1:
