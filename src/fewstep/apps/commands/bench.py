@@ -86,8 +86,8 @@ def bench(
     )
     config = rest(solvers=solvers, grids=grids, nfe=counts, guidance=guidance_of(opened, guidance))
     asked = [flag for flag, given in (("--statistics", config.statistics), ("--any-statistics", config.any_statistics)) if given]
-    if asked and not any(takes_statistics(one) for one in solvers if one != FITTED):
-        raise FewstepError(f"none of {', '.join(solvers) or 'these samplers'} takes statistics: leave {' and '.join(asked)} out")
+    if asked and not any(takes_statistics(one) for one in config.solvers if one != FITTED):
+        raise FewstepError(f"none of {', '.join(config.solvers) or 'these samplers'} takes statistics: leave {' and '.join(asked)} out")
     compared = run_bench(opened, config, out, command(), report=report)
     if json:
         print_json(compared.results)
