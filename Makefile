@@ -50,8 +50,8 @@ ALL := euler,ddim,heun,dpm-solver-2s,dpm-solver-3s,dpm-solver-pp-2m,dpm-solver-p
 MULTISTEP := ddim,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3
 FOUR := ddim,dpm-solver-pp-2m,unipc-2,dpm-solver-v3
 VARIANTS := dpm-solver-pp-3m,dpm-solver-pp-3m:third_order=corrected,unipc-2,unipc-2:weights=exact,ipndm,ipndm:steps=2,ipndm:steps=3
-THIRD := dpm-solver-v3:steps=3:predictor=pseudo
-V3 := dpm-solver-v3,dpm-solver-v3:steps=1,dpm-solver-v3:steps=3,$(THIRD),dpm-solver-v3:corrector=none,dpm-solver-v3:corrector=same,dpm-solver-v3:corrector=true
+TWO := dpm-solver-v3:steps=2:predictor=true
+V3 := dpm-solver-v3,dpm-solver-v3:steps=1,$(TWO),dpm-solver-v3:predictor=true,dpm-solver-v3:corrector=none,dpm-solver-v3:corrector=same,dpm-solver-v3:corrector=true
 
 benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/step_overhead.py --out benchmarks/results/step_overhead.json
@@ -93,10 +93,10 @@ benchmarks: $(STAMP)
 		--out benchmarks/results/digits-edm-guidance-2
 	$(BIN)/fewstep bench digits-edm --solver $(VARIANTS) --grid karras,angle --nfe 5,6,8,10 --num 1024 \
 		--out benchmarks/results/digits-edm-variants
-	$(BIN)/fewstep bench digits-edm --solver $(THIRD) --grid logsnr,karras,angle,uniform,quadratic --nfe 5,6,8,10 --num 1024 \
-		--out benchmarks/results/digits-edm-third
-	$(BIN)/fewstep bench digits-edm --solver $(THIRD) --grid logsnr,karras,angle --nfe 5,6,8,10 --num 1024 --guidance 2 \
-		--out benchmarks/results/digits-edm-guidance-2-third
+	$(BIN)/fewstep bench digits-edm --solver $(TWO) --grid logsnr,karras,angle,uniform,quadratic --nfe 5,6,8,10 --num 1024 \
+		--out benchmarks/results/digits-edm-two
+	$(BIN)/fewstep bench digits-edm --solver $(TWO) --grid logsnr,karras,angle --nfe 5,6,8,10 --num 1024 --guidance 2 \
+		--out benchmarks/results/digits-edm-guidance-2-two
 	$(BIN)/fewstep bench digits-edm --solver $(V3) --grid logsnr,angle --nfe 5,6,8 --num 512 --out benchmarks/results/digits-edm-v3
 	$(BIN)/fewstep bench digits-ddpm --solver $(V3) --grid logsnr,angle --nfe 5,6,8 --num 512 --out benchmarks/results/digits-ddpm-v3
 	$(BIN)/fewstep bench digits-edm --solver $(V3) --grid logsnr,angle --nfe 5,6,8 --num 512 --guidance 2 \

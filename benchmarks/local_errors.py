@@ -25,7 +25,7 @@ from fewstep.sampling.noise import start_noise
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import UniPC
 
-SOLVERS = ("ddim", "unipc-2", "deis-3", "dpm-solver-v3:steps=1:corrector=none", "dpm-solver-v3")
+SOLVERS = ("ddim", "unipc-2", "deis-3", "dpm-solver-v3:steps=1:corrector=none", "dpm-solver-v3:steps=2:predictor=true", "dpm-solver-v3")
 MODEL, GRID, NFE, SEEDS = "digits-ddpm", "logsnr", (5, 8), range(64)
 FINE = 8  # exact steps per unit of lam
 

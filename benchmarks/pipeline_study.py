@@ -25,6 +25,7 @@ from fewstep.runtime.artifact import write_whole
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = [f"the digit {word}" for word in WORDS]
+TWO = "dpm-solver-v3:steps=2:predictor=true"
 GUIDANCE, NUM, STEPS, REFERENCE = 5.0, 250, (5, 8), 100
 VAE_STEPS, UNET_STEPS, BATCH, LR = 1200, 6000, 64, 1e-3
 
@@ -176,8 +177,7 @@ def competitors(config: Any, runs: Path, steps: int) -> dict[str, Any]:
     for grid in GRIDS:
         for solver in ("unipc-2", "unipc-3"):
             found[f"{solver}, {grid}"] = FewstepScheduler.from_config(config, solver=solver, grid=grid)
-        v3 = {"solver": "dpm-solver-v3", "statistics": str(runs / "statistics")}
-        found[f"dpm-solver-v3, {grid}"] = FewstepScheduler.from_config(config, grid=grid, **v3)
+        found[f"{TWO}, {grid}"] = FewstepScheduler.from_config(config, solver=TWO, statistics=str(runs / "statistics"), grid=grid)
     found["unipc-2, optimized"] = FewstepScheduler.from_sampler(runs / "optimized" / "unipc-2", config)
     found["fitted"] = FewstepScheduler.from_sampler(runs / "fitted", config)
     return found

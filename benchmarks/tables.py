@@ -124,7 +124,7 @@ def gain(rows: list[Row]) -> None:
     print("| best solver on a standard grid | " + " | ".join(f"{by_hand[n]['rmse']:.4f} {pair(by_hand[n])}" for n in columns) + " |")
     enough = {n: [k for k, row in by_hand.items() if row["rmse"] <= lines["fitted"][n]["rmse"]] for n in columns}
     needed = [str(min(enough[n])) if enough[n] else f"more than {max(by_hand)}" for n in columns]
-    print("| evaluations it needs for the error of the fitted one | " + " | ".join(needed) + " |")
+    print("| evaluations that this pair needs for the error of the fitted sampler | " + " | ".join(needed) + " |")
 
 
 def versus(named: dict[str, list[Row]]) -> None:
@@ -151,6 +151,19 @@ def one_grid(named: dict[str, list[Row]]) -> None:
         cells = [f"{other[n]['rmse']:.4f} ({other[n]['fd']:.2f}) `{other[n]['solver']}`" for n in counts]
         print("| | best of DDIM, DPM-Solver++, UniPC, DEIS | " + " | ".join(cells) + " |")
         print("| | ratio | " + " | ".join(f"{ours[n]['rmse'] / other[n]['rmse']:.2f}" for n in counts) + " |")
+
+
+def relative(named: dict[str, list[Row]]) -> None:
+    """Print the error of DPM-Solver-v3 with each of its options relative to that of its default, by model and grid."""
+    cells = {(name, row["grid"], row["solver"], row["nfe"]): row["rmse"] for name, rows in named.items() for row in rows}
+    problems, solvers = list(dict.fromkeys(key[:2] for key in cells)), list(dict.fromkeys(key[2] for key in cells))
+    counts = sorted({key[3] for key in cells})
+    heading(["options"], [f"{name}, `{grid}`" for name, grid in problems])
+    for solver in solvers:
+        if solver != "dpm-solver-v3":
+            ratios = [[cells[(*at, solver, n)] / cells[(*at, "dpm-solver-v3", n)] for n in counts] for at in problems]
+            options = solver.removeprefix("dpm-solver-v3:")
+            print(f"| `{options}` | " + " | ".join(", ".join(f"{ratio:.2f}" for ratio in line) for line in ratios) + " |")
 
 
 def agreement(rows: list[Row]) -> None:
@@ -391,6 +404,7 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "gain": lambda results, args: gain(rows_of(results, args)),
     "versus": lambda results, args: versus(_named(results, args)),
     "one-grid": lambda results, args: one_grid(_named(results, args)),
+    "relative": lambda results, args: relative(_named(results, args)),
     "agreement": lambda results, args: agreement(rows_of(results, args, library=None)),
     "optimized": lambda results, args: _optimized(rows_of(results, args)),
     "fitted": lambda results, args: fitted(rows_of(results, args, library=None)),

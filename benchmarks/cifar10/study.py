@@ -27,11 +27,11 @@ from benchmarks.cifar10.data import SHARED
 from fewstep.runtime.artifact import read_json, write_whole
 
 ROOT = Path(__file__).parents[2]
-THIRD = "dpm-solver-v3:steps=3:predictor=pseudo"  # three past evaluations, as the authors take for CIFAR-10
-SOLVERS = f"ddim,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3,{THIRD}"
+TWO = "dpm-solver-v3:steps=2:predictor=true"  # of two past evaluations; the default has three, as the authors take for CIFAR-10
+SOLVERS = f"ddim,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm,{TWO},dpm-solver-v3"
 GRIDS = "karras,logsnr,angle,uniform,quadratic"
-OPTIMIZED = f"ddim,dpm-solver-pp-2m,unipc-2,dpm-solver-v3,{THIRD}"
-VARIANTS = ":steps=1 :steps=3 :steps=3:predictor=pseudo :corrector=none :corrector=same :corrector=true"  # of DPM-Solver-v3
+OPTIMIZED = f"ddim,dpm-solver-pp-2m,unipc-2,{TWO},dpm-solver-v3"
+VARIANTS = ":steps=1 :steps=2:predictor=true :predictor=true :corrector=none :corrector=same :corrector=true"  # of DPM-Solver-v3
 OWN = "4,5,6,8,10"  # evaluations of optimised grids and fitted samplers
 GUIDED = "5,8"  # of fitted samplers at guidance 2
 TUNED = "4"  # of phase 2

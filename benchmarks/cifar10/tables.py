@@ -18,7 +18,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cifar10.study import THIRD
+from benchmarks.cifar10.study import TWO
 from benchmarks.tables import STANDARD, best_grids, fitted, optimized_grids, student
 
 from fewstep.evaluate.pictures import save_comparison
@@ -33,7 +33,7 @@ DIGITS = Path("benchmarks/results")  # the rows of the claims on digits
 SHOWN = 5  # evaluations of the picture
 PLOTTED = ("unipc-2", "dpm-solver-v3")  # on their optimised grids
 RIVALS = ("dpm-solver-pp-2m", "dpm-solver-pp-3m", "unipc-2", "unipc-3")  # of DPM-Solver-v3
-V3 = {"dpm-solver-v3": "DPM-Solver-v3", THIRD: "DPM-Solver-v3-3p"}
+V3 = {"dpm-solver-v3": "DPM-Solver-v3", TWO: "DPM-Solver-v3-2p"}
 
 
 def read(path: Path) -> list[Row]:
@@ -207,8 +207,8 @@ def tables(folder: Path) -> dict[str, Callable[[], None]]:
         return json.loads((folder / name).read_text())
 
     digits = {
-        "1": ["digits-edm", "digits-edm-third", "digits-edm-fitted", "digits-edm-optimized"],
-        "2": ["digits-edm-guidance-2", "digits-edm-guidance-2-third", "digits-edm-guidance-2-fitted"],
+        "1": ["digits-edm", "digits-edm-two", "digits-edm-fitted", "digits-edm-optimized"],
+        "2": ["digits-edm-guidance-2", "digits-edm-guidance-2-two", "digits-edm-guidance-2-fitted"],
     }
     return {
         "held": lambda: held({"1": read(rows)} | ({"2": read(guided)} if guided.is_file() else {}), digits),
@@ -217,7 +217,7 @@ def tables(folder: Path) -> dict[str, Callable[[], None]]:
         "exact": lambda: exact(json.loads(rows.read_text())["reference"]),
         "by-solver": lambda: by_solver(read(rows)),
         "v3": lambda: against(read(rows), "dpm-solver-v3"),
-        "v3-third": lambda: against(read(rows), THIRD),
+        "v3-two": lambda: against(read(rows), TWO),
         "diffusers": lambda: peers(read(rows)),
         "guidance-2": lambda: by_solver(read(guided)),
         "guidance-2-exact": lambda: exact(json.loads(guided.read_text())["reference"]),

@@ -136,7 +136,7 @@ def test_fitted_samplers_have_the_least_error_from_4_evaluations_on() -> None:
     """docs/fitted.md: from 4 to 10 evaluations, on every model and guidance scale that was measured."""
     problems = (
         ("digits-edm", "digits-edm-few", "digits-edm-optimized", "digits-edm-fitted"),
-        ("digits-edm-guidance-2", "digits-edm-guidance-2-third", "digits-edm-guidance-2-fitted"),
+        ("digits-edm-guidance-2", "digits-edm-guidance-2-two", "digits-edm-guidance-2-fitted"),
         ("digits-ddpm", "digits-ddpm-optimized", "digits-ddpm-fitted"),
         ("cifar10-16/standard",),
         ("cifar10-16/guidance-2",),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 from benchmarks.cifar10.features import PRESETS as FEATURES
-from benchmarks.cifar10.study import PRESETS, THIRD, Stage, keep_grids, keep_samplers, main, run, stages, typed
+from benchmarks.cifar10.study import PRESETS, TWO, Stage, keep_grids, keep_samplers, main, run, stages, typed
 from benchmarks.cifar10.tables import PAGE, claims, filled, plot, tables
 
 from fewstep.apps.cli import app
@@ -137,10 +137,10 @@ def test_pooling_says_what_each_cost(tmp_path: Path) -> None:
 
 
 def test_claims_are_ratios_of_the_least_errors() -> None:
-    more = [row(THIRD, "angle", 5, 0.08), row("unipc-2", "angle", 8, 0.04, fd=1.2), row("ddim", "angle", 8, 0.06, fd=1.0)]
+    more = [row(TWO, "angle", 5, 0.08), row("unipc-2", "angle", 8, 0.04, fd=1.2), row("ddim", "angle", 8, 0.06, fd=1.0)]
     found = claims([*(one for one in ROWS if one["rmse"] is not None), *more])
     assert found["DPM-Solver-v3 : best of DPM-Solver++ 2M, 3M, UniPC-2, UniPC-3"] == "0.50"
-    assert found["DPM-Solver-v3-3p : best of all others here"] == "0.40"
+    assert found["DPM-Solver-v3-2p : best of all others here"] == "0.40"
     assert found["best pair here : best of diffusers', on the same grids"] == "1.00"
     assert found["UniPC-2 on its optimised grid : on its best standard grid"] == "0.60"
     assert found["DPM-Solver-v3 on its optimised grid : on its best standard grid"] == ""

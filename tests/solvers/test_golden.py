@@ -1,6 +1,7 @@
 """The published reference implementations, number for number (see tests/golden/README.md)."""
 
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -89,34 +90,39 @@ class Golden:
 
 V3 = {name: Golden(name) for name in LAWS}
 GRIDS = {f"{name}-{'-'.join(key.rsplit('_', 1))}": (golden, key) for name, golden in V3.items() for key in golden.times}
-CONFIGS = {
-    f"{name}-{skip}-{'-'.join(map(str, config))}": (golden, skip, config, samples)
-    for name, golden in V3.items()
-    for skip, config, samples in zip(golden.skips, golden.configs, golden.samples, strict=True)
-}
+CONFIGS = defaultdict(list)  # by grid
+for name, golden in V3.items():
+    for skip, (steps, *config), samples in zip(golden.skips, golden.configs, golden.samples, strict=True):
+        CONFIGS[f"{name}-{skip}-{steps}"].append((golden, f"{skip}_{steps}", config, samples))
 
 
 @pytest.mark.parametrize("key", CONFIGS)
 def test_v3_samples(key):
-    golden, skip, (steps, order, corrects, pseudo_corrector, pseudo_predictor, lowers, degenerate), expected = CONFIGS[key]
-    statistics = golden.degenerate if degenerate else golden.statistics
-    solver = DPMSolverV3(
-        statistics,
-        steps=order,
-        predictor="pseudo" if pseudo_predictor else "true",
-        corrector="none" if not corrects else "pseudo" if pseudo_corrector else "same",
-        integrals="trapezoid",
-        lower_order_below=ALWAYS if lowers else NEVER,
-    )
-    actual = golden.run(solver, statistics.grid(golden.schedule, golden.indices[f"{skip}_{steps}"]))
-    torch.testing.assert_close(actual, expected, rtol=GOLDEN_STEP, atol=GOLDEN_STEP)
+    for golden, grid, config, expected in CONFIGS[key]:
+        order, corrects, pseudo_corrector, pseudo_predictor, lowers, degenerate = config
+        statistics = golden.degenerate if degenerate else golden.statistics
+        solver = DPMSolverV3(
+            statistics,
+            steps=order,
+            predictor="pseudo" if pseudo_predictor else "true",
+            corrector="none" if not corrects else "pseudo" if pseudo_corrector else "same",
+            integrals="trapezoid",
+            lower_order_below=ALWAYS if lowers else NEVER,
+        )
+        actual = golden.run(solver, statistics.grid(golden.schedule, golden.indices[grid]))
+        where = lambda text, config=config: f"{config}: {text}"  # noqa: E731
+        torch.testing.assert_close(actual, expected, rtol=GOLDEN_STEP, atol=GOLDEN_STEP, msg=where)
+
+
+def test_all_samples_of_the_reference_are_met():
+    assert sum(map(len, CONFIGS.values())) == sum(len(golden.samples) for golden in V3.values()) == 350
 
 
 @pytest.mark.parametrize("gate", ["always", "half-as-coded"])
 @pytest.mark.parametrize("steps", [5, 10, 20])
 def test_v3_half_corrector(steps, gate):
     golden = V3["v3_vp"]
-    solver = DPMSolverV3(golden.statistics, steps=2, corrector="pseudo", gate=gate, integrals="trapezoid")
+    solver = DPMSolverV3(golden.statistics, 2, "true", "pseudo", gate=gate, integrals="trapezoid")
     expected = read("v3_vp_half.npz")[f"time_uniform_{steps}_half{int(gate != 'always')}"]
     torch.testing.assert_close(golden.run(solver, TimeGrid.uniform(golden.schedule, steps)), expected, rtol=GOLDEN_STEP, atol=GOLDEN_STEP)
 
@@ -125,7 +131,7 @@ def test_v3_half_corrector(steps, gate):
 @pytest.mark.parametrize("steps", [5, 10, 20])
 def test_v3_as_shipped(steps, corrector):
     golden, shipped = V3["v3_edm"], read("v3_edm_native_precision.npz")
-    solver = DPMSolverV3(golden.statistics, steps=3, corrector=corrector, integrals="trapezoid")
+    solver = DPMSolverV3(golden.statistics, 3, "true", corrector, integrals="trapezoid")
     actual = golden.run(solver, golden.statistics.grid(golden.schedule, shipped[f"idx_{steps}"]))
     expected = shipped[f"steps{steps}_cor{'00' if corrector == 'none' else '11'}"]
     torch.testing.assert_close(actual, expected, rtol=0, atol=ROUNDED_TIMES)

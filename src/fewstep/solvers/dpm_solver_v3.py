@@ -45,9 +45,9 @@ class DPMSolverV3(Solver):
 
     Args:
         statistics: of the model that is sampled; a path is loaded.
-        steps: ``p``, the predictor's order.
-        predictor: ``true`` takes all derivatives from one polynomial through ``p`` points; ``pseudo`` takes the k-th derivative from
-            ``k + 1`` points only: of lower order, but calmer on few steps.
+        steps: ``p``, the past evaluations that the predictor reads.
+        predictor: ``true`` takes all derivatives from one polynomial through ``p`` points, at order ``p``; ``pseudo`` takes the k-th
+            derivative from ``k + 1`` points only: of order 2 at most, but calmer on few steps.
         corrector: ``none``; ``same`` redoes each step with the new evaluation in place of the oldest, at order ``p``; ``pseudo`` adds
             it with pseudo derivatives; ``true``, which the authors' code lacks, adds it at order ``p + 1``.
         gate: when to correct: ``always``, ``half`` (the later half of the time range), ``half-as-coded`` (the earlier half, which
@@ -60,8 +60,8 @@ class DPMSolverV3(Solver):
     """
 
     statistics: ModelStatistics
-    steps: int = 2
-    predictor: Literal["true", "pseudo"] = "true"
+    steps: int = 3
+    predictor: Literal["true", "pseudo"] = "pseudo"
     corrector: Literal["none", "same", "pseudo", "true"] = "pseudo"
     gate: Literal["always", "half", "half-as-coded"] | Gate = "always"
     integrals: Rule = "exact"
@@ -160,7 +160,7 @@ class Setting(NamedTuple):
 
 
 def _theirs(most: int, grid: str, t_min: float, **options: Any) -> Setting:  # noqa: ANN401
-    return Setting(most, grid, t_min, {"steps": 3, "integrals": "trapezoid", **options})
+    return Setting(most, grid, t_min, {"steps": 3, "predictor": "true", "integrals": "trapezoid", **options})
 
 
 PUBLISHED: dict[str, tuple[Setting, ...]] = {  # from the authors' scripts; where the paper's text differs, the scripts

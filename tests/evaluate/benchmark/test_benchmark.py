@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import SHORTER
 from tests.evaluate.problems import LAW, tiny, tuned
 
 from fewstep import ArtifactError, Model, ModelError, Sampler, SolverError, TimeGrid, load_model, sample
@@ -21,12 +22,12 @@ COLUMNS = {"solver", "library", "grid", "nfe", "num", "guidance", "rmse", "fd", 
 COLUMNS |= {"statistics", "artifact", "arithmetic", "planned", "rmse_ci", "error_median", "error_p95", "fd_ci", "kd", "kd_ci"}
 COLUMNS |= {"precision", "recall", "labels", "peak_memory", "failed", "levels"}
 SMALL = {"num": 8, "batch": 4}
-short = pytest.mark.usefixtures("short_reference")
 
 
+@pytest.mark.full_reference
 def test_rows_are_complete_resumed_and_plausible(tmp_path: Path) -> None:
     model = load_model("digits-edm")
-    config = BenchmarkConfig(("ddim", "unipc-2"), ("angle",), (5, 10), **SMALL)
+    config = BenchmarkConfig(("ddim", "unipc-2"), ("angle",), (5, 10), num=8)
     results = benchmark(model, config, tmp_path, command="fewstep bench").results
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert {"version", "command", "model", "machine", "rows"} <= set(results) and all(set(row) == COLUMNS for row in results["rows"])
@@ -34,12 +35,11 @@ def test_rows_are_complete_resumed_and_plausible(tmp_path: Path) -> None:
     assert error["unipc-2", 10] < error["unipc-2", 5] < error["ddim", 5]
     assert results["reference"]["error"] < 0.1 * min(error.values())
     assert all(0 <= row["solver_seconds"] < row["seconds"] and row["fd_features"] == "digits" for row in results["rows"])
-    wider = BenchmarkConfig(("ddim", "unipc-2", "deis-3"), ("angle",), (5, 10), **SMALL)
+    wider = BenchmarkConfig(("ddim", "unipc-2", "deis-3"), ("angle",), (5, 10), num=8)
     again = benchmark(model, wider, tmp_path, command="fewstep bench").results
     assert again["rows"][:4] == results["rows"] and len(again["rows"]) == 6  # the old rows were not run again: same seconds
 
 
-@short
 def test_a_damaged_reference_is_named(tmp_path: Path) -> None:
     model, config = tiny(tmp_path / "model"), BenchmarkConfig(("ddim",), ("angle",), (5,), **SMALL)
     benchmark(model, config, tmp_path)
@@ -49,7 +49,6 @@ def test_a_damaged_reference_is_named(tmp_path: Path) -> None:
         benchmark(model, config, tmp_path)
 
 
-@short
 def test_peers_equal_ours_and_impossible_rows_are_said(tmp_path: Path) -> None:
     config = BenchmarkConfig(("ddim", "heun"), ("angle",), (5,), peers=("diffusers",), **SMALL)
     results = benchmark(tiny(tmp_path / "model"), config, tmp_path, command="fewstep bench").results
@@ -58,12 +57,15 @@ def test_peers_equal_ours_and_impossible_rows_are_said(tmp_path: Path) -> None:
     assert ("fewstep", "heun") not in rmse and any("2 evaluations a step" in skipped["why"] for skipped in results["skipped"])
 
 
-@short
-def test_guidance_changes_the_problem_so_rows_are_not_mixed(tmp_path: Path) -> None:
+def test_guidance_changes_the_problem_so_rows_are_not_mixed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny(tmp_path / "model")
     plain = benchmark(model, BenchmarkConfig(("ddim",), ("angle",), (5,), **SMALL), tmp_path).results
+    assert not caplog.messages
     guided = benchmark(model, BenchmarkConfig(("ddim",), ("angle",), (5,), guidance=2.0, **SMALL), tmp_path).results
     assert len(guided["rows"]) == 1 and guided["rows"][0]["rmse"] != plain["rows"][0]["rmse"]
+    (aside,) = tmp_path.glob("results-*.json")  # nothing that was measured is lost
+    assert json.loads(aside.read_text()) == plain
+    assert caplog.messages == [f"{tmp_path / 'results.json'} was of another problem, version or machine; its rows are in {aside.name} now"]
 
 
 def linear_part(model: Model, l: float, folder: Path) -> tuple[Path, str]:
@@ -76,20 +78,19 @@ def linear_part(model: Model, l: float, folder: Path) -> tuple[Path, str]:
     return statistics.save(folder), statistics.fingerprint
 
 
-@short
 def test_other_statistics_run_their_own_rows_again_and_no_others(tmp_path: Path) -> None:
     model, out = load_model("digits-edm"), tmp_path / "out"
     (one, first), (two, second) = (linear_part(model, l, tmp_path / str(l)) for l in (1.0, 0.9))
     v3 = "dpm-solver-v3"
 
     def rows(statistics: Path) -> dict[str, dict]:
-        config = BenchmarkConfig(("ddim", v3, f"{v3}:steps=3"), ("angle",), (5,), num=2, statistics=statistics)
+        config = BenchmarkConfig(("ddim", v3, f"{v3}:steps=2"), ("angle",), (5,), num=2, statistics=statistics)
         return {row["solver"]: row for row in benchmark(model, config, out).results["rows"]}
 
     before, again, other = rows(one), rows(one), rows(two)
     assert first != second and again == before  # not run again: the same seconds
     assert other["ddim"] == before["ddim"] and before["ddim"]["statistics"] is None
-    for solver in (v3, f"{v3}:steps=3"):
+    for solver in (v3, f"{v3}:steps=2"):
         assert (before[solver]["statistics"], other[solver]["statistics"]) == (first, second)
         assert other[solver]["rmse"] != before[solver]["rmse"]
 
@@ -113,10 +114,9 @@ FEW = {"num": 8, "batch": 4}
 
 def exact_ends(model: Model, scale: float) -> torch.Tensor:
     """Computed here: the ends of the model's trajectories from the seeds of ``FEW``."""
-    return sample(model, reference_sampler(LAW, REFERENCE_NFE // 4), seeds=range(FEW["num"]), guidance=scale)
+    return sample(model, reference_sampler(LAW, REFERENCE_NFE // SHORTER), seeds=range(FEW["num"]), guidance=scale)
 
 
-@short
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_tuned_model_is_measured_against_its_guided_teacher(tmp_path: Path, guidance: float) -> None:
     teacher = tiny(tmp_path / "teacher")
@@ -132,6 +132,7 @@ def test_a_tuned_model_is_measured_against_its_guided_teacher(tmp_path: Path, gu
     assert results["problem"]["reference"]["teacher"] == teacher.fingerprint and results["problem"]["fingerprint"] == student.fingerprint
 
 
+@pytest.mark.slow
 def test_a_student_that_is_its_teacher_arrives_with_many_steps(tmp_path: Path) -> None:
     student = tuned(tmp_path / "student", tiny(tmp_path / "teacher"))
     results = benchmark(student, BenchmarkConfig(("unipc-3",), (OPTIMIZED,), (2, 96), **FEW), tmp_path / "out").results
@@ -139,7 +140,6 @@ def test_a_student_that_is_its_teacher_arrives_with_many_steps(tmp_path: Path) -
     assert many < 1e-4 < 0.01 * few  # measured 2e-6 and 0.3
 
 
-@short
 def test_half_weights_are_measured_as_float32(tmp_path: Path) -> None:
     teacher = tiny(tmp_path / "teacher")
     config, rows = BenchmarkConfig(("ddim",), (OPTIMIZED,), (2,), **FEW), []
@@ -151,7 +151,6 @@ def test_half_weights_are_measured_as_float32(tmp_path: Path) -> None:
     assert rows[0] != rows[1] and rows[1] == pytest.approx(rows[0], rel=5e-3)  # float16 has 11 bits
 
 
-@short
 def test_a_teacher_that_is_gone_or_has_other_weights_is_named(tmp_path: Path) -> None:
     teacher, config = tiny(tmp_path / "teacher"), BenchmarkConfig(("ddim",), (OPTIMIZED,), (2,), **FEW)
     student = tuned(tmp_path / "student", teacher)
@@ -165,7 +164,6 @@ def test_a_teacher_that_is_gone_or_has_other_weights_is_named(tmp_path: Path) ->
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-@short
 def test_solvers_without_grids_of_the_models_own_are_listed(tmp_path: Path) -> None:
     student = tuned(tmp_path / "student", tiny(tmp_path / "teacher"))
     config = BenchmarkConfig(("ddim", "unipc-2"), (OPTIMIZED, "angle"), (1, 2), **FEW)
@@ -178,7 +176,6 @@ def test_solvers_without_grids_of_the_models_own_are_listed(tmp_path: Path) -> N
     assert "only of 2, 96" in skipped["ddim", OPTIMIZED, 1] and "there are some for ddim" in skipped["unipc-2", OPTIMIZED, 2]
 
 
-@short
 def test_a_row_is_run_again_when_its_grid_or_sampler_changed_and_not_before(tmp_path: Path) -> None:
     model = tuned(tmp_path / "student", tiny(tmp_path / "teacher"))
     card = {"name": "ddim", "model": model.fingerprint, "guidance": 1.0}
@@ -215,7 +212,6 @@ def fitted_row(folder: Path, middle: float, nfe: int = 2) -> TimeGrid:
     return grid
 
 
-@short
 def test_fitted_samplers_are_rows_like_saved_ones(tmp_path: Path) -> None:
     model = tiny(tmp_path / "model")
     grid = fitted_row(tmp_path / "model", 0.5)
@@ -241,7 +237,6 @@ def test_fitted_samplers_are_rows_like_saved_ones(tmp_path: Path) -> None:
         benchmark(model, replace(config, solvers=("fitted",), nfe=(5,), samplers=()), tmp_path / "none")
 
 
-@short
 def test_a_fitted_row_is_run_again_when_the_sampler_changed_and_not_before(tmp_path: Path) -> None:
     model, config = tiny(tmp_path / "model"), BenchmarkConfig(("ddim", "fitted"), ("angle",), (2, 3), **FEW)
 
@@ -262,7 +257,6 @@ def test_a_fitted_row_is_run_again_when_the_sampler_changed_and_not_before(tmp_p
         assert again["fitted", 2][part] != first["fitted", 2][part]
 
 
-@short
 def test_saved_samplers_make_the_samples_that_they_hold(tmp_path: Path) -> None:
     model = tiny(tmp_path / "model")
     grid = TimeGrid(torch.tensor([20.0, 1.5, 0.05]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ from fewstep.sampling.sampler import Sampler
 
 __all__ = ["benchmark", "run_entries"]
 
+log = logging.getLogger("fewstep")
 WORK = "benchmark"
 
 
@@ -292,7 +294,7 @@ class _Bench:
     # -- results ----------------------------------------------------------------------------------------------------
 
     def results(self) -> dict[str, Any]:
-        """Return the results on disk if they are of this very problem, else an empty table."""
+        """Return the results on disk if they are of this very problem, version and machine, else an empty table; others are set aside."""
         path, command, machine = self.job.folder / "results.json", self.job.command, _machine(self.problem.device)
         if path.exists():
             old = read_json(path)
@@ -302,6 +304,9 @@ class _Bench:
                 if "recall" not in reference or reference["fd_features"] != features:
                     reference = self.reference()
                 return {**old, "command": " && ".join(commands), "reference": reference}
+            aside = path.with_name(f"results-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.json")
+            path.replace(aside)
+            log.warning("%s was of another problem, version or machine; its rows are in %s now", path, aside.name)
         return {
             "version": version("fewstep"),
             "command": command,
