@@ -1,5 +1,7 @@
 """Settings of every test: problems are tiny, so threads only cost; hypothesis tries the same examples every time."""
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import settings
@@ -7,6 +9,19 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("fewstep", derandomize=True, deadline=None, max_examples=40, database=None)
 settings.load_profile("fewstep")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test marked ``every(n)`` every n-th runs by default, the others with the slow tests."""
+    seen = Counter[str]()
+    for item in items:
+        marker = item.get_closest_marker("every")
+        if marker is not None:
+            test = item.nodeid.split("[")[0]
+            if seen[test] % marker.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 SHORTER = 8

@@ -131,6 +131,7 @@ def test_a_student_is_measured_against_its_teacher_on_all_its_passes(monkeypatch
     assert [(row["solver"], row["nfe"]) for row in results["rows"]] == [("ddim", 1), ("ddim", 2)] and len(results["skipped"]) == 4
 
 
+@pytest.mark.slow
 def test_the_next_command_that_is_said_works(monkeypatch, capsys, tmp_path: Path, made: SimpleNamespace) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, "trajectories", made.teacher, "-n", 40, "--slots", 2, "--nfe", 4, "--out", "stored") == 0

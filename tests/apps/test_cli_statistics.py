@@ -69,6 +69,7 @@ def test_a_killed_calibration_continues(monkeypatch, capsys, tmp_path: Path, sta
     assert ModelStatistics.load(tmp_path).fingerprint == ModelStatistics.load(statistics).fingerprint
 
 
+@pytest.mark.slow
 def test_statistics_are_given_by_option_or_in_the_solvers_name(monkeypatch, tmp_path: Path, statistics: Path) -> None:
     name = f"dpm-solver-v3:statistics={statistics}"
     assert run(monkeypatch, *V3, "dpm-solver-v3", "--statistics", statistics, "--out", tmp_path / "option") == 0
@@ -82,6 +83,7 @@ def test_statistics_are_given_by_option_or_in_the_solvers_name(monkeypatch, tmp_
     np.testing.assert_array_equal(samples(tmp_path / "number"), named)
 
 
+@pytest.mark.slow
 def test_bench_takes_statistics(monkeypatch, tmp_path: Path, statistics: Path) -> None:
     words = ("bench", "digits-edm", "--solver", "ddim,dpm-solver-v3", "--grid", "angle", "--nfe", 5, "--num", 2)
     assert run(monkeypatch, *words, "--statistics", statistics, "--out", tmp_path) == 0
@@ -91,6 +93,7 @@ def test_bench_takes_statistics(monkeypatch, tmp_path: Path, statistics: Path) -
     assert f"--statistics {statistics}" in results["command"]
 
 
+@pytest.mark.slow
 def test_statistics_in_the_models_folder_are_found(monkeypatch, capsys, tmp_path: Path, bare: Path, statistics: Path) -> None:
     words = ("sample", bare, "--solver", "dpm-solver-v3", "--nfe", 5, "--num", 2, "--npz", "--out", tmp_path / "own")
     assert run(monkeypatch, *words) == 2

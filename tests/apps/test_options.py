@@ -264,6 +264,7 @@ def test_every_option_says_what_it_is_and_no_two_are_one(verb: str) -> None:
     assert not [option.opts for option in options if "`" in option.help or option.help[-1] not in ".)"]
 
 
+@pytest.mark.slow
 def test_the_command_line_starts_without_the_libraries_that_only_work_needs() -> None:
     heavy = ("accelerate", "diffusers", "huggingface_hub", "jinja2", "matplotlib", "scipy", "sklearn", "torchmetrics", "transformers")
     program = f"import sys, fewstep.apps.cli; print([name for name in {heavy} if name in sys.modules])"

@@ -78,6 +78,7 @@ def test_optimize(passed: Callable) -> None:
     assert args == ("unipc-2", [5, 6, 8, 10]) and options == {"guidance": 3.0, "statistics": None, "config": OptimizeConfig()}
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_last_solver_is_found_before_the_first_is_optimised(monkeypatch, capsys, tmp_path: Path) -> None:
     monkeypatch.setattr(optimize, "find_schedules", lambda *args, **options: pytest.fail("began"))
     for words, says in {

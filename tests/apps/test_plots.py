@@ -64,12 +64,14 @@ def test_schedules_have_marks_in_every_panel(tmp_path: Path, counts: list[int]) 
     assert colour["bluish"][:, right].sum() > 20  # candidates
 
 
+@pytest.mark.slow
 def test_more_steps_are_more_marks(tmp_path: Path) -> None:
     few, many = (drawn(tmp_path / f"{n}.png", [n])["orange"] for n in (2, 12))
     left = slice(0, int(0.4 * few.shape[1]))
     assert many[:, left].sum() > 2 * few[:, left].sum()  # 13 marks and 3
 
 
+@pytest.mark.slow
 def test_of_many_numbers_of_steps_some_are_shown(tmp_path: Path) -> None:
     rows = {}
     for counts in ([3, 5, 8], list(range(2, 13))):

@@ -88,6 +88,7 @@ class Reference:
     [(0.05, 0.2), (0.1, 0.9), (0.9, 0.1), (-0.25, 0.25), (0.25, -0.25), (-1.0, -0.4), (1.5, 1.1), (0.3, 0.3)],
     ids=["in-a-cell", "forwards", "backwards", "points", "points-backwards", "first-point", "last-point", "nowhere"],
 )
+@pytest.mark.every(3)
 def test_exact_integrals(start, end):
     actual = STATISTICS.integrals(number(start), number(end), COUNT, "exact")
     for element in ((0, 0), (1, 2)):
@@ -175,6 +176,7 @@ def test_gradients_reach_the_ends_of_an_integral(start, end):
 
 
 @pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 3, "corrector": "true"}, {"steps": 3, "predictor": "pseudo"}])
+@pytest.mark.every(3)
 def test_gradients_reach_the_times_through_the_tableau(options):
     solver = DPMSolverV3(STATISTICS, **options)
     times = SCHEDULE.t_of_lam(torch.tensor([-0.9, -0.4, 0.3, 0.6, 1.4], dtype=torch.float64))

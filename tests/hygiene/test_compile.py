@@ -23,6 +23,7 @@ SEEDS = [0, 1]
     ],
     ids=lambda solver: type(solver).__name__,
 )
+@pytest.mark.every(2)
 def test_one_graph_runs_every_row(solver):
     torch._dynamo.reset()
     counter = CompileCounter()

@@ -52,6 +52,7 @@ PUBLIC = [
 LOADED = "import sys, fewstep, fewstep.solvers; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
 
 
+@pytest.mark.slow
 def test_importing_loads_no_optional_library():
     run = subprocess.run([sys.executable, "-W", "error", "-c", LOADED], capture_output=True, text=True, check=True)
     loaded = run.stdout.split()

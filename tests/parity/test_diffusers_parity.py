@@ -321,6 +321,7 @@ quiet = pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning", "
 @quiet
 @pytest.mark.parametrize(("dtype", "counts"), RUNS, ids=str)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.every(3)
 def test_diffusers_as_its_users_run_it(name: str, dtype: torch.dtype, counts: tuple[int, ...], ddpm_unet: nn.Module) -> None:
     network, noise = ddpm_unet.to(dtype), seeded_noise([0], (1, 8, 8)).to(dtype)
     for steps in counts:

@@ -301,6 +301,7 @@ print(fewstep.Sampler.from_pretrained("me/one", local_files_only=True).solver)
 """
 
 
+@pytest.mark.slow
 def test_a_program_with_the_endpoint_in_its_environment(hub, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}

@@ -49,6 +49,7 @@ def gaussian_statistics(forced: float) -> ModelStatistics:
 @pytest.mark.parametrize(
     ("name", "forced", "schedule"), pairwise(list(SOME_STATISTICS), [0.0, 1.0, 0.3], [VPLinear(), VarianceExploding()])
 )
+@pytest.mark.every(3)
 def test_exact_for_the_model_of_its_statistics(name, forced, schedule):
     """One step or many: nothing is left to approximate, whatever the order."""
     solver, denoiser = replace(ANY_STATISTICS[name], statistics=gaussian_statistics(forced)), GaussianDenoiser(schedule, MEAN, STD)
@@ -60,6 +61,7 @@ def test_exact_for_the_model_of_its_statistics(name, forced, schedule):
 
 
 @pytest.mark.parametrize("name", SOME_STATISTICS)
+@pytest.mark.every(2)
 def test_it_converges_from_end_to_end(name):
     """With first-order steps at both ends, so of order 2 at most, and statistics of another model.
 
@@ -224,6 +226,7 @@ CALIBRATED = {"cifar10-edm": VarianceExploding()}  # the others are VP
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.every(2)
 def test_every_published_setting_builds(name):
     schedule = CALIBRATED.get(name, VPLinear())
     for row in PUBLISHED[name]:

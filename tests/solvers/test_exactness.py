@@ -58,6 +58,7 @@ def tableau_of(case: str, name: str) -> Tableau:
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.every(2)
 def test_point_mass(name):
     """A point mass: ``x_t = alpha_t mu + sigma_t eps`` at every evaluation with the ``eps`` of the start, and ``mu`` itself at the end.
 
@@ -78,6 +79,7 @@ def test_point_mass(name):
 
 @pytest.mark.parametrize("low", [0.02, 0.0], ids=["noisy-end", "clean-end"])
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.every(3)
 def test_rescaling(name, low):
     """VP, VE and flow are one problem in ``x/alpha``: the same noise levels give the same samples."""
     levels = karras_levels(7, 10.0, low)
@@ -92,6 +94,7 @@ def test_rescaling(name, low):
 
 @pytest.mark.parametrize("case", ["edm-karras-to-clean", "flow-angle"])
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.every(2)
 def test_tableau_is_the_formulas(name, case):
     """The numbers of a tableau do what the solver's own formulas do on tensors; a formula reads no evaluation before the first."""
     solver, tableau, denoiser, steps = ALL[name], tableau_of(case, name), mixture(GRIDS[case][0]), []
@@ -110,6 +113,7 @@ def test_tableau_is_the_formulas(name, case):
 @pytest.mark.parametrize("name", ALL)
 @settings(max_examples=8)
 @given(st.integers(0, 2**31), st.floats(-3, 3), st.sampled_from(["vp-logsnr-to-clean", "flow-angle"]), st.data())
+@pytest.mark.every(3)
 def test_update_is_affine(name, seed, weight, case, data):
     (schedule, make), solver = GRIDS[case], ALL[name]
     nodes = solver.nodes(make(schedule), schedule)
@@ -153,6 +157,7 @@ SAME = {
 
 @pytest.mark.parametrize("pair", SAME)
 @pytest.mark.parametrize("case", GRIDS)
+@pytest.mark.every(2)
 def test_one_method_under_two_names(pair, case):
     schedule, make = GRIDS[case]
     nodes = Nodes.at(schedule, make(schedule).t)

@@ -97,6 +97,7 @@ for name, golden in V3.items():
 
 
 @pytest.mark.parametrize("key", CONFIGS)
+@pytest.mark.every(2)
 def test_v3_samples(key):
     for golden, grid, config, expected in CONFIGS[key]:
         order, corrects, pseudo_corrector, pseudo_predictor, lowers, degenerate = config

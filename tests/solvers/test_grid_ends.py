@@ -39,6 +39,7 @@ BFLOAT16_STEP = 2e-2  # relative: a network's rounding of 2^-9 per layer, over t
 
 
 @pytest.mark.parametrize(("name", "law", "spacing"), pairwise([*WHOLE_REGISTRY, *SOME_STATISTICS], list(SCHEDULES), ["angle", "uniform"]))
+@pytest.mark.every(2)
 def test_finite_from_end_to_end(name, law, spacing):
     schedule, solver = SCHEDULES[law], ALL[name]
     for steps in (1, 2, 3, 5, 8):
@@ -54,6 +55,7 @@ def test_finite_from_end_to_end(name, law, spacing):
 
 @pytest.mark.parametrize("law", SCHEDULES)
 @pytest.mark.parametrize("name", WHOLE_REGISTRY)
+@pytest.mark.every(3)
 def test_many_steps_solve_a_gaussian(name, law):
     """Trajectories of an ODE solver against the closed form, moments of a stochastic one against the data's."""
     schedule, solver = SCHEDULES[law], WHOLE_REGISTRY[name]

@@ -161,6 +161,7 @@ def corrects_the_first_step(solver: Solver) -> bool:
 
 
 @pytest.mark.parametrize("name", ODE)
+@pytest.mark.every(3)
 def test_exact_start(name, record_property):
     measured = slope(name, exact_start=True)
     record_property("slope", measured)
@@ -168,6 +169,7 @@ def test_exact_start(name, record_property):
 
 
 @pytest.mark.parametrize("name", ODE)
+@pytest.mark.every(3)
 def test_cold_start(name, record_property):
     measured = slope(name, exact_start=False)
     record_property("slope", measured)
@@ -176,6 +178,7 @@ def test_cold_start(name, record_property):
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.every(2)
 def test_weak_order_of_a_stochastic_solver(name):
     """The standard deviation of its samples, for Gaussian data."""
     solver = never_lowered(STOCHASTIC[name])

@@ -261,6 +261,7 @@ def test_the_model_is_sampled_with_its_own_guidance_by_default() -> None:
     assert {row.guidance for row in compare(model, "ddim", nfe=3, guidance=2, **SMALL).rows} == {2.0}
 
 
+@pytest.mark.slow
 def test_a_student_is_compared_along_its_own_times() -> None:
     table = compare(load_model("digits-dsno"), ["ddim", "unipc-2", euler], nfe=(1, 2), grid=OPTIMIZED, num=4, batch=4)
     assert [(row.solver, row.nfe) for row in table.rows] == [("ddim", 1), ("ddim", 2)]
@@ -366,6 +367,7 @@ def test_names_are_only_text() -> None:
     assert "<script" not in page and hostile in Balanced(page).text and hostile in str(made)
 
 
+@pytest.mark.slow
 def test_the_data_is_compared_with_too() -> None:
     made = compare(load_model("digits-edm"), "ddim", nfe=3, features="pixels", **SMALL)
     (row,) = made.rows

@@ -13,6 +13,7 @@ from fewstep.evaluate.benchmark.plan import BenchmarkConfig
 from fewstep.evaluate.benchmark.run import benchmark
 from fewstep.evaluate.rows import picture_file, read_samples
 
+pytestmark = pytest.mark.slow
 SCRIPT = """
 def two_stages(model, x, sigmas, extra_args=None, callback=None, disable=None):
     for here, there in zip(sigmas[:-1], sigmas[1:]):

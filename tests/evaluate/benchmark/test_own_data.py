@@ -24,6 +24,7 @@ def run(out: Path, data: str | None, **more: object) -> dict:
     return benchmark(load_model("digits-edm"), BenchmarkConfig(("ddim",), ("angle",), (3,), data=data, **SMALL, **more), out).results
 
 
+@pytest.mark.slow
 def test_other_data_gives_other_distances_the_same_errors_and_another_table(tmp_path: Path) -> None:
     own = run(tmp_path / "own", None)
     dark = run(tmp_path / "named", pictures(tmp_path / "dark.npz"))
@@ -55,6 +56,7 @@ def nothing(shape):
 """
 
 
+@pytest.mark.slow
 def test_features_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_features.py").write_text(SCRIPT)
     monkeypatch.chdir(tmp_path)

@@ -36,6 +36,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return kept
 
 
+@pytest.mark.slow
 def test_a_row_says_all_of_it(tmp_path: Path) -> None:
     config = BenchmarkConfig(("unipc-2", "ddim"), ("angle",), (6,), **SMALL)
     results = benchmark(load_model("digits-edm"), config, tmp_path).results
@@ -136,6 +137,7 @@ def test_a_damaged_table_is_named_and_damaged_samples_are_made_again(tmp_path: P
         benchmark(model, config, tmp_path)
 
 
+@pytest.mark.slow
 def test_other_features_measure_all_rows_again(tmp_path: Path) -> None:
     model, out = load_model("digits-edm"), tmp_path / "out"
     by_name, pixels = (BenchmarkConfig(("ddim",), ("angle",), (4,), features=name, **SMALL) for name in (None, "pixels"))

@@ -224,6 +224,7 @@ def test_hostile_names_are_only_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [None, (2,), (4, 8, 8), (1, 3, 5)], ids=str)
+@pytest.mark.every(2)
 def test_old_results_and_samples_that_are_no_pictures(tmp_path: Path, shape: Sequence[int] | None) -> None:
     rows = [row("ddim", 5, 0.2), row("unipc-2", 5, 0.1, fd=None, fd_features=None)]
     made = {"rows": rows, "model": "m"} if shape is None else results(rows)

@@ -92,6 +92,7 @@ SAMPLED = [("unipc-3", None), ("heun", "uniform"), ("dpm-solver-pp-2m", "angle")
         for how in SAMPLED
     ],
 )
+@pytest.mark.every(3)
 def test_latents_are_those_of_sample(name, solver, grid, folder):
     pipe = loaded(folder(name), solver=solver, grid=grid)
     model = model_of(pipe, name)
@@ -104,6 +105,7 @@ def test_latents_are_those_of_sample(name, solver, grid, folder):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.every(3)
 def test_bfloat16(name, folder):
     """The network rounds, the state does not: not much further from float32 than the network's own answers are."""
     pipe = loaded(folder(name), dtype=torch.bfloat16)
@@ -117,6 +119,7 @@ def test_bfloat16(name, folder):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "dit"])  # which has no callbacks
+@pytest.mark.every(3)
 def test_callbacks_that_edit_latents(name, folder):
     def edit(how):
         def callback(pipe, i, t, tensors):
@@ -170,6 +173,7 @@ def test_unconditional():
 
 
 @pytest.mark.parametrize("solver", ["unipc-3", "heun", "dpm-solver-pp-2m"])
+@pytest.mark.every(3)
 def test_image_to_image_is_the_solver_on_the_rest_of_the_grid(solver, folder):
     pipe = loaded(folder("sd"), solver=solver)
     model = model_of(pipe, "sd")
@@ -188,6 +192,7 @@ def test_image_to_image_is_the_solver_on_the_rest_of_the_grid(solver, folder):
 
 @pytest.mark.parametrize("solver", ["unipc-2", "dpm-solver-pp-2m"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.every(2)
 def test_inpainting_with_any_network(dtype, solver, folder):
     pipe = loaded(folder("sd"), dtype=dtype, solver=solver)
     painter = diffusers.StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
@@ -272,6 +277,7 @@ def test_negative_prompts_and_sizes(name, folder):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.every(2)
 def test_gradients_and_devices(name, folder):
     model = model_of(loaded(folder(name)), name)
     x = noise(model.shape).requires_grad_()

@@ -150,6 +150,7 @@ SWEEPS = [
 
 
 @pytest.mark.parametrize(("number", "options"), list(enumerate(SWEEPS)), ids=lambda value: str(value) if isinstance(value, int) else "")
+@pytest.mark.every(2)
 def test_a_saved_configuration_steps_alike(number, options, tmp_path):
     scheduler = FewstepScheduler(**{**(DPM, UNIPC)[number % 2], **options})
     scheduler.save_config(tmp_path)
@@ -324,6 +325,7 @@ PARITY = [
 @pytest.mark.parametrize(
     ("name", "options"), PARITY, ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value
 )
+@pytest.mark.every(2)
 def test_step_by_step_as_diffusers(name, options, steps):
     theirs = made({}, steps, getattr(diffusers, PEERS[name]), **options)
     # DEIS ends at the last time of the table whatever it is asked, and is compared with that end

@@ -63,6 +63,7 @@ def test_times_are_rounded_not_cut():
         for steps in (5, 200)
     ],
 )
+@pytest.mark.every(2)
 def test_no_time_appears_twice(betas, name, steps):
     scheduler = made(steps, beta_schedule=betas, **{f"use_{name}": True})
     assert len(scheduler.timesteps.unique()) == steps and bool((torch.diff(scheduler.timesteps) < 0).all())
@@ -108,6 +109,7 @@ def test_starts_without_signal_are_finite(solver, betas, levels, prediction):
 
 @pytest.mark.parametrize("edit", [None, "replace", "in place"])
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.every(3)
 def test_two_loops_in_turn(solver, edit):
     def edited(x, k):
         return x if edit is None else x.mul_(1 - 0.02 * k) if edit == "in place" else x * (1 - 0.02 * k)
@@ -248,6 +250,7 @@ def test_compiled_once_for_all_steps():
     "options", [{}, {"rescale_betas_zero_snr": True}, {"use_karras_sigmas": True}, FLOW, {"thresholding": True}], ids=str
 )
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.every(3)
 def test_gradients_are_finite_and_right(solver, options):
     scheduler = made(4, solver=solver, **options)
     start, gain = noise().double().requires_grad_(), torch.ones((), dtype=torch.float64, requires_grad=True)
@@ -281,6 +284,7 @@ class NoWaiting(TorchDispatchMode):
         (*SOLVERS, "sde-dpm-solver-pp-2m"), ({}, FLOW, {"thresholding": True}, {"use_karras_sigmas": True}), (torch.float32, torch.bfloat16)
     ),
 )
+@pytest.mark.every(4)
 def test_a_step_never_waits_for_its_device(solver, options, dtype):
     """On the meta device, which has no numbers to wait for."""
     if solver == "dpm-solver-v3" or (solver.startswith("sde") and options is FLOW):
@@ -301,6 +305,7 @@ def test_a_step_never_waits_for_its_device(solver, options, dtype):
 
 @pytest.mark.parametrize("dtype", LAST_CAST)
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.every(3)
 def test_the_state_is_kept_in_float32(solver, dtype):
     """The same answers of the network (rounded numbers) on a float32 loop: only the last cast differs, whatever the number of steps."""
     half, full, x, y = made(30, solver=solver), made(30, solver=solver), noise().to(dtype), noise().to(dtype).float()
@@ -331,6 +336,7 @@ def test_edits_of_half_latents_are_taken_over(solver, dtype, how):
 
 @pytest.mark.parametrize("announced", [True, False])
 @pytest.mark.parametrize("solver", [*SOLVERS, "dpm-solver-v3"])
+@pytest.mark.every(3)
 def test_a_tail_is_a_grid_of_its_own(solver, announced):
     extra = {"statistics": statistics()} if solver == "dpm-solver-v3" else {}
     scheduler, begin = made(8, solver=solver, **extra), 3

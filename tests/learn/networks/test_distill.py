@@ -149,6 +149,7 @@ OUTPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # what one unit of t
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.every(3)
 def test_the_target_is_the_teachers_state_and_its_unit_the_networks_output(teacher, stored, output: str) -> None:
     form = OperatorForm(output, mixing=NO_MIXING)
     for loss in (*DISTANCES, "features"):
@@ -263,6 +264,7 @@ def test_finished_folders_and_models_are_not_written_over(teacher, stored, whole
         (OperatorForm(mixing=Mixing("fft", insert_after="inner", branch_at="inner"), anywhere=False), {"dropout": 0.2}, False),
     ],
 )
+@pytest.mark.every(3)
 def test_students_of_every_kind(teacher, stored, tmp_path, form: OperatorForm, changes: dict, cheap: bool) -> None:
     config = replace(BRIEF, form=form, **changes)
     student = made(teacher, config, tmp_path / "out", trajectories=stored)
@@ -299,6 +301,7 @@ def test_what_half_precision_trains_is_measured_as_it_is_sampled(teacher, stored
     check_measured(made(teacher, config, trajectories=stored), stored, config)
 
 
+@pytest.mark.slow
 def test_an_unconditional_model_that_predicts_noise(tmp_path) -> None:
     model, config = load_model(diffusers_folder(tmp_path / "theirs", **LEVELS)), replace(BRIEF, steps=2, fresh=0.5)
     student = made(model, config, tmp_path / "out")
@@ -321,6 +324,7 @@ def test_a_guided_teacher_moves_into_the_weights(teacher, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("fresh", "count"), [(0.5, 4), (1.0, 8)])
+@pytest.mark.every(2)
 def test_fresh_trajectories_are_new_every_step(teacher, stored, monkeypatch, fresh: float, count: int) -> None:
     solved, real = [], TeacherData._solved
     monkeypatch.setattr(TeacherData, "_solved", lambda data, seeds: solved.append(seeds) or real(data, seeds))
@@ -330,6 +334,7 @@ def test_fresh_trajectories_are_new_every_step(teacher, stored, monkeypatch, fre
     assert len(set(seeds)) == len(seeds) and min(seeds) > TINY.seed + 10**9
 
 
+@pytest.mark.slow
 def test_a_student_to_begin_with(teacher, stored, whole, tmp_path) -> None:
     student, config = load_model(whole[0]), replace(BRIEF, steps=1, batch=32, first=1.0, lr=1e-9)
     plain, later = (made(teacher, config, trajectories=stored, begin=begin).card for begin in (None, student))
@@ -371,6 +376,7 @@ def short(teacher: Model, small_parts: None, tmp_path_factory: pytest.TempPathFa
     return reached(out)
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_after_its_last_step_does_none_again(teacher, short, small_parts, tmp_path) -> None:
     def interrupt(done: int, note: str) -> None:
         if done == SHORT.steps:
@@ -383,6 +389,7 @@ def test_a_run_interrupted_after_its_last_step_does_none_again(teacher, short, s
     assert reached(tmp_path) == short and {*seen} <= {0, SHORT.steps}
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_the_curve_is_written_loses_no_point(teacher, short, small_parts, tmp_path) -> None:
     writes, real = [], loop.write_whole
 
@@ -402,6 +409,7 @@ def test_an_interrupt_while_the_curve_is_written_loses_no_point(teacher, short, 
 CHANGES = [{"lr": 1e-3}, {"steps": 9}, {"batch": 16}, {"loss": "l1"}, {"slots": 3}, {"seed": 1}, {"num": 48}, {"teacher_nfe": 4}]
 
 
+@pytest.mark.slow
 def test_other_options_do_not_take_over_a_half_finished_run(teacher, stored, short, small_parts, tmp_path) -> None:
     with pytest.raises(ZeroDivisionError):
         made(teacher, SHORT, tmp_path, on_progress=lambda done, note: done == 5 and 1 / 0)

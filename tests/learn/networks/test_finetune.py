@@ -225,6 +225,7 @@ def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return out
 
 
+@pytest.mark.slow
 def test_another_configuration_in_the_same_folder_is_refused(made: SimpleNamespace, stopped: Path) -> None:
     before = contents(stopped)
     for change in ({"lr": 1e-3}, {"steps": 3}, {"states": "teacher"}, {"nfe": 3}, {"levels": 7}, {"seed": 5}, {"teacher_nfe": 32}):
@@ -233,6 +234,7 @@ def test_another_configuration_in_the_same_folder_is_refused(made: SimpleNamespa
         assert contents(stopped) == before, change
 
 
+@pytest.mark.slow
 def test_half_weights_load_as_float32(tmp_path: Path, made: SimpleNamespace) -> None:
     whole, half = (finetune(made.teacher, config=replace(BRIEF, half=half), out=tmp_path / str(half)) for half in (False, True))
     assert [replace(one, seconds=0) for one in rounds(whole)] == [replace(one, seconds=0) for one in rounds(half)]

@@ -69,6 +69,7 @@ class Drawn:
 
 
 @pytest.mark.parametrize("classes", [None, 2])
+@pytest.mark.slow
 def test_scores_are_matched_at_the_scheduled_levels_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int | None) -> None:
     model, drawn, spied = load_model(tiny_folder(tmp_path / "teacher", classes, dropout=0.1)), Drawn(monkeypatch), Spied(monkeypatch)
     config = replace(TINY, rounds=1, nfe=3, steps=20, form="score")
@@ -80,6 +81,7 @@ def test_scores_are_matched_at_the_scheduled_levels_alone(tmp_path: Path, monkey
     assert load_model(tmp_path / "out").tuned.form == "score"
 
 
+@pytest.mark.slow
 def test_a_diffusers_folder_stays_one(tmp_path: Path) -> None:
     model = load_model(diffusers_folder(tmp_path / "teacher"))
     (one,) = rounds(finetune(model, config=replace(TINY, rounds=1, lr=1e-3), out=tmp_path / "out"))
@@ -92,6 +94,7 @@ def test_a_diffusers_folder_stays_one(tmp_path: Path) -> None:
     assert fresh_error(student, grid, model) < 0.8 * fresh_error(model, grid, model)
 
 
+@pytest.mark.slow
 def test_a_guided_teacher_makes_a_student_without_guidance(tmp_path: Path) -> None:
     model = load_model(tiny_folder(tmp_path / "teacher", 2))
     with torch.no_grad():

@@ -89,6 +89,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(("step", "kind"), [(101, KilledError), (25, KeyboardInterrupt), (200, KeyboardInterrupt)])
+@pytest.mark.every(3)
 def test_a_resumed_run_reports_the_losses_of_the_other(
     tmp_path: Path, reports: dict[int, float], step: int, kind: type[BaseException]
 ) -> None:

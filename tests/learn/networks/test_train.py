@@ -17,6 +17,7 @@ LOOP = LoopConfig(steps=12, batch=16, checkpoint_every=100)
 
 
 @pytest.mark.parametrize(("kind", "conditional"), [("edm", True), ("edm", False), ("ddpm", False)])
+@pytest.mark.every(3)
 def test_a_trained_folder_loads_as_a_model(tmp_path: Path, kind: str, conditional: bool) -> None:
     losses: list[float] = []
     config = TrainConfig(kind, conditional, channels=(16, 16))
@@ -155,6 +156,7 @@ def test_options_that_came_later_leave_older_checkpoints_valid() -> None:
         ({"flip": True, "conditional": True}, {"channels_last": True, "mixed_precision": "bf16"}),
     ],
 )
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_weights_of_a_whole_one(tmp_path: Path, config: dict, loop: dict) -> None:
     digits, what = load_images("digits"), TrainConfig("edm", channels=(16, 16), **config)
     how = replace(LOOP, steps=7, batch=8, checkpoint_every=3, warmup=2, **loop)

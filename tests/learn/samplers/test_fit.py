@@ -80,6 +80,7 @@ PROBLEMS: Mapping[str, Callable[[], NoiseSchedule]] = {
 
 
 @pytest.mark.parametrize("law", PROBLEMS)
+@pytest.mark.every(3)
 def test_samplers_are_kept_with_figures_that_are_true_and_better(tmp_path: Path, law: str) -> None:
     schedule, told, before = PROBLEMS[law](), [], set[float]()
     model = toy(schedule)

@@ -33,6 +33,7 @@ def test_what_a_run_that_could_not_clean_up_left_is_removed(tmp_path: Path) -> N
     assert names(tmp_path) == {"README.md", "trajectories", "nfe-01"}
 
 
+@pytest.mark.slow
 def test_more_evaluations_can_be_added(tmp_path: Path) -> None:
     whole, added, config = tmp_path / "whole", tmp_path / "added", replace(TINY, iterations=1)
     made(whole, at_once := toy(), (2, 3), config)

@@ -79,6 +79,7 @@ PROBLEMS: Mapping[str, Callable[[], NoiseSchedule]] = {
 
 
 @pytest.mark.parametrize("law", PROBLEMS)
+@pytest.mark.every(3)
 def test_schedules_are_saved_and_no_worse_than_standard_grids(tmp_path: Path, law: str) -> None:
     """By the mean error of the held-out samples, measured here once more from the artifacts."""
     schedule, notes = PROBLEMS[law](), []
@@ -209,6 +210,7 @@ def test_a_run_killed_between_schedules_repeats_nothing(tmp_path: Path, whole: t
     assert (contents(tmp_path), calls(killed) + calls(again)) == whole
 
 
+@pytest.mark.slow
 def test_more_evaluations_and_solvers_can_be_added(tmp_path: Path, whole: tuple[dict[str, bytes], int]) -> None:
     made(tmp_path / "added", one := toy(), nfe=2)
     made(tmp_path / "added", two := toy())

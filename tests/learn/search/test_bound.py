@@ -285,6 +285,7 @@ def test_its_gradient_is_a_difference_of_it() -> None:
     "spacing, steps, before, after",
     [("quadratic", 5, 1.3, 1), ("uniform", 3, 1.1, 1.187)],
 )
+@pytest.mark.every(2)
 def test_descent_reaches_a_minimum(spacing: str, steps: int, before: float, after: float) -> None:
     """That of the program, which is global, on moments of the same diffused states; with all levels close to the noise another."""
     (x0, noise), t, start = pool(64), make_grid("logsnr", FEW, 128).t, make_grid(spacing, FEW, steps)

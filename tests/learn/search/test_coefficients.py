@@ -110,6 +110,7 @@ def taught(law: NoiseSchedule, steps: int = 4) -> tuple[MixtureDenoiser, TimeGri
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("law", LAWS)
+@pytest.mark.every(3)
 def test_the_steps_of_a_gaussian_are_found(law: str, pool: str) -> None:
     """On other noises than those of the fit, from any number of outputs, with an std for all that share coefficients."""
     schedule, stds = LAWS[law], 0.3 + 1.5 * torch.rand(SHAPE, generator=torch.Generator().manual_seed(6), dtype=F64)

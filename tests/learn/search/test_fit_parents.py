@@ -135,6 +135,7 @@ def split(ends: EndpointError, windows: int, batches: int = 1) -> list[list[Endp
 
 
 @pytest.mark.parametrize(("law", "pool"), [("edm", "element"), ("vp", "scalar"), ("flow", "element"), ("table", "scalar")])
+@pytest.mark.every(2)
 def test_a_sweep_brings_the_ends_nearer(law: str, pool: str) -> None:
     fitted, ends = problem(LAWS[law], FitForm(None, pool, bias=pool == "element"))
     gains = {}

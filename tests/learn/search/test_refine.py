@@ -102,6 +102,7 @@ def test_the_error_is_that_of_the_sampler(solver: str) -> None:
 
 
 @pytest.mark.parametrize("law, solver", [*product(["edm"], SOLVERS), ("table", "heun"), ("table", "unipc-3")])
+@pytest.mark.every(3)
 def test_a_run_shares_its_beginning_with_another(law: str, solver: str) -> None:
     """To the bit, and without evaluating it again; the other run stays as it was."""
     schedule, steps = LAWS[law], 6
@@ -143,6 +144,7 @@ def test_conditions_go_with_their_samples() -> None:
 @pytest.mark.parametrize(
     "law, solver", [*product(["edm"], ["ddim", "dpm-solver-pp-2m", "deis-3"]), ("vp", "unipc-3"), ("table", "heun"), ("table", "unipc-3")]
 )
+@pytest.mark.every(3)
 def test_refinement_lowers_the_objective_from_the_worst_grid(law: str, solver: str) -> None:
     schedule = LAWS[law]
     error = problem(schedule, solver)
@@ -169,6 +171,7 @@ def test_a_flow_is_refined_between_its_infinite_ends(solver: str) -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.every(3)
 def test_one_inner_level_is_put_where_a_scan_puts_it(solver: str) -> None:
     """Within 2 % of the least of 80 places, from either side of it."""
     error = problem(solver=solver)

@@ -96,6 +96,7 @@ PROBLEMS = {
         for problem in PROBLEMS
     ],
 )
+@pytest.mark.every(3)
 def test_states_are_the_exact_ones_at_the_stored_times(tmp_path, problem: str, solver: str, nfe: int, allowed: float) -> None:
     schedule, grid = PROBLEMS[problem]
     denoiser = GaussianDenoiser(schedule, MEAN, STD)
@@ -205,6 +206,7 @@ def test_a_guided_model_with_labels(tmp_path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_a_trained_model(tmp_path) -> None:
     model = load_model("digits-edm")
     schedule = model.schedule

@@ -42,6 +42,7 @@ def _same(one: Model, other: Model) -> None:
 
 
 @pytest.mark.parametrize("name", ["edm", "vp", "score-sde", "guided-diffusion"])
+@pytest.mark.every(2)
 def test_converted_checkpoints_are_the_same_to_the_bit(tmp_path: Path, checkpoints: dict, name: str) -> None:
     path, options = checkpoints[name]
     model = load_checkpoint(path, **options)
@@ -64,6 +65,7 @@ def _umask() -> int:
 
 
 @pytest.mark.parametrize("name", ["digits-edm", "digits-ddpm", "digits-edm-3step"])
+@pytest.mark.every(3)
 def test_a_unet_of_diffusers_as_a_single_file(tmp_path: Path, name: str) -> None:
     model = load_model(name)
     path = save_single_file(model, tmp_path / "digits.safetensors")

@@ -49,6 +49,7 @@ SCORE_SDE = {
 
 
 @pytest.mark.parametrize("name", SCORE_SDE)
+@pytest.mark.every(3)
 def test_score_sde_against_its_own_network(tmp_path: Path, name: str) -> None:
     options, config = SCORE_SDE[name]
     network = NCSNpp(**options)
@@ -140,6 +141,7 @@ GUIDED = {
 
 
 @pytest.mark.parametrize("name", GUIDED)
+@pytest.mark.every(3)
 def test_guided_diffusion_against_its_own_network(tmp_path: Path, name: str) -> None:
     options, config = GUIDED[name]
     config = {key: value for key, value in {**ADM_CONFIG, **config}.items() if value is not None}

@@ -83,6 +83,7 @@ def _save(folder: Path, scheduler: object, **options: object) -> Path:
         (FlowMatchEulerDiscreteScheduler(shift=3.0), RectifiedFlow, "flow"),
     ],
 )
+@pytest.mark.every(2)
 def test_diffusers_folders_of_every_family(tmp_path: Path, scheduler: object, law: type, prediction: str) -> None:
     model = load_model(_save(tmp_path, scheduler))
     schedule = model.schedule

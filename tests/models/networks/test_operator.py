@@ -101,6 +101,7 @@ PERFECT: dict[str, tuple[NoiseSchedule, list[float], str, Callable[..., Tensor]]
 
 @pytest.mark.parametrize("begin", [0, 1])
 @pytest.mark.parametrize("case", PERFECT)
+@pytest.mark.every(3)
 def test_the_output_of_a_perfect_network_is_the_trajectory_itself(case: str, begin: int) -> None:
     """Of one image alone the trajectories are ``alpha x0 + sigma eps``."""
     schedule, times, kind, says = PERFECT[case]
@@ -124,6 +125,7 @@ def test_the_output_of_a_perfect_network_is_the_trajectory_itself(case: str, beg
 @pytest.mark.parametrize(
     ("kind", "mixing"), [*(("edm", mixing) for mixing in MIXINGS), ("v", Mixing()), ("flow where alpha is 0", Mixing())]
 )
+@pytest.mark.every(3)
 def test_a_new_student_makes_its_teachers_first_order_steps(kind: str, mixing: Mixing) -> None:
     schedule, times, _, _ = PERFECT[kind]
     of, t = (teacher() if kind == "edm" else teacher(schedule, kind[:4].strip())), torch.tensor(times, dtype=torch.float64)
@@ -150,6 +152,7 @@ def test_given_the_slots_time_a_new_student_says_what_its_teacher_says_there() -
 
 
 @pytest.mark.parametrize("mixing", MIXINGS, ids=repr)
+@pytest.mark.every(3)
 def test_a_jump_lands_where_the_whole_answer_has_that_slot(mixing: Mixing) -> None:
     made = student(teacher(), output="skip", mixing=mixing)
     for begin in range(2):
@@ -162,6 +165,7 @@ def test_a_jump_lands_where_the_whole_answer_has_that_slot(mixing: Mixing) -> No
 
 
 @pytest.mark.parametrize("mixing", MIXINGS, ids=repr)
+@pytest.mark.every(3)
 def test_passes_of_the_sampler_are_jumps(mixing: Mixing) -> None:
     made, t = student(teacher(), mixing=mixing), EDM_TIMES
     x = noise(made.schedule, t[0])
@@ -232,6 +236,7 @@ def test_what_cannot_be_a_student_is_refused() -> None:
 
 @pytest.mark.parametrize("form", ["none", "real", "fft", "one-way"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.every(3)
 def test_a_half_precision_network_lands_nearby_in_full_precision_states(form: str, dtype: torch.dtype) -> None:
     full, half = (student(teacher(), mixing=Mixing(form, 3)) for _ in range(2))
     half.operator.to(dtype)
@@ -242,6 +247,7 @@ def test_a_half_precision_network_lands_nearby_in_full_precision_states(form: st
     torch.testing.assert_close(run(half, x, LABELS, EDM_TIMES[[0, 2, -1]]), run(full, x, LABELS, EDM_TIMES[[0, 2, -1]]), rtol=0, atol=0.05)
 
 
+@pytest.mark.slow
 def test_arithmetic_counts_evaluations_of_the_network() -> None:
     def costs(*passes: int, **mixing: str) -> float:
         return student(teacher(), mixing=Mixing(**mixing)).arithmetic(EDM_TIMES[list(passes)])

@@ -91,6 +91,7 @@ def at(unet: UNet2DModel, place: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.every(3)
 def test_a_new_operator_answers_what_the_network_alone_answers_to_the_bit(kind: str) -> None:
     x, cond = given(kind)
     wanted = alone(network(kind), x, cond)
@@ -102,6 +103,7 @@ def test_a_new_operator_answers_what_the_network_alone_answers_to_the_bit(kind: 
 
 @pytest.mark.parametrize("places", ["all", "inner"])
 @pytest.mark.parametrize("kind", AFTER)
+@pytest.mark.every(3)
 def test_temporal_layers_follow_each_block_with_its_attention_and_one_is_in_the_middle(kind: str, places: str) -> None:
     outer = {"d0", f"u{len(network(kind).up_blocks) - 1}"} if places == "inner" else set()
     after = [place for place in AFTER[kind].split() if place.split(".")[0] not in outer]
@@ -127,6 +129,7 @@ def test_temporal_layers_follow_each_block_with_its_attention_and_one_is_in_the_
         ),
     ],
 )
+@pytest.mark.every(3)
 def test_the_last_slot_alone_is_the_last_of_all(kind: str, mixing: Mixing) -> None:
     operator, (x, cond) = stirred(TemporalUNet(network(kind), SLOTS, mixing, FEATURES)), given(kind)
     for count in (SLOTS, 2):
@@ -256,6 +259,7 @@ def test_weights_go_from_one_operator_to_another_and_those_of_the_network_keep_t
 
 
 @pytest.mark.parametrize("mixing", [mixing for mixing in MIXINGS if mixing.form != "fft"], ids=repr)
+@pytest.mark.every(3)
 def test_after_one_step_of_training_gradients_reach_all_weights(mixing: Mixing) -> None:
     operator, (x, cond) = TemporalUNet(network("classes"), SLOTS, mixing, FEATURES).requires_grad_(True), given("classes")
     optimizer, wanted = torch.optim.SGD(operator.parameters(), lr=0.1), torch.randn(BATCH, SLOTS, *x.shape[1:])
