@@ -304,9 +304,10 @@ class _Bench:
                 if "recall" not in reference or reference["fd_features"] != features:
                     reference = self.reference()
                 return {**old, "command": " && ".join(commands), "reference": reference}
-            aside = path.with_name(f"results-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.json")
-            path.replace(aside)
-            log.warning("%s was of another problem, version or machine; its rows are in %s now", path, aside.name)
+            if old.get("rows"):
+                aside = path.with_name(f"results-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.json")
+                path.replace(aside)
+                log.warning("%s was of another problem, version or machine; its rows are in %s now", path, aside.name)
         return {
             "version": version("fewstep"),
             "command": command,
