@@ -142,6 +142,7 @@ def test_a_network_that_answers_nan_is_named_and_nothing_is_written(monkeypatch,
 # -- training and mistakes -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train(monkeypatch, capsys, tmp_path: Path) -> None:
     assert run(monkeypatch, "train", "--kind", "ddpm", "--steps", 2, "--batch", 4, "--out", tmp_path / "m") == 0
     assert run(monkeypatch, "sample", tmp_path / "m", "--nfe", 2, "--num", 2, "--out", tmp_path / "s") == 0

@@ -98,6 +98,7 @@ def test_the_bundled_model_from_trajectories_to_pictures(monkeypatch, capsys, tm
     assert row["arithmetic"] == pytest.approx(done["arithmetic"]["1"]) and 0 < row["rmse"] < 2
 
 
+@pytest.mark.slow
 def test_a_student_is_sampled_in_its_own_way_by_default(monkeypatch, tmp_path: Path, made: SimpleNamespace) -> None:
     common = ("sample", made.student, "--num", 3, "--npz", "--out")
     assert run(monkeypatch, *common, tmp_path / "plain") == 0

@@ -100,6 +100,7 @@ def test_samples_that_are_no_pictures_are_arrays(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("short_reference")
+@pytest.mark.slow
 def test_a_network_of_ones_own_is_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     for name, pictures in (("shrink", True), ("points", False)):
         words = ("bench", f"{OWN}{name}", "--solver", "ddim,unipc-2", "--grid", "angle", "--nfe", 3, "--num", 4, "--out", tmp_path / name)

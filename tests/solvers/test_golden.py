@@ -56,6 +56,7 @@ def test_reference_samples(key):
 
 
 @pytest.mark.parametrize("name", ["dpm-solver-3s", "unipc-3"])
+@pytest.mark.every(2)
 def test_many_steps_reach_the_exact_solution(name):
     sampler = Sampler.build(make_solver(name), TimeGrid.logsnr(SCHEDULE, 300), SCHEDULE)
     torch.testing.assert_close(sample(DENOISER, sampler, PROBLEM["x_T"]), PROBLEM["x_exact"], rtol=EXACT, atol=EXACT)

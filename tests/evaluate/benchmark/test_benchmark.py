@@ -49,6 +49,7 @@ def test_a_damaged_reference_is_named(tmp_path: Path) -> None:
         benchmark(model, config, tmp_path)
 
 
+@pytest.mark.slow
 def test_peers_equal_ours_and_impossible_rows_are_said(tmp_path: Path) -> None:
     config = BenchmarkConfig(("ddim", "heun"), ("angle",), (5,), peers=("diffusers",), **SMALL)
     results = benchmark(tiny(tmp_path / "model"), config, tmp_path, command="fewstep bench").results
@@ -78,6 +79,7 @@ def linear_part(model: Model, l: float, folder: Path) -> tuple[Path, str]:
     return statistics.save(folder), statistics.fingerprint
 
 
+@pytest.mark.slow
 def test_other_statistics_run_their_own_rows_again_and_no_others(tmp_path: Path) -> None:
     model, out = load_model("digits-edm"), tmp_path / "out"
     (one, first), (two, second) = (linear_part(model, l, tmp_path / str(l)) for l in (1.0, 0.9))
@@ -133,6 +135,7 @@ def test_a_tuned_model_is_measured_against_its_guided_teacher(tmp_path: Path, gu
 
 
 @pytest.mark.slow
+@pytest.mark.full_reference
 def test_a_student_that_is_its_teacher_arrives_with_many_steps(tmp_path: Path) -> None:
     student = tuned(tmp_path / "student", tiny(tmp_path / "teacher"))
     results = benchmark(student, BenchmarkConfig(("unipc-3",), (OPTIMIZED,), (2, 96), **FEW), tmp_path / "out").results

@@ -52,6 +52,7 @@ CASES = [(law, steps, clean) for law in GRIDS for steps in (3, 5, 8, 20) for cle
 
 
 @pytest.mark.parametrize(("law", "steps", "clean"), CASES)
+@pytest.mark.every(3)
 def test_lms_integrates_the_polynomial_through_the_last_four_slopes(law: str, steps: int, clean: bool) -> None:
     problem, slopes = Exploding(law, steps, clean), []
     z, s = problem.x / problem.alpha[0], problem.level

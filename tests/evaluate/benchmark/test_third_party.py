@@ -176,6 +176,7 @@ def test_rows_are_run_again_when_the_source_changed_or_they_failed_and_not_befor
     assert all(back[name]["rmse"] == first[name]["rmse"] for name in first)  # those of a random sampler too
 
 
+@pytest.mark.slow
 def test_class_labels_reach_the_model_unseen(module: str, tmp_path: Path) -> None:
     config = BenchmarkConfig(("euler",), ("angle",), (3,), peers=("theirs:euler",), num=8, batch=8)
     mine, theirs = benchmark(load_model("digits-edm"), config, tmp_path / "out").results["rows"]

@@ -205,6 +205,7 @@ def test_80_rows_of_pictures_are_less_than_3_megabytes(tmp_path: Path) -> None:
     check_numbers(Page(out), many_rows())
 
 
+@pytest.mark.slow
 def test_large_pictures_become_small_ones(tmp_path: Path) -> None:
     made = results([row("ddim", 5, 0.1)])
     page = write_report([put(tmp_path / "run", made, (3, 256, 512))], tmp_path).read_text()

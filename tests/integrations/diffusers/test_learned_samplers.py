@@ -26,6 +26,7 @@ def brought_back(pipe, model, scheduler, steps=3):
     return ours
 
 
+@pytest.mark.slow
 def test_calibrated_statistics_in_the_pipeline(folder, tmp_path):
     pipe = loaded(folder("sd"))
     model = model_of(pipe, "sd")

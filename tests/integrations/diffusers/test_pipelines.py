@@ -206,6 +206,7 @@ def test_inpainting_with_any_network(dtype, solver, folder):
     assert torch.equal(other[..., :4], ends[0][..., :4]) and not torch.equal(other[..., 4:], ends[0][..., 4:])  # known, painted
 
 
+@pytest.mark.slow
 def test_inpainting_networks_want_a_hand_made_denoiser(folder):
     pipe = loaded(folder("sd-inpaint"), solver="unipc-3")
     with pytest.raises(ModelError, match="takes 9 channels, of which 4 are the state .*Model"):

@@ -84,6 +84,7 @@ NAMES = [  # without noise, which comes from a generator here, from seeds there:
     ("name", "grid"),
     [*((name, "angle") for name in NAMES), *product(("unipc-3", "heun", "dpm-solver-3s"), ("karras:rho=5", "trailing"))],
 )
+@pytest.mark.every(2)
 def test_every_solver_and_grid_is_the_one_of_sample(name, grid):
     bare = ALIASES.get(name, name)
     extra = {"statistics": statistics()} if takes_statistics(bare) else {}
@@ -214,6 +215,7 @@ def test_a_solver_that_is_asked_for_wins_over_samplers(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
 @pytest.mark.parametrize("kind", ["sampler", "statistics", "solver"])
+@pytest.mark.every(3)
 def test_inside_a_pipeline(kind, tmp_path):
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 

@@ -178,6 +178,7 @@ def test_what_measures_is_not_trained_on(made: SimpleNamespace) -> None:
     assert square**0.5 == pytest.approx(made.history[-1].rmse, rel=1e-5)  # float32
 
 
+@pytest.mark.slow
 def test_a_round_that_gains_too_little_is_the_last(made: SimpleNamespace) -> None:
     assert len(rounds(finetune(made.teacher, config=replace(BRIEF, rounds=3, enough=0.9)))) == 1
     assert len(rounds(finetune(made.teacher, config=replace(BRIEF, rounds=3, steps=8, batch=32, num=32, held_out=32, lr=1e-3)))) == 3

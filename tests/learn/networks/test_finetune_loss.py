@@ -67,6 +67,7 @@ def test_the_loss_is_the_distance_to_the_teacher_after_each_step(law: str) -> No
     assert loss("teacher", moved) == pytest.approx(apart, rel=1e-8)  # of sums of float64 that cancel by 1e-8 or so
 
 
+@pytest.mark.slow
 def test_states_of_the_teacher(tmp_path: Path) -> None:
     model = load_model(tiny_folder(tmp_path / "teacher"))
     (one,) = rounds(finetune(model, config=replace(TINY, rounds=1, states="teacher")))

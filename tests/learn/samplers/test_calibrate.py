@@ -221,6 +221,7 @@ def test_own_trajectories_solve_the_sampling_ode(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("states", [clean, trajectories])
+@pytest.mark.every(2)
 def test_statistics_are_lines_fitted_to_the_data_themselves(monkeypatch, states: States) -> None:
     """All data at once, element by element, without any moments; other poolings are compared in ``test_moments``."""
     config = replace(SMALL, levels=12)
@@ -343,6 +344,7 @@ class Never:
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])  # there are four batches
+@pytest.mark.every(3)
 def test_processes_share_the_work(monkeypatch, tmp_path: Path, world: int) -> None:
     one, _ = collect(mixture(), SHAPE, SMALL, clean)
     monkeypatch.setattr(module, "wait_for_all", lambda: None)

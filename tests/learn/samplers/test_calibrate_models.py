@@ -186,6 +186,7 @@ def test_the_way_to_differentiate_can_be_chosen(method: str) -> None:
     [{"levels": 5}, {"batch": 16}, {"seed": 1}, {"t_min": 0.1}, {"jvp": "reverse"}],
     ids=lambda changes: next(iter(changes)),
 )
+@pytest.mark.every(3)
 def test_moments_of_another_calibration_are_not_continued(tmp_path: Path, changes: dict) -> None:
     stored(tmp_path)
     before = (tmp_path / "moments-0-of-1.safetensors").read_bytes()
@@ -221,6 +222,7 @@ def test_damaged_moments_are_named(tmp_path: Path, damage: str) -> None:
         stored(tmp_path)
 
 
+@pytest.mark.slow
 def test_guidance_and_the_network_without_it_have_their_own_statistics(tmp_path: Path) -> None:
     model, images, config = conditional(), pictures(), replace(SMALL, num=16)
     plain, guided, unguided = (

@@ -131,6 +131,7 @@ def test_no_hand_made_pair_is_better_than_the_one_on_the_card(given: Trajectorie
     assert found["best_hand_made"] == min(error, key=error.__getitem__) and found["error"][0] < found["error"][1]
 
 
+@pytest.mark.slow
 def test_network_evaluations_are_counted_and_foreseen(tmp_path: Path) -> None:
     found = made(tmp_path, model := toy(), (1, 2, 4))
     on_cards = sum(one.card["network_evaluations"] for one in found.values())
@@ -142,6 +143,7 @@ def test_network_evaluations_are_counted_and_foreseen(tmp_path: Path) -> None:
     assert 0.5 < many.evaluations((5,)) / spent < 2
 
 
+@pytest.mark.slow
 def test_options_change_what_is_fitted(given: Trajectories) -> None:
     def of(**changes: Any) -> Sampler:
         return fit(toy(), 3, config=replace(TINY, **changes), trajectories=given)[3]
@@ -199,6 +201,7 @@ def some(usual: float, large: float = 0.0, count: int = 0) -> Tensor:
         (some(0.3), some(0.4), some(0.2), " on "),
     ],
 )
+@pytest.mark.every(3)
 def test_the_stage_is_the_one_of_least_error_that_has_no_larger_rmse_but_by_chance(
     given: Trajectories, monkeypatch, sequence: Tensor, swept: Tensor, hand_made: Tensor, chosen: str
 ) -> None:

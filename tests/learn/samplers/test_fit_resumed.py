@@ -194,6 +194,7 @@ def test_given_trajectories_that_do_not_suit_are_refused(tmp_path: Path, given: 
         assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_the_size_of_batches_does_not_matter(given: Trajectories) -> None:
     """States are float32, so sums in another order differ by rounding."""
     one, two = (fit(toy(), 3, config=replace(TINY, batch=batch), trajectories=given)[3] for batch in (5, 32))

@@ -99,6 +99,7 @@ def gram_of(denoiser: Denoiser, t: Tensor, x: Tensor, slopes: Tensor | None = No
 
 
 @pytest.mark.parametrize("schedule", [LAW, VPLinear()], ids=["edm", "vp"])
+@pytest.mark.every(2)
 def test_a_contraction_obeys_the_plain_bound(schedule: NoiseSchedule) -> None:
     """A Gaussian's denoiser is linear with slopes below 1, and its exact trajectory is closed."""
     std = torch.tensor([0.05, 0.2, 0.5, 1.0, 2.0, 0.01], dtype=F64)
@@ -119,6 +120,7 @@ def test_a_contraction_obeys_the_plain_bound(schedule: NoiseSchedule) -> None:
 
 
 @pytest.mark.parametrize("spread", [1.0, 0.05], ids=["noise", "near-the-ridge"])
+@pytest.mark.every(2)
 def test_an_expansion_obeys_the_bound_with_its_own_slopes(spread: float) -> None:
     """Two narrow components: the denoiser is steep between them, and from starts that lie there the plain bound is none."""
     denoiser = MixtureDenoiser(LAW, torch.tensor([[-1.0], [1.0]], dtype=F64), torch.tensor([0.1, 0.1], dtype=F64))
@@ -198,6 +200,7 @@ def least(bound: Bound, steps: int, pairs: bool = False, last_first_order: bool 
 
 
 @pytest.mark.parametrize("name", GRAMS)
+@pytest.mark.every(3)
 def test_the_first_order_program_finds_the_least_of_all_schedules(name: str) -> None:
     gram = GRAMS[name]()
     for form in FORMS:

@@ -162,6 +162,7 @@ def test_a_sweep_brings_the_ends_nearer(law: str, pool: str) -> None:
 
 
 @pytest.mark.parametrize("law", ["flow", "table"])
+@pytest.mark.every(2)
 def test_batches_of_a_sweep_do_not_matter(law: str) -> None:
     fitted, ends = problem(LAWS[law], FitForm(2, "scalar"))
     one, many = (sweep(split(ends, 2, batches), fitted, LAWS[law], iterations=2) for batches in (1, 4))

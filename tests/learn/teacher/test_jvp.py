@@ -52,6 +52,7 @@ def _off(found: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", DENOISERS)
+@pytest.mark.every(3)
 def test_derivatives_in_the_state_are_right_through_attention(name: str) -> None:
     model, function, X, lam, v = _problem(name)  # noqa: N806
     exact = _exactly(model, lambda h: function(X.double() + h * v.double(), lam), STEP * float(torch.exp(-lam)))

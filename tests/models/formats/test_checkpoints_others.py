@@ -114,6 +114,7 @@ def test_score_sde_weights_of_the_model_itself(tmp_path: Path) -> None:
         ({**VP, "fir": False, "image_size": 9, "ch_mult": [1, 2]}, None),
     ],
 )
+@pytest.mark.every(3)
 def test_score_sde_options_that_lack_or_contradict(tmp_path: Path, config: dict, says: str | None) -> None:
     path = score_sde_file(tmp_path / "a.pth", NCSNpp(taps=[1, 1]))
     if says is None:
@@ -194,6 +195,7 @@ def test_guided_diffusion_against_its_own_network(tmp_path: Path, name: str) -> 
         ({}, {"middle_block.0.in_layers.0.bias": None}, "it lacks|lacks dec.4x4_in0.norm0.bias"),
     ],
 )
+@pytest.mark.every(3)
 def test_guided_diffusion_options_that_lack_or_contradict(tmp_path: Path, config: dict, change: dict, says: str) -> None:
     state = {**state_of(ADM(), torch.tensor([0])), **change}
     path = tmp_path / "model.pt"

@@ -272,6 +272,7 @@ def folder_of(digits: Model, made: OperatorStudent, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("mixing", [Mixing("none"), Mixing(), Mixing("fft", 3), Mixing("one-way", 2, "inner", "inner")], ids=repr)
+@pytest.mark.every(2)
 def test_a_folder_brings_a_student_back_to_the_bit(digits: Model, tmp_path: Path, mixing: Mixing) -> None:
     made = student(digits, EDM_TIMES, mixing=mixing, output="skip")
     made.card.update({"teacher": "digits-edm", "numbers": [1, 2.5]})
@@ -332,6 +333,7 @@ def other_network(folder: Path) -> None:
         pytest.param(other_network, id="another network"),
     ],
 )
+@pytest.mark.every(3)
 def test_damaged_folders_are_refused(digits: Model, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     folder = folder_of(digits, student(digits), tmp_path / "it")
     damage(folder)

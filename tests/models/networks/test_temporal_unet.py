@@ -139,6 +139,7 @@ def test_the_last_slot_alone_is_the_last_of_all(kind: str, mixing: Mixing) -> No
 
 
 @pytest.mark.parametrize("mixing", MIXINGS, ids=repr)
+@pytest.mark.every(3)
 def test_samples_do_not_meet(mixing: Mixing) -> None:
     operator, (x, cond) = stirred(TemporalUNet(network("classes"), SLOTS, mixing, FEATURES)), given("classes")
     whole = operator(x, TIME, cond, features())
@@ -148,6 +149,7 @@ def test_samples_do_not_meet(mixing: Mixing) -> None:
 
 
 @pytest.mark.parametrize("mixing", [Mixing(form, 2, places) for form in FORMS for places in ("all", "inner")], ids=repr)
+@pytest.mark.every(2)
 def test_a_slot_reads_none_all_or_later_ones_as_the_form_says(mixing: Mixing) -> None:
     operator, (x, _) = stirred(TemporalUNet(network(), SLOTS, mixing, FEATURES)), given()
     whole = operator(x, TIME, None, features())
@@ -186,6 +188,7 @@ def test_outer_blocks_are_run_for_the_slots_that_need_them(way: tuple[str, str],
     assert seen == rows
 
 
+@pytest.mark.slow
 def test_less_work_where_less_is_asked_for() -> None:
     x, _ = given()
 
@@ -276,6 +279,7 @@ def test_after_one_step_of_training_gradients_reach_all_weights(mixing: Mixing) 
         assert parameter.grad is not None and float(parameter.grad.abs().max()) >= smallest, name
 
 
+@pytest.mark.slow
 def test_one_sample_and_one_slot_are_the_same_in_all_forms() -> None:
     x, _ = given(batch=1)
     for way in WAYS:
