@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from fewstep.runtime.errors import ArtifactError, GridError, ModelError
+from fewstep.runtime.errors import ArtifactError, FewstepError
 
 __all__ = ["check_writable", "load_artifact", "read_json", "save_artifact", "write_whole"]
 
@@ -73,7 +73,9 @@ def load_artifact(folder: Path, kind: str, build: Callable[[dict[str, Any], dict
         return build(meta, load_tensors(data))
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
-    except (SafetensorError, KeyError, TypeError, ValueError, GridError, ModelError) as error:
+    except ArtifactError:
+        raise
+    except (SafetensorError, KeyError, TypeError, ValueError, FewstepError) as error:
         raise ArtifactError(f"{folder} is not a whole {kind} artifact: {error!r}; fetch or make it again") from error
 
 

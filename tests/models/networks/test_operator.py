@@ -341,6 +341,16 @@ def test_damaged_folders_are_refused(digits: Model, tmp_path: Path, damage: Call
         load_model(folder)
 
 
+def test_a_student_of_the_first_version_is_refused_by_name(digits: Model, tmp_path: Path) -> None:
+    folder = folder_of(digits, student(digits), tmp_path / "it")
+    meta = json.loads((folder / "operator.json").read_text())
+    mixing = meta["form"]["mixing"]
+    mixing["places"], mixing["fan"] = mixing.pop("insert_after"), mixing.pop("branch_at")
+    (folder / "operator.json").write_text(json.dumps(meta))
+    with pytest.raises(ArtifactError, match="it holds a student of fewstep 0.1, whose parts had other names: distil it again"):
+        load_model(folder)
+
+
 def test_a_card_that_is_not_json_is_refused(digits: Model, tmp_path: Path) -> None:
     made = student(digits)
     made.card["teacher"] = EDM_TIMES

@@ -32,7 +32,7 @@ from fewstep.core.tableau import Nodes
 from fewstep.models.networks.calls import image_size, refusals, unet_call
 from fewstep.models.networks.temporal_unet import Mixing, TemporalUNet
 from fewstep.runtime.artifact import load_artifact, save_artifact
-from fewstep.runtime.errors import ModelError, look_up
+from fewstep.runtime.errors import ArtifactError, ModelError, look_up
 from fewstep.runtime.front_door import check_fields, checked_class
 
 __all__ = ["OperatorForm", "OperatorStudent"]
@@ -221,10 +221,14 @@ class OperatorStudent(nn.Module):
             network: the model that was read from this folder.
 
         Raises:
-            ArtifactError: a file is missing, damaged or of another version.
+            ArtifactError: a file is missing, damaged or of another version, or the student is of fewstep 0.1.
         """
 
         def build(meta: dict[str, Any], tensors: dict[str, Tensor]) -> OperatorStudent:
+            if "fan" in meta["form"]["mixing"]:
+                raise ArtifactError(
+                    f"{folder} holds a student of fewstep 0.1, whose parts had other names: distil it again, or use that version"
+                )
             form = OperatorForm(**{**meta["form"], "mixing": Mixing(**meta["form"]["mixing"])})
             student = cls(network, torch.tensor(meta["times"], dtype=torch.float64), form, dict(meta["card"]))
             try:
