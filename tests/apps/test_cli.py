@@ -172,6 +172,7 @@ SAMPLE = ("sample", "digits-edm", "--num", "2")
         ((*SAMPLE, "--sigmas", "80,x"), "numbers separated by commas"),
         ((*SAMPLE, "--times", "80,1", "--nfe", "5"), "the levels given say where and how often the network is asked: leave --nfe out"),
         ((*SAMPLE, "--sigmas", "80,1", "--grid", "karras", "--nfe", "5"), "leave --grid and --nfe out"),
+        ((*SAMPLE, "--solver", "fitted", "--any-statistics"), "a fitted sampler takes no statistics: leave --any-statistics out"),
         ((*SAMPLE, "--solver", "ddim", "--any-statistics"), "ddim takes no statistics: leave --any-statistics out"),
         (
             ("bench", "digits-edm", "--solver", "ddim,fitted", "--statistics", "s"),

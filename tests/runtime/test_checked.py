@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fewstep import FewstepError, ModelError, SolverError
-from fewstep.runtime.front_door import check_fields, checked, checked_class, config_of, scale_of, whole, wholes
+from fewstep.runtime.front_door import check_fields, checked, checked_class, config_of, is_count, scale_of, whole, wholes
 
 
 @checked
@@ -106,6 +106,11 @@ def test_whole_numbers_of_any_library_are_taken():
 def test_other_values_are_no_numbers_of_evaluations(value):
     with pytest.raises(SolverError, match=r"nfe is a whole number or a list of them, as \[5, 8\], got"):
         wholes(value, "nfe", SolverError)
+
+
+def test_a_count_is_a_whole_number_of_at_least_1():
+    assert all(map(is_count, (1, 5.0, np.int64(3), torch.tensor(2))))
+    assert not any(map(is_count, (0, -3, 2.5, math.nan, math.inf, None, "5", "a", [5], torch.tensor([1, 2]))))
 
 
 def test_a_scale_is_a_finite_number():

@@ -25,6 +25,7 @@ from torch import Tensor
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import SolverError
+from fewstep.runtime.front_door import is_count
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -120,7 +121,7 @@ class Solver(ABC):
         Raises:
             SolverError: if ``nfe`` is below 1, or this solver cannot use exactly that many.
         """
-        if _count(nfe) < 1:
+        if not is_count(nfe):
             raise SolverError(f"nfe must be a whole number of at least 1, got {nfe}")
         extra = 1 if to_clean and self.stages > 1 else 0
         steps, left = divmod(int(nfe) - extra, self.stages)
@@ -339,15 +340,6 @@ def advance(row: Row, state: State, x0: Tensor, noise: Tensor | None = None) -> 
 
 
 UNITS = torch.tensor([[0, 0], [1, 0], [0, 1]], dtype=torch.float64)  # the origin, x and x0
-
-
-def _count(value: Any) -> int:  # noqa: ANN401 - whatever was passed
-    """Return a whole number, 0 for anything else."""
-    try:
-        count = int(value)
-        return count if bool(value == count) else 0
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return 0
 
 
 def tabulate(solver: Solver, nodes: Nodes) -> Tableau:

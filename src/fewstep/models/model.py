@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, SupportsInt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,10 @@ from fewstep.models.guidance import classifier_free
 from fewstep.models.networks.calls import network_device, network_dtype, plain_call, refusals, same_time
 from fewstep.models.tuned import Tuned
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError
-from fewstep.runtime.front_door import checked_class
+from fewstep.runtime.front_door import checked_class, is_count
 from fewstep.sampling.sampler import Sampler
 
 __all__ = ["Model"]
-
-
-def _counts(value: object) -> bool:
-    """Return whether a value is a whole number of at least 1."""
-    return isinstance(value, SupportsInt) and int(value) == value and int(value) >= 1
 
 
 @checked_class
@@ -89,10 +84,10 @@ class Model:
                 f"a schedule is a noise law, as fewstep.DiscreteVP.scaled_linear() or fewstep.RectifiedFlow(), got {self.schedule!r}"
             )
         if self.shape is not None:
-            if isinstance(self.shape, str) or not isinstance(self.shape, Sequence) or not self.shape or not all(map(_counts, self.shape)):
+            if isinstance(self.shape, str) or not isinstance(self.shape, Sequence) or not self.shape or not all(map(is_count, self.shape)):
                 raise ModelError(f"shape is that of one sample without the batch, as (4, 64, 64), got {self.shape!r}")
             object.__setattr__(self, "shape", tuple(int(side) for side in self.shape))
-        if self.classes is not None and not _counts(self.classes):
+        if self.classes is not None and not is_count(self.classes):
             raise ModelError(f"classes is the number of class labels, or None, got {self.classes!r}")
         if not callable(self.time) or not (self.call is None or callable(self.call)):
             raise ModelError(f"time and call are functions, t -> time and (network, x, time, cond) -> output, got {self.time}, {self.call}")

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, SupportsFloat, TypeVar, Union, get_args, get_
 
 from fewstep.runtime.errors import FewstepError, ModelError, nearest
 
-__all__ = ["check_fields", "checked", "checked_class", "config_of", "scale_of", "whole", "wholes"]
+__all__ = ["check_fields", "checked", "checked_class", "config_of", "is_count", "scale_of", "whole", "wholes"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,6 +49,14 @@ def checked_class(cls: type[T]) -> type[T]:
     constructor: Any = checked(cls.__init__, cls.__name__)
     cls.__init__ = constructor
     return cls
+
+
+def is_count(value: Any) -> bool:  # noqa: ANN401
+    """Return whether a value, of whatever type, is a whole number of at least 1."""
+    try:
+        return bool(int(value) == value) and int(value) >= 1
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
 
 
 def whole(value: Any, name: str, error: type[FewstepError] = FewstepError, *, many: bool = False) -> int:  # noqa: ANN401

@@ -111,6 +111,7 @@ class _Choice:
         solver, spacing, nfe = PLAIN if model.tuned is None else (model.tuned.solver, OPTIMIZED, model.tuned.nfe)
         solver, spacing, nfe = self.solver or solver, self.grid or spacing, nfe if self.nfe is None else self.nfe
         if solver == FITTED:
+            self._leave_out("a fitted sampler takes no statistics", "any_statistics")
             if self.times is not None or self.sigmas is not None or self.grid not in (None, OPTIMIZED) or self.statistics is not None:
                 raise FewstepError(
                     "a fitted sampler has noise levels and coefficients of its own: leave --grid, --times, --sigmas and --statistics out"
