@@ -185,7 +185,7 @@ def toy(schedule: NoiseSchedule = LAW, *, classes: int | None = None, **options:
     """A mixture in four dimensions as a `Model`, whose network is `Counted`; with classes it can be guided."""
     means = torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(0)) * 0.8
     network = Counted(MixtureDenoiser(schedule, means, torch.full((4,), 0.25)), **options)
-    return Model(network, schedule, "sample", shape=(2, 2), classes=classes, null_label=classes, name="toy")
+    return Model(network, schedule, "sample", shape=(2, 2), classes=classes, null_label=classes, name="toy", identity="toy")
 
 
 UNET = {"sample_size": 4, "in_channels": 1, "out_channels": 1, "block_out_channels": (16,), "norm_num_groups": 4, "layers_per_block": 1}

@@ -1,5 +1,6 @@
 """Models of the tests of evaluation: an analytic one, and small networks in folders."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -40,8 +41,7 @@ def tiny(folder: Path, seed: int = 0) -> Model:
 def tuned(folder: Path, teacher: Model, guidance: float = 1.0, weights: Model | None = None, half: bool = False) -> Model:
     """Save and load a model as if tuned from ``teacher``, with the same or other weights."""
     network = (weights or teacher).network
-    save_ours(folder, network.half() if half else network, "edm(0.5)", LAW, SHAPE, 2)
-    network.float()
+    save_ours(folder, copy.deepcopy(network).half() if half else network, "edm(0.5)", LAW, SHAPE, 2)
     student = load_model(folder)
     grids = {2: TimeGrid(torch.tensor([20.0, 0.5, 0.05])), 96: TimeGrid.karras(LAW, 96)}
     GridTable("ddim", student.fingerprint, 1.0, LAW, grids).save(folder / "optimized" / "ddim")

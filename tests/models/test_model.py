@@ -1,10 +1,16 @@
 """The adapter: what reaches the network, and what comes back."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from tests.problems import toy
 from torch import Tensor, nn
 
-from fewstep import EDM, DiscreteVP, Model, ModelError, VarianceExploding
+from fewstep import EDM, DiscreteVP, Model, ModelError, VarianceExploding, sample
 from fewstep.models.networks.calls import edm_time
 
 
@@ -54,6 +60,87 @@ def test_a_network_that_refuses_or_answers_another_shape_is_named() -> None:
     with pytest.raises(ModelError, match="refused a state of shape"):
         Model(nn.Linear(5, 5), DiscreteVP.linear(), "v", call=lambda net, x, time, cond: net(x))(torch.randn(2, 3), t)
     with pytest.raises(ModelError, match="pass call="):
-        Model(lambda x, time: (x,), DiscreteVP.linear(), "v")(torch.randn(2, 3), t)
+        Model(lambda x, time: (x, time), DiscreteVP.linear(), "v")(torch.randn(2, 3), t)
     with pytest.raises(ModelError, match=r"answered shape \(2, 2\)"):
         Model(lambda x, time: x[:, :2], DiscreteVP.linear(), "v")(torch.randn(2, 3), t)
+
+
+class Stored(nn.Module):
+    """A network whose weights lie in several dtypes; it answers the state, and remembers what it was given."""
+
+    def __init__(self, *dtypes: torch.dtype, sizes: tuple[int, ...] = (4, 100, 100)) -> None:
+        super().__init__()
+        for i, (dtype, size) in enumerate(zip(dtypes, sizes, strict=False)):
+            self.register_parameter(f"weight{i}", nn.Parameter(torch.zeros(size, dtype=torch.float32).to(dtype), requires_grad=False))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        self.given = x.dtype, time.dtype
+        return x
+
+
+WHOLE_TYPES = (torch.uint8, torch.int8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("first", WHOLE_TYPES)
+def test_weights_that_are_only_stored_in_a_dtype_do_not_decide_it(first: torch.dtype) -> None:
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    for others, expected in (((torch.bfloat16,), torch.bfloat16), ((), torch.float32), ((first, torch.float16), torch.float16)):
+        network = Stored(first, *others)
+        model = Model(network, DiscreteVP.linear(), "sample")
+        x0 = model(x, torch.tensor(10.0, dtype=torch.float64))
+        assert network.given[0] == expected and x0.dtype == torch.float32
+        torch.testing.assert_close(x0, x, rtol=1e-2, atol=1e-2)
+
+
+def test_the_dtype_is_that_of_most_weights_or_what_the_network_or_the_user_says() -> None:
+    t, x = torch.tensor(10.0, dtype=torch.float64), torch.randn(2, 3)
+    network = Stored(torch.float32, torch.bfloat16)  # as some networks keep their first layer
+    model = Model(network, DiscreteVP.linear(), "sample")
+    model(x, t)
+    assert network.given == (torch.bfloat16, torch.float32)
+    network.to(torch.float16)
+    model(x, t)
+    assert network.given[0] == torch.float16
+    network.dtype = torch.float64
+    model(x, t)
+    assert network.given == (torch.float64, torch.float64)
+    replace(model, dtype=torch.bfloat16)(x, t)
+    assert network.given[0] == torch.bfloat16
+
+
+def test_a_network_of_whole_times_is_given_them_and_no_others() -> None:
+    table = nn.Embedding(1000, 3)
+    model = Model(table, DiscreteVP.linear(), "v", call=lambda net, x, time, cond: net(time), time_dtype=torch.int64, shape=(3,))
+    x = torch.zeros(2, 3)
+    alpha, sigma = (getattr(model.schedule, name)(torch.tensor(10.0)) for name in ("alpha", "sigma"))
+    torch.testing.assert_close(model(x, torch.tensor(10.0)), alpha * x - sigma * table.weight[10].expand(2, 3))
+    torch.testing.assert_close(model(x, torch.tensor([10.0, 500.0]))[1], -model.schedule.sigma(torch.tensor(500.0)) * table.weight[500])
+    with pytest.raises(ModelError, match=r"takes whole times, but is asked at 10.5: use a law of its own times, as DiscreteVP"):
+        model(x, torch.tensor(10.5))
+    assert sample(model, "unipc-2", nfe=5, seeds=[1]).shape == (1, 3)  # a grid of a discrete law is of its own times
+
+
+@pytest.mark.parametrize(
+    "answer", [lambda x: (x,), lambda x: [x], lambda x: SimpleNamespace(sample=x), lambda x: SimpleNamespace(sample=(x,))]
+)
+def test_the_only_tensor_of_an_answer_is_it(answer: Callable[[Tensor], object]) -> None:
+    x = torch.randn(2, 3)
+    assert torch.equal(Model(lambda x, t: answer(x), DiscreteVP.linear(), "sample")(x, torch.tensor(10.0)), x)
+
+
+@pytest.mark.parametrize(
+    "time", [lambda t: 5.0, lambda t: t[None, None], lambda t: torch.zeros(7), lambda t: None], ids=["float", "two more", "seven", "None"]
+)
+def test_a_time_that_is_none_is_refused(time: Callable[[Tensor], object]) -> None:
+    with pytest.raises(ModelError, match=r"time of .* answers .* to times of shape \(\): it is a function t \[\*\] -> \[\*\]"):
+        Model(lambda x, t: x, DiscreteVP.linear(), "v", time=time)(torch.zeros(2, 3), torch.tensor(10.0))
+
+
+@pytest.mark.parametrize("labels", [[1, 0], (1, 0), np.array([1, 0]), torch.tensor([1, 0]), torch.tensor([1, 0], dtype=torch.int32)])
+def test_labels_may_be_of_any_library(labels: object) -> None:
+    model = toy(classes=2)
+    for guidance in (1.0, 3.0):
+        asked = {"nfe": 3, "seeds": [1, 2], "guidance": guidance}
+        assert torch.equal(sample(model, "ddim", cond=labels, **asked), sample(model, "ddim", cond=torch.tensor([1, 0]), **asked))
+    null = sample(model, "ddim", cond=[2, 2], nfe=3, seeds=[1, 2])  # the label of no condition is one too
+    assert torch.isfinite(null).all()

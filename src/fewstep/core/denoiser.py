@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from os import PathLike
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.runtime.errors import ModelError
 
-__all__ = ["Cond", "Denoiser", "FlowMap"]
+__all__ = ["Cond", "Denoiser", "FlowMap", "check_denoiser"]
 
 Cond = Any  # whatever the network is conditioned on: labels [B], a dict of tensors [B, ...], or None
 
@@ -21,6 +23,26 @@ class Denoiser(Protocol):
     def schedule(self) -> NoiseSchedule: ...
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor: ...
+
+
+def check_denoiser(model: object, taker: str) -> None:
+    """Refuse what is neither a denoiser nor a flow map.
+
+    Args:
+        model: what was passed.
+        taker: the function that it was passed to, for the error.
+
+    Raises:
+        ModelError: it is not, and how to make a model of it.
+    """
+    if callable(model) and isinstance(getattr(model, "schedule", None), NoiseSchedule):
+        return
+    if isinstance(model, str | PathLike):
+        raise ModelError(f"{taker} takes a fewstep.Model, not a name: load it first, as in fewstep.load_model({str(model)!r})")
+    raise ModelError(
+        f"{taker} takes a fewstep.Model, not a {type(model).__name__}: wrap a network with its noise law and what it predicts, as in "
+        'fewstep.Model(net, fewstep.DiscreteVP.scaled_linear(), "epsilon", shape=(4, 64, 64))'
+    )
 
 
 class FlowMap(ABC):

@@ -43,8 +43,12 @@ class Prediction:
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         """Pickle a parameterisation of this file by its name, since its formulas are no functions of a module."""
-        named = PREDICTIONS.get(self.name) is self or self.name.startswith("edm(")
-        return (prediction, (self.name,)) if named else super().__reduce__()
+        return (prediction, (self.name,)) if self.is_named else super().__reduce__()
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the name alone says which parameterisation it is."""
+        return PREDICTIONS.get(self.name) is self or self.name.startswith("edm(")
 
 
 def EDM(sigma_data: float = 0.5) -> Prediction:  # noqa: N802 - a constructor, named as the field names it

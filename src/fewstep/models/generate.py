@@ -13,20 +13,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.core.denoiser import Cond, Denoiser, FlowMap
+from fewstep.core.denoiser import Cond, Denoiser, FlowMap, check_denoiser
 from fewstep.core.grid import TimeGrid
-from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, Tableau
 from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.models.model import Model
+from fewstep.models.networks.calls import check_evaluating
 from fewstep.models.problem import Problem
 from fewstep.runtime.artifact import check_writable, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
 from fewstep.runtime.front_door import checked, scale_of
 from fewstep.runtime.process import process, wait_for_all
 from fewstep.runtime.spec import parse_spec
-from fewstep.sampling.loop import Step, run
+from fewstep.sampling.loop import Step, check_start, run
 from fewstep.sampling.noise import seed_list, start_noise
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, takes_statistics
@@ -72,7 +72,8 @@ def sample(
         The samples ``[B, *D]`` on the model's device.
 
     Raises:
-        ModelError: something that is no model, or a model without a shape; a guidance scale that it cannot have.
+        ModelError: something that is no model, a model without a shape, or one in training mode; a guidance scale or a condition that it
+            cannot have.
         SolverError: an unknown solver; no ``nfe`` where one is needed, or one that the solver cannot use.
         GridError: an unknown spacing, or one of another number of evaluations.
         ArtifactError: a sampler that was made for another model or guidance scale.
@@ -83,10 +84,11 @@ def sample(
         >>> fewstep.sample(model, "unipc-2", nfe=6, seeds=range(4)).shape
         torch.Size([4, 1, 8, 8])
     """
-    _check_denoiser(model)
+    check_denoiser(model, "sample")
     if observe is not None and not callable(observe):
         raise FewstepError(f"observe is a function that is called with each Step, got {observe!r}")
     if isinstance(model, Model):
+        check_evaluating(model.network)
         guidance = scale_of(guidance, model.default_guidance)
         denoiser = model.guided(guidance)
     else:
@@ -103,28 +105,20 @@ def sample(
             missing = "a denoiser does not know the shape of its samples: pass x=, the start" if not isinstance(model, Model) else _SEEDS
             raise ModelError(missing)
         x = start_noise(tableau.nodes, seeds, model.need_shape()).to(model.device)
-    elif not isinstance(x, Tensor):
-        raise ModelError(f"x is the start, a tensor [B, *D], not a {type(x).__name__}: for noise of the model's shape pass seeds= alone")
-    elif seeds is not None and len(seeds) != len(x):
+    else:
+        check_start(x, model.shape if isinstance(model, Model) else None)
+    if seeds is not None and len(seeds) != len(x):
         raise ModelError(f"{len(seeds)} seeds for {len(x)} starts: pass one for each")
     if cond is None and isinstance(model, Model):
         labels = model.labels(range(len(x)) if seeds is None else seeds)
         cond = None if labels is None else labels.to(x.device)
+    elif isinstance(model, Model):
+        cond = model.condition(cond, len(x))
+        cond = cond.to(x.device) if isinstance(cond, Tensor) else cond
     return run(denoiser, tableau, x, cond, seeds=seeds, observe=observe)
 
 
 _SEEDS = "say which samples: pass seeds=, as in seeds=range(4), or x=, the start"
-
-
-def _check_denoiser(model: object) -> None:
-    if callable(model) and isinstance(getattr(model, "schedule", None), NoiseSchedule):
-        return
-    if isinstance(model, str | Path):
-        raise ModelError(f"sample takes a fewstep.Model, not a name: load it first, as in fewstep.load_model({str(model)!r})")
-    raise ModelError(
-        f"sample takes a fewstep.Model, not a {type(model).__name__}: wrap a network with its noise law and what it predicts, as in "
-        'fewstep.Model(net, fewstep.DiscreteVP.scaled_linear(), "epsilon", shape=(4, 64, 64))'
-    )
 
 
 def sampler_for(

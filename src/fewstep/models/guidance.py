@@ -3,17 +3,18 @@ r"""Guidance and thresholding: functions from a denoiser to a denoiser, so they 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
 
-from fewstep.core.denoiser import Cond, Denoiser
+from fewstep.core.condition import with_null
+from fewstep.core.denoiser import Cond, Denoiser, check_denoiser
 from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import ModelError
+from fewstep.runtime.front_door import number
 
 __all__ = ["Wrapped", "classifier_free", "classifier_guided", "dynamic_threshold", "static_threshold", "thresholded"]
 
@@ -40,14 +41,20 @@ def classifier_free(
     Args:
         denoiser: the conditional model.
         scale: guidance scale.
-        uncond: the null condition: a label, a tensor for one sample, or a dict of those; broadcast to the batch.
+        uncond: the null condition, of the form of the condition: a label, a tensor for one sample, or a tuple, list, dict or dataclass of
+            those, broadcast to the batch. A condition of texts has a text.
         interval: noise levels ``sigma/alpha`` within which to guide; outside it the scale is 1 (Kynkaanniemi et al., arXiv 2404.07724).
         rescale: 0..1, how far the standard deviation per sample is moved back to that of ``cond`` (Lin et al., arXiv 2305.08891, eq. 16).
 
     Raises:
-        ModelError: a rescale outside [0, 1], an empty interval, or a call without a condition.
+        ModelError: a rescale outside [0, 1], an empty interval, or a call whose condition has no counterpart in ``uncond``.
     """
-    if not isinstance(scale, SupportsFloat) or not math.isfinite(scale) or not 0 <= rescale <= 1 or not interval[0] < interval[1]:
+    check_denoiser(denoiser, "classifier_free")
+    scale, rescale = number(scale, "the scale of guidance", ModelError), number(rescale, "rescale", ModelError)
+    if not isinstance(interval, Sequence) or len(interval) != 2:
+        raise ModelError(f"the interval of guidance is a pair of noise levels, as (0.2, 5.0), got {interval!r}")
+    interval = (number(interval[0], "the interval's low end", ModelError), number(interval[1], "the interval's high end", ModelError))
+    if not math.isfinite(scale) or not 0 <= rescale <= 1 or not interval[0] < interval[1]:
         raise ModelError(f"guidance wants a finite scale, rescale in [0, 1] and interval (low, high), got {scale}, {rescale}, {interval}")
 
     def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -57,7 +64,7 @@ def classifier_free(
         active = (level >= interval[0]) & (level <= interval[1])
         if scale == 1 or not bool(active.any()):
             return denoiser(x, t, cond)
-        both = _concatenate(_like_batch(uncond, cond), cond)
+        both = with_null(uncond, cond, len(x))
         null, wanted = denoiser(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, both).chunk(2)
         x0 = torch.lerp(null, wanted, scale)
         if rescale:
@@ -79,7 +86,14 @@ def classifier_guided(denoiser: Denoiser, log_prob: Callable[[Tensor, Tensor, Co
         denoiser: the model.
         log_prob: ``(x [B, *D], t, cond) -> [B]``. At ``alpha = 0`` the state knows nothing of the class and no guidance is added.
         scale: guidance scale.
+
+    Raises:
+        ModelError: something that is no denoiser, function or number.
     """
+    check_denoiser(denoiser, "classifier_guided")
+    scale = number(scale, "the scale of guidance", ModelError)
+    if not callable(log_prob) or not math.isfinite(scale):
+        raise ModelError(f"a classifier is a function (x, t, cond) -> log p(cond | x, t) [B], at a finite scale, got {log_prob}, {scale}")
 
     def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         x0 = denoiser(x, t, cond)
@@ -99,6 +113,8 @@ def static_threshold(denoiser: Denoiser, bound: float = 1.0) -> Denoiser:
     Raises:
         ModelError: the bound is not positive.
     """
+    check_denoiser(denoiser, "static_threshold")
+    bound = number(bound, "the bound of a threshold", ModelError)
     if not bound > 0:
         raise ModelError(f"the bound of a threshold must be positive, got {bound}")
     return Wrapped(denoiser.schedule, lambda x, t, cond: denoiser(x, t, cond).clamp(-bound, bound))
@@ -118,6 +134,8 @@ def dynamic_threshold(denoiser: Denoiser, quantile: float = 0.995, *, bound: flo
     Raises:
         ModelError: numbers out of range.
     """
+    check_denoiser(denoiser, "dynamic_threshold")
+    quantile, bound, most = (number(value, "a threshold", ModelError) for value in (quantile, bound, most))
     if not 0 < quantile <= 1 or not 0 < bound <= most:
         raise ModelError(f"dynamic thresholding wants 0 < quantile <= 1 and 0 < bound <= most, got {quantile}, {bound}, {most}")
 
@@ -132,27 +150,3 @@ def thresholded(x0: Tensor, quantile: float, bound: float = 1.0, most: float = m
     limit = torch.quantile(x0.flatten(1).abs().float(), quantile, dim=1).clamp(bound, most).to(x0.dtype)
     limit = limit.reshape((-1,) + (1,) * (x0.ndim - 1))
     return x0.clamp(-limit, limit) * (bound / limit)
-
-
-def _like_batch(uncond: Any, cond: Any) -> Any:  # noqa: ANN401 - conditions are whatever the network takes
-    """Return the null condition for every sample of ``cond``.
-
-    Raises:
-        ModelError: it does not fit.
-    """
-    if isinstance(cond, dict):
-        if not isinstance(uncond, dict) or set(uncond) != set(cond):
-            raise ModelError(f"the null condition needs the keys of the condition, {sorted(cond)}")
-        return {key: _like_batch(uncond[key], value) for key, value in cond.items()}
-    if not isinstance(cond, Tensor):
-        return cond  # an option rather than a condition: the same for both
-    try:
-        return torch.as_tensor(uncond, dtype=cond.dtype, device=cond.device).expand_as(cond)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(f"the null condition {uncond!r} does not fit a condition of shape {tuple(cond.shape)}") from error
-
-
-def _concatenate(first: Any, second: Any) -> Any:  # noqa: ANN401
-    if isinstance(second, dict):
-        return {key: _concatenate(first[key], value) for key, value in second.items()}
-    return torch.cat([first, second]) if isinstance(second, Tensor) else second

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,20 +11,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.condition import check_batch
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap
 from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.prediction import Prediction, aligned, prediction, to_x0
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics
 from fewstep.models.carried import OPTIMIZED, Carried
-from fewstep.models.guidance import classifier_free
-from fewstep.models.networks.calls import network_device, network_dtype, plain_call, refusals, same_time
+from fewstep.models.guidance import Wrapped, classifier_free
+from fewstep.models.identity import Part, digest, parts, rounded, state_of
+from fewstep.models.networks.calls import (
+    answer_of,
+    is_offloaded,
+    network_device,
+    network_dtype,
+    plain_call,
+    refusals,
+    same_time,
+    unwritten,
+)
 from fewstep.models.tuned import Tuned
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError
-from fewstep.runtime.front_door import checked_class, is_count
+from fewstep.runtime.front_door import checked_class, is_count, whole
 from fewstep.sampling.sampler import Sampler
 
 __all__ = ["Model"]
+
+WHOLE = 1e-3  # how far a whole time may be from one
+_FACTS: dict[str, tuple[Any, str]] = {  # plain fields: their type, and what it means
+    "name": (str, "a word"),
+    "identity": (str, "a word for its weights and code"),
+    "data": (str | None, "the name of a data set, or None"),
+    "folder": (str | Path | None, "the folder it was loaded from, or None"),
+    "given": (Carried | None, "a Carried, or None"),
+    "card": (Mapping, "a dict of facts"),
+}
 
 
 @checked_class
@@ -42,6 +62,10 @@ class Model:
         call: function that calls the network; by default ``network(x, time)``, and ``network(x, time, cond)`` when there is a condition.
         classes: number of class labels, or None without.
         null_label: the label that stands for no condition, or None if it has none.
+        dtype: the floating dtype that the network computes in; by default its own, or that of most of its weights.
+        time_dtype: the dtype of the time that it is given, as ``torch.int64`` for an embedding of whole times; by default at least float32.
+        identity: a word that stands for its weights and code in the fingerprint, where these cannot be read (weights that are offloaded or
+            sharded, functions that hold what has no values); by default they are hashed.
         flow_map: for a student, the map along the trajectory that takes the place of denoising.
         name: the model's name in tables and errors; by default the class of the network.
         data: the data set it was trained on, by the name `load_images` knows, or None.
@@ -50,7 +74,7 @@ class Model:
         card: provenance and figures of the learner that made it.
 
     Raises:
-        ModelError: an unknown prediction type, or a value that is no shape, schedule, function, number of classes or flow map.
+        FewstepError: an unknown prediction type, or a value that is no shape, schedule, function, dtype, number of classes or flow map.
 
     Example:
         >>> import torch, fewstep
@@ -69,6 +93,9 @@ class Model:
     call: Callable[..., Any] | None = None
     classes: int | None = None
     null_label: int | None = None
+    dtype: torch.dtype | None = None
+    time_dtype: torch.dtype | None = None
+    identity: str = ""
     flow_map: FlowMap | None = None
     name: str = ""
     data: str | None = None
@@ -87,8 +114,21 @@ class Model:
             if isinstance(self.shape, str) or not isinstance(self.shape, Sequence) or not self.shape or not all(map(is_count, self.shape)):
                 raise ModelError(f"shape is that of one sample without the batch, as (4, 64, 64), got {self.shape!r}")
             object.__setattr__(self, "shape", tuple(int(side) for side in self.shape))
-        if self.classes is not None and not is_count(self.classes):
-            raise ModelError(f"classes is the number of class labels, or None, got {self.classes!r}")
+        if self.classes is not None:
+            if isinstance(self.classes, bool) or not is_count(self.classes):
+                raise ModelError(f"classes is the number of class labels, or None, got {self.classes!r}")
+            object.__setattr__(self, "classes", int(self.classes))
+        if self.null_label is not None:
+            object.__setattr__(self, "null_label", whole(self.null_label, "null_label", ModelError))
+        if not isinstance(self.dtype, torch.dtype | None) or (self.dtype is not None and not self.dtype.is_floating_point):
+            raise ModelError(f"dtype is the floating dtype that the network computes in, as torch.bfloat16, got {self.dtype!r}")
+        if not isinstance(self.time_dtype, torch.dtype | None):
+            raise ModelError(f"time_dtype is the dtype of the network's time, as torch.int64, got {self.time_dtype!r}")
+        for name, (kind, meaning) in _FACTS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ModelError(f"{name} of a Model is {meaning}, got {str(getattr(self, name))[:80]!r}")
+        if self.folder is not None:
+            object.__setattr__(self, "folder", Path(self.folder))
         if not callable(self.time) or not (self.call is None or callable(self.call)):
             raise ModelError(f"time and call are functions, t -> time and (network, x, time, cond) -> output, got {self.time}, {self.call}")
         if not isinstance(self.flow_map, FlowMap | None):
@@ -111,17 +151,34 @@ class Model:
             raise ModelError(f"{self.name} is a student, which has to know where a step leads: sample it by fewstep.sample")
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         kind = prediction(self.prediction)  # resolved at birth
-        dtype = network_dtype(self.network, x.dtype)
+        check_batch(cond, len(x))
+        dtype = self.dtype or network_dtype(self.network, x.dtype)
         scaled = x if kind.input_scale is None else x * aligned(kind.input_scale(alpha, sigma), x)
-        time = self.time(t).to(torch.promote_types(dtype, torch.float32)).to(x.device).expand(len(x))
-        with refusals(x):
+        time = self._network_time(t, x, dtype)
+        with refusals(x), unwritten(x):
             output = (self.call or plain_call)(self.network, scaled.to(dtype), time, cond)
-        if not isinstance(output, Tensor):
-            what = type(output).__name__
-            raise ModelError(f"the network answered a {what}, not a tensor: pass call=lambda net, x, t, cond: net(x, t).sample, or alike")
-        if output.shape != x.shape:
-            raise ModelError(f"the network answered shape {tuple(output.shape)} to a state of shape {tuple(x.shape)}")
-        return to_x0(kind, output, x, alpha, sigma)
+        return to_x0(kind, answer_of(output, x), x, alpha, sigma)
+
+    def _network_time(self, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the network's own time of each sample of ``x [B, *D]``, ``[B]``.
+
+        Raises:
+            ModelError: `time` answers none, or a fraction where the network takes whole times.
+        """
+        time = self.time(t)
+        if not isinstance(time, Tensor) or time.shape not in (t.shape, (len(x),)):
+            what = f"shape {tuple(time.shape)}" if isinstance(time, Tensor) else f"a {type(time).__name__}"
+            raise ModelError(f"time of {self.name} answers {what} to times of shape {tuple(t.shape)}: it is a function t [*] -> [*]")
+        if self.time_dtype is not None and not self.time_dtype.is_floating_point:
+            whole_time = time.round()
+            if bool(((time - whole_time).abs() > WHOLE).any()):
+                raise ModelError(
+                    f"{self.name} takes whole times, but is asked at {time.flatten()[0]:g}: use a law of its own times, as DiscreteVP, and "
+                    "a grid of them"
+                )
+            time = whole_time
+        kind = self.time_dtype or torch.promote_types(dtype, torch.float32)
+        return time.to(kind).to(x.device).expand(len(x))
 
     # -- how it is sampled ------------------------------------------------------------------------------------------
 
@@ -154,7 +211,41 @@ class Model:
             return self.conditional
         if self.null_label is None:
             raise ModelError(f"{self.name} cannot be guided: it is not class-conditional with a null label; use guidance 1")
-        return classifier_free(self.conditional, scale, torch.tensor(self.null_label))
+        guided = classifier_free(self.conditional, scale, torch.tensor(self.null_label))
+
+        def by_label(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            if isinstance(cond, Tensor) and (cond.is_floating_point() or cond.ndim != 1):
+                raise ModelError(
+                    f"{self.name} is guided away from the label {self.null_label}, so its condition is labels [B], whole numbers, not "
+                    f"{cond.dtype} of shape {tuple(cond.shape)}: for others use fewstep.classifier_free(model, scale, uncond)"
+                )
+            return guided(x, t, cond)
+
+        return Wrapped(self.schedule, by_label)
+
+    def condition(self, cond: Cond, count: int) -> Cond:
+        """Return what the network of a model with classes is conditioned on: labels of any library as a tensor ``[B]``.
+
+        What is no list or array of whole numbers is returned as it is.
+
+        Raises:
+            ModelError: labels that the model does not have.
+        """
+        if self.classes is None or cond is None:
+            return cond
+        try:
+            labels = torch.as_tensor(cond) if not isinstance(cond, dict | str) else None
+        except (TypeError, ValueError, RuntimeError):
+            return cond
+        if labels is None or labels.is_floating_point() or labels.is_complex():
+            return cond
+        known = (labels >= 0) & (labels < self.classes)
+        if self.null_label is not None:
+            known |= labels == self.null_label
+        if labels.dtype == torch.bool or labels.shape != (count,) or not bool(known.all()):
+            what = f"{labels.tolist()}"[:80] if labels.numel() < 20 else f"a tensor of shape {tuple(labels.shape)}"
+            raise ModelError(f"{self.name} has labels 0 to {self.classes - 1}, one for each of {count} samples, got {what}")
+        return labels
 
     def labels(self, seeds: Sequence[int], label: int | None = None) -> Tensor | None:
         """Return one class label per sample, ``[len(seeds)]``: ``label``, or the seed modulo the number of classes; None without classes.
@@ -166,6 +257,7 @@ class Model:
             if label is not None:
                 raise ModelError(f"{self.name} takes no labels")
             return None
+        label = None if label is None else whole(label, "a label", ModelError)
         if label is not None and not 0 <= label < self.classes:
             raise ModelError(f"{self.name} has labels 0 to {self.classes - 1}, got {label}")
         return torch.tensor([seed % self.classes if label is None else label for seed in seeds])
@@ -192,25 +284,44 @@ class Model:
 
     def to(self, device: torch.device | str) -> Model:
         """Move the network and return the model."""
-        if isinstance(self.network, nn.Module):
+        if isinstance(self.network, nn.Module) and not is_offloaded(self.network):
             self.network.to(device)
         return self
 
     # -- what it is -------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """The hash of the weights, the noise law, the prediction type and the network's time: the same for the same model anywhere."""
-        network, schedule, digest = self.network, self.schedule, hashlib.sha256()
+        """The hash of what its answers depend on: weights, code, noise law, prediction type and time. It is the same on any machine.
+
+        Raises:
+            ModelError: its network or call cannot be told from others.
+        """
+        found = list(self._parts())
+        state = state_of(found)
+        if self._hashed.get("state") != state:
+            self._hashed.update(state=state, parts=found, digest=digest(found))  # the parts are kept, so that no others have their place
+        return self._hashed["digest"]
+
+    @cached_property
+    def _hashed(self) -> dict[str, Any]:
+        return {}
+
+    def _parts(self) -> Iterator[Part]:
+        schedule, kind = self.schedule, prediction(self.prediction)
         probes = torch.linspace(schedule.t_min + 1e-3, schedule.t_max, 5, dtype=torch.float64)
-        definition: tuple[Any, ...] = (schedule.to_config(), prediction(self.prediction).name, self.time(probes).tolist())
+        yield "law", repr(rounded((schedule.to_config(), kind.name, self.time(probes).tolist())))
+        known: dict[int, tuple[str, Any]] = {}
+        if not kind.is_named:
+            yield from parts(kind, "prediction", known)
         if self.flow_map is not None:
-            definition += self.flow_map.definition
-        digest.update(repr(definition).encode())
-        for key, value in sorted(network.state_dict().items() if isinstance(network, nn.Module) else ()):
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else str(value).encode())
-        return digest.hexdigest()[:16]
+            yield from parts(self.flow_map.definition or self.flow_map, "flow_map", known)
+        if self.identity:
+            yield "identity", self.identity
+            return
+        yield from parts(self.network, "network", known)
+        if self.call is not None:
+            yield from parts(self.call, "call", known)
 
     @cached_property
     def carried(self) -> Carried:

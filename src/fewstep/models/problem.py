@@ -14,6 +14,7 @@ from fewstep.core.prediction import prediction
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes
 from fewstep.models.model import Model
+from fewstep.models.networks.calls import check_evaluating
 from fewstep.runtime.errors import FewstepError, ModelError
 from fewstep.sampling.noise import seeded_noise
 
@@ -60,7 +61,7 @@ class Problem:
         device: of the network and of the samples.
 
     Raises:
-        ModelError: the model does not know the shape of its samples, or cannot be guided.
+        ModelError: the model does not know the shape of its samples, cannot be guided, or is in training mode.
     """
 
     model: Model
@@ -69,6 +70,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         self.model.need_shape()
+        check_evaluating(self.model.network)
         object.__setattr__(self, "guidance", float(self.guidance))
         self.model.to(self.device)
         _ = self.denoiser  # what cannot be guided is refused here

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, SupportsFloat, TypeVar, Union, get_args, get_
 
 from fewstep.runtime.errors import FewstepError, ModelError, nearest
 
-__all__ = ["check_fields", "checked", "checked_class", "config_of", "is_count", "scale_of", "whole", "wholes"]
+__all__ = ["check_fields", "checked", "checked_class", "config_of", "is_count", "number", "scale_of", "whole", "wholes"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -96,13 +96,29 @@ def scale_of(value: Any, default: float) -> float:  # noqa: ANN401
     Raises:
         ModelError: it is no finite number.
     """
-    try:
-        found = default if value is None else float(value) if isinstance(value, SupportsFloat) else math.nan
-    except (TypeError, ValueError, RuntimeError):
-        found = math.nan
+    found = default if value is None else _float(value)
     if not math.isfinite(found):
         raise ModelError(f"guidance is a scale, as 2.0, got {value!r}")
     return found
+
+
+def number(value: Any, name: str, error: type[FewstepError] = FewstepError) -> float:  # noqa: ANN401
+    """Return a number of any library as a float; it may be infinite.
+
+    Raises:
+        error: it is none.
+    """
+    found = _float(value)
+    if math.isnan(found):
+        raise error(f"{name} is a number, got {str(value)[:80]!r}")
+    return found
+
+
+def _float(value: Any) -> float:  # noqa: ANN401
+    try:
+        return float(value) if isinstance(value, SupportsFloat) and not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return math.nan
 
 
 def config_of(value: Any, kind: type[T]) -> T:  # noqa: ANN401

@@ -18,7 +18,7 @@ from fewstep.core.tableau import Nodes, State, Tableau, advance
 from fewstep.runtime.errors import ModelError, SolverError
 from fewstep.sampling.noise import seeded_noise
 
-__all__ = ["Edit", "Step", "jumps", "run", "steps"]
+__all__ = ["Edit", "Step", "check_start", "jumps", "run", "steps"]
 
 
 class Step(NamedTuple):
@@ -86,6 +86,7 @@ def steps(
     """
     if not isinstance(tableau, Tableau):
         raise SolverError(f"the loop runs a Tableau, as sampler.tableau, not a {type(tableau).__name__}")
+    check_start(x)
     nodes = tableau.nodes
     _check_schedule(nodes, denoiser)
     if tableau.stochastic and noise is None and (seeds is None or len(seeds) != len(x)):
@@ -122,6 +123,25 @@ def steps(
             step = step._replace(state=state)
         yield step
     finite.done()
+
+
+def check_start(x: object, shape: Sequence[int] | None = None) -> None:
+    """Refuse what is no start ``[B, *D]``.
+
+    Args:
+        x: what was passed.
+        shape: that of a sample, ``*D``, where it is known; a start may be of another size, not of other dimensions.
+
+    Raises:
+        ModelError: it is no tensor of floating point numbers with a batch.
+    """
+    if not isinstance(x, Tensor):
+        raise ModelError(f"x is the start, a tensor [B, *D], not a {type(x).__name__}: for noise of the model's shape pass seeds= alone")
+    if not x.is_floating_point():
+        raise ModelError(f"x is the start, in floating point, not in {str(x.dtype).removeprefix('torch.')}")
+    if not x.ndim or (shape is not None and x.ndim != len(shape) + 1):
+        wanted = "[B, *D]" if shape is None else f"[B, {', '.join(map(str, shape))}]"
+        raise ModelError(f"x is the start of a batch, {wanted}, got shape {tuple(x.shape)}")
 
 
 def run(

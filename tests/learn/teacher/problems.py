@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fewstep import GaussianDenoiser, MixtureDenoiser, Model, VarianceExploding
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.models.identity import digest, parts
 
 LAW = VarianceExploding(0.05, 20.0)
 
@@ -37,7 +38,8 @@ def mixture(shape: tuple[int, ...], schedule: NoiseSchedule = LAW, dtype: torch.
 def toy(denoiser: MixtureDenoiser | GaussianDenoiser, *, classes: int | None = None, **options: int) -> Model:
     """An analytic denoiser as a model."""
     network, shape = Counted(denoiser, **options), tuple(denoiser.means.shape[1:])
-    return Model(network, denoiser.schedule, "sample", shape=shape, classes=classes, null_label=classes, name="toy")
+    facts = {"name": "toy", "identity": digest(parts(denoiser))}  # whatever has been counted
+    return Model(network, denoiser.schedule, "sample", shape=shape, classes=classes, null_label=classes, **facts)
 
 
 def calls(model: Model) -> int:

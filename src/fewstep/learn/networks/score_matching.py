@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fewstep.core.prediction import aligned, from_x0, prediction
 from fewstep.data.images import Images
 from fewstep.models.model import Model
-from fewstep.models.networks.calls import unet_call
+from fewstep.models.networks.calls import network_device, unet_call
 
 __all__ = ["score_matching"]
 
@@ -39,7 +39,7 @@ def score_matching(
     kind = prediction(model.prediction)
 
     def loss(network: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
-        device = next(network.parameters()).device
+        device = network_device(network)
         index = torch.randint(len(images.x), (batch,), generator=generator)
         x0 = images.dequantised(index, generator)
         if flip:

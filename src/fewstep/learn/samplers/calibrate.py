@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewstep.core.condition import moved
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
@@ -285,8 +286,7 @@ class _Pass:
         x0, cond = self.states(seeds)
         z = seeded_noise(seeds, self.shape, stream=NOISE).to(self.device)
         v = torch.where(seeded_noise(seeds, self.shape, stream=PROBE) > 0, 1.0, -1.0).to(self.device)
-        cond = cond.to(self.device) if isinstance(cond, Tensor) else cond
-        return None if x0 is None else x0.to(self.device), cond, z, v
+        return None if x0 is None else x0.to(self.device), moved(cond, self.device), z, v
 
     def batch(self, seeds: Sequence[int], method: str, visited: int, on_progress: Progress) -> Iterator[Tensor]:
         """Yield ``X, D, D', v J v`` level by level, each ``[4, B, *D]``."""

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fewstep.core.condition import repeated
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.grid import TimeGrid
 from fewstep.core.prediction import aligned
@@ -247,8 +248,7 @@ def _denoise(denoiser: Denoiser, level: Tensor, x0: Tensor, noise: Tensor, cond:
     t = schedule.t_of_lam(-torch.log(level)).flatten()
     x0, noise = (v.expand(steps, *v.shape).flatten(0, 1) for v in (x0, noise))
     x = aligned(schedule.alpha(t), x0) * x0 + aligned(schedule.sigma(t), x0) * noise
-    repeated = cond.repeat(steps, *(1,) * (cond.ndim - 1)) if isinstance(cond, Tensor) else cond
-    return denoiser(x, t, repeated).reshape(steps, batch, *x0.shape[1:])
+    return denoiser(x, t, repeated(cond, steps)).reshape(steps, batch, *x0.shape[1:])
 
 
 def descend_bound(

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from fewstep.core.condition import first_of
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule
@@ -59,8 +60,7 @@ class SolverEndpointError(EndpointError):
 
     def first(self, count: int) -> SolverEndpointError:
         """Return the same problem with its first noises only."""
-        cond = self.cond[:count] if isinstance(self.cond, Tensor) else self.cond
-        return SolverEndpointError(self.denoiser, self.solver, self.x[:count], self.exact[:count], cond)
+        return SolverEndpointError(self.denoiser, self.solver, self.x[:count], self.exact[:count], first_of(self.cond, count))
 
 
 @dataclass(frozen=True, eq=False)

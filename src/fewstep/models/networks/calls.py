@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from fewstep.core.denoiser import Cond
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import ModelError, look_up
 
-__all__ = ["NetworkTime", "edm_time", "image_size", "network_device", "network_dtype", "plain_call", "refusals", "same_time", "unet_call"]
+__all__ = [
+    "NetworkTime",
+    "answer_of",
+    "check_evaluating",
+    "edm_time",
+    "image_size",
+    "is_offloaded",
+    "network_device",
+    "network_dtype",
+    "plain_call",
+    "refusals",
+    "same_time",
+    "unet_call",
+    "unwrapped",
+    "unwritten",
+]
+
+_DTYPES: WeakKeyDictionary[nn.Module, tuple[torch.dtype, torch.dtype | None]] = WeakKeyDictionary()  # of first weight, of most
 
 
 def same_time(t: Tensor) -> Tensor:
@@ -72,16 +93,114 @@ def image_size(unet: Any) -> tuple[int, int]:  # noqa: ANN401 - diffusers is not
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return a module without the shells that ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` put around it."""
+    while True:
+        inner = getattr(network, "_orig_mod", None)
+        if inner is None and isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = network.module
+        if not isinstance(inner, nn.Module):
+            return network
+        network = inner
+
+
 def network_dtype(network: object, default: torch.dtype) -> torch.dtype:
-    """Return the dtype that a network computes in: that of its first parameter; ``default`` where it has none."""
-    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
-    return default if parameter is None else parameter.dtype
+    """Return the dtype that a network computes in.
+
+    It is what the network says (``network.dtype``), else that of most of its weights; never one that weights are only stored in, as whole
+    numbers or floats of 8 bits are. ``default`` where there is none.
+    """
+    if not isinstance(network, nn.Module):
+        return default
+    network = unwrapped(network)
+    said = getattr(network, "dtype", None)
+    if _computes(said):
+        return said
+    first = next(network.parameters(), None)
+    if first is None:
+        return default
+    known = _DTYPES.get(network)
+    if known is None or known[0] != first.dtype:  # it was made another's since
+        count = Counter[torch.dtype]()
+        for parameter in network.parameters():
+            count[parameter.dtype] += parameter.numel()
+        found = next((dtype for dtype, _ in count.most_common() if _computes(dtype)), None)
+        known = _DTYPES[network] = first.dtype, found
+    return known[1] or default
+
+
+def _computes(dtype: object) -> TypeGuard[torch.dtype]:
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
 
 
 def network_device(network: object) -> torch.device:
-    """Return the device that a network's first parameter lies on; the CPU where it has none."""
-    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    """Return the device that a network computes on: where accelerate runs it, or its first weight lies; the CPU where it has none."""
+    if not isinstance(network, nn.Module):
+        return torch.device("cpu")
+    for module in network.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+        if next(module.parameters(recurse=False), None) is not None:
+            break
+    parameter = next(network.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def is_offloaded(network: nn.Module) -> bool:
+    """Return whether accelerate moves the weights of a network to where it runs, so that nobody else must."""
+    return any(hasattr(module, "_hf_hook") for module in network.modules())
+
+
+def check_evaluating(network: object) -> None:
+    """Refuse a network in training mode whose answers are then random, or depend on the batch.
+
+    Raises:
+        ModelError: it has dropout or batch normalisation in that mode.
+    """
+    if not isinstance(network, nn.Module):
+        return
+    for module in network.modules():
+        if module.training and (isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0)):
+            raise ModelError(f"the network has a {type(module).__name__} in training mode, so its answers vary: call network.eval() first")
+
+
+def answer_of(output: object, x: Tensor) -> Tensor:
+    """Return the tensor in what a network answered: the answer itself, its ``sample``, or the only one of a tuple.
+
+    Args:
+        output: what it answered.
+        x: the state that it was asked at, ``[B, *D]``.
+
+    Raises:
+        ModelError: there is none, or it is not of the state's shape and real.
+    """
+    answer = getattr(output, "sample", output) if not isinstance(output, Tensor) else output
+    if isinstance(answer, tuple | list) and len(answer) == 1:
+        answer = answer[0]
+    if not isinstance(answer, Tensor):
+        what = type(answer).__name__ + (f" of {len(answer)}" if isinstance(answer, tuple | list | dict) else "")
+        raise ModelError(f"the network answered a {what}, not a tensor: pass call=lambda net, x, t, cond: net(x, t)[0], or alike")
+    if not answer.is_floating_point():
+        raise ModelError(f"the network answered in {str(answer.dtype).removeprefix('torch.')}: an answer is of floating point numbers")
+    if answer.shape != x.shape:
+        twice = answer.shape == (*x.shape[:1], 2 * x.shape[1], *x.shape[2:]) if x.ndim > 1 else False
+        hint = ": it predicts a variance too, so pass call=lambda net, x, t, cond: net(x, t)[:, :C], or alike" if twice else ""
+        raise ModelError(f"the network answered shape {tuple(answer.shape)} to a state of shape {tuple(x.shape)}{hint}")
+    return answer
+
+
+@contextmanager
+def unwritten(x: Tensor) -> Iterator[None]:
+    """Refuse a network that writes into the state ``x [B, *D]`` that it is given, which the sampler still needs.
+
+    Raises:
+        ModelError: it does.
+    """
+    before = None if x.is_inference() else x._version  # noqa: SLF001 - the only record of it
+    yield
+    if before is not None and x._version != before:  # noqa: SLF001
+        raise ModelError("the network writes into its input: pass call=lambda net, x, t, cond: net(x.clone(), t), or alike")
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from fewstep.core.denoiser import Cond
 from fewstep.core.prediction import Prediction, aligned, prediction
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes
-from fewstep.models.networks.calls import image_size, refusals, unet_call
+from fewstep.models.networks.calls import image_size, network_device, network_dtype, refusals, unet_call
 from fewstep.models.networks.temporal_unet import Mixing, TemporalUNet
 from fewstep.runtime.artifact import load_artifact, save_artifact
 from fewstep.runtime.errors import ArtifactError, ModelError, look_up
@@ -143,7 +143,7 @@ class OperatorStudent(nn.Module):
         start = self.times[0] if start is None else start
         a, b = (coefficient[-1:] if last_only else coefficient for coefficient in self.coefficients(start, t))
         alpha, sigma = self.schedule.alpha(start), self.schedule.sigma(start)
-        dtype = next(self.operator.unet.parameters()).dtype
+        dtype = network_dtype(self.operator.unet, x.dtype)
         scaled = x if self.prediction.input_scale is None else x * aligned(self.prediction.input_scale(alpha, sigma), x)
         given, other = (start.expand(len(t)), t) if self.form.time == "start" else (t, start.expand(len(t)))
         time = self.time(given).to(torch.promote_types(dtype, torch.float32)).to(x.device)
@@ -187,7 +187,7 @@ class OperatorStudent(nn.Module):
         from torch.utils.flop_counter import FlopCounterMode
 
         unet, times = self.operator.unet, torch.as_tensor(passes, dtype=torch.float64)
-        x = torch.zeros(1, unet.config.in_channels, *image_size(unet), device=next(unet.parameters()).device)
+        x = torch.zeros(1, unet.config.in_channels, *image_size(unet), device=network_device(unet))
         cond = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.int64, device=x.device)
 
         def operations(slots: Tensor, start: Tensor) -> int:
@@ -196,7 +196,7 @@ class OperatorStudent(nn.Module):
             return counter.get_total_flops()
 
         with torch.no_grad(), FlopCounterMode(display=False) as alone:
-            dtype = next(unet.parameters()).dtype
+            dtype = network_dtype(unet, x.dtype)
             unet_call(unet, x.to(dtype), torch.zeros(1, device=x.device), cond)
         return sum(operations(t, s) for s, t in zip(times[:-1], times[1:], strict=True)) / alone.get_total_flops()
 
