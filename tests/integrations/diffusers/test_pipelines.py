@@ -285,9 +285,88 @@ def test_gradients_and_devices(name, folder):
     t = torch.tensor(0.5 if name in FLOWS else 500.0, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(model(x, t, torch.tensor([0, 1])).square().sum(), x)
     assert bool(gradient.isfinite().all()) and float(gradient.abs().max()) > 0
-    assert not any(parameter.requires_grad for parameter in model.network.parameters())
     model.network.to("meta")
     assert {value.device.type for value in model.network.state_dict().values()} == {"meta"}  # the conditions too
+
+
+VARIANTS = {
+    "sd": ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    "sdxl": ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+    "sd3": ("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+    "flux": ("FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_pipelines_of_a_family_are_one_model(name, folder):
+    pipe = loaded(folder(name))
+    expected = model_of(pipe, name)
+    for kind in VARIANTS[name]:
+        other = model_of(getattr(diffusers, kind)(**pipe.components), name)
+        assert (other.fingerprint, other.shape, other.classes) == (expected.fingerprint, expected.shape, expected.classes), kind
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("FluxKontextPipeline", "FluxControlNetPipeline", "FluxControlPipeline", "FluxFillPipeline", "StableDiffusion3ControlNetPipeline"),
+        *("StableDiffusion3PAGPipeline", "StableDiffusionPAGPipeline", "StableDiffusionXLPAGPipeline", "StableDiffusionAdapterPipeline"),
+        *("LatentConsistencyModelPipeline", "StableDiffusionInstructPix2PixPipeline", "StableDiffusionUpscalePipeline", "IFPipeline"),
+        *("StableDiffusionLatentUpscalePipeline", "StableDiffusionKDiffusionPipeline", "KandinskyV22Pipeline", "WanPipeline", "MyPipeline"),
+    ],
+)
+def test_a_pipeline_that_may_give_its_network_more_is_refused(kind):
+    pipe = type(kind, (), {"unet": torch.nn.Identity(), "transformer": torch.nn.Identity()})()
+    with pytest.raises(ModelError, match=f"a {kind} is not known here, so what it gives its network would be lost: .* with call="):
+        from_pipeline(pipe, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "option", "says"),
+    [
+        ("sd", "unet", {"time_cond_proj_dim": 8}, "an embedding of the guidance scale, as LCM's does"),
+        ("sd", "unet", {"encoder_hid_dim_type": "ip_image_proj"}, "embeddings of a picture, as an IP-adapter's does"),
+        ("sd", "unet", {"num_class_embeds": 8}, "takes class labels .*num_class_embeds"),
+        ("sdxl", None, {"requires_aesthetics_score": True}, "takes an aesthetic score"),
+        ("flux", "transformer", {"in_channels": 32}, "takes 32 channels, of which 16 are the state"),
+    ],
+)
+def test_a_network_that_takes_more_than_prompts_is_refused(name, part, option, says, folder):
+    pipe = loaded(folder(name))
+    (pipe if part is None else getattr(pipe, part)).register_to_config(**option)
+    with pytest.raises(ModelError, match=f"this network takes? ?.*{says.removeprefix('takes ')}"):
+        model_of(pipe, name)
+
+
+def test_the_guidance_that_a_network_is_given_is_a_part_of_the_model(folder):
+    pipe = loaded(folder("flux"))
+    one, other = (from_pipeline(pipe, PROMPTS, height=16, width=16, embedded_guidance=scale) for scale in (3.5, 7.0))
+    x, t = noise(one.shape), torch.tensor(0.5, dtype=torch.float64)
+    with torch.no_grad():
+        assert one.fingerprint != other.fingerprint and not torch.allclose(one(x, t), other(x, t))
+
+
+def test_the_users_network_is_left_as_it_is(folder):
+    pipe = loaded(folder("sd"))
+    pipe.unet.train().requires_grad_(True)
+    model = from_pipeline(pipe, PROMPTS)
+    assert pipe.unet.training and all(parameter.requires_grad for parameter in pipe.unet.parameters())
+    assert fewstep.sample(model, "ddim", nfe=1, seeds=[1]).isfinite().all()  # no dropout: nothing depends on the mode
+    pipe.unet.down_blocks[0].resnets[0].dropout.p = 0.5
+    with pytest.raises(ModelError, match="has a Dropout in training mode"):
+        fewstep.sample(model, "ddim", nfe=1, seeds=[1])
+
+
+@pytest.mark.slow  # for what is imported
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_network_is_the_same_model(folder):
+    pipe = loaded(folder("sd"))
+    before = from_pipeline(pipe, PROMPTS)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    after = from_pipeline(pipe, PROMPTS)
+    assert after.fingerprint == before.fingerprint
+    ends = [fewstep.sample(model, "ddim", nfe=2, seeds=[1]) for model in (before, after)]
+    assert distance(*ends) < SAME
 
 
 def test_pipelines_that_are_not_known(folder, tmp_path):
@@ -306,7 +385,7 @@ def test_pipelines_that_are_not_known(folder, tmp_path):
         (lambda: from_pipeline(sd, tmp_path / "empty.txt"), "has no prompts: write one on each line"),
         (lambda: from_pipeline(sd, tmp_path / "binary.txt"), "it should be a text file"),
         (lambda: from_pipeline(loaded(folder("sd-controlnet")), PROMPTS), "needs control_image"),
-        (lambda: from_pipeline(torch.nn.Linear(1, 1), PROMPTS), "a NoneType, is not known here"),
+        (lambda: from_pipeline(torch.nn.Linear(1, 1), PROMPTS), "a Linear is not known here"),
         (lambda: load_pipeline(tmp_path), "model_index.json"),
     ):
         with pytest.raises(fewstep.FewstepError, match=message):

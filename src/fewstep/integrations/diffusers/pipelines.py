@@ -18,7 +18,7 @@ from fewstep.core.denoiser import Cond, Denoiser, FlowMap
 from fewstep.models.formats.diffusers_law import noise_law
 from fewstep.models.guidance import Wrapped
 from fewstep.models.model import Model
-from fewstep.models.networks.calls import image_size
+from fewstep.models.networks.calls import image_size, unwrapped
 from fewstep.runtime.artifact import read_json
 from fewstep.runtime.errors import ModelError
 
@@ -118,8 +118,9 @@ def from_pipeline(
     """Return the network of a diffusers pipeline as a model, conditioned on prompts.
 
     Its samplers end at the clean image, as those of pipelines do. Known are unconditional and class-conditional pipelines
-    (``UNet2DModel``, DiT), Stable Diffusion 1, 2 and XL, with a ControlNet or without, Stable Diffusion 3 and Flux. The image-to-image
-    and inpainting pipelines of these use the same network.
+    (``UNet2DModel``, DiT), Stable Diffusion 1, 2 and XL, with a ControlNet or without, Stable Diffusion 3 and Flux, and the image-to-image
+    and inpainting pipelines of these, which use the same network. Any other class of pipeline is refused, since it may give the network
+    more than these do. The network is left as it is: its weights, dtype, mode and device.
 
     Args:
         pipe: the pipeline, on the device and in the dtype that it is used in.
@@ -131,15 +132,17 @@ def from_pipeline(
         embedded_guidance: the guidance scale that Flux's network takes as an input; it needs no other.
 
     Raises:
-        ModelError: a network that is not known here, prompts missing or not wanted, or a noise law that is not known.
+        ModelError: a class of pipeline that is not known here, one whose network is given more than prompts, prompts missing or not
+            wanted, or a noise law that is not known.
     """
-    network = getattr(pipe, "unet", None) if getattr(pipe, "unet", None) is not None else getattr(pipe, "transformer", None)
-    kind = type(network).__name__
+    kind = type(pipe).__name__
     if kind not in _FAMILIES:
         raise ModelError(
-            f"the network of this {type(pipe).__name__}, a {kind}, is not known here: known are {', '.join(_FAMILIES)}; wrap others in a "
-            "fewstep.Model"
+            f"a {kind} is not known here, so what it gives its network would be lost: known are {', '.join(_FAMILIES)}; make a "
+            "fewstep.Model of the network, with call= for the rest"
         )
+    read, attribute = _FAMILIES[kind]
+    network = getattr(pipe, attribute)
     if isinstance(prompts, Path):
         prompts = read_prompts(prompts)
     texts = [prompts] if isinstance(prompts, str) else list(prompts or [])
@@ -147,13 +150,11 @@ def from_pipeline(
         raise ModelError(f"a {type(pipe).__name__} takes no prompts: leave them out")
     request = PipelineRequest(pipe, network, texts, negative_prompt, height, width, control_image, embedded_guidance)
     with torch.no_grad():
-        conditioned, shape, classes, null_label, mu = _FAMILIES[kind](request)
+        conditioned, shape, classes, null_label, mu = read(request)
     law = noise_law(pipe.scheduler.config, mu=mu, to_clean=pipe.scheduler.config.get("final_sigmas_type") != "sigma_min")
     name = Path(str(getattr(pipe, "name_or_path", "") or getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)).name
     labels = {"classes": classes, "null_label": null_label, "guidance_scale": guidance_scale, "prompts": tuple(texts)}
-    return PipelineModel(
-        conditioned.eval().requires_grad_(False), law.schedule, law.prediction, shape=shape, time=law.time, name=name, **labels
-    )
+    return PipelineModel(conditioned, law.schedule, law.prediction, shape=shape, time=law.time, name=name, **labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +215,7 @@ Family = tuple[nn.Module, tuple[int, ...], int | None, int | None, float | None]
 
 
 class _Conditioned(nn.Module):
-    """A network with tables of conditions, one row for each label; they are part of the model's fingerprint."""
+    """A network with tables of conditions, one row for each label; they are part of the model's fingerprint, and its call is not."""
 
     def __init__(self, network: nn.Module, call: Callable[..., Tensor], **tables: Tensor) -> None:
         super().__init__()
@@ -245,21 +246,26 @@ def _text_unet(request: PipelineRequest) -> Family:
     """Condition the network of Stable Diffusion 1, 2 or XL, with a ControlNet or without."""
     unet, pipe = request.network, request.pipe
     channels, control = unet.config.in_channels, getattr(pipe, "controlnet", None)
+    for option, meaning in _MORE_INPUTS.items():
+        if unet.config.get(option) is not None:
+            raise ModelError(f"this network takes {meaning} ({option}) beside the prompt: make a fewstep.Model of it whose call adds them")
     if channels != pipe.vae.config.latent_channels:
         raise ModelError(
             f"this network takes {channels} channels, of which {pipe.vae.config.latent_channels} are the state (an inpainting network, for "
             "example): wrap it in a fewstep.Model whose call adds the others"
         )
+    if control is not None and type(unwrapped(control)).__name__ != "ControlNetModel":
+        raise ModelError(f"a {type(control).__name__} is not known here, only one ControlNetModel")
+    if pipe.config.get("requires_aesthetics_score"):
+        raise ModelError("this network takes an aesthetic score (the refiner of SDXL): make a fewstep.Model of it whose call adds it")
     height, width = request.latent_size(unet.config.sample_size)
     tables = request.encoded()
     xl = len(tables) == 2
     named = {"embeds": tables[0]}
     if xl:
-        sizes = (height * pipe.vae_scale_factor, width * pipe.vae_scale_factor)
-        ids = pipe._get_add_time_ids(  # noqa: SLF001 - the pipeline's own layout
-            sizes, (0, 0), sizes, dtype=tables[0].dtype, text_encoder_projection_dim=tables[1].shape[-1]
-        )
-        named |= {"pooled": tables[1], "time_ids": ids.to(tables[0].device)}
+        sizes = [height * pipe.vae_scale_factor, width * pipe.vae_scale_factor]
+        ids = torch.tensor([[*sizes, 0, 0, *sizes]], dtype=tables[0].dtype, device=tables[0].device)  # original, corner, target
+        named |= {"pooled": tables[1], "time_ids": ids}
     if control is not None:
         if request.control_image is None:
             raise ModelError("a ControlNet needs control_image, the picture that it follows")
@@ -306,13 +312,19 @@ def _flux(request: PipelineRequest) -> Family:
     height, width = (2 * ((side if wanted is None else wanted) // (2 * pipe.vae_scale_factor)) for wanted in request.pixels)
     embeds, pooled, text_ids = pipe.encode_prompt(prompt=request.texts, prompt_2=None, device=pipe._execution_device)  # noqa: SLF001
     places = pipe._prepare_latent_image_ids(1, height // 2, width // 2, embeds.device, embeds.dtype)  # noqa: SLF001
-    guided = network.config.guidance_embeds
+    guided, channels = network.config.guidance_embeds, 4 * pipe.vae.config.latent_channels
+    if network.config.in_channels != channels:
+        raise ModelError(
+            f"this network takes {network.config.in_channels} channels, of which {channels} are the state (a control or fill network, for "
+            "example): make a fewstep.Model of it whose call adds the others"
+        )
+    scale = torch.tensor([request.embedded_guidance], device=embeds.device)
 
     def call(net: _Conditioned, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
         return net.network(
             hidden_states=x,
             timestep=time.to(x.dtype) / 1000,
-            guidance=torch.full((len(x),), request.embedded_guidance, device=x.device) if guided else None,
+            guidance=net.rows("embedded", None, x) if guided else None,
             encoder_hidden_states=net.rows("embeds", labels, x),
             pooled_projections=net.rows("pooled", labels, x),
             txt_ids=net.text_ids,
@@ -321,7 +333,7 @@ def _flux(request: PipelineRequest) -> Family:
         )[0]
 
     tokens = (height // 2) * (width // 2)
-    conditioned = _Conditioned(network, call, embeds=embeds, pooled=pooled, text_ids=text_ids, places=places)
+    conditioned = _Conditioned(network, call, embeds=embeds, pooled=pooled, text_ids=text_ids, places=places, embedded=scale)
     return conditioned, (tokens, network.config.in_channels), len(request.texts), None, _mu(pipe, tokens)
 
 
@@ -349,10 +361,24 @@ def _mu(pipe: Any, tokens: int) -> float | None:  # noqa: ANN401
     return least + (most - least) * (tokens - low) / (high - low)
 
 
-_FAMILIES: dict[str, Callable[[PipelineRequest], Family]] = {
-    "UNet2DModel": _plain_unet,
-    "UNet2DConditionModel": _text_unet,
-    "SD3Transformer2DModel": _stable_diffusion_3,
-    "FluxTransformer2DModel": _flux,
-    "DiTTransformer2DModel": _dit,
+_MORE_INPUTS = {  # options of a text-conditional network by which it takes more
+    "time_cond_proj_dim": "an embedding of the guidance scale, as LCM's does",
+    "encoder_hid_dim_type": "embeddings of a picture, as an IP-adapter's does",
+    "class_embed_type": "class labels",
+    "num_class_embeds": "class labels",
+}
+
+
+def _variants(family: str, *extra: str) -> list[str]:
+    """Return the names of a family's pipelines: text to image, image to image, inpainting."""
+    return [f"{family}{one}{task}Pipeline" for one in ("", *extra) for task in ("", "Img2Img", "Inpaint")]
+
+
+_FAMILIES: dict[str, tuple[Callable[[PipelineRequest], Family], str]] = {  # class of pipeline -> what reads it, where its network is
+    **dict.fromkeys(["DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "LDMPipeline"], (_plain_unet, "unet")),
+    "DiTPipeline": (_dit, "transformer"),
+    **dict.fromkeys(_variants("StableDiffusion", "ControlNet"), (_text_unet, "unet")),
+    **dict.fromkeys(_variants("StableDiffusionXL", "ControlNet"), (_text_unet, "unet")),
+    **dict.fromkeys(_variants("StableDiffusion3"), (_stable_diffusion_3, "transformer")),
+    **dict.fromkeys(_variants("Flux"), (_flux, "transformer")),
 }
