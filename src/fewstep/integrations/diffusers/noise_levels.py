@@ -108,9 +108,10 @@ def _ended(config: Mapping[str, Any], law: NoiseLaw, times: Tensor) -> TimeGrid:
     schedule, kind, clean = law.schedule, config.get("final_sigmas_type", "zero"), ends_clean(config)
     if kind not in ("zero", "sigma_min"):
         raise GridError(f"final_sigmas_type is zero or sigma_min, got {kind!r}")
-    end = 0.0 if not clean and schedule.times is not None else schedule.t_clean
-    if not clean and len(times) and (float(times[-1]) <= end or end == schedule.t_clean):
-        end = float(times[-1]) - SHORTEST * (float(times[-1]) - schedule.t_clean)
+    end = schedule.t_clean
+    if not clean and len(times):
+        last = float(times[-1])
+        end = min(last if schedule.times is None else schedule.t_last, last - SHORTEST * (last - schedule.t_clean))
     if schedule.times is not None and len(times) and not float(schedule.alpha(times[0])) > 0 and float(times[0]) > schedule.t_max:
         raise GridError(f"time {float(times[0]):g} lies beyond pure noise, which is at {schedule.t_max:g}: use fewer steps or offset 0")
     return TimeGrid(torch.cat([times, torch.tensor([end], dtype=torch.float64)]))
