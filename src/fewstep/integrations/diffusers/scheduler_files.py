@@ -57,11 +57,10 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
         if self.config["use_flow_sigmas"]:
             settled["shift"] = self.config["flow_shift"]  # as diffusers' own flow schedulers call it
         settled |= end_of(settled["algorithm_type"], clean=ends_clean(self.config), chosen=self.config["to_clean"])
-        # What is settled is no default any more, so that it survives a journey through another scheduler's configuration.
-        defaults = {str(key) for key in self.config.get("_use_default_values") or ()} - set(settled)
-        if settled["algorithm_type"] == "dpmsolver++":
-            defaults.add("algorithm_type")  # the default of every scheduler, for which SA-Solver has another word
-        settled["_use_default_values"] = sorted(defaults)
+        defaults = self.config.get("_use_default_values")
+        if defaults is not None:  # what is settled survives a journey through another scheduler's configuration
+            same = {"algorithm_type"} if settled["algorithm_type"] == "dpmsolver++" else set()  # for which SA-Solver has another word
+            settled["_use_default_values"] = sorted(set(defaults) - (set(settled) - same))
         self.register_to_config(**settled)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
