@@ -105,6 +105,23 @@ def test_lists_of_makers_are_run_exactly_as_given(name, solver):
     assert seen == scheduler.timesteps.tolist()
 
 
+@pytest.mark.parametrize(("betas", "first"), [(SD, 4508.4), ({}, 30812.0), ({"beta_schedule": "squaredcos_cap_v2"}, 4096.0)])
+def test_noise_prediction_without_terminal_signal_starts_where_levels_still_fall(betas, first):
+    """At diffusers' 4096, or beyond it where the table comes near that number one time earlier."""
+    scheduler = made(1000, **betas, solver="euler", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    assert float(scheduler.sigmas[0]) == pytest.approx(first, rel=1e-4) and bool((torch.diff(scheduler.sigmas) < 0).all())
+
+
+def test_leading_is_that_of_dpm_solver_whatever_scheduler_the_configuration_is_of():
+    for kind in (diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler):
+        config = kind(timestep_spacing="leading", steps_offset=1).config
+        scheduler = FewstepScheduler.from_config(config)
+        scheduler.set_timesteps(5)
+        assert scheduler.timesteps.tolist() == [831, 665, 499, 333, 167]
+        scheduler.set_timesteps(timesteps=[801, 601, 401, 201, 1])  # DDIM's
+        assert scheduler.timesteps.tolist() == [801, 601, 401, 201, 1]
+
+
 # -- numbers of evaluations and strength ----------------------------------------------------------------------------------------------
 
 
