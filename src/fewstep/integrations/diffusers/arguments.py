@@ -1,15 +1,16 @@
-"""What a scheduler's methods are called with: arguments that only other schedulers have, and the time of a batch."""
+"""What a scheduler's methods are called with: lists of numbers, arguments that only other schedulers have, and the time of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.errors import FewstepError, GridError
 
-__all__ = ["one_time", "refuse_unknown"]
+__all__ = ["numbers", "one_time", "refuse_unknown"]
 
 MEANT = {  # arguments of other schedulers -> what to do instead
     "eta": "how much noise is added is an option of the solver, as in solver='ddim:eta=0.5'",
@@ -17,6 +18,18 @@ MEANT = {  # arguments of other schedulers -> what to do instead
     "per_token_timesteps": "tokens with times of their own need the pipeline's own scheduler",
     "original_inference_steps": "it belongs to a network that was distilled for LCM, which no ODE solver fits: keep that scheduler",
 }
+
+
+def numbers(values: Any, name: str) -> Tensor:  # noqa: ANN401 - a number, a list, an array or a tensor
+    """Return numbers of any library as ``[M]``, float64, on the CPU.
+
+    Raises:
+        GridError: they are none.
+    """
+    try:
+        return torch.as_tensor(values).detach().cpu().double().flatten()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise GridError(f"{name} are numbers, got {str(values)[:80]}") from error
 
 
 def refuse_unknown(where: str, unknown: Mapping[str, Any]) -> None:

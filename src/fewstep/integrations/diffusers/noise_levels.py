@@ -15,8 +15,10 @@ from torch import Tensor
 
 from fewstep.core.grid import RHO, TimeGrid, karras_roots, make_grid
 from fewstep.core.schedule import NoiseSchedule, RectifiedFlow
+from fewstep.integrations.diffusers.arguments import numbers
 from fewstep.models.formats.diffusers_law import ROUNDING, NoiseLaw, ends_clean
 from fewstep.runtime.errors import FewstepError, GridError, look_up
+from fewstep.runtime.front_door import is_count
 
 __all__ = ["checked_times", "default_sigmas_count", "grid_from_config"]
 
@@ -50,8 +52,8 @@ def grid_from_config(
     paired = timesteps is not None and sigmas is not None and isinstance(law.schedule, RectifiedFlow)
     if not given or "timesteps" in given and len(given) > 1 and not paired:
         raise GridError(f"set_timesteps wants one of num_inference_steps, timesteps or sigmas, got {' and '.join(given) or 'none'}")
-    wanted = None if sigmas is None else torch.as_tensor(sigmas).detach().cpu().double().flatten()
-    if steps is not None and (isinstance(steps, bool) or steps != int(steps)):
+    wanted = None if sigmas is None else numbers(sigmas, "sigmas")
+    if steps is not None and not (is_count(steps) or steps == 0) or isinstance(steps, bool):
         raise GridError(f"the number of steps is a whole number, got {steps}")
     if wanted is not None and not len(wanted):
         raise GridError("sigmas are empty: give at least one, or num_inference_steps")
@@ -88,7 +90,7 @@ def checked_times(config: Mapping[str, Any], law: NoiseLaw, timesteps: Any) -> T
     Raises:
         GridError: there are none, or one that the network does not know.
     """
-    times = torch.as_tensor(timesteps).detach().cpu().double().flatten()
+    times = numbers(timesteps, "timesteps")
     most = float(config.get("num_train_timesteps", 1000)) - (law.schedule.times is not None)
     slack = 0.0 if law.schedule.times is not None else ROUNDING * most
     if not len(times) or not bool(((times >= 0) & (times <= most + slack)).all()):
@@ -98,7 +100,7 @@ def checked_times(config: Mapping[str, Any], law: NoiseLaw, timesteps: Any) -> T
 
 def default_sigmas_count(sigmas: Any) -> int | None:  # noqa: ANN401 - a list, an array or a tensor
     """Return the number of a flow pipeline's default sigmas, uniform from 1; None of other sigmas. Such pipelines always pass some."""
-    given = torch.as_tensor(sigmas).detach().cpu().double().flatten()
+    given = numbers(sigmas, "sigmas")
     usual = torch.linspace(1, 1 / max(len(given), 1), len(given), dtype=torch.float64)
     return len(given) if len(given) and torch.allclose(given, usual, rtol=1e-5) else None
 

@@ -209,11 +209,13 @@ def flow_shift(config: Mapping[str, Any], mu: float | None = None) -> float:
             f"{config.get('_class_name', 'this scheduler')} shifts its schedule by the image size (use_dynamic_shifting), which a folder "
             "does not say: set shift, or pass mu to set_timesteps"
         )
-    if shift_kind(config) == "exponential":
-        return math.exp(mu)
-    if not mu > 0:
-        raise ModelError(f"mu is the shift itself where time_shift_type is linear, so it is above 0, got {mu}")
-    return float(mu)
+    try:
+        shift = math.exp(mu) if shift_kind(config) == "exponential" else float(mu)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ModelError(f"mu is a number of a few units at most, got {mu!r}") from error
+    if not 0 < shift < math.inf:
+        raise ModelError(f"mu is a number, and above 0 where time_shift_type is linear and it is the shift itself, got {mu}")
+    return shift
 
 
 def shift_kind(config: Mapping[str, Any]) -> str:
