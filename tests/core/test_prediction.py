@@ -20,6 +20,7 @@ DEFINITIONS = {
     "v": lambda x0, eps, alpha, sigma: alpha * eps - sigma * x0,
     "score": lambda x0, eps, alpha, sigma: -eps / sigma,
     "flow": lambda x0, eps, alpha, sigma: eps - x0,
+    "reversed-flow": lambda x0, eps, alpha, sigma: x0 - eps,
 }
 KINDS = [*DEFINITIONS, "edm(0.5)", "edm(1.3)"]
 scales = st.floats(0.01, 1.0).map(lambda v: torch.tensor(v, dtype=torch.float64))
@@ -103,7 +104,7 @@ def test_names():
     assert prediction(EDM(1 / 3).name).name == f"edm({1 / 3})"  # a name says all digits: a saved model comes back the same
     with pytest.raises(ModelError, match="unknown prediction type 'epsilom': did you mean epsilon"):
         prediction("epsilom")
-    with pytest.raises(ModelError, match="known: epsilon, flow, sample, score, v"):
+    with pytest.raises(ModelError, match="known: epsilon, flow, reversed-flow, sample, score, v"):
         prediction("zzz")
 
 

@@ -85,12 +85,13 @@ PREDICTIONS: dict[str, Prediction] = {
         Prediction("v", lambda a, s: (a / (a**2 + s**2), -s / (a**2 + s**2))),  # v = alpha eps - sigma x0
         Prediction("score", lambda a, s: (1 / a, s**2 / a), undefined_at_zero_alpha=True),
         Prediction("flow", lambda a, s: (1 / (a + s), -s / (a + s))),  # u = eps - x0
+        Prediction("reversed-flow", lambda a, s: (1 / (a + s), s / (a + s))),  # x0 - eps, where a network's time runs to the data
     )
 }
 
 
 def prediction(name: str | Prediction) -> Prediction:
-    """Look a prediction type up by name: ``epsilon``, ``sample`` (x0), ``v``, ``score``, ``flow``, ``edm(sigma_data)``.
+    """Look a prediction type up by name: ``epsilon``, ``sample`` (x0), ``v``, ``score``, ``flow``, ``reversed-flow``, ``edm(sigma_data)``.
 
     Raises:
         ModelError: for an unknown name, with the nearest ones, or a ``sigma_data`` that is not positive.

@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tests.integrations.diffusers.test_scheduler import V, relative, run, tame
+from tests.integrations.diffusers.test_scheduler import V, relative, run, tame, theirs_warn
 from tests.problems import STOCHASTIC, statistics
 
 from fewstep import (
@@ -257,7 +257,7 @@ REFUSED = {
     "grid": (lambda p: after(grid="karas"), GridError, "did you mean karras"),
     "order": (lambda p: made(solver_order=4), SolverError, "solver_order is 1, 2 or 3, got 4"),
     "order that is no number": (lambda p: made(solver_order="two"), SolverError, "solver_order is 1, 2 or 3, got two"),
-    "order of an SDE": (lambda p: made(solver_order=3, algorithm_type="sde-dpmsolver++"), SolverError, "1 or 2, got 3"),
+    "order of an SDE": (lambda p: made(solver_order=3, algorithm_type="sde-dpmsolver++"), SolverError, "1 or 2, got 3: "),
     "algorithm": (lambda p: made(algorithm_type="dpm++"), SolverError, "did you mean.*dpmsolver"),
     "solver type": (lambda p: made(solver_type="mid"), SolverError, "did you mean midpoint"),
     "noise prediction": (lambda p: made(predict_x0=False), SolverError, "predict_x0=False"),
@@ -306,18 +306,69 @@ REFUSED = {
     "step before times": (lambda p: made().step(noise(), 1, noise()), FewstepError, "run set_timesteps before step"),
     "shapes": (lambda p: after().step(noise(2, 3, 4, 5), 999, noise()), FewstepError, r"\(2, 3, 4, 5\), but the sample has \(2, 3, 4, 4\)"),
     "begin inside a step": (lambda p: (s := after(solver="heun"), s.set_begin_index(3), run(s, noise(), tame, 3)), SolverError, "multiple"),
-    "EDM": (lambda p: from_config(diffusers.EDMEulerScheduler().config), ModelError, "another kind"),
-    "inverted": (lambda p: from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}), ModelError, "kind"),
-    "shifted table": (lambda p: from_config(diffusers.CogVideoXDDIMScheduler().config), ModelError, "another kind"),
+    "EDM": (lambda p: from_config(diffusers.EDMEulerScheduler().config), ModelError, "sigma_data has a state that grows"),
+    "inverted": (lambda p: made(**{**FLOW, "invert_sigmas": True, "prediction_type": "sample"}), ModelError, "predicts its velocity"),
+    "shifted table": (lambda p: made(snr_shift_scale=0.0), ModelError, "snr_shift_scale is above 0"),
     "continuous times": (
-        lambda p: from_config(diffusers.EulerDiscreteScheduler(timestep_type="continuous").config), ModelError, "another kind"),
+        lambda p: from_config(diffusers.EulerDiscreteScheduler(timestep_type="continuous").config), ModelError, "timestep_type="),
+    "noise at every step": (
+        lambda p: from_config(diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True).config), ModelError, "stochastic_"),
+    "latent upscaler": (lambda p: made(prediction_type="original_sample"), ModelError, "latent upscaler"),
+    "linear mu": (lambda p: (s := made(**FLOW, use_dynamic_shifting=True, time_shift_type="linear"), s.set_timesteps(4, mu=-1.0)),
+                  ModelError, "above 0 where time_shift_type is linear"),
+    "mu that is no number": (lambda p: (s := made(**FLOW, use_dynamic_shifting=True), s.set_timesteps(4, mu="high")), ModelError, "'high'"),
+    "mu without end": (lambda p: (s := made(**FLOW, use_dynamic_shifting=True), s.set_timesteps(4, mu=1e9)), ModelError, "few units"),
+    "mu that is nan": (lambda p: (s := made(**FLOW, use_dynamic_shifting=True), s.set_timesteps(4, mu=math.nan)), ModelError, "got nan"),
+    "words as times": (lambda p: made().set_timesteps(timesteps=["five"]), GridError, "timesteps are numbers, got"),
+    "words as sigmas": (lambda p: made(**FLOW, grid="angle").set_timesteps(sigmas="high"), GridError, "sigmas are numbers, got high"),
+    "nothing among sigmas": (lambda p: made().set_timesteps(sigmas=[1.0, None]), GridError, "sigmas are numbers"),
+    "a word as steps": (lambda p: made().set_timesteps("five"), GridError, "whole number, got five"),
+    "endless steps": (lambda p: made().set_timesteps(math.inf), GridError, "whole number, got inf"),
+    "fewer than no steps": (lambda p: made().set_timesteps(-3), GridError, "whole number, got -3"),
+    "pairs of a table": (lambda p: made().set_timesteps(timesteps=[5, 3], sigmas=[2.0, 1.0]), GridError, "got timesteps and sigmas"),
+    "unequal pairs": (lambda p: made(**FLOW).set_timesteps(timesteps=[5, 3], sigmas=[1.0]), GridError, "pairs, got 2 and 1"),
+    "one end of a flow's levels": (lambda p: after(**FLOW, use_karras_sigmas=True, sigma_max=80.0), GridError, "give both or none"),
+    "beyond pure noise": (
+        lambda p: after(999, timestep_spacing="leading", steps_offset=1, rescale_betas_zero_snr=True), GridError, "beyond pure noise"),
 }  # fmt: skip
+
+
+CLASSES = {
+    "LCMScheduler": "original_inference_steps",
+    "TCDScheduler": "original_inference_steps",
+    "FlowMatchLCMScheduler": "scale_factors",
+    "HeliosScheduler": "stage_range",
+    "HeliosDMDScheduler": "stage_range",
+    "PiflowScheduler": "num_policy_substeps",
+}
+
+
+@theirs_warn
+@pytest.mark.parametrize("name", [name for name in CLASSES if hasattr(diffusers, name)])  # older releases have not all of them
+def test_schedulers_that_solve_no_ode(name, tmp_path):
+    """By what only their configurations have; read from a file, by the name of their class."""
+    theirs = getattr(diffusers, name)()
+    with pytest.raises(ModelError, match=f"no ODE solver can stand in for a scheduler with {CLASSES[name]}"):
+        FewstepScheduler.from_config(theirs.config)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"no ODE solver can stand in for {name}:"):
+        FewstepScheduler.from_pretrained(tmp_path)
+
+
+OTHER_STEPS = ("FlowMapEulerDiscreteScheduler", "RePaintScheduler", "DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler")
+
+
+@pytest.mark.parametrize("name", [name for name in OTHER_STEPS if hasattr(diffusers, name)])
+def test_schedulers_of_other_steps_are_refused_by_their_class(name, tmp_path):
+    getattr(diffusers, name)().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"no ODE solver can stand in for {name}:"):
+        FewstepScheduler.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["IPNDMScheduler", "ScoreSdeVeScheduler", "DDPMWuerstchenScheduler", "LTXEulerAncestralRFScheduler"])
 def test_schedulers_whose_law_is_not_known(name):
     """Rather than this class's own betas by default."""
-    with pytest.raises(ModelError, match="another kind"):
+    with pytest.raises(ModelError, match="no beta_schedule and is no flow known here"):
         FewstepScheduler.from_config(getattr(diffusers, name)().config)
 
 
@@ -331,8 +382,7 @@ def test_refusals_say_what_is_wrong(name, tmp_path):
 def test_other_schedulers_keep_their_law():
     """Their defaults are not this class's: what was never written down is taken over too."""
     for name, options in {
-        "LCMScheduler": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-        "TCDScheduler": {"beta_schedule": "scaled_linear"},
+        "EulerDiscreteScheduler": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
         "SASolverScheduler": {"solver": "unipc-2"},
         "DDIMScheduler": {"timestep_spacing": "leading"},
         "DPMSolverMultistepScheduler": {"solver": "dpm-solver-pp-2m"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -48,6 +49,13 @@ class Chain:
     at: int
     state: State
     output: Callable[[], Tensor | None] = lambda: None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "output": self.output()}  # a weak reference cannot be pickled, its tensor can
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        output = state["output"]
+        self.__dict__.update(state, output=(lambda: None) if output is None else weakref.ref(output))
 
 
 class Chains:

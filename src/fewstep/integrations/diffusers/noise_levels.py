@@ -15,10 +15,12 @@ from torch import Tensor
 
 from fewstep.core.grid import RHO, TimeGrid, karras_roots, make_grid
 from fewstep.core.schedule import NoiseSchedule, RectifiedFlow
-from fewstep.models.formats.diffusers_law import NoiseLaw
+from fewstep.integrations.diffusers.arguments import numbers
+from fewstep.models.formats.diffusers_law import ROUNDING, NoiseLaw, ends_clean
 from fewstep.runtime.errors import FewstepError, GridError, look_up
+from fewstep.runtime.front_door import is_count
 
-__all__ = ["grid_from_config", "default_sigmas_count"]
+__all__ = ["checked_times", "default_sigmas_count", "grid_from_config"]
 
 LARGEST = 2.0**12  # the noise level that spacings of levels begin at where the table ends without signal
 SHORTEST = 1e-6  # of the way to the clean image: the last step of levels that end where their last evaluation is
@@ -41,26 +43,28 @@ def grid_from_config(
         steps: number of intervals; None where timesteps or sigmas are given.
         timesteps: the network's own times ``[M]``, decreasing, without the end.
         sigmas: noise levels ``sigma/alpha [M]``, or a flow's ``sigma`` before its shift; a last 0 is the end rather than an evaluation.
+            A flow may be given timesteps beside them: those that its network is told at these levels (`NoiseLaw.paired`).
 
     Raises:
         GridError: not exactly one of the three, an unknown option, or times that do not decrease.
     """
     given = [name for name, value in {"num_inference_steps": steps, "timesteps": timesteps, "sigmas": sigmas}.items() if value is not None]
-    if not given or "timesteps" in given and len(given) > 1:
+    paired = timesteps is not None and sigmas is not None and isinstance(law.schedule, RectifiedFlow)
+    if not given or "timesteps" in given and len(given) > 1 and not paired:
         raise GridError(f"set_timesteps wants one of num_inference_steps, timesteps or sigmas, got {' and '.join(given) or 'none'}")
-    wanted = None if sigmas is None else torch.as_tensor(sigmas).detach().cpu().double().flatten()
-    if steps is not None and (isinstance(steps, bool) or steps != int(steps)):
+    wanted = None if sigmas is None else numbers(sigmas, "sigmas")
+    if steps is not None and not (is_count(steps) or steps == 0) or isinstance(steps, bool):
         raise GridError(f"the number of steps is a whole number, got {steps}")
     if wanted is not None and not len(wanted):
         raise GridError("sigmas are empty: give at least one, or num_inference_steps")
     if wanted is not None and steps is not None and len(wanted) - int(bool(wanted[-1] == 0)) != steps:
         raise GridError(f"{steps} steps were asked for with {len(wanted)} sigmas: leave one of the two out")
     if timesteps is not None:
-        times = torch.as_tensor(timesteps).detach().cpu().double().flatten()
-        most = float(config.get("num_train_timesteps", 1000)) - (law.schedule.times is not None)
-        if not len(times) or not bool(((times >= 0) & (times <= most)).all()):
-            raise GridError(f"timesteps lie between 0 and {most:g}, got {times.tolist()}")
-        return _ended(config, law, law.t_of_time(times))
+        times = checked_times(config, law, timesteps)
+        if wanted is None:
+            return _ended(config, law, law.t_of_time(times))
+        if len(times) != len(wanted) - int(bool(wanted[-1] == 0)):
+            raise GridError(f"timesteps and sigmas come in pairs, got {len(times)} and {len(wanted)}")
     if config.get("grid"):
         if wanted is not None:
             raise GridError(f"this scheduler has a grid of its own, {config['grid']}: leave sigmas out, or make it without grid=")
@@ -76,27 +80,42 @@ def grid_from_config(
     if name is None:
         return _ended(config, law, _spaced(config, law.schedule, int(steps or 0)))
     ends = torch.exp(-law.schedule.lam(torch.tensor([law.schedule.t_max, 0.0], dtype=torch.float64))).clamp(max=LARGEST)
-    high, low = (float(config.get(key) or end) for key, end in zip(("sigma_max", "sigma_min"), ends, strict=True))
-    if not 0 < low < high:
-        raise GridError(f"noise levels run from sigma_max down to a smaller sigma_min above 0, got {high:g} and {low:g}")
+    high, low = _falling(*(float(config.get(key) or end) for key, end in zip(("sigma_max", "sigma_min"), ends, strict=True)))
     return _ended(config, law, law.schedule.t_of_lam(-torch.log(_levels(name, high, low, int(steps or 0)))))
+
+
+def checked_times(config: Mapping[str, Any], law: NoiseLaw, timesteps: Any) -> Tensor:  # noqa: ANN401 - a number, a list, an array or a tensor
+    """Return the network's own times as ``[M]``, float64, on the CPU.
+
+    Raises:
+        GridError: there are none, or one that the network does not know.
+    """
+    times = numbers(timesteps, "timesteps")
+    most = float(config.get("num_train_timesteps", 1000)) - (law.schedule.times is not None)
+    slack = 0.0 if law.schedule.times is not None else ROUNDING * most
+    if not len(times) or not bool(((times >= 0) & (times <= most + slack)).all()):
+        raise GridError(f"timesteps lie between 0 and {most:g}, got {times.tolist()}")
+    return times.clamp(max=most)
 
 
 def default_sigmas_count(sigmas: Any) -> int | None:  # noqa: ANN401 - a list, an array or a tensor
     """Return the number of a flow pipeline's default sigmas, uniform from 1; None of other sigmas. Such pipelines always pass some."""
-    given = torch.as_tensor(sigmas).detach().cpu().double().flatten()
+    given = numbers(sigmas, "sigmas")
     usual = torch.linspace(1, 1 / max(len(given), 1), len(given), dtype=torch.float64)
     return len(given) if len(given) and torch.allclose(given, usual, rtol=1e-5) else None
 
 
 def _ended(config: Mapping[str, Any], law: NoiseLaw, times: Tensor) -> TimeGrid:
     """Return the grid through these times ``[M]`` and its end: the clean image (``zero``), or the model's last time (``sigma_min``)."""
-    schedule, kind = law.schedule, config.get("final_sigmas_type", "zero")
+    schedule, kind, clean = law.schedule, config.get("final_sigmas_type", "zero"), ends_clean(config)
     if kind not in ("zero", "sigma_min"):
         raise GridError(f"final_sigmas_type is zero or sigma_min, got {kind!r}")
-    end = 0.0 if kind == "sigma_min" and schedule.times is not None else schedule.t_clean
-    if kind == "sigma_min" and len(times) and (float(times[-1]) <= end or end == schedule.t_clean):
-        end = float(times[-1]) - SHORTEST * (float(times[-1]) - schedule.t_clean)
+    end = schedule.t_clean
+    if not clean and len(times):
+        last = float(times[-1])
+        end = min(last if schedule.times is None else schedule.t_last, last - SHORTEST * (last - schedule.t_clean))
+    if schedule.times is not None and len(times) and not float(schedule.alpha(times[0])) > 0 and float(times[0]) > schedule.t_max:
+        raise GridError(f"time {float(times[0]):g} lies beyond pure noise, which is at {schedule.t_max:g}: use fewer steps or offset 0")
     return TimeGrid(torch.cat([times, torch.tensor([end], dtype=torch.float64)]))
 
 
@@ -105,6 +124,12 @@ def _named(config: Mapping[str, Any]) -> str | None:
     if len(chosen) > 1:
         raise GridError(f"noise levels are of one kind, but {' and '.join(chosen)} are asked for")
     return chosen[0] if chosen else None
+
+
+def _falling(high: float, low: float) -> tuple[float, float]:
+    if not 0 < low < high:
+        raise GridError(f"noise levels run from sigma_max down to a smaller sigma_min above 0, got {high:g} and {low:g}")
+    return high, low
 
 
 def _levels(name: str, high: float, low: float, steps: int) -> Tensor:
@@ -153,17 +178,27 @@ def _spaced(config: Mapping[str, Any], schedule: NoiseSchedule, steps: int) -> T
 
 
 def _flow(config: Mapping[str, Any], schedule: RectifiedFlow, steps: int | None, sigmas: Tensor | None) -> Tensor:
-    """Return a flow's times ``[M]``: uniform ``u`` from 1 or ``sigmas``, shifted, stretched to ``shift_terminal``, respaced by name."""
+    """Return a flow's times ``[M]``: uniform ``u`` from 1 or ``sigmas``, shifted, stretched to ``shift_terminal``, respaced by name.
+
+    Respaced levels are a flow's ``sigma`` between the first and the last of these, as diffusers' flow scheduler has it; with ``sigma_max``
+    and ``sigma_min`` they are ``sigma/alpha`` between those, as its UniPC has it, and the shift does not count.
+    """
     if sigmas is None:
         if steps is None or steps < 1:
             raise GridError(f"a grid needs at least 1 step, got {steps}")
         sigmas = torch.linspace(1, 1 / float(config.get("num_train_timesteps", 1000)), steps + 1, dtype=torch.float64)[:-1]
     sigmas = sigmas[:-1] if bool(sigmas[-1] == 0) else sigmas
-    if len(sigmas) < 1 or bool((sigmas <= 0).any()) or bool((sigmas > 1).any()):
+    if len(sigmas) < 1 or bool((sigmas <= 0).any()) or bool((sigmas > 1 + ROUNDING).any()):
         raise GridError(f"the sigmas of a flow lie between 0 and 1, got {sigmas.tolist()}")
-    sigmas, name, terminal = schedule.sigma(sigmas), _named(config), config.get("shift_terminal")
+    sigmas, name, terminal = schedule.sigma(sigmas.clamp(max=1.0)), _named(config), config.get("shift_terminal")
     if terminal and float(sigmas[-1]) < 1:  # a single evaluation at 1 has nothing to stretch
         sigmas = 1 - (1 - sigmas) * (1 - float(terminal)) / (1 - sigmas[-1])
-    if name is not None:
+    high, low = config.get("sigma_max"), config.get("sigma_min")
+    if name is not None and (high is not None or low is not None):
+        if high is None or low is None:
+            raise GridError(f"sigma_min and sigma_max of a flow go together, got {low} and {high}: give both or none")
+        level = _levels(name, *_falling(float(high), float(low)), len(sigmas))
+        sigmas = level / (1 + level)
+    elif name is not None:
         sigmas = _levels(name, float(sigmas[0]), float(sigmas[-1]), len(sigmas)).clamp(max=1.0)
     return schedule.t_of_lam(torch.log1p(-sigmas) - torch.log(sigmas))

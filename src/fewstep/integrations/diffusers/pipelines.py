@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap
-from fewstep.models.formats.diffusers_law import noise_law
+from fewstep.models.formats.diffusers_law import ends_clean, noise_law
 from fewstep.models.guidance import Wrapped
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import image_size, unwrapped
@@ -151,7 +151,7 @@ def from_pipeline(
     request = PipelineRequest(pipe, network, texts, negative_prompt, height, width, control_image, embedded_guidance)
     with torch.no_grad():
         conditioned, shape, classes, null_label, mu = read(request)
-    law = noise_law(pipe.scheduler.config, mu=mu, to_clean=pipe.scheduler.config.get("final_sigmas_type") != "sigma_min")
+    law = noise_law(pipe.scheduler.config, mu=mu, to_clean=ends_clean(pipe.scheduler.config))
     name = Path(str(getattr(pipe, "name_or_path", "") or getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)).name
     labels = {"classes": classes, "null_label": null_label, "guidance_scale": guidance_scale, "prompts": tuple(texts)}
     return PipelineModel(conditioned, law.schedule, law.prediction, shape=shape, time=law.time, name=name, **labels)

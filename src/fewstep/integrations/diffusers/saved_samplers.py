@@ -97,7 +97,9 @@ class SavedSamplers:
             )
         kind = PREDICTIONS.get(str(kind), str(kind))
         if isinstance(law, RectifiedFlow):
-            return {"use_flow_sigmas": True, "flow_shift": law.shift, "prediction_type": kind}
+            inverted = kind == "reversed-flow"
+            kind = "flow_prediction" if inverted else kind
+            return {"use_flow_sigmas": True, "flow_shift": law.shift, "prediction_type": kind, "invert_sigmas": inverted}
         if law.times is not None:
             bar = law.alpha(law.times) ** 2  # from the clean image on
             betas = (1 - bar[1:] / bar[:-1]).tolist()

@@ -6,6 +6,8 @@ pipeline gives what `fewstep.sample` gives.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +19,9 @@ from fewstep.core.prediction import aligned, x0_coefficients
 from fewstep.core.schedule import RectifiedFlow
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Row, Solver, advance
+from fewstep.integrations.diffusers.arguments import one_time, refuse_unknown
 from fewstep.integrations.diffusers.chains import Chain, Chains, Plan
-from fewstep.integrations.diffusers.noise_levels import default_sigmas_count, grid_from_config
+from fewstep.integrations.diffusers.noise_levels import checked_times, default_sigmas_count, grid_from_config
 from fewstep.integrations.diffusers.saved_samplers import SavedSamplers
 from fewstep.integrations.diffusers.scheduler_files import (
     BaseOutput,
@@ -29,12 +32,16 @@ from fewstep.integrations.diffusers.scheduler_files import (
     resolve_artifact,
 )
 from fewstep.integrations.diffusers.solver_names import DESCRIPTIVE, solver_of
-from fewstep.models.formats.diffusers_law import NoiseLaw, noise_law
+from fewstep.models.formats.diffusers_law import NoiseLaw, ends_clean, noise_law, shift_kind
 from fewstep.models.guidance import thresholded
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError
+from fewstep.runtime.front_door import is_count
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, takes_statistics
 from fewstep.solvers.aliases import ALIASES
+
+log = logging.getLogger("fewstep")
+LEVEL_SLACK = 1e-6  # by which a step's level may exceed the one asked for: float32 levels come back as they were printed
 
 __all__ = ["FewstepScheduler", "FewstepSchedulerOutput", "SchedulerMixin"]  # the last is what a pipeline's loader looks for here
 
@@ -67,7 +74,11 @@ class FewstepScheduler(StoredScheduler):
         statistics: statistics of the model for ``dpm-solver-v3``: a `ModelStatistics`, or its folder or hub id.
         sampler: saved samplers in place of a solver and grid: a folder or hub id, see `from_sampler`.
 
-    All other arguments are those of diffusers' DPM-Solver and UniPC schedulers, with their meanings.
+        to_clean: step to the clean image at the end; by default as ``final_sigmas_type`` says. The configuration of a solver in noise
+            prediction writes it down, beside the ``final_sigmas_type="sigma_min"`` without which diffusers refuses such solvers.
+
+    All other arguments are those of diffusers' DPM-Solver and UniPC schedulers, with their meanings; ``invert_sigmas`` is that of its flow
+    scheduler, ``snr_shift_scale`` that of CogVideoX's.
 
     Raises:
         FewstepError: an unknown name or option, or artifacts of another model.
@@ -110,11 +121,14 @@ class FewstepScheduler(StoredScheduler):
         sigma_min: float | None = None,
         sigma_max: float | None = None,
         final_sigmas_type: str = "zero",
+        to_clean: bool | None = None,
         lambda_min_clipped: float = -float("inf"),
         variance_type: str | None = None,
         timestep_spacing: str = "linspace",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float = 1.0,
+        invert_sigmas: bool = False,
     ) -> None:
         given = {key: self.config[key] for key in DESCRIPTIVE}
         name = solver_of(given) if solver is None else ALIASES.get(str(solver), str(solver))
@@ -128,12 +142,15 @@ class FewstepScheduler(StoredScheduler):
         self._settle(name, sampler, statistics)
         if self._samplers is None:
             self._solver = self._made(name)
-        self._law: NoiseLaw = noise_law(self.config, mu=0.0, to_clean=final_sigmas_type == "zero")
+        unshifted = 0.0 if shift_kind(self.config) == "exponential" else 1.0
+        self._law: NoiseLaw = noise_law(self.config, mu=unshifted, to_clean=ends_clean(self.config))
         self.init_noise_sigma = 1.0
         known = self._law.schedule.times
         if self._law.betas is not None and known is not None:
             self.betas, self.alphas = self._law.betas, 1 - self._law.betas
             self.alphas_cumprod = (self._law.schedule.alpha(known[1:]) ** 2).float()  # known[0] is the clean image
+        self._told_of_held = False
+        self._held: list[tuple[int, float, float]] = []  # evaluations beyond the table: number, time that the network is told, t
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.sigmas = torch.exp(-self._law.schedule.lam(self._law.t_of_time(self.timesteps.double()))).float()
@@ -169,8 +186,34 @@ class FewstepScheduler(StoredScheduler):
 
         Args:
             begin_index: its number, a multiple of `order`.
+
+        Raises:
+            GridError: no evaluation has this number.
         """
-        self._begin_index = begin_index
+        count = math.inf if self.num_inference_steps is None else len(self._times)
+        if not (begin_index == 0 or is_count(begin_index)) or begin_index >= count:
+            raise GridError(
+                f"begin_index is the number of an evaluation, from 0 to {count - 1}, got {begin_index}: "
+                "take more steps, or a larger strength"
+            )
+        self._begin_index = int(begin_index)
+
+    def set_begin_level(self, level: float) -> int:
+        """Start from the first step whose noise level ``sigma/alpha`` is at most this, and return the number of its evaluation.
+
+        Of a strength counted in steps, the noise depends on the spacing; of a level it does not.
+
+        Raises:
+            GridError: before `set_timesteps`, or no step starts at so low a level.
+        """
+        if self.num_inference_steps is None:
+            raise GridError("run set_timesteps before set_begin_level: it chooses the levels")
+        levels = torch.exp(-self._sampler.tableau.nodes.lam[:-1])[:: self.order]
+        below = (levels <= level * (1 + LEVEL_SLACK)).nonzero()
+        if not len(below):
+            raise GridError(f"no step starts at noise level {level:g} or below: the last starts at {float(levels[-1]):.3g}")
+        self.set_begin_index(int(below[0]) * self.order)
+        return int(below[0]) * self.order
 
     def set_timesteps(
         self,
@@ -179,6 +222,8 @@ class FewstepScheduler(StoredScheduler):
         timesteps: Any = None,  # noqa: ANN401 - a list, an array or a tensor
         sigmas: Any = None,  # noqa: ANN401
         mu: float | None = None,
+        original_inference_steps: int | None = None,
+        **unknown: Any,  # noqa: ANN401
     ) -> None:
         """Choose the times and put the solver on them. Run it before the loop.
 
@@ -186,18 +231,27 @@ class FewstepScheduler(StoredScheduler):
             num_inference_steps: steps of the grid; solvers of several stages make `order` evaluations in each.
             device: the device of the loop's tensors.
             timesteps: the network's own times, decreasing, in place of a number of steps.
-            sigmas: noise levels ``sigma/alpha``, or a flow's ``sigma`` before its shift, in place of a number of steps.
+            sigmas: noise levels ``sigma/alpha``, or a flow's ``sigma`` before its shift, in place of a number of steps. Timesteps beside a
+                flow's sigmas are what its network is told at those levels.
             mu: the shift of a flow that depends on the image size.
+            original_inference_steps: of a network that was distilled for LCM; None, since there is no ODE for such a network.
+            unknown: arguments of other schedulers, which are refused.
 
         Raises:
             GridError: times that do not decrease, or a saved sampler that has not so many steps.
+            FewstepError: an argument that this scheduler does not have.
         """
-        self._law = noise_law(self.config, mu=mu, to_clean=self.config["final_sigmas_type"] == "zero")
+        if original_inference_steps is not None:
+            unknown["original_inference_steps"] = original_inference_steps
+        refuse_unknown("set_timesteps", unknown)
+        self._law = noise_law(self.config, mu=mu, to_clean=ends_clean(self.config))
         if sigmas is not None and (self._samplers is not None or self.config["grid"]) and isinstance(self._law.schedule, RectifiedFlow):
             count = default_sigmas_count(sigmas)  # some pipelines say their number of steps so
             num_inference_steps, sigmas = (num_inference_steps, sigmas) if count is None else (count, None)
         if self._samplers is None:
             grid = grid_from_config(self.config, self._law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+            if timesteps is not None and sigmas is not None:
+                self._law = self._law.paired(grid.t[:-1], checked_times(self.config, self._law, timesteps))
             self._sampler = Sampler.build(self._solver, grid, self._law.schedule)
         else:
             if timesteps is not None or sigmas is not None:
@@ -205,18 +259,33 @@ class FewstepScheduler(StoredScheduler):
             self._sampler = self._samplers.of(num_inference_steps)
             self._check_law()
         nodes = self._sampler.tableau.nodes
-        times = self._law.time(nodes.t[:-1])
+        times = self._network_times(nodes.t[:-1])
         whole = torch.equal(times, times.round()) and self._law.schedule.times is not None
         self.timesteps = times.to(torch.int64 if whole else torch.float32).to(device)
         self._whole = self.timesteps  # pipelines may put a part of it in its place
         self._times: list[float] = times.float().tolist()
-        level = nodes.sigma if self.config["use_flow_sigmas"] else torch.exp(-nodes.lam)
+        beyond = (times != self._law.time(nodes.t[:-1])).nonzero().flatten().tolist()
+        self._held = [(i, self._times[i], float(nodes.t[i])) for i in beyond[::-1]]  # the first of those with one time counts
+        of_flow = nodes.alpha if self.config["invert_sigmas"] else nodes.sigma
+        level = of_flow if self.config["use_flow_sigmas"] else torch.exp(-nodes.lam)
         self.sigmas = level.float()
         self.num_inference_steps = len(times) if self.order == 1 else self._sampler.grid.steps
         self._plans: dict[Any, Plan] = {}
         self._begin_index = None
         self._forget()
         self._plan(0, torch.float32, self.timesteps.device)
+
+    def _network_times(self, t: Tensor) -> Tensor:
+        """Return the times ``[*]`` that the network is told at ``t [*]``; where a level lies beyond its table, the table's last time."""
+        times = self._law.held_time(t)
+        if not self._told_of_held and bool((times != self._law.time(t)).any()):
+            self._told_of_held = True
+            levels = torch.exp(-self._law.schedule.lam(self._law.schedule.ends.clamp(min=self._law.schedule.t_last))).tolist()
+            log.warning(
+                "noise levels beyond the model's own, %.3g to %.3g: they are kept, and the network is told its first or last time",
+                *levels,
+            )
+        return times
 
     def _check_law(self) -> None:
         nodes, law = self._sampler.tableau.nodes, self._law.schedule
@@ -242,7 +311,16 @@ class FewstepScheduler(StoredScheduler):
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None, *args: Any) -> Tensor:  # noqa: ANN401, ARG002
-        """Return ``sample`` itself: the state is the network's input."""
+        """Return ``sample`` itself: the state is the network's input.
+
+        Raises:
+            FewstepError: a noise level in place of a sample, as a pipeline scales it whose state grows with the noise.
+        """
+        if sample.ndim == 0:
+            raise FewstepError(
+                "a pipeline that scales a noise level (StableDiffusionLatentUpscalePipeline) works on a state that grows with the noise, "
+                "which a FewstepScheduler does not have: keep its EulerDiscreteScheduler"
+            )
         return sample
 
     @torch.compiler.disable
@@ -254,7 +332,10 @@ class FewstepScheduler(StoredScheduler):
         generator: Any = None,  # noqa: ANN401 - a torch.Generator, or one for each sample
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
-        **kwargs: Any,  # noqa: ANN401, ARG002 - what other schedulers take, eta for example
+        *,
+        eta: float | None = 0.0,
+        use_clipped_model_output: bool | None = None,
+        **unknown: Any,  # noqa: ANN401
     ) -> FewstepSchedulerOutput | tuple[Tensor, Tensor]:
         """Take the step after one evaluation of the network, to the state at which it is evaluated next.
 
@@ -267,11 +348,19 @@ class FewstepScheduler(StoredScheduler):
             generator: a ``torch.Generator`` for solvers that add noise, or one for each sample.
             variance_noise: the noise itself, standard normal ``[B, *D]``.
             return_dict: return a `FewstepSchedulerOutput` rather than a pair.
-            kwargs: arguments of other schedulers, which have no effect.
+            eta: 0 or None, which pipelines pass; how much noise is added is an option of the solver (``ddim:eta=0.5``).
+            use_clipped_model_output: False or None, as pipelines of DDIM pass it; say ``thresholding=True`` instead.
+            unknown: arguments of other schedulers, which are refused.
 
         Raises:
-            FewstepError: before `set_timesteps`, or shapes that do not fit.
+            FewstepError: before `set_timesteps`, shapes that do not fit, several times in one batch, or an argument that would change the
+                step of another scheduler and means nothing here.
         """
+        if eta or use_clipped_model_output or unknown:
+            asked = {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
+            refuse_unknown("step", {key: value for key, value in asked.items() if value} | unknown)
+        if generator is not None and not isinstance(generator, torch.Generator | list | tuple):
+            raise FewstepError(f"generator is a torch.Generator or one for each sample, got {type(generator).__name__}")
         if self.num_inference_steps is None:
             raise FewstepError("run set_timesteps before step: it chooses the times")
         if model_output.shape != sample.shape:
@@ -322,11 +411,11 @@ class FewstepScheduler(StoredScheduler):
     def _places(self, timestep: Any) -> list[int] | None:  # noqa: ANN401
         """Return the evaluations that a timestep may belong to, without waiting for a device; None if that would need its value."""
         if isinstance(timestep, Tensor):
+            timestep = one_time(timestep)
             if timestep.untyped_storage().data_ptr() == self._whole.untyped_storage().data_ptr():  # a view: its place says it
                 return [int(timestep.storage_offset() - self._whole.storage_offset())]
             if timestep.device.type != "cpu":
                 return None
-            timestep = timestep.flatten()[0]
         value = torch.tensor(float(timestep), dtype=torch.float32).item()
         return [i for i, time in enumerate(self._times) if time == value]
 
@@ -338,7 +427,8 @@ class FewstepScheduler(StoredScheduler):
         if self._begin_index is not None and self._begin_index in places:
             return self._begin_index
         found = [i for i in places if i in starts]
-        return found[0] if found else min(starts, key=lambda i: abs(self._times[i] - float(timestep)))
+        time = one_time(timestep) if isinstance(timestep, Tensor) else timestep
+        return found[0] if found else min(starts, key=lambda i: abs(self._times[i] - float(time)))
 
     def _forget(self) -> None:
         self._chains = Chains()
@@ -347,7 +437,12 @@ class FewstepScheduler(StoredScheduler):
     # -- the forward process ----------------------------------------------------------------------------------------
 
     def _scales(self, timesteps: Any, like: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-        t = self._law.t_of_time(torch.as_tensor(timesteps).detach().cpu().double())
+        times = checked_times(self.config, self._law, timesteps)
+        t = self._law.t_of_time(times)
+        begin = [entry for entry in self._held if entry[0] == self._begin_index]
+        for _, time, node in [*self._held, *begin]:
+            t = torch.where(times == time, node, t)
+        t = t.reshape(torch.as_tensor(timesteps).shape)
         alpha, sigma = self._law.schedule.alpha(t), self._law.schedule.sigma(t)
         return aligned(alpha, like), aligned(sigma, like)
 
@@ -358,6 +453,9 @@ class FewstepScheduler(StoredScheduler):
             original_samples: images ``x0 [B, *D]``.
             noise: standard normal ``eps [B, *D]``.
             timesteps: any times of the network, ``[]`` or ``[B]``.
+
+        Raises:
+            GridError: a time that the network does not have.
         """
         alpha, sigma = self._scales(timesteps, original_samples)
         return alpha * original_samples + sigma * noise

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from fewstep.core.statistics import ModelStatistics
 from fewstep.integrations.diffusers.saved_samplers import SavedSamplers
-from fewstep.integrations.diffusers.solver_names import DESCRIPTIVE, options_of
-from fewstep.models.formats.diffusers_law import is_edm, is_flow
+from fewstep.integrations.diffusers.solver_names import DESCRIPTIVE, end_of, options_of
+from fewstep.models.formats.diffusers_law import ends_clean, is_edm, is_flow, noise_law, refuse_no_ode
 from fewstep.runtime.artifact import read_json
 from fewstep.runtime.errors import ArtifactError, ModelError
 from fewstep.runtime.hub import HUB_ID, snapshot
@@ -54,10 +56,18 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
                 settled[key] = str(value)
         if self.config["use_flow_sigmas"]:
             settled["shift"] = self.config["flow_shift"]  # as diffusers' own flow schedulers call it
+        settled |= end_of(settled["algorithm_type"], clean=ends_clean(self.config), chosen=self.config["to_clean"])
         defaults = self.config.get("_use_default_values")
-        if defaults is not None:  # these survive a journey through another scheduler's configuration
-            settled["_use_default_values"] = sorted(set(defaults) - set(settled))
+        if defaults is not None:  # what is settled survives a journey through another scheduler's configuration
+            same = {"algorithm_type"} if settled["algorithm_type"] == "dpmsolver++" else set()  # for which SA-Solver has another word
+            settled["_use_default_values"] = sorted(set(defaults) - (set(settled) - same))
         self.register_to_config(**settled)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for key, artifact in ((STATISTICS, self._statistics), ("sampler", self._samplers)):
+            if str(self.config[key]).startswith("memory:"):  # so that this process knows it too
+                _KNOWN[self.config[key]] = artifact
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:
@@ -80,18 +90,26 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
         """
         if isinstance(config, Mapping):
             changed, of = dict(config), str(config.get("_class_name", ""))
+            refuse_no_ode(changed)
             if "solver" not in changed:  # it was never ours
                 made = changed.pop("_use_default_values", None) is not None or of  # by a scheduler, rather than by hand
                 lawless = made and not is_flow(changed) and "beta_schedule" not in changed
                 if str(changed.get("algorithm_type")).endswith("_prediction"):
                     del changed["algorithm_type"]  # SA-Solver has another meaning for it
-                other = lawless or changed.get("snr_shift_scale", 1.0) != 1 or changed.get("timestep_type", "discrete") != "discrete"
-                if other or is_edm(changed) or changed.get("stochastic_sampling") or changed.get("invert_sigmas"):
-                    raise ModelError(f"a FewstepScheduler cannot be made from this {of}: its state or its steps are of another kind")
+                if is_edm(changed):
+                    raise ModelError(f"{of or 'a scheduler'} with sigma_data has a state that grows with the noise: keep that scheduler")
+                if lawless:
+                    raise ModelError(f"{of or 'a scheduler'} has no beta_schedule and is no flow known here: keep that scheduler")
+                if changed.get("algorithm_type") == "deis":
+                    changed.setdefault("final_sigmas_type", "sigma_min")  # where DEIS ends, which has no such option
+                if changed.get("use_flow_sigmas") and changed.get("use_karras_sigmas") and "sigma_max" in changed:
+                    changed |= _unipc_levels(changed)
                 if is_flow(changed) and not changed.get("use_flow_sigmas"):
                     changed |= {"use_flow_sigmas": True, "flow_shift": changed.get("shift", 1.0), "prediction_type": "flow_prediction"}
             if set(DESCRIPTIVE) & set(kwargs) and "solver" not in kwargs:
                 changed.pop("solver", None)  # what is asked for now wins over what the name said
+            if "final_sigmas_type" in kwargs:
+                kwargs.setdefault("to_clean", None)
             if {*DESCRIPTIVE, "solver"} & set(kwargs) and "sampler" not in kwargs:
                 changed.pop("sampler", None)  # and over a saved sampler
             config = changed
@@ -172,6 +190,13 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
             here = [key for key in (STATISTICS, "sampler") if named.get(key) and (place / named[key]).is_dir()]
             beside = {key: str(place / named[key]) for key in here}
         return super().from_pretrained(str(root), subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **{**beside, **kwargs})
+
+
+def _unipc_levels(config: Mapping[str, Any]) -> dict[str, float]:
+    """Return the ends of the Karras levels of diffusers' UniPC on a flow: those that are not given are its table's."""
+    law = noise_law({key: value for key, value in config.items() if key not in ("use_flow_sigmas", "prediction_type")}).schedule
+    low, high = torch.exp(-law.lam(torch.tensor([law.t_last, law.t_max], dtype=torch.float64))).tolist()
+    return {"sigma_min": config["sigma_min"] or low, "sigma_max": config["sigma_max"] or high}
 
 
 def resolve_artifact(value: Any, kind: Any) -> Any:  # noqa: ANN401 - an artifact class, and a value that names an artifact

@@ -10,7 +10,9 @@ from fewstep.runtime.spec import parse_spec
 from fewstep.solvers import make_solver, takes_statistics
 from fewstep.solvers.stencil import ALWAYS, NEVER
 
-__all__ = ["DESCRIPTIVE", "options_of", "solver_of"]
+__all__ = ["DESCRIPTIVE", "end_of", "options_of", "solver_of"]
+
+NOISE_PREDICTION = ("deis", "dpmsolver", "sde-dpmsolver")  # algorithm types
 
 DESCRIPTIVE = (
     "solver_order",
@@ -49,7 +51,7 @@ def solver_of(options: Mapping[str, Any]) -> str:
     if algorithm == "sde-dpmsolver++" and order == 1:
         return "ddim:eta=1"
     if algorithm.startswith("sde") and order > 2:
-        raise SolverError(f"{algorithm} has solver_order 1 or 2, got {order}")
+        raise SolverError(f"{algorithm} has solver_order 1 or 2, got {order}: the formula that diffusers runs for 3 is of first order only")
     family = {
         "dpmsolver": "dpm-solver-{}m",
         "dpmsolver++": "dpm-solver-pp-{}m",
@@ -57,6 +59,19 @@ def solver_of(options: Mapping[str, Any]) -> str:
         "sde-dpmsolver++": "sde-dpm-solver-pp-{}m",
     }[algorithm]
     return _steps(family, order) + form + below + final
+
+
+def end_of(algorithm: str, *, clean: bool, chosen: bool | None) -> dict[str, Any]:
+    """Return the options that say where the grid of a solver ends, in words that diffusers' schedulers take too.
+
+    Args:
+        algorithm: its ``algorithm_type``; in noise prediction diffusers refuses a step to the clean image.
+        clean: whether the grid ends there.
+        chosen: what ``to_clean`` says so far.
+    """
+    if clean and algorithm in NOISE_PREDICTION:
+        return {"final_sigmas_type": "sigma_min", "to_clean": True}
+    return {} if chosen is None else {"final_sigmas_type": "zero" if clean else "sigma_min", "to_clean": None}
 
 
 def _steps(family: str, order: int) -> str:
