@@ -1,5 +1,6 @@
 """The command line as a person uses it: models, sample, bench, resumption, several processes, and one clear line for every mistake."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from tests.apps.conftest import run, samples
 
 from fewstep import Sampler, TimeGrid, VarianceExploding, load_model, make_solver
+from fewstep.apps import cli
 from fewstep.evaluate.benchmark.comparison import Comparison
 from fewstep.models import generate as generation
 from fewstep.models.zoo import WEIGHTS
@@ -220,3 +222,41 @@ def test_damaged_samplers_and_unwritable_folders(monkeypatch, capsys, tmp_path: 
     (tmp_path / "file").write_text("")
     assert run(monkeypatch, *SAMPLE, "--out", tmp_path / "file" / "out") == 2
     assert "choose a folder that you may write to" in capsys.readouterr().err
+
+
+# -- hostile words ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "verb", [verb for verb in cli.VERBS if "out" in inspect.signature(verb).parameters], ids=lambda verb: verb.__name__
+)
+def test_an_empty_folder_is_not_the_working_folder(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, verb.__name__, "digits-edm", "--out=") == 2
+    assert "a file or folder is named by its path, got ''" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("sample", "digits-edm", "--out", "a" * 5000), "no file or folder can be named"),
+        (("sample", "a" * 5000, "--out", "x"), "no file or folder can be named"),
+        (("sample", "", "--out", "x"), "named by its path, got ''"),
+        (("sample", "digits-edm", "--sampler", "a" * 300, "--out", "x"), "no file or folder can be named"),
+        (("sample", "digits-edm", "--sampler=", "--out", "x"), "named by its path, got ''"),
+        (("sample", "digits-edm", "--seed", 2**63, "--out", "x"), "seeds must lie between 0 and 2^63"),
+        (("bench", "digits-edm", "--seed", 2**63, "--out", "x"), "seeds must lie between 0 and 2^63"),
+        (("trajectories", "digits-edm", "--seed", 2**63, "--out", "x"), "seeds must lie between 0 and 2^63"),
+        (("report", "", "--out", "x"), "named by its path, got ''"),
+        (("calibrate", "digits-edm", "--data", "", "--out", "x"), "named by its path, got ''"),
+        (("sample", "tests.apps.own_models:leaves", "--out", "x"), "made no model: SystemExit: bye"),
+        (("sample", "digits-edm", "--out", "/dev/null/x"), "/dev/null is a file; choose a folder"),
+    ],
+)
+def test_words_that_cannot_be_are_refused(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *words) == 2
+    said = capsys.readouterr().err
+    assert says in said and len(said.encode()) < 2100
+    assert list(tmp_path.iterdir()) == []

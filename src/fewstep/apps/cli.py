@@ -45,6 +45,9 @@ def main() -> Any:  # noqa: ANN401
     except FewstepError as error:
         typer.echo(f"fewstep: {error}", err=True)
         sys.exit(2)
+    except OSError as error:  # of the machine: a full disk, a closed pipe, a folder that went
+        typer.echo(f"fewstep: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", err=True)
+        sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as end:  # typer turns an interrupt into an exit with 130
         if isinstance(end, SystemExit) and end.code != 130:
             raise
