@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 from filelock import FileLock, Timeout
 
-from fewstep.runtime.artifact import check_writable
+from fewstep.runtime.artifact import check_writable, named_path
 from fewstep.runtime.errors import ArtifactError, FewstepError
 from fewstep.runtime.process import process, usable_device, wait_for_all
 
@@ -34,7 +34,7 @@ def folder_of(out: str | Path) -> Path:
     """
     if not isinstance(out, str | Path):
         raise ArtifactError(f"out is a folder, got {out!r}")
-    return Path(out)
+    return named_path(out)
 
 
 def _silent(done: int, note: str) -> None:

@@ -257,7 +257,7 @@ class _Bench:
             if entry.trusted and not isinstance(error, FewstepError | RuntimeError):
                 raise  # a mistake in this library, not a failure of the sampler
             path.unlink(missing_ok=True)
-            why = str(error) if isinstance(error, FewstepError) else f"{type(error).__name__}: {error}"
+            why = str(error if isinstance(error, FewstepError) else FewstepError(f"{type(error).__name__}: {error}"))
             return self._row(entry, {**NO_METRICS, "rmse": None, "seconds": None, "solver_seconds": None, "failed": why})
         errors = sample_errors(made.samples, self.exact)
         save_samples(path, made.samples, errors)
