@@ -38,6 +38,7 @@ __all__ = [
     "Whole",
     "check_file",
     "check_writable",
+    "held_to",
     "load_artifact",
     "named_path",
     "parse_json",
@@ -308,14 +309,23 @@ def read_record(path: Path, kind: type[R]) -> R:
 
 def parse_record(text: str | bytes, kind: type[R], where: object) -> R:
     """Return the record in a text, see `read_record`."""
-    from pydantic import ValidationError  # when something is read: sampling by name does not wait for it
-
     meta = parse_json(text, where)
     if (meta.get("format"), meta.get("version")) != (kind.FORMAT, kind.VERSION):
         raise ArtifactError(
             f"{where} is {meta.get('format')!r} version {meta.get('version')!r}; this fewstep reads {kind.FORMAT!r} version "
             f"{kind.VERSION}: use the version of fewstep that wrote it, or make it again"
         )
+    return held_to(text, kind, where)
+
+
+def held_to(text: str | bytes, kind: type[T], where: object) -> T:
+    """Return the JSON text as a dataclass, whose types it is held to: no word is taken for a number, nor a switch for one.
+
+    Raises:
+        ArtifactError: a field is missing, of another type, or too many (which).
+    """
+    from pydantic import ValidationError  # when something is read: sampling by name does not wait for it
+
     try:
         return _reader(kind).validate_json(text, strict=True)
     except ValidationError as error:
@@ -326,7 +336,7 @@ def parse_record(text: str | bytes, kind: type[R], where: object) -> R:
 
 
 @cache
-def _reader(kind: type[R]) -> TypeAdapter[R]:
+def _reader(kind: type[T]) -> TypeAdapter[T]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
