@@ -61,7 +61,7 @@ def test_sample_writes_pictures_and_arrays(monkeypatch, capsys, tmp_path: Path) 
     assert (
         arrays["x"].shape == (5, 1, 8, 8) and arrays["seeds"].tolist() == [7, 8, 9, 10, 11] and arrays["labels"].tolist() == [7, 8, 9, 0, 1]
     )
-    assert {p.name for p in tmp_path.iterdir()} == {"grid.png", "samples.npz", "singles"}
+    assert {p.name for p in tmp_path.iterdir()} == {"grid.png", "samples.json", "samples.npz", "singles"}
 
 
 def test_a_killed_sample_run_continues(monkeypatch, capsys, tmp_path: Path) -> None:

@@ -214,13 +214,16 @@ def test_other_tensors_are_refused(saved):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("update", lambda table: table.long(), "the tensor update holds int64, not floating-point numbers"),
+        ("update", lambda table: table.long(), "the tensor update holds int64, not float64"),
         ("noise", lambda table: table[1:], r"the tensor noise has shape \[\d+\], not"),
         ("record", lambda table: table[:, :1], r"the tensor record has shape"),
         ("update", lambda table: table[:, :, :1], "the tensor update has shape .*without columns for the anchor and the state"),
         ("update", lambda table: table[..., None].expand(*table.shape, 3), "the coefficients of its tensors are of different shapes"),
         ("bias", lambda table: table + math.nan, "the tensor bias has numbers that are not finite"),
         ("nodes.lam", lambda table: table + math.nan, "the tensor nodes.lam has entries that are no numbers"),
+        ("nodes.alpha", lambda table: table.float(), "the tensor nodes.alpha holds float32, not float64"),
+        ("nodes.sigma", lambda table: -table, "the tensor nodes.sigma is not that of its noise law at nodes.t"),
+        ("nodes.alpha", lambda table: table + 1e-3, "the tensor nodes.alpha is not that of its noise law at nodes.t"),
         ("nodes.t", lambda table: table[None], "the tensor nodes.t has shape"),
         ("grid", lambda table: torch.linspace(1, 0, 1000), "its grid has 999 steps, more than its"),
         ("grid", lambda table: table.flip(0), "times must strictly decrease"),

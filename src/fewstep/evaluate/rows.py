@@ -168,7 +168,7 @@ def read_samples(path: Path) -> Tensor:
         ArtifactError: the file is damaged.
     """
     x = _read(path, "x")
-    return tensor_of({"x": x}, "x", [None] * x.ndim)
+    return tensor_of({"x": x}, "x", [None] * max(x.ndim, 2))
 
 
 def read_errors(path: Path) -> Tensor:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 __all__ = [
+    "TEMPORARY",
     "ArtifactRecord",
     "Count",
     "Number",
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 VERSION = 1
+TEMPORARY = ".fewstep-"  # how the names of files begin that are not whole yet; a `Job` removes those of killed runs
 LARGEST = 1 << 30  # bytes of a file that is read as a whole
 DEEPEST = 64  # lists within lists in a JSON file
 DIGITS = 20  # of a whole number in one
@@ -140,7 +142,9 @@ def load_artifact(folder: str | Path, kind: str, record: type[A], build: Callabl
         raise ArtifactError(f"{folder} is not a whole {kind} artifact: {why}; fetch or make it again") from error
 
 
-def tensor_of(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int | None], *, finite: bool = True) -> Tensor:
+def tensor_of(
+    tensors: Mapping[str, Tensor], name: str, shape: Sequence[int | None], *, finite: bool = True, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return a tensor of a file, of floating-point numbers.
 
     Args:
@@ -148,15 +152,17 @@ def tensor_of(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int | No
         name: of the one.
         shape: what it should be; None for any length.
         finite: whether each of its numbers should be.
+        dtype: what it should be; None for any.
 
     Raises:
-        ArtifactError: it is missing, of whole numbers, of another shape, or not finite.
+        ArtifactError: it is missing, of whole numbers, of another dtype or shape, or not finite.
     """
     if name not in tensors:
         raise ArtifactError(f"there is no tensor {name}")
     found = tensors[name]
-    if not found.is_floating_point():
-        raise ArtifactError(f"the tensor {name} holds {str(found.dtype).removeprefix('torch.')}, not floating-point numbers")
+    if not found.is_floating_point() or dtype not in (None, found.dtype):
+        wanted = "floating-point numbers" if dtype is None else str(dtype).removeprefix("torch.")
+        raise ArtifactError(f"the tensor {name} holds {str(found.dtype).removeprefix('torch.')}, not {wanted}")
     if found.ndim != len(shape) or any(wanted not in (None, side) for side, wanted in zip(found.shape, shape, strict=True)):
         wanted = ", ".join("any" if side is None else str(side) for side in shape)
         raise ArtifactError(f"the tensor {name} has shape {list(found.shape)}, not [{wanted}]")
@@ -178,7 +184,7 @@ def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
         if callable(content):

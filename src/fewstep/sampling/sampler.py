@@ -26,6 +26,7 @@ from fewstep.solvers import SOLVERS, make_solver, spec_of, takes_statistics
 __all__ = ["Sampler"]
 
 TABLES = ("record", "update", "bias", "noise")
+SAME = 1e-6  # how far a node's alpha and sigma may be from its noise law's, on another machine
 TAIL = "unipc-2"  # on the rest of a grid whose own formulas are not known here
 
 
@@ -237,17 +238,14 @@ class Sampler(Shared):
         """
 
         def build(meta: SamplerRecord, tensors: dict[str, Tensor]) -> Sampler:
-            sampler = cls(
-                _tableau(tensors, meta.nfe),
-                TimeGrid(tensor_of(tensors, "grid", [None])),
-                schedule_from_config(meta.schedule),
-                meta.solver,
-                meta.options,
-                meta.card,
-            )
-            if sampler.grid.steps > meta.nfe:
-                raise ArtifactError(f"its grid has {sampler.grid.steps} steps, more than its {meta.nfe} evaluations")
-            return sampler
+            tableau, grid = _tableau(tensors, meta.nfe), TimeGrid(tensor_of(tensors, "grid", [None]))
+            schedule, nodes = schedule_from_config(meta.schedule), tableau.nodes
+            if grid.steps > meta.nfe:
+                raise ArtifactError(f"its grid has {grid.steps} steps, more than its {meta.nfe} evaluations")
+            for name, known in (("alpha", schedule.alpha(nodes.t)), ("sigma", schedule.sigma(nodes.t))):
+                if not torch.allclose(getattr(nodes, name), known, rtol=SAME, atol=SAME):
+                    raise ArtifactError(f"the tensor nodes.{name} is not that of its noise law at nodes.t")
+            return cls(tableau, grid, schedule, meta.solver, meta.options, meta.card)
 
         return load_artifact(folder, "sampler", SamplerRecord, build)
 
@@ -276,12 +274,13 @@ def _tableau(tensors: Mapping[str, Tensor], nfe: int) -> Tableau:
     Raises:
         ArtifactError: a tensor is missing, or does not fit.
     """
-    nodes = Nodes(*(tensor_of(tensors, f"nodes.{name}", [nfe + 1], finite=name != "lam") for name in Nodes._fields))
+    double = torch.float64
+    nodes = Nodes(*(tensor_of(tensors, f"nodes.{name}", [nfe + 1], finite=name != "lam", dtype=double) for name in Nodes._fields))
     if bool(torch.isnan(nodes.lam).any()):
         raise ArtifactError("the tensor nodes.lam has entries that are no numbers")
     fixed = {"record": (nfe, 2), "update": (nfe, 2, None), "bias": (nfe, 2), "noise": (nfe,)}
     elements = {name: [None] * (tensors[name].ndim - len(fixed[name])) for name in TABLES[:-1] if name in tensors}
-    record, update, bias, noise = (tensor_of(tensors, name, (*fixed[name], *elements.get(name, ()))) for name in TABLES)
+    record, update, bias, noise = (tensor_of(tensors, name, (*fixed[name], *elements.get(name, ())), dtype=double) for name in TABLES)
     if update.shape[2] < 2:
         raise ArtifactError(f"the tensor update has shape {list(update.shape)}, without columns for the anchor and the state")
     if len({len(element) for element in elements.values()}) > 1:

@@ -1,6 +1,7 @@
 """Checkpoints of all kinds made into ours, and what is refused."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -155,6 +156,9 @@ def test_damaged_single_files_and_folders(tmp_path: Path, checkpoints: dict) -> 
         ({"network": {**meta["network"], "options": {**options, "num_blocks": 10**9}}}, "too many blocks or levels"),
         ({"network": {**meta["network"], "options": {**options, "channel_mult": [1] * 10**4}}}, "too many blocks or levels"),
         ({"schedule": {**meta["schedule"], "t_max": -1.0}}, "does not run down"),
+        ({"time": {**meta["time"], "factor": "1"}}, "NetworkTime: factor is a number"),
+        ({"time": {**meta["time"], "scale": math.nan}}, "which are not finite"),
+        ({"network": {"class": "UNet2DModel", "options": {"time_embedding_type": "x"}}}, "no UNet2DModel has the options"),
     ]:
         says(words, {**meta, **change})
     says("unknown noise schedule", {**meta, "schedule": {"law": "mine"}})

@@ -64,9 +64,10 @@ def benchmark(
         on_progress: called with the number of rows done and the name of the next.
 
     Raises:
-        FewstepError: as the solvers, grids and models it uses; also if no row could be run at all.
+        FewstepError: as the solvers, grids and models it uses; no row could be run at all; or under ``torchrun``, since rows are timed, and
+            processes that share a machine would slow each other.
     """
-    with Job.open(WORK, out, device=device or default_device(), on_progress=on_progress, command=command) as job:
+    with Job.open(WORK, out, device=device or default_device(), on_progress=on_progress, command=command, alone=True) as job:
         problem = Problem(model, config.guidance, job.device)
         return Comparison(run_entries(problem, planned_entries(problem, config), config.setup, job), job.folder)
 

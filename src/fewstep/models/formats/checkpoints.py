@@ -29,7 +29,7 @@ from fewstep.models.formats.edm_pickles import edm_network, read_edm
 from fewstep.models.formats.folders import ModelRecord, described, read_tensors, save_described
 from fewstep.models.formats.state_dicts import Weights, guided_network, score_sde_network
 from fewstep.models.model import Model
-from fewstep.runtime.artifact import check_file, check_writable, named_path, parse_json, parse_record
+from fewstep.runtime.artifact import TEMPORARY, check_file, check_writable, named_path, parse_json, parse_record
 from fewstep.runtime.errors import ArtifactError, FewstepError, ModelError, first_line, look_up
 
 __all__ = ["FORMATS", "convert", "load_checkpoint", "save_single_file"]
@@ -170,7 +170,7 @@ def convert(
         return replace(model, name=str(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=TEMPORARY) as scratch:
             save_described(model, Path(scratch) / "model")
             (Path(scratch) / "model").rename(out)
     except OSError as error:

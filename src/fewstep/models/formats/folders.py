@@ -27,6 +27,7 @@ from fewstep.models.networks.operator import OperatorStudent
 from fewstep.models.networks.unets import NETWORKS, build_network, empty_network
 from fewstep.runtime.artifact import Count, Record, Whole, check_file, named_path, read_json, read_record, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, ModelError, first_line
+from fewstep.runtime.front_door import check_fields
 
 __all__ = ["describe", "described", "load_folder", "read_tensors", "save_described", "save_like", "save_ours"]
 
@@ -139,6 +140,9 @@ def described(meta: ModelRecord, weights: Mapping[str, Tensor], name: str, where
         network = build_network(meta.network["class"], meta.network["options"], weights)
         schedule = schedule_from_config(meta.schedule)
         time = NetworkTime(**meta.time, schedule=schedule if meta.time["form"] == "sigma" else None)
+        check_fields(time)
+        if not (math.isfinite(time.scale) and math.isfinite(time.factor)):
+            raise ModelError(f"the network's time is scaled by {time.scale} and {time.factor}, which are not finite")
         call = None if type(network).__name__ in NETWORKS else unet_call
         labels: dict[str, Any] = {"classes": meta.classes, "null_label": meta.null_label}
         if math.prod(meta.shape) > LARGEST:
