@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.apps.conftest import run, samples
+from tests.apps.conftest import counted, run, samples
 
 from fewstep import Sampler, TimeGrid, VarianceExploding, load_model, make_solver
 from fewstep.apps import cli
 from fewstep.evaluate.benchmark.comparison import Comparison
 from fewstep.models import generate as generation
 from fewstep.models.zoo import WEIGHTS
+from fewstep.runtime.job import Job
 
 pytestmark = [
     pytest.mark.usefixtures("short_reference"),
@@ -260,3 +261,55 @@ def test_words_that_cannot_be_are_refused(words, says, tmp_path, monkeypatch, ca
     said = capsys.readouterr().err
     assert says in said and len(said.encode()) < 2100
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("bench", "digits-edm"),
+        ("optimize", "digits-edm"),
+        ("finetune", "digits-edm", "--nfe", 3),
+        ("demo",),
+    ],
+    ids=lambda words: words[0],
+)
+def test_work_that_processes_do_not_share_is_refused_at_once_under_torchrun(words, rank, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    calls = counted(monkeypatch)
+    assert run(monkeypatch, *words, "--out", tmp_path / "out") == 2
+    assert "runs in one process: start it without torchrun" in capsys.readouterr().err
+    assert calls == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_in_a_folder_is_refused_by_every_verb_that_writes_there(tmp_path, tiny, monkeypatch, capsys):
+    with Job.open("bench", tmp_path / "out") as job:
+        for words in (
+            ("sample", tiny),
+            ("bench", tiny),
+            ("calibrate", tiny),
+            ("optimize", tiny),
+            ("fit", tiny),
+            ("finetune", tiny, "--nfe", 3),
+            ("trajectories", tiny),
+            ("distill", tiny),
+            ("train",),
+            ("demo",),
+            ("report", job.folder),
+        ):
+            assert run(monkeypatch, *words, "--out", job.folder) == 2, words
+            assert f"another fewstep job is working in {job.folder}" in capsys.readouterr().err, words
+        assert [path.name for path in job.folder.iterdir()] == [".lock"]
+
+
+def test_samples_of_other_seeds_do_not_replace_the_first(tmp_path, tiny, monkeypatch, capsys):
+    words = ("sample", tiny, "--nfe", 2, "--num", 2, "--npz", "--out", tmp_path)
+    assert run(monkeypatch, *words) == 0
+    first = (tmp_path / "samples.npz").read_bytes()
+    for other in (("--seed", 7), ("--solver", "ddim"), ("--num", 3)):
+        assert run(monkeypatch, *words, *other) == 2
+        assert "holds the samples of another command" in capsys.readouterr().err
+        assert (tmp_path / "samples.npz").read_bytes() == first
+    assert run(monkeypatch, *words, "--singles") == 0  # the same samples, one by one too
+    assert (tmp_path / "samples.npz").read_bytes() == first and len(list((tmp_path / "singles").iterdir())) == 2

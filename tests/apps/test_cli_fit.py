@@ -36,7 +36,7 @@ def owner(tmp_path: Path, tiny: Path, fitted: Path) -> Path:
 
 
 def test_fit_writes_samplers(monkeypatch, capsys, tmp_path: Path, tiny: Path, fitted: Path) -> None:
-    assert {path.name for path in fitted.iterdir()} == {".lock", "README.md", "trajectories", "nfe-02", "nfe-03"}
+    assert {path.name for path in fitted.iterdir()} == {"README.md", "trajectories", "nfe-02", "nfe-03"}
     assert f"fewstep fit {tiny} --nfe 3,2" in (fitted / "README.md").read_text()
     calls, words = counted(monkeypatch), ("fit", tiny, *FIT, "--out", fitted)
     assert run(monkeypatch, *words, "--json") == 0  # again: all is there
