@@ -67,3 +67,7 @@ def grumbles() -> fewstep.Model:
 def unet() -> fewstep.Model:
     """The model in the folder ``model`` of the working directory, which students can be saved like."""
     return fewstep.load_model("./model")
+
+
+def leaves() -> fewstep.Model:
+    raise SystemExit("bye")

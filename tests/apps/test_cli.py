@@ -1,5 +1,6 @@
 """The command line as a person uses it: models, sample, bench, resumption, several processes, and one clear line for every mistake."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -9,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.apps.conftest import run, samples
+from tests.apps.conftest import counted, run, samples
 
 from fewstep import Sampler, TimeGrid, VarianceExploding, load_model, make_solver
+from fewstep.apps import cli
 from fewstep.evaluate.benchmark.comparison import Comparison
 from fewstep.models import generate as generation
 from fewstep.models.zoo import WEIGHTS
+from fewstep.runtime.job import Job
 
 pytestmark = [
     pytest.mark.usefixtures("short_reference"),
@@ -59,7 +62,7 @@ def test_sample_writes_pictures_and_arrays(monkeypatch, capsys, tmp_path: Path) 
     assert (
         arrays["x"].shape == (5, 1, 8, 8) and arrays["seeds"].tolist() == [7, 8, 9, 10, 11] and arrays["labels"].tolist() == [7, 8, 9, 0, 1]
     )
-    assert {p.name for p in tmp_path.iterdir()} == {"grid.png", "samples.npz", "singles"}
+    assert {p.name for p in tmp_path.iterdir()} == {"grid.png", "samples.json", "samples.npz", "singles"}
 
 
 def test_a_killed_sample_run_continues(monkeypatch, capsys, tmp_path: Path) -> None:
@@ -220,3 +223,93 @@ def test_damaged_samplers_and_unwritable_folders(monkeypatch, capsys, tmp_path: 
     (tmp_path / "file").write_text("")
     assert run(monkeypatch, *SAMPLE, "--out", tmp_path / "file" / "out") == 2
     assert "choose a folder that you may write to" in capsys.readouterr().err
+
+
+# -- hostile words ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "verb", [verb for verb in cli.VERBS if "out" in inspect.signature(verb).parameters], ids=lambda verb: verb.__name__
+)
+def test_an_empty_folder_is_not_the_working_folder(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, verb.__name__, "digits-edm", "--out=") == 2
+    assert "a file or folder is named by its path, got ''" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("sample", "digits-edm", "--out", "a" * 5000), "no file or folder can be named"),
+        (("sample", "a" * 5000, "--out", "x"), "no file or folder can be named"),
+        (("sample", "", "--out", "x"), "named by its path, got ''"),
+        (("sample", "digits-edm", "--sampler", "a" * 300, "--out", "x"), "no file or folder can be named"),
+        (("sample", "digits-edm", "--sampler=", "--out", "x"), "named by its path, got ''"),
+        (("sample", "digits-edm", "--seed", 2**63, "--out", "x"), "seeds must lie between 0 and 2^63"),
+        (("bench", "digits-edm", "--seed", 2**63, "--out", "x"), "seeds must lie between 0 and 2^63"),
+        (("trajectories", "digits-edm", "--seed", 2**63, "--out", "x"), "seeds must lie between 0 and 2^63"),
+        (("report", "", "--out", "x"), "named by its path, got ''"),
+        (("calibrate", "digits-edm", "--data", "", "--out", "x"), "named by its path, got ''"),
+        (("sample", "tests.apps.own_models:leaves", "--out", "x"), "made no model: SystemExit: bye"),
+        (("sample", "digits-edm", "--out", "/dev/null/x"), "/dev/null is a file; choose a folder"),
+    ],
+)
+def test_words_that_cannot_be_are_refused(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *words) == 2
+    said = capsys.readouterr().err
+    assert says in said and len(said.encode()) < 2100
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("bench", "digits-edm"),
+        ("optimize", "digits-edm"),
+        ("finetune", "digits-edm", "--nfe", 3),
+        ("demo",),
+    ],
+    ids=lambda words: words[0],
+)
+def test_work_that_processes_do_not_share_is_refused_at_once_under_torchrun(words, rank, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    calls = counted(monkeypatch)
+    assert run(monkeypatch, *words, "--out", tmp_path / "out") == 2
+    assert "runs in one process: start it without torchrun" in capsys.readouterr().err
+    assert calls == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_in_a_folder_is_refused_by_every_verb_that_writes_there(tmp_path, tiny, monkeypatch, capsys):
+    with Job.open("bench", tmp_path / "out") as job:
+        for words in (
+            ("sample", tiny),
+            ("bench", tiny),
+            ("calibrate", tiny),
+            ("optimize", tiny),
+            ("fit", tiny),
+            ("finetune", tiny, "--nfe", 3),
+            ("trajectories", tiny),
+            ("distill", tiny),
+            ("train",),
+            ("demo",),
+            ("report", job.folder),
+        ):
+            assert run(monkeypatch, *words, "--out", job.folder) == 2, words
+            assert f"another fewstep job is working in {job.folder}" in capsys.readouterr().err, words
+        assert [path.name for path in job.folder.iterdir()] == [".lock"]
+
+
+def test_samples_of_other_seeds_do_not_replace_the_first(tmp_path, tiny, monkeypatch, capsys):
+    words = ("sample", tiny, "--nfe", 2, "--num", 2, "--npz", "--out", tmp_path)
+    assert run(monkeypatch, *words) == 0
+    first = (tmp_path / "samples.npz").read_bytes()
+    for other in (("--seed", 7), ("--solver", "ddim"), ("--num", 3)):
+        assert run(monkeypatch, *words, *other) == 2
+        assert "holds the samples of another command" in capsys.readouterr().err
+        assert (tmp_path / "samples.npz").read_bytes() == first
+    assert run(monkeypatch, *words, "--singles") == 0  # the same samples, one by one too
+    assert (tmp_path / "samples.npz").read_bytes() == first and len(list((tmp_path / "singles").iterdir())) == 2

@@ -325,7 +325,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(  # of those to learn from, and of those held out
     ("damage", "says", "shard"),
     [
-        (flip, "is damaged: its checksum", "shard-00002"),
+        (flip, "is damaged: its tensors or their checksum", "shard-00002"),
         pytest.param(cut, "is damaged", "shard-00001", marks=pytest.mark.slow),
         pytest.param(Path.unlink, "is missing", "shard-00000", marks=pytest.mark.slow),
     ],

@@ -41,7 +41,7 @@ def test_calibrate_saves_statistics_a_card_and_a_plot(monkeypatch, capsys, tmp_p
     assert done["statistics"] == str(tmp_path) and Path(done["plot"]).exists() and done["seconds"] > 0
     assert (done["data"], done["pool"], done["states"]) == (4, "scalar/element", "digits, 1797 images, diffused")
     made = {path.name for path in tmp_path.iterdir() if not path.name.startswith("moments-")}
-    assert made == {".lock", "statistics.json", "statistics.safetensors", "README.md", "statistics.png"}
+    assert made == {"statistics.json", "statistics.safetensors", "README.md", "statistics.png"}
     loaded = ModelStatistics.load(tmp_path)
     assert len(loaded.lam) == 5 and loaded.guidance == 2 and loaded.l.shape == (5, 1, 1, 1) and loaded.b.shape == (5, 1, 8, 8)
     assert "fewstep calibrate digits-edm" in (tmp_path / "README.md").read_text()

@@ -141,12 +141,16 @@ def test_a_truncated_tensor_file_is_refused(tmp_path, keep):
     [
         ({"version": 2}, "'fewstep-statistics' version 2; this fewstep reads 'fewstep-statistics' version 1"),
         ({"format": "fewstep-sampler"}, "is 'fewstep-sampler' version 1"),
-        ({"lam": None}, "not a whole statistics artifact: KeyError\\('lam'\\)"),
-        ({"lam": [0.0]}, "not a whole statistics artifact: ValueError"),
+        ({"lam": None}, "statistics.json is damaged: lam: field required"),
+        ({"lam": [0.0]}, "statistics.json is damaged: lam.1: field required"),
         ({"lam": [1.0, 0.0]}, "at least 2 increasing"),
         ({"shape": [2, 4]}, "b of statistics has shape \\(11, 1, 3\\)"),
         ({"schedule": {"law": "unheard-of"}}, "not a whole statistics artifact: .*unknown noise schedule"),
-        ({"card": 3}, "not a whole statistics artifact: TypeError"),
+        ({"card": 3}, "statistics.json is damaged: card: .*, got '3'"),
+        ({"shape": 0}, "statistics.json is damaged: shape: "),
+        ({"shape": [2, -3]}, "statistics.json is damaged: shape.1: "),
+        ({"shape": [1 << 60, 3]}, "statistics.json is damaged: shape.0: "),
+        ({"guidance": math.inf}, "statistics.json is damaged: guidance: "),
     ],
 )
 def test_other_json_is_refused(tmp_path, changes, message):
@@ -159,9 +163,10 @@ def test_other_json_is_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"l": torch.zeros(11, 1, 1), "s": torch.zeros(11, 1, 1)}, "not a whole statistics artifact: KeyError\\('b'\\)"),
-        ({name: torch.full((11, 1, 1), math.nan) for name in "lsb"}, "l of statistics is not finite at level 0"),
-        ({name: torch.zeros(()) for name in "lsb"}, "not a whole statistics artifact: TypeError"),
+        ({"l": torch.zeros(11, 1, 1), "s": torch.zeros(11, 1, 1)}, "not a whole statistics artifact: there is no tensor b"),
+        ({name: torch.full((11, 1, 1), math.nan) for name in "lsb"}, "the tensor l has numbers that are not finite"),
+        ({name: torch.zeros(()) for name in "lsb"}, r"the tensor l has shape \[\], not \[any, any, any\]"),
+        ({name: torch.zeros(11, 1, 1, dtype=torch.int32) for name in "lsb"}, "the tensor l holds int32, not floating-point numbers"),
     ],
 )
 def test_other_tensors_are_refused(tmp_path, tensors, message):

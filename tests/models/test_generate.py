@@ -1,5 +1,7 @@
 """Samples into a folder, batch by batch: a killed run continues, and nobody takes them for those of another command."""
 
+import shutil
+
 import pytest
 import torch
 from tests.problems import LAW, toy
@@ -21,7 +23,7 @@ def test_batches_are_samples_of_their_seeds(tmp_path, name):
     samples, parts = generate_to(tmp_path, problem, sampler(name), SEEDS, batch=3, on_progress=seen.append)
     assert seen == [3, 6, 7] and len(list(parts.iterdir())) == 3 and parts.parent == tmp_path
     torch.testing.assert_close(samples, sample(problem.model, sampler(name), seeds=SEEDS, guidance=2.0))
-    again, _ = generate_to(tmp_path, problem, sampler(name), SEEDS, batch=3)
+    again, parts = generate_to(tmp_path, problem, sampler(name), SEEDS, batch=3)
     assert torch.equal(again, samples)
 
 
@@ -34,7 +36,7 @@ def test_a_killed_run_continues(tmp_path):
     assert torch.equal(samples, whole) and rest.network.samples == 4 * 4  # the last two batches alone
 
 
-@pytest.mark.parametrize(
+OTHERS = pytest.mark.parametrize(
     "other",
     [
         lambda folder, problem: generate_to(folder, problem, sampler("ddim"), SEEDS),
@@ -45,11 +47,32 @@ def test_a_killed_run_continues(tmp_path):
     ],
     ids=["sampler", "seeds", "label", "batch", "guidance"],
 )
+
+
+@OTHERS
 def test_unfinished_samples_of_another_command_are_refused(tmp_path, other):
     problem = Problem(toy(classes=2))
     generate_to(tmp_path, problem, sampler(), SEEDS)
     with pytest.raises(ArtifactError, match="holds unfinished samples of another command: remove .*parts-.*, or choose another folder"):
         other(tmp_path, problem)
+
+
+@OTHERS
+def test_samples_of_another_command_are_never_replaced(tmp_path, other):
+    problem = Problem(toy(classes=2))
+    made, parts = generate_to(tmp_path, problem, sampler(), SEEDS)
+    shutil.rmtree(parts)
+    (tmp_path / "samples.npz").write_bytes(b"mine")
+    with pytest.raises(ArtifactError, match="holds the samples of another command .see .*samples.json.: choose another folder"):
+        other(tmp_path, problem)
+    again, _ = generate_to(tmp_path, problem, sampler(), SEEDS)  # the same request may
+    assert torch.equal(again, made) and (tmp_path / "samples.npz").read_bytes() == b"mine"
+
+
+def test_samples_of_unknown_origin_are_not_replaced(tmp_path):
+    (tmp_path / "grid.png").write_bytes(b"mine")
+    with pytest.raises(ArtifactError, match="holds grid.png, and nothing says what made it"):
+        generate_to(tmp_path, Problem(toy()), sampler(), SEEDS)
 
 
 def test_a_damaged_batch_is_named(tmp_path):

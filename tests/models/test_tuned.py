@@ -47,7 +47,7 @@ def test_another_version_is_refused(tmp_path: Path, change: dict[str, object]) -
     path = tmp_path / "tuned.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(
-        ArtifactError, match="tuned.json is not 'fewstep-tuned' version 1: use the version of fewstep that wrote it, or tune again"
+        ArtifactError, match="this fewstep reads 'fewstep-tuned' version 1: use the version of fewstep that wrote it, or make it again"
     ):
         Tuned.load(tmp_path)
 

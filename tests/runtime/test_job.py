@@ -16,7 +16,9 @@ import torch
 from filelock import FileLock
 
 from fewstep import ArtifactError, FewstepError
+from fewstep.apps import cli
 from fewstep.runtime import job as module
+from fewstep.runtime.artifact import write_whole
 from fewstep.runtime.job import Job
 
 
@@ -301,3 +303,78 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
     with refusal, Job.open("fit", tmp_path / "a"):
         pytest.fail("nothing would keep a second job out")
     assert list(tmp_path.iterdir()) == []
+
+
+# -- what killed runs left -------------------------------------------------------------------------------------------
+
+
+def test_no_lock_stays_after_a_job(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with Job.open("fit", tmp_path / "out") as job:
+        assert (job.folder / ".lock").exists()
+        refused(job.folder)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed there")
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job opens the lock's file, another ends and removes it, and the first must not hold what nobody else can see."""
+    with Job.open("fit", tmp_path):
+        late = os.open(tmp_path / ".lock", os.O_RDWR)
+    real, opened = os.open, []
+
+    def open_late(path: object, *options: int, **more: int) -> int:
+        if str(path).endswith(".lock") and not opened:
+            opened.append(path)
+            return late
+        return real(path, *options, **more)
+
+    monkeypatch.setattr(os, "open", open_late)
+    lock = FileLock(tmp_path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except module.Timeout:
+        assert opened and not lock.is_locked
+    else:
+        assert (tmp_path / ".lock").exists()  # it tried again, and holds the file that others see
+        refused(tmp_path)
+        lock.release()
+
+
+def test_temporary_files_of_killed_runs_are_removed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    left = [out / ".fewstep-abc.npz", out / "part" / ".fewstep-x.json", out / "a" / "b" / "c" / ".fewstep-y"]
+    kept = [
+        out / "samples.npz",
+        out / ".gitkeep",
+        out / "busy" / ".fewstep-z",
+        out / "a" / "b" / "c" / "d" / ".fewstep-deep",
+        tmp_path / ".fewstep-w",
+    ]
+    for path in (*left, *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    with Job.open("fit", out / "busy") as busy:
+        (busy.folder / ".fewstep-z").write_text("being written")
+        with Job.open("fit", out):
+            assert not any(path.exists() for path in left)
+        assert all(path.exists() for path in kept)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent")
+def test_a_terminated_run_cleans_up_as_an_interrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def half(temporary: Path) -> None:
+        temporary.write_text("half")
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the signal came to nothing")
+
+    def verb() -> None:
+        with Job.open("fit", tmp_path / "a" / "out") as job:
+            write_whole(job.folder / "file", half)
+
+    monkeypatch.setattr(cli, "app", verb)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 143 and capsys.readouterr().err == "fewstep: terminated; run the same command to continue\n"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

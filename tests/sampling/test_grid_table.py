@@ -1,6 +1,8 @@
 """The artifact of optimised time grids: written and read bit for bit, and what is said when it cannot be."""
 
+import functools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,12 @@ DAMAGE = {
     "no-theta": lambda meta: {**meta, "schedule": {"law": "discrete-vp"}},
     "field": lambda meta: {**meta, "schedule": {"law": "edm", "t_mid": 1.0}},
     "guidance": lambda meta: {**meta, "guidance": None},
+    "no-evaluations": lambda meta: {**meta, "times": {"0": [2.0, 1.0]}},
+    "infinite": lambda meta: {**meta, "times": {"5": [math.inf, 1.0]}},
+    "long-number": lambda meta: {**meta, "guidance": 10**400},
+    "deep": lambda meta: {**meta, "card": functools.reduce(lambda inner, _: [inner], range(200), 1)},
+    "too-much": lambda meta: {**meta, "solvr": "ddim"},
+    "bool": lambda meta: {**meta, "guidance": True},
 }
 
 
@@ -77,7 +85,7 @@ DAMAGE = {
 def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     path = table().save(tmp_path) / "grids.json"
     path.write_text(json.dumps(DAMAGE[damage](json.loads(path.read_text()))))
-    with pytest.raises(ArtifactError, match=r"grids.json is damaged \(.+\): fetch or make it again"):
+    with pytest.raises(ArtifactError, match=r"grids.json is damaged: .+; fetch or make it again"):
         GridTable.load(tmp_path)
 
 
@@ -89,9 +97,9 @@ def test_files_that_are_no_table_are_named(tmp_path: Path) -> None:
     for content, says in [
         (text[: len(text) // 2], "grids.json is damaged"),
         ("[]", "should hold a JSON object, not a list"),
-        (json.dumps({**meta, "version": 2}), "is 'fewstep-grids' version 2, not 'fewstep-grids' version 1"),
-        (json.dumps({**meta, "format": "fewstep-sampler"}), "is 'fewstep-sampler' version 1, not"),
-        ("{}", "is None version None, not"),
+        (json.dumps({**meta, "version": 2}), "is 'fewstep-grids' version 2; this fewstep reads 'fewstep-grids' version 1"),
+        (json.dumps({**meta, "format": "fewstep-sampler"}), "is 'fewstep-sampler' version 1; this"),
+        ("{}", "is None version None; this"),
     ]:
         path.write_text(content)
         with pytest.raises(ArtifactError, match=says):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import pickle
 from dataclasses import dataclass
 from itertools import product
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from tests.problems import WHOLE_REGISTRY
 
@@ -176,13 +178,25 @@ def test_json_that_is_not_text_is_refused(saved):
     [
         ({"version": 2}, "'fewstep-sampler' version 2; this fewstep reads 'fewstep-sampler' version 1"),
         ({"format": "fewstep-model"}, "is 'fewstep-model' version 1"),
-        ({"sha256": None}, "not a whole sampler artifact: KeyError\\('sha256'\\)"),
-        ({"schedule": None}, "not a whole sampler artifact: KeyError\\('schedule'\\)"),
+        ({"sha256": None}, "sampler.json is damaged: sha256: field required"),
+        ({"schedule": None}, "sampler.json is damaged: schedule: field required"),
         ({"schedule": {"law": "unheard-of"}}, "not a whole sampler artifact: .*unknown noise schedule"),
         ({"schedule": {"law": "discrete-vp"}}, "not a whole sampler"),
         ({"schedule": {"law": "discrete-vp", "theta": [0.0, "x"]}}, "not a whole sampler"),
         ({"schedule": {"law": "discrete-vp", "theta": [0.0, 1.0, 0.5]}}, "not a whole sampler"),
-        ({"card": None}, "not a whole sampler artifact: KeyError\\('card'\\)"),
+        ({"schedule": {"law": "flow", "t_max": math.nan}}, "not finite at its ends"),
+        ({"schedule": {"law": "vp-linear", "beta_max": -1e9}}, "not finite at its ends"),
+        ({"schedule": {"law": "edm", "t_max": "80"}}, "VarianceExploding: t_max is a number, got '80'"),
+        ({"card": None}, "sampler.json is damaged: card: field required"),
+        ({"solver": -1}, "sampler.json is damaged: solver: input should be a valid string, got '-1'"),
+        ({"nfe": "x"}, "sampler.json is damaged: nfe: input should be a valid integer, got 'x'"),
+        ({"nfe": 3.0}, "sampler.json is damaged: nfe: "),
+        ({"nfe": True}, "sampler.json is damaged: nfe: "),
+        ({"nfe": 10**400}, "sampler.json is damaged: a number of 401 digits"),
+        ({"nfe": 2}, "not a whole sampler artifact: the tensor nodes.t has shape"),
+        ({"nfe": 1 << 50}, "sampler.json is damaged: nfe: "),
+        ({"solvr": "ddim"}, "sampler.json is damaged: solvr: unexpected keyword argument"),
+        ({"card": {"name": "\ud800"}}, "sampler.json is damaged"),
     ],
 )
 def test_other_json_is_refused(saved, changes, message):
@@ -193,7 +207,32 @@ def test_other_json_is_refused(saved, changes, message):
 
 def test_other_tensors_are_refused(saved):
     replace_tensors(saved, save_tensors({"grid": torch.zeros(3)}))
-    with pytest.raises(ArtifactError, match="not a whole sampler artifact: KeyError"):
+    with pytest.raises(ArtifactError, match="not a whole sampler artifact: there is no tensor nodes.t"):
+        Sampler.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("update", lambda table: table.long(), "the tensor update holds int64, not float64"),
+        ("noise", lambda table: table[1:], r"the tensor noise has shape \[\d+\], not"),
+        ("record", lambda table: table[:, :1], r"the tensor record has shape"),
+        ("update", lambda table: table[:, :, :1], "the tensor update has shape .*without columns for the anchor and the state"),
+        ("update", lambda table: table[..., None].expand(*table.shape, 3), "the coefficients of its tensors are of different shapes"),
+        ("bias", lambda table: table + math.nan, "the tensor bias has numbers that are not finite"),
+        ("nodes.lam", lambda table: table + math.nan, "the tensor nodes.lam has entries that are no numbers"),
+        ("nodes.alpha", lambda table: table.float(), "the tensor nodes.alpha holds float32, not float64"),
+        ("nodes.sigma", lambda table: -table, "the tensor nodes.sigma is not that of its noise law at nodes.t"),
+        ("nodes.alpha", lambda table: table + 1e-3, "the tensor nodes.alpha is not that of its noise law at nodes.t"),
+        ("nodes.t", lambda table: table[None], "the tensor nodes.t has shape"),
+        ("grid", lambda table: torch.linspace(1, 0, 1000), "its grid has 999 steps, more than its"),
+        ("grid", lambda table: table.flip(0), "times must strictly decrease"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(saved, name, change, message):
+    tensors = load_file(saved / "sampler.safetensors")
+    replace_tensors(saved, save_tensors({**tensors, name: change(tensors[name]).contiguous()}))
+    with pytest.raises(ArtifactError, match=f"not a whole sampler artifact: {message}"):
         Sampler.load(saved)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Any
 
@@ -38,15 +39,31 @@ def root() -> None:
     """Sample any diffusion or flow model in a few steps."""
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as an interrupt does: what it leaves half made is removed on the way out."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: a second would stop the cleaning up
+    raise _Terminated
+
+
 def main() -> Any:  # noqa: ANN401
-    """Run the command line: exit with 0 when done, 2 for bad input (one line on stderr), 130 when interrupted."""
+    """Run the command line: exit with 0 when done, 2 for bad input (one line on stderr), 130 when interrupted, 143 when terminated."""
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except FewstepError as error:
         typer.echo(f"fewstep: {error}", err=True)
         sys.exit(2)
+    except OSError as error:  # of the machine: a full disk, a closed pipe, a folder that went
+        typer.echo(f"fewstep: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", err=True)
+        sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as end:  # typer turns an interrupt into an exit with 130
         if isinstance(end, SystemExit) and end.code != 130:
             raise
-        typer.echo("fewstep: interrupted; run the same command to continue", err=True)
-        sys.exit(130)
+        terminated = isinstance(end, _Terminated) or isinstance(end.__context__, _Terminated)
+        typer.echo(f"fewstep: {'terminated' if terminated else 'interrupted'}; run the same command to continue", err=True)
+        sys.exit(143 if terminated else 130)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -10,8 +10,9 @@ from pathlib import Path
 from fewstep.integrations.diffusers.pipelines import from_pipeline, is_pipeline, load_pipeline
 from fewstep.models.model import Model
 from fewstep.models.zoo import load_model
+from fewstep.runtime.artifact import named_path
 from fewstep.runtime.entry import imported, is_entry
-from fewstep.runtime.errors import FewstepError, ModelError
+from fewstep.runtime.errors import FewstepError, ModelError, first_line
 
 __all__ = ["guidance_of", "guidance_words", "open_model"]
 
@@ -29,6 +30,7 @@ def open_model(name: str, prompts: Path | None = None) -> Model:
         ModelError: no such model, prompts missing or not wanted, a pipeline that is not known; a function that is none, takes arguments,
             raises, or returns something else than a model with a shape.
     """
+    named_path(name)
     if is_pipeline(name):
         return from_pipeline(load_pipeline(name), prompts)
     if prompts is not None:
@@ -52,9 +54,8 @@ def _made(entry: str) -> Model:
         made = function()
     except FewstepError as error:
         raise ModelError(f"{entry} made no model: {error}") from error
-    except Exception as error:  # whatever another's function does
-        first = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{entry} made no model: {type(error).__name__}: {first}{_place(error)}") from error
+    except (Exception, SystemExit) as error:  # whatever another's function does
+        raise ModelError(f"{entry} made no model: {type(error).__name__}: {first_line(error)}{_place(error)}") from error
     if not isinstance(made, Model):
         raise ModelError(f"{entry} returned a {type(made).__name__}, not a fewstep.Model: {_WRAP}")
     if made.shape is None:

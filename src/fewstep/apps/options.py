@@ -8,11 +8,11 @@ written.
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from fewstep.runtime.artifact import read_json
-from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.artifact import named_path, parse_json, read_json
+from fewstep.runtime.errors import ArtifactError, FewstepError
 
 __all__ = [
     "ANY_STATISTICS",
@@ -123,11 +123,11 @@ def json_object(text: str, option: str) -> dict[str, Any]:
         FewstepError: it is none.
     """
     if not text.lstrip().startswith("{"):
-        return read_json(Path(text))
+        return read_json(named_path(text))
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise FewstepError(f"{option} wants a JSON object, {error}: got {text!r}") from None
+        return parse_json(text, option)
+    except ArtifactError as error:
+        raise FewstepError(f"{option} wants a JSON object, got {text!r}: {error}") from None
 
 
 def command() -> str:
@@ -188,7 +188,7 @@ def expanded(verb: Callable[..., None]) -> Callable[..., None]:
         hint = parameter.annotation
         shown = next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Fields)), None)
         if shown is None:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=_with_paths(hint)))
             continue
         options = _Options(parameter.name, hint.__origin__, shown)
         parameters += options.parameters
@@ -205,6 +205,16 @@ def expanded(verb: Callable[..., None]) -> Callable[..., None]:
     whole.__signature__ = inspect.Signature(parameters)
     whole.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return whole
+
+
+def _with_paths(hint: Any) -> Any:  # noqa: ANN401 - the annotation of a parameter
+    """Return the annotation of an option or argument, read by `named_path` if it is a path: typer would take an empty one for ``.``."""
+    kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    if Path not in (kind, *get_args(kind)):
+        return hint
+    shown = copy(marks[0])
+    shown.parser, shown.metavar = named_path, shown.metavar or "PATH"
+    return Annotated[kind, shown]
 
 
 class _Options:
@@ -251,7 +261,7 @@ class _Options:
         option: Any = typer.Option(*names, help=help or None, metavar=metavar)
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         empty = inspect.Parameter.empty if default is MISSING else shown
-        annotation = Annotated[kind | None if default is None else kind, option]
+        annotation = _with_paths(Annotated[kind | None if default is None else kind, option])
         return inspect.Parameter(self._name(path), inspect.Parameter.KEYWORD_ONLY, default=empty, annotation=annotation)
 
     def _name(self, path: str) -> str:
@@ -301,7 +311,7 @@ def _read_as(hint: Any, option: str, path: str) -> tuple[Any, str | None, Callab
             return str, INTEGERS, lambda text: () if text == "none" else integers(text, option)
         if part is float:
             return str, NUMBERS, lambda text: () if text == "none" else numbers(text, option)
-        return str, NAMES, lambda text: tuple(map(part, words(text) or ()))
+        return str, NAMES, lambda text: tuple(map(named_path if part is Path else part, words(text) or ()))
     if within := [one for one in members if get_origin(one) in (tuple, Literal)]:
         return _read_as(within[0], option, path)
     return _plain_of(hint, path), None, lambda value: value

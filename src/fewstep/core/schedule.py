@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.runtime.errors import ModelError, look_up
+from fewstep.runtime.front_door import check_fields
 
 __all__ = ["DiscreteVP", "NoiseSchedule", "RectifiedFlow", "VarianceExploding", "VPCosine", "VPLinear", "schedule_from_config"]
 
@@ -326,13 +327,20 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     """Make the schedule that `NoiseSchedule.to_config` described.
 
     Raises:
-        ModelError: an unknown law, or fields that it does not have.
+        ModelError: an unknown law, fields that it does not have, or one that is not finite from its first time down to its last.
     """
     fields = dict(config)
     law = str(fields.pop("law", None))
-    if law == "discrete-vp":
-        return DiscreteVP(torch.tensor(fields["theta"], dtype=torch.float64), float(fields.get("t_min", 0.0)))
     try:
-        return look_up(law, _LAWS, "noise schedule", ModelError)(**fields)
-    except TypeError as error:
+        if law == "discrete-vp":
+            made = DiscreteVP(torch.tensor(fields["theta"], dtype=torch.float64), float(fields.get("t_min", 0.0)))
+        else:
+            made = look_up(law, _LAWS, "noise schedule", ModelError)(**fields)
+            check_fields(made)
+        ends = made.ends
+        known = torch.stack([made.alpha(ends), made.sigma(ends)])
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ModelError(f"noise schedule {law!r}: {error}") from error
+    if not bool(torch.isfinite(known).all()) or not bool(ends[0] > ends[1]):
+        raise ModelError(f"noise schedule {law!r} is not finite at its ends, or does not run down from {ends[0]:g} to {ends[1]:g}")
+    return made

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
-from fewstep.runtime.artifact import load_artifact, save_artifact
+from fewstep.runtime.artifact import ArtifactRecord, Count, Number, load_artifact, save_artifact, tensor_of
 from fewstep.runtime.errors import ArtifactError, GridError
 from fewstep.runtime.hub import Shared, header
 
@@ -35,6 +35,20 @@ Rule = Literal["exact", "trapezoid"]
 Quadrature = tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # points lam [n], cumulative and whole integral
 
 SLACK = 1e-6  # of a cell: how far outside the grid, or from one of its points, rounding may move a lam
+
+
+@dataclass(frozen=True)
+class StatisticsRecord(ArtifactRecord):
+    """The fields of ``statistics.json``, see `ModelStatistics`."""
+
+    FORMAT = "fewstep-statistics"
+
+    model: str
+    guidance: Number
+    shape: list[Count]
+    lam: tuple[Number, Number]
+    schedule: dict[str, Any]
+    card: dict[str, Any]
 
 
 class Integrals(NamedTuple):
@@ -271,14 +285,12 @@ class ModelStatistics(Shared):
             ArtifactError: a file is missing, damaged, or of another version.
         """
 
-        def build(meta: dict[str, Any], tensors: dict[str, Tensor]) -> ModelStatistics:
-            first, last = meta["lam"]
-            lam = torch.linspace(first, last, len(tensors["l"]), dtype=torch.float64)
-            schedule = schedule_from_config(meta["schedule"])
-            l, s, b = (tensors[name] for name in ("l", "s", "b"))
-            return cls(lam, l, s, b, meta["shape"], schedule, meta["model"], meta["guidance"], dict(meta["card"]))
+        def build(meta: StatisticsRecord, tensors: dict[str, Tensor]) -> ModelStatistics:
+            l, s, b = (tensor_of(tensors, name, [None] * (1 + len(meta.shape))) for name in ("l", "s", "b"))
+            lam = torch.linspace(*meta.lam, len(l), dtype=torch.float64)
+            return cls(lam, l, s, b, tuple(meta.shape), schedule_from_config(meta.schedule), meta.model, meta.guidance, meta.card)
 
-        return load_artifact(Path(folder), "statistics", build)
+        return load_artifact(folder, "statistics", StatisticsRecord, build)
 
     def _readme(self, load: str, pictures: Sequence[str] = ()) -> str:
         facts = "\n".join(f"- {key}: {value}" for key, value in self.card.items())

@@ -1,20 +1,33 @@
-"""Data sets of images as tensors in [-1, 1]: the digits that every install has, or the user's own folder or array."""
+"""Data sets of images as tensors in [-1, 1]: the digits that every install has, or the user's own folder or array.
+
+A pixel has 256 values, and is read as what it shows: a picture turned by its EXIF tag is turned, a palette is looked up, and of 16 bits the
+upper 8 count. A picture whose meaning is not certain is refused: with transparent pixels, in other colours than grey and RGB, of floats.
+"""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.artifact import check_file, named_path
+from fewstep.runtime.errors import FewstepError, first_line
 
-__all__ = ["DIGIT_LEVELS", "Images", "load_images"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["DIGIT_LEVELS", "Images", "load_images", "read_picture"]
 
 DIGIT_LEVELS = 17  # grey values 0..16 of scikit-learn's digits
+LEVELS = 256
+CHANNELS = 4  # at most
+MOST_LABELS = 1 << 31
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +65,7 @@ def load_images(source: str | Path) -> Images:
             optional ``labels [n]``; or a folder of pictures, whose sub-folders, if any, are its classes.
 
     Raises:
-        FewstepError: nothing readable there, or pictures of different sizes (which).
+        FewstepError: nothing readable there, pictures of different sizes (which), or one whose meaning is not certain (which, and why).
     """
     if str(source) == "digits":
         from sklearn.datasets import load_digits
@@ -60,47 +73,93 @@ def load_images(source: str | Path) -> Images:
         pixels, target = load_digits(return_X_y=True)
         x = (torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) + 0.5) * (2 / DIGIT_LEVELS) - 1
         return Images(x, torch.from_numpy(target).long(), DIGIT_LEVELS, "digits")
-    path = Path(source)
+    path = named_path(source)
     if path.suffix == ".npz" and path.is_file():
-        with _opened(path) as arrays:
-            if "images" not in arrays or arrays["images"].dtype != np.uint8:
-                raise FewstepError(f"{path} needs an array 'images' of uint8, it has {', '.join(arrays.files)}")
-            images, labels = arrays["images"], arrays.get("labels")
+        images, labels = _read_npz(path)
     elif path.is_dir():
         images, labels = _read_folder(path)
     else:
         raise FewstepError(f"no images at {source!s}: name 'digits', an .npz file, or a folder of pictures")
-    if images.ndim not in (3, 4) or len(images) == 0:
-        raise FewstepError(f"images in {path} should be [n, H, W] or [n, H, W, C], they have shape {images.shape}")
-    if labels is not None and (len(labels) != len(images) or min(labels) < 0):
-        raise FewstepError(f"labels in {path} should be one number from 0 for each of the {len(images)} images")
-    if images.ndim == 3:
-        images = images[..., None]
-    x = (torch.from_numpy(images).permute(0, 3, 1, 2).float() + 0.5) * (2 / 256) - 1
-    return Images(x, None if labels is None else torch.as_tensor(labels).long(), 256, path.stem)
+    images = images[..., None] if images.ndim == 3 else images
+    x = (torch.from_numpy(images).permute(0, 3, 1, 2).float() + 0.5) * (2 / LEVELS) - 1
+    return Images(x, None if labels is None else torch.as_tensor(labels).long(), LEVELS, path.stem)
 
 
-def _opened(path: Path) -> Any:  # noqa: ANN401 - numpy's lazy archive
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the images and the labels of an archive, each of the right type and shape."""
+    check_file(path)
     try:
-        return np.load(path)
-    except (OSError, ValueError) as error:
-        raise FewstepError(f"{path} is not an npz archive: {error}") from error
+        with path.open("rb") as file, np.load(file) as arrays:
+            found = {name: arrays[name] for name in ("images", "labels") if name in arrays}
+            names = ", ".join(arrays.files)
+    except Exception as error:  # a damaged archive makes zipfile and numpy raise almost anything; pickled objects are refused
+        raise FewstepError(f"{path} is not an npz archive of plain arrays: {first_line(error)}") from error
+    images, labels = found.get("images"), found.get("labels")
+    if images is None:
+        raise FewstepError(f"{path} needs an array 'images' of uint8, it has {names}")
+    if images.dtype != np.uint8:
+        how = "; images in [-1, 1] are made so by ((x + 1) * 127.5).round()" if images.dtype.kind == "f" else ""
+        raise FewstepError(f"images in {path} are {images.dtype}, they should be uint8 from 0 to 255{how}")
+    if images.ndim not in (3, 4) or 0 in images.shape:
+        raise FewstepError(f"images in {path} should be [n, H, W] or [n, H, W, C], they have shape {images.shape}")
+    if images.ndim == 4 and (images.shape[3] > CHANNELS or (images.shape[1] in (1, 3) and images.shape[3] not in (1, 3))):
+        raise FewstepError(
+            f"images in {path} should be [n, H, W, C] with at most {CHANNELS} channels, they have shape {images.shape}: if those are "
+            "[n, C, H, W], transpose them"
+        )
+    if labels is not None and (
+        labels.shape != (len(images),) or labels.dtype.kind not in "iu" or min(labels) < 0 or max(labels) >= MOST_LABELS
+    ):
+        raise FewstepError(f"labels in {path} should be one whole number from 0 for each of the {len(images)} images")
+    return images, labels
 
 
 def _read_folder(path: Path) -> tuple[np.ndarray, list[int] | None]:
-    from PIL import Image
-
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
-        raise FewstepError(f"no pictures (png, jpg, webp, bmp) below {path}")
+        raise FewstepError(f"no pictures ({', '.join(suffix[1:] for suffix in SUFFIXES)}) below {path}")
     arrays = []
     for file in files:
-        try:
-            with Image.open(file) as picture:
-                arrays.append(np.asarray(picture.convert("L" if picture.mode in {"1", "L", "I;16"} else "RGB")))
-        except OSError as error:
-            raise FewstepError(f"{file} is not a readable picture: {error}") from error
+        arrays.append(read_picture(file))
         if arrays[-1].shape != arrays[0].shape:
             raise FewstepError(f"{file} has shape {arrays[-1].shape}, {files[0]} has {arrays[0].shape}: make all pictures one size")
     classes = sorted({file.parent for file in files})
     return np.stack(arrays), [classes.index(file.parent) for file in files] if len(classes) > 1 else None
+
+
+def read_picture(file: Path) -> np.ndarray:
+    """Read a picture as uint8, ``[H, W]`` in grey or ``[H, W, 3]`` in RGB, the right way up.
+
+    Raises:
+        FewstepError: it cannot be read, is too large to be decoded, or its meaning is not certain (why).
+    """
+    from PIL import Image, ImageOps
+
+    check_file(file)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as opened:
+                if (frames := getattr(opened, "n_frames", 1)) > 1:
+                    raise FewstepError(f"{file} has {frames} pictures in one file: write each to a file of its own")
+                sixteen = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG")
+                picture = ImageOps.exif_transpose(opened)
+                pixels = np.asarray(picture) if sixteen else _plain(picture, file)
+    except FewstepError:
+        raise
+    except Exception as error:  # a damaged picture makes Pillow raise almost anything
+        raise FewstepError(f"{file} is not a readable picture: {first_line(error)}") from error
+    if 0 in pixels.shape:
+        raise FewstepError(f"{file} has no pixels: its shape is {pixels.shape}")
+    return (pixels >> 8).astype(np.uint8) if sixteen else pixels
+
+
+def _plain(picture: Image, file: Path) -> np.ndarray:
+    """Return the pixels of a picture in grey or RGB, whose alpha and palette, if any, change nothing or are looked up."""
+    if picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info:
+        if np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
+            raise FewstepError(f"{file} has transparent pixels: lay it on a background first")
+        return np.asarray(picture.convert("L" if picture.mode in ("L", "LA") else "RGB"))
+    if picture.mode not in ("1", "L", "P", "RGB"):
+        raise FewstepError(f"{file} is in mode {picture.mode}, whose values are not those of grey or RGB: convert it to one of them first")
+    return np.asarray(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Len
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.runtime.artifact import write_whole
+from fewstep.runtime.artifact import Count, Number, Whole, check_file, held_to, parse_json, read_file, tensor_of, write_whole
 from fewstep.runtime.errors import ArtifactError
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "has_errors",
     "picture_file",
     "read_errors",
+    "read_results",
     "read_samples",
     "save_samples",
     "trim_reference",
@@ -31,6 +34,9 @@ Key = tuple[str, str, str, int]  # library, solver, grid, nfe
 REFERENCE = "reference.safetensors"  # the ends of the exact trajectories
 OWN_FORMULAS = "formulas-"  # how the artifact of a solver begins whose name does not stand for its formulas
 PICTURES = 16  # samples of each row that are saved
+OLDER = {"extra": "ignore"}  # fields of other versions are shown as they are
+
+Interval = Annotated[list[Number], Len(2, 2)]  # of 95 %: low and high
 
 
 @dataclass(frozen=True)
@@ -40,12 +46,14 @@ class Row:
     A field is None where it does not apply. A sampler that ``failed`` has no numbers. Rows of older benchmarks lack the later fields.
     """
 
+    __pydantic_config__: ClassVar[dict[str, str]] = OLDER
+
     solver: str
     library: str
     grid: str
-    nfe: int  # evaluations made
-    num: int
-    guidance: float
+    nfe: Count  # evaluations made
+    num: Count
+    guidance: Number
     rmse: float | None
     fd: float | None
     fd_features: str | None  # the features that all distances between sets of images compare
@@ -54,24 +62,86 @@ class Row:
     statistics: str | None = None  # the fingerprint of the solver's statistics
     artifact: str | None = None  # fingerprint of an optimised grid, a sampler, own formulas or a third party's source; a peer's version
     arithmetic: float | None = None  # operations of an operator student, in evaluations of its network alone
-    planned: int | None = None  # evaluations requested, where a third party's sampler made another number
-    rmse_ci: list[float] | None = None  # 95 % intervals, low and high
+    planned: Count | None = None  # evaluations requested, where a third party's sampler made another number
+    rmse_ci: Interval | None = None
     error_median: float | None = None  # quantiles of the errors of single samples
     error_p95: float | None = None
-    fd_ci: list[float] | None = None
+    fd_ci: Interval | None = None
     kd: float | None = None  # kernel distance to the data
-    kd_ci: list[float] | None = None
+    kd_ci: Interval | None = None
     precision: float | None = None
     recall: float | None = None
     labels: float | None = None  # share of samples whose label is the requested one
-    peak_memory: int | None = None  # bytes
-    levels: list[float | None] | None = None  # sigma/alpha at each evaluation and at the end; None where alpha is 0
+    peak_memory: Whole | None = None  # bytes
+    levels: list[Number | None] | None = None  # sigma/alpha at each evaluation and at the end; None where alpha is 0
     failed: str | None = None  # why
 
     @property
     def key(self) -> Key:
         """The identifier of the row within its benchmark."""
         return self.library, self.solver, self.grid, self.nfe if self.planned is None else self.planned
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The noises of ``results.json``, and the model that they were sampled with."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = OLDER
+
+    fingerprint: str | None = None
+    seed: Whole | None = None
+    num: Count | None = None
+    guidance: Number = 1.0
+    batch: Count | None = None
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The reference trajectory of ``results.json``, and the quality of the samples at its end."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = OLDER
+
+    solver: str = ""
+    nfe: Count = 1
+    error: Number | None = None
+    fd: Number | None = None
+    fd_data_halves: Number | None = None
+
+
+@dataclass(frozen=True)
+class _Skipped:
+    """A row that could not be run, and why."""
+
+    key: list[Any]
+    why: str
+
+
+@dataclass(frozen=True)
+class _Results:
+    """The fields of ``results.json``; a table of an older benchmark lacks some."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = OLDER
+
+    rows: list[Row]
+    version: str | None = None
+    command: str | None = None
+    model: str | None = None
+    machine: dict[str, str | int | float | None] | None = None
+    problem: _Problem = field(default_factory=_Problem)
+    reference: _Reference | None = None
+    skipped: list[_Skipped] = field(default_factory=list)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read the ``results.json`` of a benchmark, of this version or an older one.
+
+    Raises:
+        ArtifactError: it cannot be read, or a field that is shown is missing or of another type (which).
+    """
+    text = read_file(path)
+    results = parse_json(text, path)
+    held_to(text, _Results, path)
+    return results
 
 
 def picture_file(out: Path, key: Key) -> Path:
@@ -97,7 +167,8 @@ def read_samples(path: Path) -> Tensor:
     Raises:
         ArtifactError: the file is damaged.
     """
-    return _read(path, "x")
+    x = _read(path, "x")
+    return tensor_of({"x": x}, "x", [None] * max(x.ndim, 2))
 
 
 def read_errors(path: Path) -> Tensor:
@@ -106,19 +177,21 @@ def read_errors(path: Path) -> Tensor:
     Raises:
         ArtifactError: the file is damaged, or of a version that did not save errors.
     """
-    return _read(path, "error")
+    return tensor_of({"error": _read(path, "error")}, "error", [None])
 
 
 def has_errors(path: Path) -> bool:
     """Return whether a row's samples and errors are there and can be read."""
     try:
+        check_file(path)
         with safe_open(path, framework="pt") as saved:
             return {"x", "error"} <= set(saved.keys())
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, ArtifactError):
         return False
 
 
 def _read(path: Path, name: str) -> Tensor:
+    check_file(path)
     try:
         return load_file(path)[name]
     except (OSError, KeyError, SafetensorError) as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, SupportsInt
 
@@ -21,7 +23,7 @@ from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import check_evaluating
 from fewstep.models.problem import Problem
-from fewstep.runtime.artifact import check_writable, write_whole
+from fewstep.runtime.artifact import Count, Record, Whole, check_writable, read_record, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
 from fewstep.runtime.front_door import checked, scale_of
 from fewstep.runtime.process import process, wait_for_all
@@ -290,6 +292,26 @@ def solver_for(
 # -- into a folder ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class SamplesRecord(Record):
+    """The fields of ``samples.json``, beside finished samples: what they were made of.
+
+    Attributes:
+        request: the hash of all that they depend on.
+        model: its name.
+        sampler: what it was sampled by.
+        seed, num: the first seed and how many.
+    """
+
+    FORMAT = "fewstep-samples"
+
+    request: str
+    model: str
+    sampler: str
+    seed: Whole
+    num: Count
+
+
 @torch.no_grad()
 def generate_to(
     folder: Path,
@@ -310,16 +332,22 @@ def generate_to(
         None in all processes but the first.
 
     Raises:
-        ArtifactError: the folder holds the unfinished samples of another command, or cannot be written.
+        ArtifactError: the folder holds samples of another command, finished or not, or cannot be written.
     """
     check_writable(folder)
     rank, world = process()
     tableau = sampler.tableau
-    request: tuple[Any, ...] = (problem.fingerprint, tableau.fingerprint, problem.guidance, label, list(seeds), batch)
-    parts = folder / f"parts-{hashlib.sha256(repr(request).encode()).hexdigest()[:16]}"
+    facts: tuple[Any, ...] = (problem.fingerprint, tableau.fingerprint, problem.guidance, label, list(seeds), batch)
+    request = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    parts, finished = folder / f"parts-{request}", folder / "samples.json"
     others = [path for path in folder.glob("parts-*") if path != parts]
     if others:
         raise ArtifactError(f"{folder} holds unfinished samples of another command: remove {others[0]}, or choose another folder")
+    if finished.exists() and read_record(finished, SamplesRecord).request != request:
+        raise ArtifactError(f"{folder} holds the samples of another command (see {finished}): choose another folder, or remove them")
+    held = [name for name in ("samples.npz", "grid.png", "singles") if (folder / name).exists()]
+    if held and not finished.exists() and not parts.exists():
+        raise ArtifactError(f"{folder} holds {held[0]}, and nothing says what made it: choose another folder, or remove it")
     starts = range(0, len(seeds), batch)
     for number, first in enumerate(starts):
         path = parts / f"{first:08d}.safetensors"
@@ -337,4 +365,6 @@ def generate_to(
         samples = torch.cat([load_file(parts / f"{first:08d}.safetensors")["x"] for first in starts])
     except (OSError, SafetensorError, KeyError) as error:
         raise ArtifactError(f"{parts} is damaged ({error}): remove it and sample again") from error
+    about = SamplesRecord(SamplesRecord.FORMAT, SamplesRecord.VERSION, request, problem.name, repr(sampler), seeds[0], len(seeds))
+    write_whole(finished, (json.dumps(asdict(about), indent=1) + "\n").encode())
     return samples, parts

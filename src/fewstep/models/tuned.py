@@ -6,13 +6,25 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fewstep.runtime.artifact import read_json, write_whole
-from fewstep.runtime.errors import ArtifactError
+from fewstep.runtime.artifact import Count, Number, Record, read_record, write_whole
 
 __all__ = ["Tuned"]
 
-FORMAT, VERSION = "fewstep-tuned", 1
 BESIDE = "../"
+
+
+@dataclass(frozen=True)
+class TunedRecord(Record):
+    """The fields of ``tuned.json``, see `Tuned`."""
+
+    FORMAT = "fewstep-tuned"
+
+    teacher: str
+    fingerprint: str
+    guidance: Number
+    solver: str
+    nfe: Count
+    form: str
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Tuned:
 
     def save(self, folder: Path) -> None:
         """Write ``tuned.json``, whole or not at all."""
-        meta = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        meta = {"format": TunedRecord.FORMAT, "version": TunedRecord.VERSION, **asdict(self)}
         if Path(self.teacher).is_absolute() and Path(self.teacher).parent == folder.resolve().parent:
             meta["teacher"] = BESIDE + Path(self.teacher).name
         write_whole(folder / "tuned.json", (json.dumps(meta, indent=1) + "\n").encode())
@@ -57,12 +69,7 @@ class Tuned:
         path = folder / "tuned.json"
         if not path.exists():
             return None
-        meta = read_json(path)
-        if (meta.pop("format", None), meta.pop("version", None)) != (FORMAT, VERSION):
-            raise ArtifactError(f"{path} is not {FORMAT!r} version {VERSION}: use the version of fewstep that wrote it, or tune again")
-        if str(meta.get("teacher", "")).startswith(BESIDE):
-            meta["teacher"] = str((folder / meta["teacher"]).resolve())
-        try:
-            return cls(**meta)
-        except TypeError as error:
-            raise ArtifactError(f"{path} is damaged ({error}): fetch or make it again") from error
+        meta = read_record(path, TunedRecord)
+        beside = meta.teacher.startswith(BESIDE)
+        teacher = str((folder / meta.teacher).resolve()) if beside else meta.teacher
+        return cls(teacher, meta.fingerprint, meta.guidance, meta.solver, meta.nfe, meta.form)

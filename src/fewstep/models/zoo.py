@@ -10,6 +10,7 @@ from typing import Any
 from fewstep.models.formats.checkpoints import load_checkpoint
 from fewstep.models.formats.folders import load_folder
 from fewstep.models.model import Model
+from fewstep.runtime.artifact import named_path
 from fewstep.runtime.errors import ModelError, nearest
 from fewstep.runtime.front_door import checked
 
@@ -44,6 +45,7 @@ def load_model(
     """
     if not isinstance(name, str | Path):
         raise ModelError(f"a model is loaded by a name, a folder or a file, got {type(name).__name__} {str(name)[:80]}")
+    named_path(name)
     if str(name) not in BUNDLED and Path(name).is_file():
         return load_checkpoint(name, format=format, config=config, trust=trust)
     if format is not None or config:

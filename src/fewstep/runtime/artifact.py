@@ -1,15 +1,25 @@
-"""Artifacts on disk: numbers as safetensors, their description as JSON, a card for people. Never a pickle, never half-written."""
+"""Artifacts on disk: numbers as safetensors, their description as JSON, a card for people. Never a pickle, never half-written.
+
+What is read may be damaged, or written to do harm. So a path is checked before it is opened, a JSON file is held to a `Record` (a dataclass
+of its fields and their types), and each tensor to the shape that its file describes.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import stat
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
+import torch
+from annotated_types import Ge, Gt, Le, Lt
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -17,10 +27,59 @@ from torch import Tensor
 
 from fewstep.runtime.errors import ArtifactError, FewstepError
 
-__all__ = ["check_writable", "load_artifact", "read_json", "save_artifact", "write_whole"]
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+__all__ = [
+    "TEMPORARY",
+    "ArtifactRecord",
+    "Count",
+    "Number",
+    "Record",
+    "Whole",
+    "check_file",
+    "check_writable",
+    "held_to",
+    "load_artifact",
+    "named_path",
+    "parse_json",
+    "parse_record",
+    "read_file",
+    "read_json",
+    "read_record",
+    "save_artifact",
+    "tensor_of",
+    "write_whole",
+]
 
 VERSION = 1
+TEMPORARY = ".fewstep-"  # how the names of files begin that are not whole yet; a `Job` removes those of killed runs
+LARGEST = 1 << 30  # bytes of a file that is read as a whole
+DEEPEST = 64  # lists within lists in a JSON file
+DIGITS = 20  # of a whole number in one
 T = TypeVar("T")
+
+Number = Annotated[float, Gt(-math.inf), Lt(math.inf)]
+Whole = Annotated[int, Ge(0), Lt(1 << 63)]
+Count = Annotated[int, Ge(1), Le(1 << 40)]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The fields of a JSON file of ours. Subclass it as a frozen dataclass, with the file's fields and their types.
+
+    A type may be narrowed: `Number` is finite, `Whole` at least 0, `Count` at least 1. A field that a record does not have is refused.
+    """
+
+    format: str
+    version: int
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    FORMAT: ClassVar[str]
+    VERSION: ClassVar[int] = VERSION
+
+
+R = TypeVar("R", bound=Record)
 
 
 def save_artifact(folder: Path, kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], readme: str) -> Path:
@@ -48,35 +107,68 @@ def save_artifact(folder: Path, kind: str, meta: Mapping[str, Any], tensors: Map
     return folder
 
 
-def load_artifact(folder: Path, kind: str, build: Callable[[dict[str, Any], dict[str, Tensor]], T]) -> T:
+@dataclass(frozen=True)
+class ArtifactRecord(Record):
+    """The fields of every ``{kind}.json`` that `save_artifact` writes."""
+
+    sha256: str
+
+
+A = TypeVar("A", bound=ArtifactRecord)
+
+
+def load_artifact(folder: str | Path, kind: str, record: type[A], build: Callable[[A, dict[str, Tensor]], T]) -> T:
     """Read files that `save_artifact` wrote, and return ``build(meta, tensors)``.
 
     Args:
         folder: where they are.
         kind: of the artifact.
+        record: the class of its description.
         build: makes the object; its errors are those of a damaged artifact.
 
     Raises:
         ArtifactError: a file is missing, damaged, or of another version.
     """
-    meta = read_json(folder / f"{kind}.json")
-    if meta.get("format") != f"fewstep-{kind}" or meta.get("version") != VERSION:
-        raise ArtifactError(
-            f"{folder / f'{kind}.json'} is {meta.get('format')!r} version {meta.get('version')!r}; this fewstep reads "
-            f"'fewstep-{kind}' version {VERSION}"
-        )
+    folder = named_path(folder)
+    meta = read_record(folder / f"{kind}.json", record)
     path = folder / f"{kind}.safetensors"
+    data = read_file(path)
+    if hashlib.sha256(data).hexdigest() != meta.sha256:
+        raise ArtifactError(f"{path} is damaged: its checksum is not the one in {kind}.json; fetch or make it again")
     try:
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != meta["sha256"]:
-            raise ArtifactError(f"{path} is damaged: its checksum is not the one in {kind}.json; fetch or make it again")
         return build(meta, load_tensors(data))
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
-    except ArtifactError:
-        raise
-    except (SafetensorError, KeyError, TypeError, ValueError, FewstepError) as error:
-        raise ArtifactError(f"{folder} is not a whole {kind} artifact: {error!r}; fetch or make it again") from error
+    except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, FewstepError) as error:
+        why = str(error) if isinstance(error, FewstepError) else repr(error)
+        raise ArtifactError(f"{folder} is not a whole {kind} artifact: {why}; fetch or make it again") from error
+
+
+def tensor_of(
+    tensors: Mapping[str, Tensor], name: str, shape: Sequence[int | None], *, finite: bool = True, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return a tensor of a file, of floating-point numbers.
+
+    Args:
+        tensors: by name.
+        name: of the one.
+        shape: what it should be; None for any length.
+        finite: whether each of its numbers should be.
+        dtype: what it should be; None for any.
+
+    Raises:
+        ArtifactError: it is missing, of whole numbers, of another dtype or shape, or not finite.
+    """
+    if name not in tensors:
+        raise ArtifactError(f"there is no tensor {name}")
+    found = tensors[name]
+    if not found.is_floating_point() or dtype not in (None, found.dtype):
+        wanted = "floating-point numbers" if dtype is None else str(dtype).removeprefix("torch.")
+        raise ArtifactError(f"the tensor {name} holds {str(found.dtype).removeprefix('torch.')}, not {wanted}")
+    if found.ndim != len(shape) or any(wanted not in (None, side) for side, wanted in zip(found.shape, shape, strict=True)):
+        wanted = ", ".join("any" if side is None else str(side) for side in shape)
+        raise ArtifactError(f"the tensor {name} has shape {list(found.shape)}, not [{wanted}]")
+    if finite and not bool(torch.isfinite(found).all()):
+        raise ArtifactError(f"the tensor {name} has numbers that are not finite")
+    return found
 
 
 def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
@@ -92,7 +184,7 @@ def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
         if callable(content):
@@ -125,18 +217,132 @@ def check_writable(folder: Path) -> None:
         raise ArtifactError(f"cannot write {folder}: {parent} {what}; choose a folder that you may write to")
 
 
+def named_path(value: Any) -> Path:  # noqa: ANN401 - what a caller passed
+    """Return the path that a text or a path names.
+
+    Raises:
+        ArtifactError: it is empty, or no file can have that name.
+    """
+    if not isinstance(value, str | Path) or not str(value):
+        raise ArtifactError(f"a file or folder is named by its path, got {value!r}")
+    path = Path(value)
+    if "\0" in str(path) or len(os.fsencode(path)) > 4095 or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise ArtifactError(f"no file or folder can be named {str(path)[:80]!r} ({len(str(path))} characters): name another")
+    return path
+
+
+def check_file(path: Path) -> int:
+    """Return the size in bytes of a file, without opening it: a pipe or a device may never end.
+
+    Raises:
+        ArtifactError: it is not there, or no ordinary file.
+    """
+    try:
+        found = named_path(path).stat()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise ArtifactError(f"cannot read {path}: it is a {'folder' if stat.S_ISDIR(found.st_mode) else 'pipe or device'}, not a file")
+    return found.st_size
+
+
+def read_file(path: Path) -> bytes:
+    """Return what a file holds.
+
+    Raises:
+        ArtifactError: it cannot be read, is no ordinary file, or is larger than `LARGEST`.
+    """
+    if (size := check_file(path)) > LARGEST:
+        raise ArtifactError(f"cannot read {path}: it has {size} bytes, more than any such file needs")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        ArtifactError: it is missing, not JSON, or not an object.
+        ArtifactError: it cannot be read, is not JSON, or is not an object.
+    """
+    return parse_json(read_file(path), path)
+
+
+def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
+    """Return the JSON object in a text.
+
+    Args:
+        text: UTF-8 if it is bytes.
+        where: what errors call it.
+
+    Raises:
+        ArtifactError: it is not JSON, not an object, or has lists within lists or numbers that no file needs.
     """
     try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ArtifactError(f"{path} is damaged: {error}") from error
+        value = json.loads(text, parse_int=_whole)
+        level = [value]
+        for _ in range(DEEPEST):
+            level = [child for one in level for child in _inside(one)]
+        if level:
+            raise ValueError(f"more than {DEEPEST} lists or objects within each other")
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{where} is damaged: {error}; fetch or make it again") from error
     if not isinstance(value, dict):
-        raise ArtifactError(f"{path} should hold a JSON object, not a {type(value).__name__}")
+        raise ArtifactError(f"{where} should hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def _inside(value: Any) -> Iterable[Any]:  # noqa: ANN401 - of JSON
+    """Return what a list or an object of JSON holds."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def read_record(path: Path, kind: type[R]) -> R:
+    """Read a JSON file of ours.
+
+    Raises:
+        ArtifactError: it cannot be read, is of another format or version, or a field is missing, of another type, or too many (which).
+    """
+    return parse_record(read_file(path), kind, path)
+
+
+def parse_record(text: str | bytes, kind: type[R], where: object) -> R:
+    """Return the record in a text, see `read_record`."""
+    meta = parse_json(text, where)
+    if (meta.get("format"), meta.get("version")) != (kind.FORMAT, kind.VERSION):
+        raise ArtifactError(
+            f"{where} is {meta.get('format')!r} version {meta.get('version')!r}; this fewstep reads {kind.FORMAT!r} version "
+            f"{kind.VERSION}: use the version of fewstep that wrote it, or make it again"
+        )
+    return held_to(text, kind, where)
+
+
+def held_to(text: str | bytes, kind: type[T], where: object) -> T:
+    """Return the JSON text as a dataclass, whose types it is held to: no word is taken for a number, nor a switch for one.
+
+    Raises:
+        ArtifactError: a field is missing, of another type, or too many (which).
+    """
+    from pydantic import ValidationError  # when something is read: sampling by name does not wait for it
+
+    try:
+        return _reader(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place, says = ".".join(map(str, first["loc"])), first["msg"]
+        got = "" if first["type"] == "missing" else f", got {str(first['input'])[:80]!r}"
+        raise ArtifactError(f"{where} is damaged: {place}: {says[:1].lower()}{says[1:]}{got}; fetch or make it again") from error
+
+
+@cache
+def _reader(kind: type[T]) -> TypeAdapter[T]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.errors import FewstepError, first_line
 
 __all__ = ["imported", "is_entry"]
 
@@ -31,8 +31,8 @@ def imported(entry: str) -> Callable[..., Any]:
     try:
         with _working_directory_on_path():
             function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever another's module does when it is imported
-        raise FewstepError(f"cannot import {entry}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+    except (Exception, SystemExit) as error:  # whatever another's module does when it is imported
+        raise FewstepError(f"cannot import {entry}: {type(error).__name__}: {first_line(error)}") from error
     if not callable(function):
         raise FewstepError(f"{entry} is not a function but a {type(function).__name__}")
     return function

@@ -6,14 +6,24 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-__all__ = ["ArtifactError", "FewstepError", "GridError", "ModelError", "SolverError", "look_up", "nearest"]
+__all__ = ["ArtifactError", "FewstepError", "GridError", "ModelError", "SolverError", "first_line", "look_up", "nearest"]
 
-
+LONGEST = 1800  # bytes of a message; what is longer loses its middle
 T = TypeVar("T")
 
 
 class FewstepError(Exception):
-    """An error that the caller can mend. The command line prints it in one line and exits with 2."""
+    """An error that the caller can mend. The command line prints it in one line and exits with 2.
+
+    A message quotes what was found, of whatever length: one above `LONGEST` bytes is shortened in its middle.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message).encode("utf-8", "backslashreplace")  # a name in a damaged file may hold half a character
+        if len(text) > LONGEST:
+            half = LONGEST // 2
+            text = text[:half] + b" [...] " + text[-half:]
+        super().__init__(text.decode("utf-8", "ignore"))
 
 
 class GridError(FewstepError):
@@ -30,6 +40,11 @@ class ModelError(FewstepError):
 
 class ArtifactError(FewstepError):
     """A file or folder that is damaged, incomplete, of another version, or cannot be written."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error of another library says, or its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, TypeVar
 
-from fewstep.runtime.errors import ArtifactError
+from fewstep.runtime.artifact import named_path
+from fewstep.runtime.errors import ArtifactError, first_line
 
 __all__ = ["HUB_ID", "Shared", "fetch", "header", "loading", "push", "snapshot"]
 
@@ -115,7 +116,7 @@ def fetch(
         ArtifactError: without ``huggingface_hub``; no such repository, revision or artifact in it; or the hub cannot be reached.
     """
     below = _below(subfolder)
-    if isinstance(source, Path) or Path(source).is_dir():
+    if isinstance(source, Path) or named_path(source).is_dir():
         return Path(source, below)
     names = [(below / name).as_posix() for name in (f"{kind}.json", f"{kind}.safetensors", "README.md")]
     how: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -186,7 +187,7 @@ def _why(error: BaseException, errors: Any, revision: str | None) -> str:  # noq
     for kind, reason in reasons:
         if isinstance(error, kind):
             return reason
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = first_line(error)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return f"you may not (the hub says {status}): log in (hf auth login) with a token that may, or pass token="

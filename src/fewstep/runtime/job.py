@@ -5,6 +5,7 @@ Every learner and every benchmark opens one. It holds the folder and its lock, t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -15,13 +16,14 @@ from tempfile import TemporaryDirectory
 import torch
 from filelock import FileLock, Timeout
 
-from fewstep.runtime.artifact import check_writable
+from fewstep.runtime.artifact import TEMPORARY, check_writable, named_path
 from fewstep.runtime.errors import ArtifactError, FewstepError
 from fewstep.runtime.process import process, usable_device, wait_for_all
 
 __all__ = ["Job", "Progress", "folder_of"]
 
 LOCK = ".lock"
+DEPTH = 3  # folders below that of a job where it writes
 
 Progress = Callable[[int, str], None]  # units done, a note
 
@@ -34,7 +36,7 @@ def folder_of(out: str | Path) -> Path:
     """
     if not isinstance(out, str | Path):
         raise ArtifactError(f"out is a folder, got {out!r}")
-    return Path(out)
+    return named_path(out)
 
 
 def _silent(done: int, note: str) -> None:
@@ -78,7 +80,8 @@ class Job:
     ) -> Generator[Job, None, None]:
         """Open a folder for one job, or a temporary folder without ``out``, which is removed at the end.
 
-        The processes of ``torchrun`` share one job. A folder that the job made and left empty is removed.
+        The processes of ``torchrun`` share one job. Temporary files that killed runs left in the folder are removed first; a folder that
+        the job made and left empty is removed last.
 
         Args:
             work: what errors call it.
@@ -140,6 +143,7 @@ def _locked(folder: Path, rank: int) -> Generator[None, None, None]:
         _remove_empty(made)
         raise ArtifactError(f"cannot write {folder}: {error.strerror}; choose a folder that you may write to") from error
     try:
+        _remove_leftovers(folder)
         yield
     finally:
         if made and not _files(folder):  # nothing came of it
@@ -147,7 +151,33 @@ def _locked(folder: Path, rank: int) -> Generator[None, None, None]:
             lock.release()
             _remove_empty(made[1:])
         else:
+            with suppress(OSError):  # on Windows, where an open file stays
+                (folder / LOCK).unlink()  # while it is held: filelock does not take a lock on a file that is gone
             lock.release()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of killed runs in a folder and below it, but for folders where another job works."""
+    for place, below, names in os.walk(folder):
+        here = Path(place)
+        if here != folder and LOCK in names and _in_use(here):
+            below.clear()
+            continue
+        if len(here.relative_to(folder).parts) == DEPTH:
+            below.clear()
+        for name in names:
+            if name.startswith(TEMPORARY):
+                with suppress(OSError):
+                    (here / name).unlink()
+
+
+def _in_use(folder: Path) -> bool:
+    """Return whether another job holds the lock of a folder."""
+    try:
+        FileLock(folder / LOCK, timeout=0).acquire().lock.release()
+    except (Timeout, OSError):
+        return True
+    return False
 
 
 def _files(folder: Path) -> set[str]:

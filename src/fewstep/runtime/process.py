@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.errors import FewstepError, first_line
 
 __all__ = ["default_device", "process", "sum_over_processes", "usable_device", "wait_for_all"]
 
@@ -28,7 +28,7 @@ def usable_device(device: torch.device | str) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise FewstepError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise FewstepError(f"device {device!r} cannot be used here: {first_line(error)}") from None
     return found
 
 

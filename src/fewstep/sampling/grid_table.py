@@ -9,14 +9,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
-from fewstep.runtime.artifact import read_json, write_whole
+from fewstep.runtime.artifact import Number, Record, named_path, read_record, write_whole
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError
 
 __all__ = ["GridTable"]
 
-FORMAT, VERSION = "fewstep-grids", 1
+
+@dataclass(frozen=True)
+class GridsRecord(Record):
+    """The fields of ``grids.json``, see `GridTable`."""
+
+    FORMAT = "fewstep-grids"
+
+    solver: str
+    model: str
+    guidance: Number
+    schedule: dict[str, Any]
+    times: dict[str, list[Number]]
+    card: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,8 +80,8 @@ class GridTable:
             ArtifactError: it cannot be written.
         """
         meta = {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": GridsRecord.FORMAT,
+            "version": GridsRecord.VERSION,
             "solver": self.solver,
             "model": self.model,
             "guidance": self.guidance,
@@ -85,13 +99,12 @@ class GridTable:
         Raises:
             ArtifactError: it is missing, damaged, or of another version.
         """
-        path = folder / "grids.json"
-        meta = read_json(path)
-        if meta.get("format") != FORMAT or meta.get("version") != VERSION:
-            raise ArtifactError(f"{path} is {meta.get('format')!r} version {meta.get('version')!r}, not {FORMAT!r} version {VERSION}")
+        path = named_path(folder) / "grids.json"
+        meta = read_record(path, GridsRecord)
         try:
-            grids = {int(nfe): TimeGrid(times) for nfe, times in meta["times"].items()}
-            schedule = schedule_from_config(meta["schedule"])
-            return cls(str(meta["solver"]), str(meta["model"]), float(meta["guidance"]), schedule, grids, dict(meta["card"]))
-        except (KeyError, TypeError, ValueError, AttributeError, GridError, ModelError) as error:
-            raise ArtifactError(f"{path} is damaged ({error!r}): fetch or make it again") from error
+            grids = {int(nfe): TimeGrid(torch.tensor(times, dtype=torch.float64)) for nfe, times in meta.times.items()}
+            if min(grids) < 1:
+                raise ValueError(f"a grid for {min(grids)} evaluations")
+            return cls(meta.solver, meta.model, meta.guidance, schedule_from_config(meta.schedule), grids, meta.card)
+        except (ValueError, GridError, ModelError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}; fetch or make it again") from error

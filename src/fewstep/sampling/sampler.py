@@ -16,8 +16,8 @@ from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
-from fewstep.runtime.artifact import load_artifact, save_artifact
-from fewstep.runtime.errors import GridError, ModelError, SolverError
+from fewstep.runtime.artifact import ArtifactRecord, Count, load_artifact, save_artifact, tensor_of
+from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError
 from fewstep.runtime.front_door import checked
 from fewstep.runtime.hub import Shared, header
 from fewstep.runtime.spec import parse_spec
@@ -26,7 +26,21 @@ from fewstep.solvers import SOLVERS, make_solver, spec_of, takes_statistics
 __all__ = ["Sampler"]
 
 TABLES = ("record", "update", "bias", "noise")
+SAME = 1e-6  # how far a node's alpha and sigma may be from its noise law's, on another machine
 TAIL = "unipc-2"  # on the rest of a grid whose own formulas are not known here
+
+
+@dataclass(frozen=True)
+class SamplerRecord(ArtifactRecord):
+    """The fields of ``sampler.json``, see `Sampler`."""
+
+    FORMAT = "fewstep-sampler"
+
+    solver: str
+    options: dict[str, Any]
+    nfe: Count
+    schedule: dict[str, Any]
+    card: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -223,13 +237,17 @@ class Sampler(Shared):
             ArtifactError: a file is missing or damaged, or of a newer version.
         """
 
-        def build(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Sampler:
-            nodes = Nodes(*(tensors[f"nodes.{name}"] for name in Nodes._fields))
-            tableau = Tableau(nodes, *(tensors[name] for name in TABLES))
-            schedule = schedule_from_config(meta["schedule"])
-            return cls(tableau, TimeGrid(tensors["grid"]), schedule, meta["solver"], dict(meta["options"]), dict(meta["card"]))
+        def build(meta: SamplerRecord, tensors: dict[str, Tensor]) -> Sampler:
+            tableau, grid = _tableau(tensors, meta.nfe), TimeGrid(tensor_of(tensors, "grid", [None]))
+            schedule, nodes = schedule_from_config(meta.schedule), tableau.nodes
+            if grid.steps > meta.nfe:
+                raise ArtifactError(f"its grid has {grid.steps} steps, more than its {meta.nfe} evaluations")
+            for name, known in (("alpha", schedule.alpha(nodes.t)), ("sigma", schedule.sigma(nodes.t))):
+                if not torch.allclose(getattr(nodes, name), known, rtol=SAME, atol=SAME):
+                    raise ArtifactError(f"the tensor nodes.{name} is not that of its noise law at nodes.t")
+            return cls(tableau, grid, schedule, meta.solver, meta.options, meta.card)
 
-        return load_artifact(Path(folder), "sampler", build)
+        return load_artifact(folder, "sampler", SamplerRecord, build)
 
     def _readme(self, load: str, pictures: Sequence[str] = ()) -> str:
         sigmas = ", ".join(f"{s:.4g}" for s in torch.exp(-self.tableau.nodes.lam).tolist())
@@ -248,6 +266,27 @@ sampler = fewstep.Sampler.{load}
 images = fewstep.sample(model, sampler, seeds=range(16))
 ```
 """
+
+
+def _tableau(tensors: Mapping[str, Tensor], nfe: int) -> Tableau:
+    """Return the tableau of a file, its tensors held to ``nfe`` evaluations and to each other.
+
+    Raises:
+        ArtifactError: a tensor is missing, or does not fit.
+    """
+    double = torch.float64
+    nodes = Nodes(*(tensor_of(tensors, f"nodes.{name}", [nfe + 1], finite=name != "lam", dtype=double) for name in Nodes._fields))
+    if bool(torch.isnan(nodes.lam).any()):
+        raise ArtifactError("the tensor nodes.lam has entries that are no numbers")
+    fixed = {"record": (nfe, 2), "update": (nfe, 2, None), "bias": (nfe, 2), "noise": (nfe,)}
+    elements = {name: [None] * (tensors[name].ndim - len(fixed[name])) for name in TABLES[:-1] if name in tensors}
+    record, update, bias, noise = (tensor_of(tensors, name, (*fixed[name], *elements.get(name, ())), dtype=double) for name in TABLES)
+    if update.shape[2] < 2:
+        raise ArtifactError(f"the tensor update has shape {list(update.shape)}, without columns for the anchor and the state")
+    if len({len(element) for element in elements.values()}) > 1:
+        raise ArtifactError("the coefficients of its tensors are of different shapes")
+    torch.broadcast_shapes(record.shape[2:], update.shape[3:], bias.shape[2:])  # refuses those that do not fit each other
+    return Tableau(nodes, record, update, bias, noise)
 
 
 def _shown(value: object) -> str:

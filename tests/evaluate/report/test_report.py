@@ -1,6 +1,7 @@
 """The report: all it shows is in the rows, all it says is true of them, and the page needs nothing but itself."""
 
 import csv
+import html
 import io
 import json
 import re
@@ -330,7 +331,7 @@ def test_folders_that_hold_no_benchmark_are_named(tmp_path: Path, monkeypatch: p
     with pytest.raises(ArtifactError, match="cannot read"):
         write_report([tmp_path / "nowhere"], tmp_path)
     for wrong in ({"rows": [{"row": "another table"}]}, {"rows": 3}, {}):
-        with pytest.raises(ArtifactError, match="does not hold the rows of a benchmark"):
+        with pytest.raises(ArtifactError, match=r"results.json is damaged: rows"):
             write_report([put(tmp_path / "wrong", wrong, None)], tmp_path)
     with pytest.raises(FewstepError, match="at least one folder"):
         write_report([], tmp_path)
@@ -376,6 +377,54 @@ def test_markdown_gives_back_the_best_of_each_sampler(measured: Path) -> None:
                 assert cell == ""
     hostile = to_markdown(results([row(HOSTILE, 5, 0.1)])).splitlines()
     assert len(hostile) == 5 and len(re.findall(r"(?<!\\)\|", hostile[-1])) == 3
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "a|b", "a\\|b", "``", "`", "a\nb|c", "", "\\", "<b>|", "=1+1"])
+def test_markdown_shows_a_name_as_it_is_in_one_cell(name: str) -> None:
+    line = to_markdown(results([row(name, 5, 0.1, name)])).splitlines()[-1]
+    assert line.count("|") == 3 and "\\" not in line  # nothing that would escape a bar
+    shown = re.fullmatch(r"\| (.*) \| \*\*0.1000\*\* \(0.50\) (.*) \|", line)
+    assert shown is not None and shown[1] == shown[2]
+    code = re.fullmatch(r"`([^`]+)`|<code>([^<]*)</code>", shown[1])
+    assert code is not None and (code[1] or html.unescape(code[2])) == " ".join(name.split())
+
+
+@pytest.mark.parametrize("name", ["=HYPERLINK(1)", "+1", "-1", "@SUM(1)", "\t=1", "\r=1"])
+def test_no_cell_of_the_csv_is_a_formula(name: str) -> None:
+    made = results([{**row(name, 5, -0.5, name, failed=name, levels=[-1.0, None]), name: name}])
+    (flat,) = csv.DictReader(io.StringIO(to_csv(made), newline=""))
+    shown = f"'{name}".replace("\r", " ")
+    assert {key for key, value in flat.items() if value == shown} == {"solver", "grid", "failed", shown}
+    assert flat["rmse"] == "-0.5"  # a number stays one
+    assert flat["levels"] == "'-1.0 "
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rmse_ci": -1}, "rows.0.rmse_ci: "),
+        ({"rmse_ci": [0.1]}, "rows.0.rmse_ci: "),
+        ({"rmse": "x"}, "rows.0.rmse: "),
+        ({"nfe": 0}, "rows.0.nfe: "),
+        ({"nfe": 5.0}, "rows.0.nfe: "),
+        ({"solver": ["a"]}, "rows.0.solver: "),
+        ({"failed": True}, "rows.0.failed: "),
+        ({"levels": [1.0, "x"]}, "rows.0.levels.1"),
+        ({"peak_memory": -1}, "rows.0.peak_memory: "),
+    ],
+)
+def test_a_row_of_wrong_types_is_named(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    folder = put(tmp_path / "run", results([{**row("ddim", 5, 0.1), **change}]), None)
+    with pytest.raises(ArtifactError, match=f"results.json is damaged: {says}"):
+        write_report([folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("field", ["rows", "version", "command", "model", "machine", "problem", "reference", "skipped"])
+def test_a_table_of_wrong_types_is_named(tmp_path: Path, field: str) -> None:
+    folder = put(tmp_path / "run", {**results([row("ddim", 5, 0.1)]), field: 3.5}, None)
+    with pytest.raises(ArtifactError, match=f"results.json is damaged: {field}: "):
+        write_report([folder], tmp_path / "out")
 
 
 def test_the_template_is_within_the_package() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save as save_tensors
 from tests.learn.teacher import problems
 from tests.learn.teacher.problems import LAW, calls, column
 from torch import Tensor
@@ -33,7 +34,7 @@ from fewstep import (
 )
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.learn.teacher import trajectories as module
-from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories, teacher_grid
+from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, _digest, _read_shard, generate_trajectories, teacher_grid
 from fewstep.models.problem import Problem
 from fewstep.runtime import job
 from fewstep.solvers import DDIM, UniPC
@@ -278,10 +279,31 @@ def flip(path: Path, other: Path) -> None:
 
 DAMAGE = {
     "cut": (lambda path, other: path.write_bytes(path.read_bytes()[:-8]), "is damaged .*: remove it and run"),
-    "flipped": (flip, "is damaged: its checksum .*; remove it and run the same command again"),
+    "flipped": (flip, "is damaged: its tensors or their checksum .*; remove it and run the same command again"),
     "mixed-teachers": (lambda path, other: path.write_bytes(other.read_bytes()), "is of another teacher .*: remove it and run"),
     "missing": (lambda path, other: path.unlink(), "is missing: run the same command again"),
 }
+
+
+def test_shards_of_other_tensors_are_refused(tmp_path) -> None:
+    """Their checksums are right: those of the tensors that they hold."""
+    found = made(tmp_path)
+    path = tmp_path / "shard-00000.safetensors"
+    about, tensors = _read_shard(path, found.identity)
+    for changed, says in [
+        ({}, "is damaged"),
+        ({"y": tensors["x"]}, "is damaged"),
+        ({"x": tensors["x"][:, 1:].contiguous()}, "its tensors or their checksum are not those in manifest.json"),
+        ({"x": tensors["x"].long()}, "its tensors or their checksum are not those in manifest.json"),
+        ({**tensors, "labels": torch.zeros(8)}, "its tensors or their checksum are not those in manifest.json"),
+    ]:
+        path.write_bytes(save_tensors(changed, {"about": json.dumps({**about, "sha256": _digest(changed)})}))
+        manifest = tmp_path / "manifest.json"
+        meta = json.loads(manifest.read_text())
+        meta["shards"][0]["sha256"] = _digest(changed)
+        manifest.write_text(json.dumps(meta))
+        with pytest.raises(ArtifactError, match=says):
+            Trajectories.load(tmp_path).states([0])
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -305,7 +327,14 @@ def test_manifests_that_cannot_be_used_are_named(tmp_path) -> None:
     meta = json.loads(path.read_text())
     for changed, says in [
         ({**meta, "version": 2}, "'fewstep-trajectories' version 2; this fewstep reads 'fewstep-trajectories' version 1"),
-        ({k: v for k, v in meta.items() if k != "times"}, r"damaged \(KeyError\('times'\)\): remove it and run"),
+        ({k: v for k, v in meta.items() if k != "times"}, "damaged: times: field required; fetch or make it again"),
+        ({**meta, "shards": [{**meta["shards"][0], "file": "../x"}, *meta["shards"][1:]]}, "a shard is not in the same folder"),
+        ({**meta, "shards": [{**one, "count": 4 - k} for k, one in enumerate(meta["shards"])]}, "do not hold"),
+        ({**meta, "shape": 0}, "damaged: shape: "),
+        ({**meta, "classes": [2]}, "damaged: classes: "),
+        ({**meta, "num": 1 << 60}, "damaged: num: "),
+        ({**meta, "seed": 1 << 63}, "damaged: seed: "),
+        ({**meta, "times": meta["times"][::-1]}, "damaged .*must strictly decrease"),
         ({**meta, "num": 30}, "damaged .*do not hold 30 trajectories"),
     ]:
         path.write_text(json.dumps(changed))

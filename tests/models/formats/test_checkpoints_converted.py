@@ -1,6 +1,7 @@
 """Checkpoints of all kinds made into ours, and what is refused."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -136,12 +137,30 @@ def test_damaged_single_files_and_folders(tmp_path: Path, checkpoints: dict) -> 
         assert "cut.safetensors" in str(error.value)
 
     says("damaged", "{")
-    says("does not describe a model: KeyError", {})
+    says("damaged: network: field required", {})
     for key in ("network", "schedule", "prediction", "time", "shape", "classes"):
-        says("does not describe a model", {name: value for name, value in meta.items() if name != key})
+        says(f"damaged: {key}: field required", {name: value for name, value in meta.items() if name != key})
     says("unknown prediction type", {**meta, "prediction": "noise"})
     says("unknown form of a network's time", {**meta, "time": {**meta["time"], "form": "lag"}})
     says("unknown network class", {**meta, "network": {"class": "os.system", "options": {}}})
+    options = meta["network"]["options"]
+    for change, words in [
+        ({"shape": 0}, "damaged: shape: "),
+        ({"shape": [3, 0, 8]}, "damaged: shape.1: "),
+        ({"shape": [3, 1 << 39, 8]}, "more numbers than any network makes"),
+        ({"classes": [10]}, "damaged: classes: "),
+        ({"null_label": -1}, "damaged: null_label: "),
+        ({"null_label": 10**400}, "damaged: a number of 401 digits"),
+        ({"prediction": 3}, "damaged: prediction: "),
+        ({"network": {"class": meta["network"]["class"]}}, "does not describe a model: KeyError"),
+        ({"network": {**meta["network"], "options": {**options, "num_blocks": 10**9}}}, "too many blocks or levels"),
+        ({"network": {**meta["network"], "options": {**options, "channel_mult": [1] * 10**4}}}, "too many blocks or levels"),
+        ({"schedule": {**meta["schedule"], "t_max": -1.0}}, "does not run down"),
+        ({"time": {**meta["time"], "factor": "1"}}, "NetworkTime: factor is a number"),
+        ({"time": {**meta["time"], "scale": math.nan}}, "which are not finite"),
+        ({"network": {"class": "UNet2DModel", "options": {"time_embedding_type": "x"}}}, "no UNet2DModel has the options"),
+    ]:
+        says(words, {**meta, **change})
     says("unknown noise schedule", {**meta, "schedule": {"law": "mine"}})
     says("the file lacks map_layer0.weight", meta, {key: value for key, value in weights.items() if key != "map_layer0.weight"})
     (folder / "unet" / "model.safetensors").unlink()

@@ -37,7 +37,7 @@ def calibrate(
     A killed run continues where it stopped, a larger --num adds data; the processes of torchrun share the work.
     """
     opened, begin = open_model(model, prompts), time.perf_counter()
-    images = load_images(data) if data else None
+    images = None if data is None else load_images(data)
     total = len(config.batches[process()[0] :: process()[1]]) * config.batch * (config.levels + 1)
     with progress(f"calibrating {opened.name}: {config.num} data x {config.levels + 1} levels", total) as report:
         statistics = make_statistics(

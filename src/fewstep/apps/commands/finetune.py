@@ -32,7 +32,7 @@ def finetune(
 
     Its schedule is tuned with it. A killed run continues where it stopped.
     """
-    opened, images = open_model(model), load_images(data) if data else None
+    opened, images = open_model(model), None if data is None else load_images(data)
     total = config.rounds * config.steps
     with progress(f"tuning {opened.name} for {config.nfe} evaluations", total) as report:
         tuned = tune(

@@ -10,6 +10,7 @@ import typer
 from fewstep.apps.console import console, print_json
 from fewstep.apps.options import AsJson
 from fewstep.evaluate.report.write import write_report
+from fewstep.runtime.job import Job
 
 __all__ = ["report"]
 
@@ -25,5 +26,6 @@ def report(
 
     A row that is in several runs is compared, and marked if it got worse.
     """
-    page = write_report(folders, out, title=title)
+    with Job.open("report", out, alone=True):
+        page = write_report(folders, out, title=title)
     print_json({"report": str(page)}) if json else console.print(f"report: {page}\nnext: open it in a browser; it needs no network")

@@ -23,6 +23,7 @@ from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_seeds
 from fewstep.runtime.artifact import write_whole
 from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.job import Job
 from fewstep.runtime.process import default_device
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import takes_statistics
@@ -57,7 +58,8 @@ def sample(
 ) -> None:
     """Sample a model.
 
-    A killed run continues where it stopped when the same command is typed again; the processes of torchrun share the seeds.
+    A killed run continues where it stopped when the same command is typed again; the processes of torchrun share the seeds. Samples of
+    another command in the folder are never replaced.
     """
     if num < 1 or batch < 1:
         raise FewstepError(f"num and batch must be at least 1, got {num} and {batch}")
@@ -68,14 +70,15 @@ def sample(
     if len(opened.need_shape()) != 3 and singles:
         raise FewstepError(f"samples of shape {opened.shape} are no pictures: leave --singles out; they are written to samples.npz")
     seeds = range(seed, seed + num)
-    with progress(f"sampling {num} x {chosen.nfe} evaluations", num) as report:
-        problem = Problem(opened, scale, default_device())
-        made = generate_to(out, problem, chosen, seeds, label=label, batch=batch, on_progress=report)
-    if made is None:
-        return
-    images, parts = made
-    done = {"num": num, "nfe": chosen.nfe, "sampler": _described(chosen), **_written(images, opened, seeds, label, out, singles, npz)}
-    rmtree(parts)
+    with Job.open("sample", out):
+        with progress(f"sampling {num} x {chosen.nfe} evaluations", num) as report:
+            problem = Problem(opened, scale, default_device())
+            made = generate_to(out, problem, chosen, seeds, label=label, batch=batch, on_progress=report)
+        if made is None:
+            return
+        images, parts = made
+        done = {"num": num, "nfe": chosen.nfe, "sampler": _described(chosen), **_written(images, opened, seeds, label, out, singles, npz)}
+        rmtree(parts)
     if json:
         print_json(done)
         return

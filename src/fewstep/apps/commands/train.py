@@ -14,6 +14,7 @@ from fewstep.data.images import load_images
 from fewstep.learn.networks.loop import LoopConfig
 from fewstep.learn.networks.train import TrainConfig
 from fewstep.learn.networks.train import train as train_model
+from fewstep.runtime.job import Job
 from fewstep.runtime.process import process
 
 __all__ = ["train"]
@@ -39,7 +40,8 @@ def train(
             rate.add(step)
             report(step, f"loss {loss:.4f}{rate}")
 
-        train_model(load_images(data), config, loop, out, command=command(), observe=on_progress)
+        with Job.open("train", out):
+            train_model(load_images(data), config, loop, out, command=command(), observe=on_progress)
     if process()[0] == 0:
         console.print(f"model: {out}{rate}")
         console.print(next_command("bench", out, "--out", out / "bench"))

@@ -131,7 +131,9 @@ def compare(
     else:
         temporary, folder = None, folder_of(out)
     try:
-        with Job.open("compare", folder, device=problem.device, on_progress=on_progress, command=_call(problem, entries, setup)) as job:
+        with Job.open(
+            "compare", folder, device=problem.device, on_progress=on_progress, command=_call(problem, entries, setup), alone=True
+        ) as job:
             results = run_entries(problem, entries, setup, job)
         if temporary is not None:
             trim_reference(folder)

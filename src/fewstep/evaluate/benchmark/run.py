@@ -8,7 +8,7 @@ import logging
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +26,12 @@ from fewstep.evaluate.benchmark.plan import BenchmarkConfig, Setup, planned_entr
 from fewstep.evaluate.metrics.confidence import rms, rmse_interval, sample_errors
 from fewstep.evaluate.metrics.distances import rmse
 from fewstep.evaluate.metrics.quality import NO_METRICS, Quality
-from fewstep.evaluate.rows import REFERENCE, Key, Row, has_errors, picture_file, read_samples, save_samples
+from fewstep.evaluate.rows import REFERENCE, Key, Row, has_errors, picture_file, read_results, read_samples, save_samples
 from fewstep.models.model import Model
 from fewstep.models.networks.operator import OperatorStudent
 from fewstep.models.problem import Problem
 from fewstep.models.zoo import load_model
-from fewstep.runtime.artifact import read_json, write_whole
+from fewstep.runtime.artifact import Number, held_to, read_file, write_whole
 from fewstep.runtime.errors import FewstepError, ModelError, SolverError
 from fewstep.runtime.job import Job
 from fewstep.runtime.process import default_device
@@ -64,9 +64,10 @@ def benchmark(
         on_progress: called with the number of rows done and the name of the next.
 
     Raises:
-        FewstepError: as the solvers, grids and models it uses; also if no row could be run at all.
+        FewstepError: as the solvers, grids and models it uses; no row could be run at all; or under ``torchrun``, since rows are timed, and
+            processes that share a machine would slow each other.
     """
-    with Job.open(WORK, out, device=device or default_device(), on_progress=on_progress, command=command) as job:
+    with Job.open(WORK, out, device=device or default_device(), on_progress=on_progress, command=command, alone=True) as job:
         problem = Problem(model, config.guidance, job.device)
         return Comparison(run_entries(problem, planned_entries(problem, config), config.setup, job), job.folder)
 
@@ -84,7 +85,8 @@ def run_entries(problem: Problem, entries: Sequence[Entry], setup: Setup, job: J
     bench = _Bench(problem, setup, job)
     results = bench.results()
     results["skipped"] = [{"key": list(key), "why": why} for key, why in skipped.items()]
-    rows: dict[Key, Row] = {row.key: row for row in (Row(**one) for one in results["rows"])}
+    known = {field.name for field in fields(Row)}
+    rows: dict[Key, Row] = {row.key: row for row in (Row(**{name: one[name] for name in known & set(one)}) for one in results["rows"])}
     bench.write(results)  # before any samples of another problem are overwritten
     for number, entry in enumerate(entries):
         job.on_progress(number, " ".join(map(str, entry.key[1:])))
@@ -134,6 +136,14 @@ class _Run(NamedTuple):
     evaluations: int
     peak_memory: int | None
     levels: list[float | None]
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    """The fields of ``reference.json``: what the reference depends on, and its own error."""
+
+    stamp: str
+    error: Number
 
 
 class _Bench:
@@ -193,9 +203,9 @@ class _Bench:
         path, about = self.job.folder / REFERENCE, self.job.folder / "reference.json"
         stamp = json.dumps(self.identity, sort_keys=True)
         if path.exists() and about.exists():
-            meta = read_json(about)
-            if meta.get("stamp") == stamp:
-                return read_samples(path), float(meta["error"])
+            meta = held_to(read_file(about), _Stamp, about)
+            if meta.stamp == stamp:
+                return read_samples(path), meta.error
         self.job.on_progress(0, "reference trajectory")
 
         def ends(sampler: Sampler, seeds: list[int], cond: Cond) -> Tensor:
@@ -257,7 +267,7 @@ class _Bench:
             if entry.trusted and not isinstance(error, FewstepError | RuntimeError):
                 raise  # a mistake in this library, not a failure of the sampler
             path.unlink(missing_ok=True)
-            why = str(error) if isinstance(error, FewstepError) else f"{type(error).__name__}: {error}"
+            why = str(error if isinstance(error, FewstepError) else FewstepError(f"{type(error).__name__}: {error}"))
             return self._row(entry, {**NO_METRICS, "rmse": None, "seconds": None, "solver_seconds": None, "failed": why})
         errors = sample_errors(made.samples, self.exact)
         save_samples(path, made.samples, errors)
@@ -297,11 +307,13 @@ class _Bench:
         """Return the results on disk if they are of this very problem, version and machine, else an empty table; others are set aside."""
         path, command, machine = self.job.folder / "results.json", self.job.command, _machine(self.problem.device)
         if path.exists():
-            old = read_json(path)
+            old = read_results(path)
             if (old.get("problem"), old.get("version"), old.get("machine")) == (self.identity, version("fewstep"), machine):
-                commands = [one for one in dict.fromkeys([*str(old["command"]).split(" && "), command]) if one]  # all that made its rows
-                reference, features = old["reference"], None if self.quality is None else self.quality.name
-                if "recall" not in reference or reference["fd_features"] != features:
+                commands = [
+                    one for one in dict.fromkeys([*str(old.get("command", "")).split(" && "), command]) if one
+                ]  # all that made its rows
+                reference, features = old.get("reference") or {}, None if self.quality is None else self.quality.name
+                if "recall" not in reference or reference.get("fd_features") != features:
                     reference = self.reference()
                 return {**old, "command": " && ".join(commands), "reference": reference}
             if old.get("rows"):

@@ -152,7 +152,7 @@ def run_third_party(sampler: ThirdPartySampler, denoiser: Denoiser, grid: TimeGr
 
     Raises:
         SolverError: the grid begins at ``alpha = 0``, where ``x/alpha`` is infinite.
-        FewstepError: it answers something that is no tensor of the shape of ``x``.
+        FewstepError: it answers something that is no tensor of the shape of ``x``, or tries to end the program.
         Exception: whatever it raises itself.
     """
     nodes = Nodes.at(denoiser.schedule, grid.t)
@@ -163,7 +163,10 @@ def run_third_party(sampler: ThirdPartySampler, denoiser: Denoiser, grid: TimeGr
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seeds[0])
-        made = sampler.function(model, state, model.level.to(state.dtype).to(state.device), extra_args={}, callback=None, disable=True)
+        try:
+            made = sampler.function(model, state, model.level.to(state.dtype).to(state.device), extra_args={}, callback=None, disable=True)
+        except SystemExit as end:
+            raise FewstepError(f"{sampler.module}:{sampler.name} tried to end the program (SystemExit: {end})") from end
     if not isinstance(made, Tensor) or made.shape != x.shape:
         what = f"shape {tuple(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
         raise FewstepError(f"{sampler.module}:{sampler.name} answered {what} to a state of shape {tuple(x.shape)}")

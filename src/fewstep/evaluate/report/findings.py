@@ -14,17 +14,15 @@ from typing import Any, NamedTuple
 
 from fewstep.evaluate.metrics.confidence import ROUNDING
 from fewstep.evaluate.report.verdict import JsonRow, Verdict, Version, has_error, key_of, verdict
-from fewstep.evaluate.rows import OWN_FORMULAS, Key
+from fewstep.evaluate.rows import OWN_FORMULAS, Key, read_results
 from fewstep.models.carried import FITTED, OPTIMIZED
-from fewstep.runtime.artifact import read_json
-from fewstep.runtime.errors import ArtifactError, FewstepError
+from fewstep.runtime.errors import FewstepError
 
 __all__ = ["Change", "Format", "Name", "Need", "Number", "ResultsFolder", "RowGroup", "SamplerName", "Sentence", "described", "grouped"]
 __all__ += ["interval_of", "pivot", "read_folders", "reference_of", "sampler_of", "summary", "tie_limit", "title_of"]
 
 SamplerName = tuple[str, str]  # library, solver
 DISTANCES = ("fd", "fd_ci", "fd_features", "kd", "kd_ci", "precision", "recall", "labels")
-NEEDED = {"library", "solver", "grid", "nfe", "rmse"}
 
 
 class Number(NamedTuple):
@@ -256,10 +254,7 @@ def read_folders(folders: Sequence[Path]) -> list[ResultsFolder]:
     paths = list(dict.fromkeys(folder.resolve() for folder in folders))
     runs = []
     for path in paths:
-        results = read_json(path / "results.json")
-        rows = results.get("rows")
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) >= NEEDED for row in rows):
-            raise ArtifactError(f"{path / 'results.json'} does not hold the rows of a benchmark: name a folder of fewstep bench")
+        results = read_results(path / "results.json")
         depth = next(k for k in range(1, len(path.parts) + 1) if sum(other.parts[-k:] == path.parts[-k:] for other in paths) == 1)
         runs.append(ResultsFolder(path, "/".join(path.parts[-depth:]), results))
     if not runs:

@@ -27,6 +27,7 @@ __all__ = ["check_packages", "report_page", "to_csv", "to_markdown", "write_repo
 FIELDS = ("model", "run", "library", "solver", "grid", "nfe", "num", "guidance", "rmse", "rmse_ci", "error_median", "error_p95", "fd")
 FIELDS += ("fd_ci", "fd_features", "kd", "kd_ci", "precision", "recall", "labels", "seconds", "solver_seconds", "peak_memory")
 FIELDS += ("statistics", "artifact", "arithmetic", "planned", "levels", "failed")
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a spreadsheet's formulas begin
 INTERVALS = ("rmse_ci", "fd_ci", "kd_ci")
 
 
@@ -133,7 +134,7 @@ def to_csv(results: Mapping[str, Any]) -> str:
     columns = [column for name in names for column in ((f"{name}_low", f"{name}_high") if name in INTERVALS else (name,))]
     made = io.StringIO()
     table = csv.DictWriter(made, columns, lineterminator="\n")
-    table.writeheader()
+    table.writerow({name: _cell(name) for name in columns})
     table.writerows(flat)
     return made.getvalue()
 
@@ -147,7 +148,15 @@ def _flat(row: JsonRow) -> dict[str, Any]:
             flat[name] = " ".join("" if one is None else repr(one) for one in value)
         else:
             flat[name] = value
-    return {name: repr(value) if isinstance(value, float) else value for name, value in flat.items()}
+    return {name: repr(value) if isinstance(value, float) else _cell(value) for name, value in flat.items()}
+
+
+def _cell(value: Any) -> Any:  # noqa: ANN401 - of JSON
+    """Return a value for a spreadsheet, which would take a word that begins like a formula for one."""
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r", " ")  # which Python's writer does not quote
+    return f"'{text}" if value.startswith(FORMULA) else text
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
@@ -180,7 +189,8 @@ def _markdown_cell(cell: Mapping[str, Any]) -> str:
 
 
 def _code(text: str) -> str:
-    """Quote a name so that Markdown shows it whatever it holds."""
-    fence = "``" if "`" in text else "`"
-    inner = re.sub(r"\s+", " ", text).replace("|", "\\|")
-    return f"{fence} {inner} {fence}" if fence == "``" else f"{fence}{inner}{fence}"
+    """Set a name as code so that Markdown shows it whatever it holds: by character references where it has marks of Markdown's tables."""
+    inner = re.sub(r"\s+", " ", text).strip()
+    if inner and not set(inner) & set("`|\\"):
+        return f"`{inner}`"
+    return f"<code>{''.join(one if one.isalnum() or one == ' ' else f'&#{ord(one)};' for one in inner)}</code>"

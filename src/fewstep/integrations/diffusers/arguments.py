@@ -1,4 +1,4 @@
-"""What a scheduler's methods are called with: lists of numbers, arguments that only other schedulers have, and the time of a batch."""
+"""Arguments of a scheduler's methods: lists of numbers, arguments that only other schedulers have, and the time of a batch."""
 
 from __future__ import annotations
 

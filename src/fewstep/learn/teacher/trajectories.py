@@ -25,7 +25,7 @@ from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
 from fewstep.models.analytic import GaussianDenoiser
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
-from fewstep.runtime.artifact import read_json, write_whole
+from fewstep.runtime.artifact import Count, Number, Record, Whole, check_file, named_path, parse_json, read_record, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError, look_up
 from fewstep.runtime.front_door import check_fields, checked, checked_class, config_of
 from fewstep.runtime.job import Job, Progress
@@ -36,9 +36,41 @@ from fewstep.solvers import make_solver, takes_statistics
 
 __all__ = ["Trajectories", "TrajectoryConfig", "TrajectorySolver", "generate_trajectories", "teacher_grid"]
 
-FORMAT, VERSION = "fewstep-trajectories", 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AGAIN = "remove it and run the same command again"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """The entry of a shard in the manifest: its file in the same folder, its number of trajectories, and the checksum of its tensors."""
+
+    file: str
+    count: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TrajectoriesRecord(Record):
+    """The fields of ``manifest.json``: those of `TrajectoryConfig`, of the teacher, and the shards."""
+
+    FORMAT = "fewstep-trajectories"
+
+    num: Count
+    nfe: Count
+    solver: str
+    seed: Whole
+    guidance: Number
+    label: Whole | None
+    batch: Count
+    dtype: str
+    times: list[Number]
+    shape: list[Count]
+    classes: Count | None
+    schedule: dict[str, Any]
+    model: str
+    identity: str
+    shards: list[ShardRecord]
+    card: dict[str, Any]
 
 
 @checked_class
@@ -246,10 +278,13 @@ def _read_shard(path: Path, identity: str) -> tuple[dict[str, Any], dict[str, Te
     """Return the description of a shard and its tensors, mapped rather than read."""
     if not path.exists():
         raise ArtifactError(f"{path} is missing: run the same command again")
+    check_file(path)
     try:
         with safe_open(path, "pt") as file:
-            about, tensors = json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        theirs = about["identity"]
+            about, tensors = parse_json(file.metadata()["about"], path), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        theirs, _, _, _ = (about[key] for key in ("identity", "first", "count", "sha256"))
+        if "x" not in tensors:
+            raise KeyError("x")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path} is damaged ({error}): {AGAIN}") from error
     if theirs != identity:
@@ -276,7 +311,14 @@ def _finish(folder: Path, about: dict[str, Any], wanted: dict[Path, range], of: 
     listed = [{"file": name, "count": shard["count"], "sha256": shard["sha256"]} for name, shard in shards.items()]
     card = {**of, "solver": about["solver"], "nfe": about["nfe"], **next(iter(shards.values()))["error"], **by}
     num = sum(map(len, wanted.values()))
-    whole = {"format": FORMAT, "version": VERSION, "num": num, **about, "shards": listed, "card": card}
+    whole = {
+        "format": TrajectoriesRecord.FORMAT,
+        "version": TrajectoriesRecord.VERSION,
+        "num": num,
+        **about,
+        "shards": listed,
+        "card": card,
+    }
     facts = [f"- {key}: {value}" for key, value in {"guidance": about["guidance"], **card}.items()]
     readme = [f"# {num} fewstep teacher trajectories at {len(about['times'])} times", "", *facts]
     readme += ["", "Read them with `fewstep.learn.teacher.trajectories.Trajectories.load`.", ""]
@@ -292,13 +334,18 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
     Shards are mapped, not read, so memory does not grow with them; each is checked when it is first used.
     """
 
-    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
-        self.folder, self.num, self.identity, self.shards = folder, int(meta["num"]), str(meta["identity"]), list(meta["shards"])
-        self.t, self.shape = TimeGrid(torch.tensor(meta["times"], dtype=torch.float64)).t, tuple(meta["shape"])
-        self.schedule, self.model, self.guidance = schedule_from_config(meta["schedule"]), str(meta["model"]), float(meta["guidance"])
-        self.classes, self.card, self.first, self.batch = meta["classes"], dict(meta["card"]), int(meta["seed"]), int(meta["batch"])
-        if sum(shard["count"] for shard in self.shards) != self.num or len(self.shards) != -(-self.num // self.batch):
-            raise ValueError(f"its shards do not hold {self.num} trajectories")
+    def __init__(self, folder: Path, meta: TrajectoriesRecord) -> None:
+        self.folder, self.num, self.identity, self.shards = folder, meta.num, meta.identity, meta.shards
+        self.t, self.shape = TimeGrid(torch.tensor(meta.times, dtype=torch.float64)).t, tuple(meta.shape)
+        self.schedule, self.model, self.guidance = schedule_from_config(meta.schedule), meta.model, meta.guidance
+        self.classes, self.card, self.first, self.batch = meta.classes, meta.card, meta.seed, meta.batch
+        starts = range(0, self.num, self.batch)
+        if len(self.shards) != len(starts) or any(
+            shard.count != min(self.batch, self.num - start) for shard, start in zip(self.shards, starts, strict=True)
+        ):
+            raise ArtifactError(f"its shards do not hold {self.num} trajectories, {self.batch} in each but the last")
+        if any(Path(shard.file).name != shard.file for shard in self.shards):
+            raise ArtifactError("a shard is not in the same folder")
         self._nodes, self._open = Nodes.at(self.schedule, self.t), dict[int, dict[str, Tensor]]()
 
     @classmethod
@@ -308,17 +355,14 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
         Raises:
             ArtifactError: it is missing, unfinished, damaged or of another version.
         """
-        path = Path(folder) / "manifest.json"
-        if not path.exists() and any(Path(folder).glob("shard-*.safetensors")):
+        path = named_path(folder) / "manifest.json"
+        if not path.exists() and any(path.parent.glob("shard-*.safetensors")):
             raise ArtifactError(f"{folder} holds unfinished trajectories: run the same command again, it continues")
-        meta = read_json(path)
-        theirs = (meta.get("format"), meta.get("version"))
-        if theirs != (FORMAT, VERSION):
-            raise ArtifactError(f"{path} is {theirs[0]!r} version {theirs[1]!r}; this fewstep reads {FORMAT!r} version {VERSION}")
+        meta = read_record(path, TrajectoriesRecord)
         try:
-            return cls(Path(folder), meta)
-        except (KeyError, TypeError, ValueError, FewstepError) as error:
-            raise ArtifactError(f"{path} is damaged ({error!r}): {AGAIN}") from error
+            return cls(path.parent, meta)
+        except FewstepError as error:
+            raise ArtifactError(f"{path} is damaged ({error}): {AGAIN}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -389,9 +433,12 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
     def _shard(self, number: int) -> dict[str, Tensor]:
         if number not in self._open:
             listed = self.shards[number]
-            path = self.folder / listed["file"]
+            path = self.folder / listed.file
             _, tensors = _read_shard(path, self.identity)
-            if _digest(tensors) != listed["sha256"] or tensors["x"].shape != (listed["count"], len(self.t) - 1, *self.shape):
-                raise ArtifactError(f"{path} is damaged: its checksum is not the one in manifest.json; {AGAIN}")
+            shapes = {"x": (listed.count, len(self.t) - 1, *self.shape)} | ({} if self.classes is None else {"labels": (listed.count,)})
+            fits = {name: tensor.shape for name, tensor in tensors.items()} == shapes
+            fits = fits and all(tensor.is_floating_point() == (name == "x") for name, tensor in tensors.items())
+            if not fits or _digest(tensors) != listed.sha256:
+                raise ArtifactError(f"{path} is damaged: its tensors or their checksum are not those in manifest.json; {AGAIN}")
             self._open[number] = tensors
         return self._open[number]

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from fewstep.models.formats.edm_pickles import edm_network, read_edm
-from fewstep.models.formats.folders import described, read_tensors, save_described
+from fewstep.models.formats.folders import ModelRecord, described, read_tensors, save_described
 from fewstep.models.formats.state_dicts import Weights, guided_network, score_sde_network
 from fewstep.models.model import Model
-from fewstep.runtime.artifact import check_writable
-from fewstep.runtime.errors import ArtifactError, ModelError, look_up
+from fewstep.runtime.artifact import TEMPORARY, check_file, check_writable, named_path, parse_json, parse_record
+from fewstep.runtime.errors import ArtifactError, FewstepError, ModelError, first_line, look_up
 
 __all__ = ["FORMATS", "convert", "load_checkpoint", "save_single_file"]
 
@@ -54,19 +54,21 @@ def load_checkpoint(path: str | Path, *, format: str | None = None, config: Mapp
         ModelError: no such file, a pickle that is not trusted or names a class it should not, a damaged or foreign file, or options that
             are missing, unknown, or contradicted by the weights.
     """
-    path, config = Path(path), dict(config or {})
+    path, config = named_path(path), dict(config or {})
     if not path.is_file():
         raise ModelError(f"no file at {path}: name a checkpoint, or see load_model for folders and names")
+    check_file(path)
     if format is not None:
         look_up(format, dict.fromkeys(FORMATS), "format", ModelError)
     try:
         meta, weights = _read(path, format, config, trust)
-        return described(meta, weights, str(path), path)
-    except ModelError as error:
-        raise error if str(path) in str(error) else ModelError(f"{path}: {error}") from error
+        text = json.dumps({"format": ModelRecord.FORMAT, "version": ModelRecord.VERSION, **meta})  # only a file of ours says the two itself
+        return described(parse_record(text, ModelRecord, path), weights, str(path), path)
+    except FewstepError as error:
+        raise ModelError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except Exception as error:  # a damaged file makes pickle and torch raise almost anything
-        why = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{path} is damaged, or not what it is taken for ({type(error).__name__}: {why}); fetch it again") from error
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"{path} is damaged, or not what it is taken for ({why}); fetch it again") from error
 
 
 def _read(path: Path, kind: str | None, config: dict[str, Any], trust: bool) -> tuple[dict[str, Any], Weights]:
@@ -81,7 +83,7 @@ def _read(path: Path, kind: str | None, config: dict[str, Any], trust: bool) -> 
         header, file = read_tensors(path)
         if "fewstep" in header and kind in (None, "safetensors"):
             _no_config(config, "a file that fewstep wrote")
-            return json.loads(header["fewstep"]), file
+            return parse_json(header["fewstep"], path), file
     else:
         file = _torch_file(path)
     kind = kind or _shown(file)
@@ -168,7 +170,7 @@ def convert(
         return replace(model, name=str(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=TEMPORARY) as scratch:
             save_described(model, Path(scratch) / "model")
             (Path(scratch) / "model").rename(out)
     except OSError as error:

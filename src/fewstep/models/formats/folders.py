@@ -6,8 +6,9 @@ A folder of ours is of version 1 (a ``UNet2DModel`` with EDM preconditioning) or
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,43 @@ from fewstep.models.formats.diffusers_law import noise_law
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import NetworkTime, edm_time, image_size, same_time, unet_call
 from fewstep.models.networks.operator import OperatorStudent
-from fewstep.models.networks.unets import NETWORKS, build_network
-from fewstep.runtime.artifact import read_json, write_whole
-from fewstep.runtime.errors import ArtifactError, ModelError
+from fewstep.models.networks.unets import NETWORKS, build_network, empty_network
+from fewstep.runtime.artifact import Count, Record, Whole, check_file, named_path, read_json, read_record, write_whole
+from fewstep.runtime.errors import ArtifactError, FewstepError, ModelError, first_line
+from fewstep.runtime.front_door import check_fields
 
 __all__ = ["describe", "described", "load_folder", "read_tensors", "save_described", "save_like", "save_ours"]
 
 WEIGHTS = "unet/model.safetensors"
+FORMAT = "fewstep-model"
+LARGEST = 1 << 31  # numbers in one sample
+
+
+@dataclass(frozen=True)
+class PlainRecord(Record):
+    """The fields of ``fewstep.json`` of version 1: a ``UNet2DModel`` with EDM preconditioning, whose options lie in ``unet/``."""
+
+    FORMAT, VERSION = FORMAT, 1
+
+    prediction: str
+    schedule: dict[str, Any]
+    shape: tuple[Count, Count, Count]
+    null_label: Whole | None
+
+
+@dataclass(frozen=True)
+class ModelRecord(Record):
+    """The fields of ``fewstep.json`` of version 2, and of a single file's header: see `description`."""
+
+    FORMAT, VERSION = FORMAT, 2
+
+    network: dict[str, Any]
+    prediction: str
+    schedule: dict[str, Any]
+    time: dict[str, Any]
+    shape: list[Count]
+    classes: Count | None
+    null_label: Whole | None
 
 
 def load_folder(source: str | Path) -> Model:
@@ -42,8 +73,9 @@ def load_folder(source: str | Path) -> Model:
 
     Raises:
         ModelError: no model there, unreadable weights, or a scheduler or prediction type that is not known.
+        ArtifactError: ``fewstep.json`` is damaged, or of another version.
     """
-    path = Path(source)
+    path = named_path(source)
     model = _load_network(path, source)
     return _as_operator(model, path) if (path / "operator.json").is_file() else model
 
@@ -63,21 +95,15 @@ def _load_network(path: Path, source: str | Path) -> Model:
 
 
 def _load_ours(path: Path) -> Model:
-    meta = read_json(path / "fewstep.json")
-    if meta.get("format") != "fewstep-model" or meta.get("version") not in (1, 2):
-        raise ModelError(
-            f"{path / 'fewstep.json'} is {meta.get('format')!r} version {meta.get('version')!r}, not 'fewstep-model' version 1 or 2"
-        )
-    if meta["version"] == 2:
-        return replace(described(meta, read_tensors(path / WEIGHTS)[1], path.name, path / "fewstep.json"), folder=path)
-    try:
-        if not str(meta["prediction"]).startswith("edm("):
-            raise ModelError(f"{path / 'fewstep.json'} has prediction {meta['prediction']!r}; version 1 holds edm(sigma_data) models only")
-        network, schedule = _unet(str(path)), schedule_from_config(meta["schedule"])
-        called = {"time": edm_time, "call": unet_call, "classes": meta["null_label"], "null_label": meta["null_label"]}
-        return Model(network, schedule, meta["prediction"], shape=tuple(meta["shape"]), name=path.name, folder=path, **called)
-    except KeyError as error:
-        raise ModelError(f"{path / 'fewstep.json'} lacks {error}") from error
+    file = path / "fewstep.json"
+    if read_json(file).get("version") != PlainRecord.VERSION:
+        return replace(described(read_record(file, ModelRecord), read_tensors(path / WEIGHTS)[1], path.name, file), folder=path)
+    meta = read_record(file, PlainRecord)
+    if not meta.prediction.startswith("edm("):
+        raise ModelError(f"{file} has prediction {meta.prediction!r}; version 1 holds edm(sigma_data) models only")
+    network, schedule = _unet(str(path)), schedule_from_config(meta.schedule)
+    called = {"time": edm_time, "call": unet_call, "classes": meta.null_label, "null_label": meta.null_label}
+    return Model(network, schedule, meta.prediction, shape=meta.shape, name=path.name, folder=path, **called)
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -95,14 +121,14 @@ def describe(model: Model) -> dict[str, Any]:
     options = {key: value for key, value in config.items() if not key.startswith("_")}
     kind, facts = type(network).__name__, (model.need_shape(), model.classes, model.null_label)
     about = description(kind, options, model.schedule, prediction(model.prediction).name, time, *facts)
-    return {"format": "fewstep-model", "version": 2, **about}
+    return {"format": FORMAT, "version": ModelRecord.VERSION, **about}
 
 
-def described(meta: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, where: Path) -> Model:
+def described(meta: ModelRecord, weights: Mapping[str, Tensor], name: str, where: Path) -> Model:
     """Make the model of a description and its weights.
 
     Args:
-        meta: the description.
+        meta: its description.
         weights: by name.
         name: of the model.
         where: the file of the description, for errors.
@@ -111,15 +137,20 @@ def described(meta: Mapping[str, Any], weights: Mapping[str, Tensor], name: str,
         ModelError: the description lacks something, or the weights do not fit it.
     """
     try:
-        network = build_network(str(meta["network"]["class"]), meta["network"]["options"], weights)
-        schedule = schedule_from_config(meta["schedule"])
-        time = NetworkTime(**meta["time"], schedule=schedule if meta["time"]["form"] == "sigma" else None)
+        network = build_network(meta.network["class"], meta.network["options"], weights)
+        schedule = schedule_from_config(meta.schedule)
+        time = NetworkTime(**meta.time, schedule=schedule if meta.time["form"] == "sigma" else None)
+        check_fields(time)
+        if not (math.isfinite(time.scale) and math.isfinite(time.factor)):
+            raise ModelError(f"the network's time is scaled by {time.scale} and {time.factor}, which are not finite")
         call = None if type(network).__name__ in NETWORKS else unet_call
-        labels = {"classes": meta["classes"], "null_label": meta["null_label"]}
-        return Model(network, schedule, str(meta["prediction"]), shape=tuple(meta["shape"]), time=time, call=call, name=name, **labels)
-    except ModelError as error:
+        labels: dict[str, Any] = {"classes": meta.classes, "null_label": meta.null_label}
+        if math.prod(meta.shape) > LARGEST:
+            raise ModelError(f"samples of shape {meta.shape} have more numbers than any network makes")
+        return Model(network, schedule, meta.prediction, shape=tuple(meta.shape), time=time, call=call, name=name, **labels)
+    except FewstepError as error:
         raise ModelError(f"{where}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ModelError(f"{where} does not describe a model: {error!r}; make it again") from error
 
 
@@ -130,9 +161,10 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         ModelError: it is not there, or damaged.
     """
     try:
+        check_file(path)
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ArtifactError) as error:
         raise ModelError(f"cannot read {path} as safetensors: {error}; fetch or make it again") from error
 
 
@@ -211,11 +243,14 @@ def _load_diffusers(source: str) -> Model:
     config = _scheduler_config(source)
     try:
         law = noise_law(config)
-    except (KeyError, TypeError, ValueError, NotImplementedError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ModelError(f"{source}/scheduler/scheduler_config.json does not describe a noise schedule: {error!r}") from error
     if network.config.sample_size is None:
         raise ModelError(f"{source}/unet/config.json has no sample_size: write the height and width of the images there")
-    shape = (network.config.in_channels, *image_size(network))
+    try:
+        shape = (network.config.in_channels, *image_size(network))
+    except (LookupError, TypeError) as error:
+        raise ModelError(f"{source}/unet/config.json has sample_size {network.config.sample_size!r}: write height and width") from error
     folder = Path(source) if Path(source).is_dir() else None
     called = {"time": law.time, "call": unet_call, "classes": network.config.num_class_embeds}
     return Model(network, law.schedule, law.prediction, shape=shape, name=Path(source).name, folder=folder, **called)
@@ -226,11 +261,29 @@ def _unet(source: str) -> Any:  # noqa: ANN401
         from diffusers.models.unets.unet_2d import UNet2DModel
     except ImportError as error:
         raise ModelError(f"{source} needs diffusers: pip install 'fewstep[diffusers]'") from error
+    if (folder := Path(source) / "unet").is_dir():
+        _check_unet(folder)
     try:
         network = UNet2DModel.from_pretrained(source, subfolder="unet", use_safetensors=True, low_cpu_mem_usage=False)
     except Exception as error:  # diffusers raises OSError, ValueError, SafetensorError and hub errors for an unreadable folder
-        raise ModelError(f"cannot load {source}/unet as a UNet2DModel: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"cannot load {source}/unet as a UNet2DModel: {first_line(error)}") from error
     return network.eval().requires_grad_(False)
+
+
+def _check_unet(folder: Path) -> None:
+    """Refuse a ``UNet2DModel`` whose options make another number of weights than its file has, before memory is taken for them.
+
+    Raises:
+        ModelError: they differ, or the folder cannot be read.
+    """
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if not path.exists():
+        return  # weights in several files, or none
+    options = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
+    weights = read_tensors(path)[1]
+    made = sum(weight.numel() for weight in empty_network("UNet2DModel", options, len(weights)).state_dict().values())
+    if made != (found := sum(weight.numel() for weight in weights.values())):
+        raise ModelError(f"{folder} has {found} numbers, where its config.json describes a UNet2DModel of {made}: fetch or make it again")
 
 
 def _scheduler_config(source: str) -> dict[str, Any]:
@@ -240,4 +293,4 @@ def _scheduler_config(source: str) -> dict[str, Any]:
         config: Any = DDPMScheduler.load_config(source, subfolder="scheduler")
         return dict(config)
     except Exception as error:
-        raise ModelError(f"cannot read {source}/scheduler/scheduler_config.json: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"cannot read {source}/scheduler/scheduler_config.json: {first_line(error)}") from error

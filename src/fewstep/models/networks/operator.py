@@ -31,7 +31,7 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes
 from fewstep.models.networks.calls import image_size, network_device, network_dtype, refusals, unet_call
 from fewstep.models.networks.temporal_unet import Mixing, TemporalUNet
-from fewstep.runtime.artifact import load_artifact, save_artifact
+from fewstep.runtime.artifact import ArtifactRecord, Number, load_artifact, save_artifact
 from fewstep.runtime.errors import ArtifactError, ModelError, look_up
 from fewstep.runtime.front_door import check_fields, checked_class
 
@@ -67,6 +67,17 @@ class OperatorForm:
         look_up(self.time, dict.fromkeys(("start", "slot")), "time of an operator", ModelError)
         if self.time == "slot" and self.mixing.branch_at == "inner":
             raise ModelError("slots that branch at the inner half of the network share its encoder, and so its time: use time start")
+
+
+@dataclass(frozen=True)
+class OperatorRecord(ArtifactRecord):
+    """The fields of ``operator.json``, see `OperatorStudent`."""
+
+    FORMAT = "fewstep-operator"
+
+    form: dict[str, Any]
+    times: list[Number]
+    card: dict[str, Any]
 
 
 class Teacher(Protocol):
@@ -224,13 +235,13 @@ class OperatorStudent(nn.Module):
             ArtifactError: a file is missing, damaged or of another version, or the student is of fewstep 0.1.
         """
 
-        def build(meta: dict[str, Any], tensors: dict[str, Tensor]) -> OperatorStudent:
-            if "fan" in meta["form"]["mixing"]:
+        def build(meta: OperatorRecord, tensors: dict[str, Tensor]) -> OperatorStudent:
+            if "fan" in meta.form["mixing"]:
                 raise ArtifactError(
                     f"{folder} holds a student of fewstep 0.1, whose parts had other names: distil it again, or use that version"
                 )
-            form = OperatorForm(**{**meta["form"], "mixing": Mixing(**meta["form"]["mixing"])})
-            student = cls(network, torch.tensor(meta["times"], dtype=torch.float64), form, dict(meta["card"]))
+            form = OperatorForm(**{**meta.form, "mixing": Mixing(**meta.form["mixing"])})
+            student = cls(network, torch.tensor(meta.times, dtype=torch.float64), form, meta.card)
             try:
                 missing, unexpected = student.load_state_dict(tensors, strict=False)
             except RuntimeError as error:  # torch's, for weights of another shape
@@ -240,7 +251,7 @@ class OperatorStudent(nn.Module):
                 raise ValueError(f"the weights {', '.join([*missing, *unexpected][:3])} are missing or too many")
             return student.eval().requires_grad_(False)
 
-        return load_artifact(Path(folder), "operator", build)
+        return load_artifact(folder, "operator", OperatorRecord, build)
 
     def _readme(self, name: str) -> str:
         facts = "\n".join(f"- {key}: {value}" for key, value in self.card.items())

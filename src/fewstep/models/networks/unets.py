@@ -26,7 +26,9 @@ from torch.nn.functional import conv2d, conv_transpose2d, one_hot, silu
 from fewstep.runtime.errors import ModelError, look_up
 from fewstep.runtime.spec import check_options
 
-__all__ = ["NETWORKS", "DhariwalUNet", "SongUNet", "build_network"]
+__all__ = ["NETWORKS", "DhariwalUNet", "SongUNet", "build_network", "empty_network"]
+
+DEPTHS = ("num_blocks", "layers_per_block")  # options that say how many blocks a level has
 
 
 @dataclass(frozen=True)
@@ -392,6 +394,36 @@ class DhariwalUNet(_UNet):
 NETWORKS: dict[str, type[_UNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 
+def empty_network(name: str, options: Mapping[str, Any], tensors: int) -> nn.Module:
+    """Make a network of `NETWORKS`, or diffusers' ``UNet2DModel``, on the meta device: it takes no memory, and its weights no values.
+
+    Args:
+        name: of the class.
+        options: arguments of its constructor.
+        tensors: how many its weights are; no network has more levels or blocks than those.
+
+    Raises:
+        ModelError: an unknown class or option, or a value that no network has.
+    """
+    if name == "UNet2DModel":
+        try:
+            from diffusers.models.unets.unet_2d import UNet2DModel
+        except ImportError as error:
+            raise ModelError("a UNet2DModel needs diffusers: pip install 'fewstep[diffusers]'") from error
+        kind: Callable[..., Any] = UNet2DModel
+    else:
+        kind = look_up(name, NETWORKS, "network class", ModelError)
+    check_options(dict(options), kind, name, ModelError)
+    depths = [options.get(key) for key in DEPTHS] + [len(value) for value in options.values() if isinstance(value, list | tuple)]
+    if any(isinstance(depth, int) and depth > tensors for depth in depths):
+        raise ModelError(f"no {name} of {tensors} tensors has the options {dict(options)}: too many blocks or levels")
+    try:
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+            return kind(**options)
+    except Exception as error:  # with the options of a damaged file a constructor raises almost anything
+        raise ModelError(f"no {name} has the options {dict(options)}: {error}") from error
+
+
 def build_network(name: str, options: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
     """Make a network of `NETWORKS`, or diffusers' ``UNet2DModel``, with its weights and in their dtype, ready to sample with.
 
@@ -403,19 +435,7 @@ def build_network(name: str, options: Mapping[str, Any], weights: Mapping[str, T
     Raises:
         ModelError: an unknown class or option, or weights that do not fit: too few, too many, of another shape (the first few).
     """
-    if name == "UNet2DModel":
-        try:
-            from diffusers.models.unets.unet_2d import UNet2DModel as kind  # noqa: N813
-        except ImportError as error:
-            raise ModelError("a UNet2DModel needs diffusers: pip install 'fewstep[diffusers]'") from error
-    else:
-        kind = look_up(name, NETWORKS, "network class", ModelError)
-        check_options(dict(options), kind, name, ModelError)
-    try:
-        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-            network: nn.Module = kind(**options)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
-        raise ModelError(f"no {name} has the options {dict(options)}: {error}") from error
+    network = empty_network(name, options, len(weights))
     if isinstance(network, _UNet):
         network.options = dict(options)
     own = network.state_dict()
