@@ -170,6 +170,7 @@ SAMPLE = ("sample", "digits-edm", "--num", "2")
         ((*SAMPLE, "--label", "11"), "labels 0 to 9"),
         ((*SAMPLE, "--num", "0"), "at least 1"),
         ((*SAMPLE, "--times", "80,1,1,0.002"), "1 (at index 1) appears twice"),
+        (("sample", "digits-ddpm", "--times", "1500,500,0"), "--times has 1500, but digits-ddpm knows times up to 999"),
         ((*SAMPLE, "--times", "80,1,2,0.002"), "followed by the larger 2"),
         ((*SAMPLE, "--times", "80,1", "--sigmas", "80,1"), "give one of"),
         ((*SAMPLE, "--sigmas", "80,x"), "numbers separated by commas"),

@@ -64,6 +64,8 @@ REFUSED = {
     "a number": (lambda: with_null(0, 1, 3), "needs a condition for each sample, as labels .*, got 1"),
     "a text": (lambda: with_null("", "a cat", 3), "needs a condition for each sample"),
     "no condition": (lambda: with_null(0, None, 3), "needs a condition for each sample"),
+    "nothing in a dict": (lambda: with_null({}, {}, 3), "needs a condition for each sample, and {} has options alone"),
+    "options alone": (lambda: with_null({"a": 3}, {"a": 3}, 3), "needs a condition for each sample"),
     "another option": (lambda: with_null((NULL, 2), (LABEL, 3), 3), r"the condition\[1\] is 3, but in the null condition 2"),
     "True is no 1": (lambda: with_null((NULL, 1), (LABEL, True), 3), "an option is the same in both"),
     "another form": (lambda: with_null(NULL, (LABEL,), 3), r"the form of the condition, a tuple of \[0\]; got -1.0"),

@@ -8,7 +8,19 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fewstep import DiscreteVP, GridError, RectifiedFlow, TimeGrid, VarianceExploding, VPCosine, VPLinear, make_grid
+from fewstep import (
+    DiscreteVP,
+    GridError,
+    Model,
+    RectifiedFlow,
+    Sampler,
+    TimeGrid,
+    VarianceExploding,
+    VPCosine,
+    VPLinear,
+    make_grid,
+    sample,
+)
 from fewstep.core.grid import GRIDS
 
 UNIFORM = 1e-8  # relative, of equal steps of a variable: times went through lam and back
@@ -112,7 +124,7 @@ def test_from_sigmas(law):
 
 @pytest.mark.parametrize("levels", [[10, 1, math.nan], [10, 1, -0.5], [10, math.nan, 0]])
 def test_noise_levels_that_are_none_are_refused(levels):
-    with pytest.raises(GridError, match="not finite"):
+    with pytest.raises(GridError, match="noise levels are numbers from 0"):
         TimeGrid.from_sigmas(VarianceExploding(), levels)
 
 
@@ -205,3 +217,41 @@ def test_names_and_options():
 def test_a_grid_is_float64_on_the_cpu_whatever_it_is_made_of():
     grid = TimeGrid(torch.tensor([1.0, 0.5], dtype=torch.float32))
     assert (grid.t.dtype, grid.t.device.type) == (torch.float64, "cpu")
+
+
+def test_levels_beyond_a_table_are_kept_and_the_network_is_told_its_last_times(caplog):
+    law = DiscreteVP.scaled_linear()
+    levels = torch.tensor([20.0, 5.0, 1.0, 0.02], dtype=torch.float64)
+    grid = TimeGrid.from_sigmas(law, [*levels.tolist(), 0.0])
+    assert "noise levels beyond the model's table are kept" in caplog.text
+    known = grid.known_to(law)
+    assert known.t[[0, 3, 4]].tolist() == grid.t[[0, 3, 4]].tolist() and torch.equal(known.t[1:3], grid.t[1:3].round())
+    torch.testing.assert_close(torch.exp(-law.lam(grid.t[:4])), levels, rtol=1e-9, atol=0)
+    told = []
+    model = Model(lambda x, time: told.append(float(time[0])) or x, law, "v", shape=(2,))
+    sample(model, "ddim", seeds=[1], grid=grid)
+    assert told == [999.0, *known.t[1:3].tolist(), 0.0]
+    caplog.clear()
+    TimeGrid.from_sigmas(law, [10.0, 1.0, 0.0])
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("levels", [["a", 1], None, "80,1"])
+def test_levels_that_are_no_list_are_refused(levels):
+    with pytest.raises(GridError, match="noise levels are a list of numbers"):
+        TimeGrid.from_sigmas(DiscreteVP.linear(), levels)
+
+
+@pytest.mark.parametrize(
+    ("law", "times"),
+    [
+        (DiscreteVP.scaled_linear(), [1500.0, 500.0, 0.0]),
+        (RectifiedFlow(), [1.2, 0.5, 0.0]),
+        (RectifiedFlow(3.0), [1.0, 0.5, -0.1]),
+        (VPLinear(), [1.0, 0.5, -0.1]),
+        (VarianceExploding(), [10.0, 1.0, -1.0]),
+    ],
+)
+def test_times_outside_the_noise_law_are_refused(law, times):
+    with pytest.raises(GridError, match="leave the noise law, which runs from .*: beyond pure noise or the clean image"):
+        Sampler.build("ddim", TimeGrid(times), law)

@@ -144,3 +144,10 @@ def test_labels_may_be_of_any_library(labels: object) -> None:
         assert torch.equal(sample(model, "ddim", cond=labels, **asked), sample(model, "ddim", cond=torch.tensor([1, 0]), **asked))
     null = sample(model, "ddim", cond=[2, 2], nfe=3, seeds=[1, 2])  # the label of no condition is one too
     assert torch.isfinite(null).all()
+
+
+def test_a_student_of_a_model_with_a_name_for_its_weights_is_another_model() -> None:
+    teacher = Model(nn.Linear(2, 2), DiscreteVP.linear(), "v", shape=(2,), identity="teacher v1")
+    students = [teacher.with_network(nn.Linear(2, 2)) for _ in range(2)]
+    assert len({teacher.fingerprint, *(student.fingerprint for student in students)}) == 3
+    assert Model(nn.Linear(2, 2), DiscreteVP.linear(), "v").with_network(students[0].network).identity == ""

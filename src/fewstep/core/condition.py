@@ -47,7 +47,10 @@ def with_null(null: Cond, cond: Cond, count: int) -> Cond:
             return torch.cat([_like(other, leaf, where), leaf])
         return np.concatenate([_like(other, torch.as_tensor(leaf), where).numpy(), leaf])
 
-    return _walked(pair, WHOLE, cond, null)
+    both = _walked(pair, WHOLE, cond, null)
+    if not any(True for _ in _leaves(cond, WHOLE)):
+        raise ModelError(f"guidance needs a condition for each sample, and {cond!r} has options alone: pass labels [B], or alike")
+    return both
 
 
 def check_batch(cond: Cond, count: int) -> None:

@@ -6,6 +6,7 @@ those in ``lam`` or the noise level hold for any schedule, the last three are di
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from fewstep.runtime.spec import check_options, parse_spec
 
 __all__ = ["GRIDS", "RHO", "TimeGrid", "karras_roots", "make_grid"]
 
+log = logging.getLogger("fewstep")
+ROUNDING = 1e-6  # of a time: a round trip through a noise level
 RHO = 7.0  # of Karras noise levels, where nothing is said (EDM, table 1)
 
 
@@ -152,11 +155,21 @@ class TimeGrid:
     def from_sigmas(cls, schedule: NoiseSchedule, sigmas: Sequence[float] | Tensor) -> TimeGrid:
         """Return the grid through noise levels ``sigma/alpha [M+1]``, k-diffusion's and diffusers' ``sigmas``; a last 0 is the clean image.
 
+        Levels beyond a table of times are kept; the network is told its first or last time there (the logger ``fewstep`` says so).
+
         Raises:
-            GridError: they do not decrease.
+            GridError: they do not decrease, or are no numbers from 0.
         """
-        level = torch.as_tensor(sigmas, dtype=torch.float64)
-        return cls(torch.where(level == 0, schedule.t_clean, schedule.t_of_lam(-torch.log(level))))
+        try:
+            level = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise GridError(f"noise levels are a list of numbers, as [80.0, 5.0, 0.0], got {str(sigmas)[:80]!r}") from error
+        if not bool((level >= 0).all()):
+            raise GridError(f"noise levels are numbers from 0, got {str(level.tolist())[:80]}")
+        t = torch.where(level == 0, schedule.t_clean, schedule.t_of_lam(-torch.log(level)))
+        if bool(((t - schedule.held(t)).abs() > ROUNDING)[level > 0].any()):
+            log.warning("noise levels beyond the model's table are kept, and its network is told its first or last time")
+        return cls(t)
 
     # -- changes ----------------------------------------------------------------------------------------------------
 
@@ -166,9 +179,9 @@ class TimeGrid:
         Raises:
             GridError: two times fall on the same entry (the grid is finer than the table there).
         """
-        table = torch.sort(torch.as_tensor(times, dtype=torch.float64)).values
-        right = torch.searchsorted(table, self.t.detach()).clamp(1, len(table) - 1)
-        snapped = torch.where(self.t - table[right - 1] < table[right] - self.t, table[right - 1], table[right])
+        return self._moved(_nearest(self.t, torch.sort(torch.as_tensor(times, dtype=torch.float64)).values))
+
+    def _moved(self, snapped: Tensor) -> TimeGrid:
         if bool((torch.diff(snapped) == 0).any()):
             twice = sorted({f"{v:g}" for v in snapped[1:][torch.diff(snapped) == 0].tolist()})
             raise GridError(
@@ -179,10 +192,16 @@ class TimeGrid:
     def known_to(self, schedule: NoiseSchedule) -> TimeGrid:
         """Return the grid snapped to the times that the schedule's network knows; the same grid if it knows all times.
 
+        Times beyond the first and the last of them keep their noise level; the network is told the first or last there.
+
         Raises:
             GridError: as `snap`.
         """
-        return self if schedule.times is None else self.snap(schedule.times)
+        if schedule.times is None:
+            return self
+        held = schedule.held(self.t)
+        beyond = ((self.t - held).abs() > ROUNDING) & (self.t != schedule.t_clean)
+        return self._moved(torch.where(beyond, self.t, _nearest(self.t, schedule.times)))
 
     def stretched(self, schedule: NoiseSchedule, steps: int) -> TimeGrid:
         """Return a grid of another number of steps with the same density in ``lam``, snapped on a discrete schedule.
@@ -276,6 +295,12 @@ def _linspace(start: Tensor, end: Tensor, steps: int) -> Tensor:
 def _pin(t: Tensor, ends: Tensor) -> Tensor:
     """Return the times with exact ends: a round trip through ``lam`` may move them by an ulp, or to where ``lam`` is infinite."""
     return torch.cat([ends[:1], t[1:-1], ends[1:]])
+
+
+def _nearest(t: Tensor, table: Tensor) -> Tensor:
+    """Return the entry of an increasing table ``[T]`` that is nearest to each time ``t [*]``."""
+    right = torch.searchsorted(table, t.detach()).clamp(1, len(table) - 1)
+    return torch.where(t - table[right - 1] < table[right] - t, table[right - 1], table[right])
 
 
 def _discrete(schedule: NoiseSchedule, name: str) -> NoiseSchedule:

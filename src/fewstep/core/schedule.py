@@ -66,6 +66,10 @@ class NoiseSchedule(ABC):
         """The last time at which the network is evaluated when sampling runs to ``t_min``."""
         return self.t_min
 
+    def held(self, t: Tensor) -> Tensor:
+        """Return what a network is told at ``t``: a time of its table, or the first or last one beyond it. ``[*] -> [*]``."""
+        return t if self.times is None else t.clamp(self.t_last, self.t_max)
+
     @property
     def ends(self) -> Tensor:
         """The first and the last time of sampling, ``[t_max, t_min]``, float64."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class Model:
                 raise ModelError(f"shape is that of one sample without the batch, as (4, 64, 64), got {self.shape!r}")
             object.__setattr__(self, "shape", tuple(int(side) for side in self.shape))
         if self.classes is not None:
-            if isinstance(self.classes, bool) or not is_count(self.classes):
+            if not is_count(self.classes):
                 raise ModelError(f"classes is the number of class labels, or None, got {self.classes!r}")
             object.__setattr__(self, "classes", int(self.classes))
         if self.null_label is not None:
@@ -165,7 +165,7 @@ class Model:
         Raises:
             ModelError: `time` answers none, or a fraction where the network takes whole times.
         """
-        time = self.time(t)
+        time = self.time(self.schedule.held(t))
         if not isinstance(time, Tensor) or time.shape not in (t.shape, (len(x),)):
             what = f"shape {tuple(time.shape)}" if isinstance(time, Tensor) else f"a {type(time).__name__}"
             raise ModelError(f"time of {self.name} answers {what} to times of shape {tuple(t.shape)}: it is a function t [*] -> [*]")
@@ -261,6 +261,11 @@ class Model:
         if label is not None and not 0 <= label < self.classes:
             raise ModelError(f"{self.name} has labels 0 to {self.classes - 1}, got {label}")
         return torch.tensor([seed % self.classes if label is None else label for seed in seeds])
+
+    def with_network(self, network: nn.Module, **changes: Any) -> Model:  # noqa: ANN401
+        """Return the same model with another network, as a student's, and other changes; its `identity` says so."""
+        identity = self.identity and f"{self.identity} {digest(parts(network))}"
+        return replace(self, network=network, identity=identity, **changes)
 
     def need_shape(self) -> tuple[int, ...]:
         """Return the shape of a sample.

@@ -54,7 +54,7 @@ def checked_class(cls: type[T]) -> type[T]:
 def is_count(value: Any) -> bool:  # noqa: ANN401
     """Return whether a value, of whatever type, is a whole number of at least 1."""
     try:
-        return bool(int(value) == value) and int(value) >= 1
+        return not isinstance(value, bool) and bool(int(value) == value) and int(value) >= 1
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return False
 

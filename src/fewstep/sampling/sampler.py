@@ -110,6 +110,12 @@ class Sampler(Shared):
             if nfe is None:
                 raise GridError(f"the spacing {grid!r} needs a number of evaluations: pass nfe=")
             grid = make_grid(grid, schedule, solver.steps_on(schedule, nfe))
+        lam = schedule.lam(grid.t.detach())
+        if grid.t[-1] < schedule.t_clean or not bool((lam[1:] > lam[:-1]).all()):
+            raise GridError(
+                f"the times {float(grid.t[0]):g} to {float(grid.t[-1]):g} leave the noise law, which runs from {schedule.t_max:g} to "
+                f"{schedule.t_clean:g}: beyond pure noise or the clean image there are no levels"
+            )
         options = {f.name: _plain(getattr(solver, f.name)) for f in fields(solver)} if is_dataclass(solver) else {}
         made = cls(tabulate(solver, solver.nodes(grid, schedule)), grid, schedule, type(solver).__name__, options, card or {}, solver)
         if nfe is not None and made.nfe != nfe:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,7 @@ def test_what_cannot_be_written_down(tmp_path: Path) -> None:
     function = Model(lambda x, t: x, model.schedule, "sample", shape=model.shape)
     for bad, path, says in [
         (own, "a.safetensors", "mine cannot be written down: its time is a function of your own"),
+        (replace(model, time_dtype=torch.float64), "a.safetensors", "a description has no dtype and time_dtype"),
         (function, "a.safetensors", "its network is a function of your own"),
         (model, "a.bin", r"a single file is named \*.safetensors"),
         (load_model("digits-dsno"), "a.safetensors", "is a student"),

@@ -22,7 +22,7 @@ from fewstep.models.generate import check_made_for, generate_to, sampler_for
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_seeds
 from fewstep.runtime.artifact import write_whole
-from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.errors import FewstepError, GridError
 from fewstep.runtime.job import Job
 from fewstep.runtime.process import default_device
 from fewstep.sampling.sampler import Sampler
@@ -129,6 +129,8 @@ class _Choice:
         grid, count, where = spacing, nfe, spacing
         if self.times is not None:
             grid, count, where = TimeGrid(torch.tensor(numbers(self.times, "--times"), dtype=torch.float64)), None, "the times given"
+            if model.schedule.times is not None and float(grid.t[0]) > model.schedule.t_max:
+                raise GridError(f"--times has {float(grid.t[0]):g}, but {model.name} knows times up to {model.schedule.t_max:g}")
         elif self.sigmas is not None:
             grid, count, where = TimeGrid.from_sigmas(model.schedule, numbers(self.sigmas, "--sigmas")), None, "the noise levels given"
         options = {"statistics": self.statistics, "any_statistics": self.any_statistics}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
-from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.errors import FewstepError, first_line
 
 __all__ = ["InceptionV3", "load_inception"]
 
@@ -194,7 +194,7 @@ def load_inception(path: Path) -> InceptionV3:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise FewstepError(f"{path} is not a file of weights alone: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise FewstepError(f"{path} is not a file of weights alone: {first_line(error)}") from error
     with torch.device("meta"):
         network = InceptionV3()
     wanted = network.state_dict()

@@ -53,7 +53,7 @@ def grid_from_config(
     if not given or "timesteps" in given and len(given) > 1 and not paired:
         raise GridError(f"set_timesteps wants one of num_inference_steps, timesteps or sigmas, got {' and '.join(given) or 'none'}")
     wanted = None if sigmas is None else numbers(sigmas, "sigmas")
-    if steps is not None and not (is_count(steps) or steps == 0) or isinstance(steps, bool):
+    if steps is not None and not is_count(steps) and (steps != 0 or isinstance(steps, bool)):
         raise GridError(f"the number of steps is a whole number, got {steps}")
     if wanted is not None and not len(wanted):
         raise GridError("sigmas are empty: give at least one, or num_inference_steps")

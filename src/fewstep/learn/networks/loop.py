@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fewstep.runtime.artifact import read_json, write_whole
-from fewstep.runtime.errors import ArtifactError, FewstepError, look_up
+from fewstep.runtime.errors import ArtifactError, FewstepError, first_line, look_up
 from fewstep.runtime.front_door import check_fields, checked_class
 
 __all__ = ["LoopConfig", "LossCurve", "check_checkpoint", "forget_checkpoint", "identity_of", "run_loop"]
@@ -188,7 +188,7 @@ def _accelerator(config: LoopConfig) -> Any:  # noqa: ANN401
     try:
         accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
     except ValueError as error:
-        raise FewstepError(f"no training in {config.mixed_precision} on this machine: {str(error).splitlines()[0]}") from error
+        raise FewstepError(f"no training in {config.mixed_precision} on this machine: {first_line(error)}") from error
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in float32 and not say so
         raise FewstepError("no training in fp16 on this machine: it needs a GPU; use bf16, or no")
     return accelerator
@@ -244,7 +244,7 @@ def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int, total:
     try:
         accelerator.save_state(str(new))
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's own writer raises RuntimeError
-        raise ArtifactError(f"cannot write {new}: {str(error).splitlines()[0]}; make room and run the same command again") from error
+        raise ArtifactError(f"cannot write {new}: {first_line(error)}; make room and run the same command again") from error
     total = accelerator.reduce(total, "mean")
     if accelerator.is_main_process:
         write_whole(new / "loop.json", json.dumps({"step": step, "loss": float(total), "identity": identity}).encode())

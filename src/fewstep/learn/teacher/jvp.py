@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from fewstep.runtime.errors import ModelError, look_up
+from fewstep.runtime.errors import ModelError, first_line, look_up
 
 __all__ = ["JVP_METHODS", "Derivative", "choose_jvp", "differentiable"]
 
@@ -105,7 +105,7 @@ def choose_jvp(function: Function, point: Pair, direction: Pair, scale: float, m
             # a difference is judged by one of another step, which a network that is not smooth or not deterministic does not pass
             found = JVP_METHODS[name](function, point, direction, scale / 2 if name == "difference" else scale)[1]
         except Exception as error:  # whatever a network's own code raises when it cannot be differentiated
-            reasons[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            reasons[name] = first_line(error)
             continue
         off = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
         if off <= AGREEMENT:

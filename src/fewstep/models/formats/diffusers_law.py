@@ -65,9 +65,8 @@ class NoiseLaw:
     betas: Tensor | None = None
 
     def held_time(self, t: Tensor) -> Tensor:
-        """Return `time` held between the first and the last time of a table, which is all that its network knows. ``[*] -> [*]``."""
-        law = self.schedule
-        return self.time(t) if law.times is None else self.time(t).clamp(law.t_last, law.t_max)
+        """Return `time` held where the network knows it. ``[*] -> [*]``."""
+        return self.time(self.schedule.held(t))
 
     def paired(self, t: Tensor, times: Tensor) -> NoiseLaw:
         """Return the law of a network that is told these times ``[M]`` at ``t [M]``, and the line between them elsewhere."""

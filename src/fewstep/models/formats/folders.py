@@ -83,7 +83,7 @@ def load_folder(source: str | Path) -> Model:
 def _as_operator(model: Model, path: Path) -> Model:
     """Return the student around a network that was read already."""
     student = OperatorStudent.load(path, model)
-    return replace(model, network=student, flow_map=OperatorMap(student), null_label=None)  # the guidance is in the weights
+    return model.with_network(student, flow_map=OperatorMap(student), null_label=None)  # the guidance is in the weights
 
 
 def _load_network(path: Path, source: str | Path) -> Model:
@@ -110,12 +110,16 @@ def describe(model: Model) -> dict[str, Any]:
     """Return a JSON-able description of a model beside its weights, which `described` reads back.
 
     Raises:
-        ModelError: its network, or its network's time, is a function that cannot be written down.
+        ModelError: its network, or its network's time, is a function that cannot be written down, or has a dtype by decree.
     """
     network, time = model.need_denoiser().network, model.time
     times: dict[Any, NetworkTime] = {edm_time: NetworkTime("log", 0.25), same_time: NetworkTime()}
     time = time if isinstance(time, NetworkTime) else times.get(time)
     config = getattr(network, "options", None) if type(network).__name__ in NETWORKS else getattr(network, "config", None)
+    if model.dtype is not None or model.time_dtype is not None:
+        raise ModelError(
+            f"{model.name} cannot be written down: a description has no dtype and time_dtype; save the network in its own dtype"
+        )
     if time is None or config is None:
         raise ModelError(f"{model.name} cannot be written down: its {'time' if time is None else 'network'} is a function of your own")
     options = {key: value for key, value in config.items() if not key.startswith("_")}

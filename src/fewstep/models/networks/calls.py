@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fewstep.core.denoiser import Cond
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.runtime.errors import ModelError, look_up
+from fewstep.runtime.errors import ModelError, first_line, look_up
 
 __all__ = [
     "NetworkTime",
@@ -209,5 +209,4 @@ def refusals(x: Tensor) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the network refused a state of shape {tuple(x.shape)}: {reason}") from error
+        raise ModelError(f"the network refused a state of shape {tuple(x.shape)}: {first_line(error)}") from error

@@ -16,7 +16,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ class OperatorObjective(Objective):
         for module in network.modules():
             if isinstance(module, nn.Dropout):
                 module.p = self.config.dropout
-        teacher = replace(self.problem.model, network=network)
+        teacher = self.problem.model.with_network(network)
         return OperatorStudent(teacher, self.grid.t, self.config.form).to(self.problem.device)
 
     def loss(self, student: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -244,7 +244,7 @@ class OperatorObjective(Objective):
 
     def model(self, student: nn.Module) -> Model:
         assert isinstance(student, OperatorStudent)
-        return replace(self.problem.model, network=student, flow_map=OperatorMap(student), null_label=None)
+        return self.problem.model.with_network(student, flow_map=OperatorMap(student), null_label=None)
 
     def save(self, student: nn.Module, folder: Path) -> None:
         assert isinstance(student, OperatorStudent)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ class StepsObjective(Objective):
         return {"rmse": (square / data.held_out) ** 0.5}
 
     def model(self, student: nn.Module) -> Model:
-        return replace(self.problem.model, network=student)
+        return self.problem.model.with_network(student)
 
     def save(self, student: nn.Module, folder: Path) -> None:
         save_like(self.problem.model, student, folder)
