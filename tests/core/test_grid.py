@@ -193,7 +193,7 @@ def test_at_least_one_step(name, steps):
         make_grid(name, DiscreteVP.linear(), steps)
 
 
-@pytest.mark.parametrize(("t_max", "t_min"), [(0.1, 0.5), (0.5, 0.5), (math.nan, 0.1), (math.inf, 0.1)])
+@pytest.mark.parametrize(("t_max", "t_min"), [(0.1, 0.5), (0.5, 0.5), (math.inf, 0.1)])
 @pytest.mark.parametrize("name", VARIABLES)
 def test_ends_the_wrong_way_round(name, t_max, t_min):
     with pytest.raises(GridError, match="from t_max down to a smaller t_min"):

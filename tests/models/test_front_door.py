@@ -320,7 +320,44 @@ def test_a_model_says_what_it_does_not_carry(case):
         ask()
 
 
+NOISY = Sampler.build("ddim:eta=1", "angle", PLAIN.schedule, nfe=2).tableau
+TABLEAU = Sampler.build("ddim", "angle", PLAIN.schedule, nfe=3).tableau
+
+
+def heun():
+    return Sampler.build("heun", "angle", PLAIN.schedule, nfe=4).tableau
+
+
+def resumed(at, state=None):
+    return list(steps(PLAIN, TABLEAU, TWO_BY_TWO, resume=(at, state or TABLEAU.start(TWO_BY_TWO))))
+
+
 PARTS = {
+    "steps with a misspelt argument": (lambda: steps(PLAIN, TABLEAU, TWO_BY_TWO, sede=[1]), "steps: .*'sede'; did you mean seeds"),
+    "steps from before the start": (lambda: resumed(-1), "resume at an evaluation from 0 to 3, got -1"),
+    "steps from beyond the end": (lambda: resumed(99), "resume at an evaluation from 0 to 3, got 99"),
+    "steps from another solver's state": (lambda: resumed(1, heun().start(TWO_BY_TWO)), "is that of another solver"),
+    "steps from a number": (lambda: list(steps(PLAIN, TABLEAU, TWO_BY_TWO, resume=1)), "resume is an evaluation and the state before it"),
+    "an edit that answers a number": (lambda: list(steps(PLAIN, TABLEAU, TWO_BY_TWO, edit=lambda step: 5)), "edit answered a int"),
+    "noise for one sample": (
+        lambda: list(steps(PLAIN, NOISY, TWO_BY_TWO, noise=lambda i: TWO_BY_TWO[:1])),
+        r"noise answered shape \(1, 2, 2\) for a state of shape \(2, 2, 2\)",
+    ),
+    "an option twice": (lambda: make_grid("karras:rho=1:rho=2", LAW, 4), "says rho twice: leave one out"),
+    "an option in and beside a name": (lambda: make_solver("ddim:eta=1", eta=0.5), "says eta=1, and eta=0.5 is passed beside it"),
+    "an option that is no number": (lambda: make_solver("ddim:eta=nan"), "option eta of solver 'ddim' is a number, got 'nan'"),
+    "a spacing's option that is no number": (lambda: make_grid("karras:rho=a", LAW, 4), "option rho of grid 'karras' is a number, got 'a'"),
+    "a spacing beyond the table": (lambda: make_grid("angle:t_max=1500", LAW, 4), "this law has times from 999 down to -1, not from 1500"),
+    "a law of words": (lambda: VarianceExploding(t_min="a"), "VarianceExploding: t_min is a number, got 'a'"),
+    "a law the wrong way round": (lambda: VarianceExploding(80, 1), "a VarianceExploding needs .* t_clean <= t_min < t_max"),
+    "a law below its end": (lambda: VarianceExploding(t_min=-1), "a VarianceExploding needs .* t_clean <= t_min < t_max"),
+    "a misspelt law": (lambda: VPLinear(beta_mni=3), "VPLinear: .*'beta_mni'; did you mean beta_min"),
+    "falling betas": (lambda: VPLinear(20, 0.1), "needs 0 <= beta_min <= beta_max"),
+    "half a time": (lambda: DiscreteVP.linear(1000.5), "the number of times is a whole number, got 1000.5"),
+    "betas of letters": (lambda: DiscreteVP.from_betas("abc"), "a table of betas or alphas_cumprod is a list of numbers, got 'abc'"),
+    "sigma_data of letters": (lambda: fewstep.EDM("a"), "sigma_data of EDM preconditioning is a number, got 'a'"),
+    "a part from half an evaluation": (lambda: fitted().tail(1.5), "the evaluation to begin at is a whole number, got 1.5"),
+    "a part from a word": (lambda: fitted().after("a"), "the noise level to begin at is a number, got 'a'"),
     "make_solver of nothing": (lambda: make_solver(), "make_solver: missing a required argument: 'name'"),
     "make_solver of a number": (lambda: make_solver(3), "a name is text, as 'ddim:eta=0.5', got int 3"),
     "make_solver without a value": (lambda: make_solver("ddim:eta"), "'ddim:eta' should read name:option=value"),

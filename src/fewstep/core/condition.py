@@ -65,7 +65,11 @@ def check_batch(cond: Cond, count: int) -> None:
 
 def first_of(cond: Cond, count: int) -> Cond:
     """Return the condition of the first ``count`` samples."""
-    return _walked(lambda leaf, where: leaf[:count], WHOLE, cond)
+
+    def part(leaf: Any, where: str) -> Any:  # noqa: ANN401
+        return leaf[:count]
+
+    return _walked(part, WHOLE, cond)
 
 
 def repeated(cond: Cond, times: int) -> Cond:
@@ -81,7 +85,11 @@ def repeated(cond: Cond, times: int) -> Cond:
 
 def moved(cond: Cond, device: torch.device) -> Cond:
     """Return the condition with its tensors on a device."""
-    return _walked(lambda leaf, where: leaf.to(device) if isinstance(leaf, Tensor) else leaf, WHOLE, cond)
+
+    def there(leaf: Any, where: str) -> Any:  # noqa: ANN401
+        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+    return _walked(there, WHOLE, cond)
 
 
 # -- the tree -----------------------------------------------------------------------------------------------------------

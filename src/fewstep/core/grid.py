@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import GridError, look_up
-from fewstep.runtime.front_door import checked
-from fewstep.runtime.spec import check_options, parse_spec
+from fewstep.runtime.front_door import checked, checked_class, number
+from fewstep.runtime.spec import check_options, merged, parse_spec
 
 __all__ = ["GRIDS", "RHO", "TimeGrid", "karras_roots", "make_grid"]
 
@@ -26,6 +26,7 @@ ROUNDING = 1e-6  # of a time: a round trip through a noise level
 RHO = 7.0  # of Karras noise levels, where nothing is said (EDM, table 1)
 
 
+@checked_class
 @dataclass(frozen=True, eq=False, repr=False)
 class TimeGrid:
     """The times at which a sampler evaluates the network, and the end: ``t [M+1]``, float64, strictly decreasing.
@@ -245,11 +246,13 @@ def make_grid(name: str, schedule: NoiseSchedule, steps: int, **options: float) 
         GridError: an unknown name or option, or times that coincide after snapping.
     """
     bare, written = parse_spec(name, GridError)
-    options = {**written, **options}
+    options = merged(name, written, options, GridError)
     if not isinstance(schedule, NoiseSchedule):
         raise GridError(f"a spacing is laid out on a noise law, as in make_grid('angle', fewstep.VPLinear(), 8), got {schedule!r}")
     spacing = look_up(bare, GRIDS, "grid", GridError)
     check_options(options, spacing, f"grid {bare!r}", GridError, hidden=("schedule", "steps"))
+    for key, value in options.items():
+        options[key] = number(value, f"option {key} of grid {bare!r}", GridError)
     to_clean = schedule.t_min < schedule.t_last and "t_min" not in options
     if to_clean:
         options["t_min"] = schedule.t_last
@@ -284,6 +287,8 @@ def _ends(schedule: NoiseSchedule, t_max: float | None, t_min: float | None) -> 
     ends = (schedule.t_max if t_max is None else t_max, schedule.t_min if t_min is None else t_min)
     if not (math.isfinite(ends[0]) and math.isfinite(ends[1]) and ends[0] > ends[1]):
         raise GridError(f"a grid runs from t_max down to a smaller t_min, got {ends[0]:g} and {ends[1]:g}")
+    if schedule.times is not None and (ends[0] > schedule.t_max or ends[1] < schedule.t_clean):
+        raise GridError(f"this law has times from {schedule.t_max:g} down to {schedule.t_clean:g}, not from {ends[0]:g} to {ends[1]:g}")
     return torch.tensor(ends, dtype=torch.float64)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fewstep.runtime.errors import ModelError, look_up
+from fewstep.runtime.front_door import number
 
 __all__ = ["EDM", "PREDICTIONS", "Prediction", "aligned", "convert", "from_x0", "prediction", "to_x0", "x0_coefficients"]
 
@@ -64,7 +65,7 @@ def EDM(sigma_data: float = 0.5) -> Prediction:  # noqa: N802 - a constructor, n
     Raises:
         ModelError: it is not a positive number.
     """
-    sd = float(sigma_data)
+    sd = number(sigma_data, "sigma_data of EDM preconditioning", ModelError)
     if not 0 < sd < math.inf:
         raise ModelError(f"sigma_data of EDM preconditioning must be a positive number, got {sd:g}")
 

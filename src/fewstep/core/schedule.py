@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.runtime.errors import ModelError, look_up
-from fewstep.runtime.front_door import check_fields
+from fewstep.runtime.errors import FewstepError, ModelError, look_up
+from fewstep.runtime.front_door import check_fields, checked_class, number, whole
 
 __all__ = ["DiscreteVP", "NoiseSchedule", "RectifiedFlow", "VarianceExploding", "VPCosine", "VPLinear", "schedule_from_config"]
 
@@ -86,6 +86,23 @@ class NoiseSchedule(ABC):
         return bool(self.sigma(self.ends[1]) == 0)
 
 
+def _check_law(law: Any, needs: str, holds: Callable[[], bool]) -> None:  # noqa: ANN401 - a dataclass that is a law
+    """Refuse fields of a law that are no finite numbers, or do not hold together.
+
+    Args:
+        law: with the fields ``t_min``, ``t_max`` and ``t_clean``.
+        needs: what its own fields need.
+        holds: whether they have it, asked once all are numbers.
+
+    Raises:
+        FewstepError: one is no number, or they do not hold together (what they need).
+    """
+    check_fields(law)
+    finite = all(math.isfinite(getattr(law, one.name)) for one in fields(law))
+    if not (finite and law.t_clean <= law.t_min < law.t_max and holds()):
+        raise ModelError(f"a {type(law).__name__} needs {needs} and t_clean <= t_min < t_max, all finite, got {law}")
+
+
 class _VariancePreserving(NoiseSchedule):
     """The laws with ``alpha^2 + sigma^2 = 1``, given by ``log alpha``: sigma and lam follow without cancellation."""
 
@@ -103,6 +120,7 @@ class _VariancePreserving(NoiseSchedule):
         return log_alpha - 0.5 * torch.log(-torch.expm1(2 * log_alpha))
 
 
+@checked_class
 @dataclass(frozen=True)
 class VPLinear(_VariancePreserving):
     r"""The linear VP law in continuous time, ``beta(t) = beta_min + t (beta_max - beta_min)`` (Song et al., arXiv 2011.13456)."""
@@ -112,6 +130,9 @@ class VPLinear(_VariancePreserving):
     t_min: float = 1e-3
     t_max: float = 1.0
     t_clean: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_law(self, "0 <= beta_min <= beta_max", lambda: 0 <= self.beta_min <= self.beta_max)
 
     def log_alpha(self, t: Tensor) -> Tensor:
         return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
@@ -125,6 +146,7 @@ class VPLinear(_VariancePreserving):
         return {"law": "vp-linear", **asdict(self)}
 
 
+@checked_class
 @dataclass(frozen=True)
 class VPCosine(_VariancePreserving):
     r"""The cosine VP law, ``alpha = cos(pi/2 (t+s)/(1+s)) / cos(pi/2 s/(1+s))`` (Nichol and Dhariwal, arXiv 2102.09672)."""
@@ -133,6 +155,9 @@ class VPCosine(_VariancePreserving):
     t_min: float = 1e-3
     t_max: float = 0.9946
     t_clean: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_law(self, "s >= 0, t_max <= 1", lambda: self.s >= 0 and self.t_max <= 1)
 
     def _log_cos(self, t: Tensor | float) -> Tensor:
         return torch.log(torch.cos(torch.as_tensor(t) * (math.pi / 2 / (1 + self.s)) + math.pi / 2 * self.s / (1 + self.s)))
@@ -149,6 +174,7 @@ class VPCosine(_VariancePreserving):
         return {"law": "vp-cosine", **asdict(self)}
 
 
+@checked_class
 @dataclass(frozen=True)
 class VarianceExploding(NoiseSchedule):
     r"""The law ``alpha = 1, sigma = t`` of VE models and of EDM (Karras et al., arXiv 2206.00364): its time is the noise level."""
@@ -156,6 +182,9 @@ class VarianceExploding(NoiseSchedule):
     t_min: float = 0.002
     t_max: float = 80.0
     t_clean: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_law(self, "t_clean = 0", lambda: self.t_clean == 0)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -173,6 +202,7 @@ class VarianceExploding(NoiseSchedule):
         return {"law": "edm", **asdict(self)}
 
 
+@checked_class
 @dataclass(frozen=True)
 class RectifiedFlow(NoiseSchedule):
     r"""The law ``x_t = (1 - u) x0 + u eps`` with ``u = shift t / (1 + (shift - 1) t)`` of rectified flows.
@@ -193,8 +223,7 @@ class RectifiedFlow(NoiseSchedule):
     t_clean: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.shift > 0:
-            raise ModelError(f"the shift of a rectified flow must be positive, got {self.shift}")
+        _check_law(self, "a positive shift, t_max <= 1", lambda: self.shift > 0 and self.t_max <= 1)
 
     def alpha(self, t: Tensor) -> Tensor:
         return (1 - t) / (1 + (self.shift - 1) * t)
@@ -245,29 +274,29 @@ class DiscreteVP(NoiseSchedule):
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> DiscreteVP:
         """Make the law of ``alphas_cumprod = prod (1 - beta) [T]``. A float32 table is taken at its exact float32 values."""
-        table = torch.as_tensor(alphas_cumprod).cpu().double()
+        table = _table(alphas_cumprod).double()
         theta = torch.atan2(torch.sqrt(1 - table), torch.sqrt(table))
         return cls(torch.nn.functional.pad(theta, (1, 0)))  # the clean image
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> DiscreteVP:
         """Make the law of the variances ``beta [T]``, multiplied up in the dtype given."""
-        return cls.from_alphas_cumprod(torch.cumprod(1 - torch.as_tensor(betas), dim=0))
+        return cls.from_alphas_cumprod(torch.cumprod(1 - _table(betas), dim=0))
 
     @classmethod
     def linear(cls, count: int = 1000, start: float = 1e-4, end: float = 0.02) -> DiscreteVP:
         """Make the law of ``count`` betas linear in time from ``start`` to ``end`` (DDPM, arXiv 2006.11239)."""
-        return cls.from_betas(torch.linspace(start, end, count, dtype=torch.float64))
+        return cls.from_betas(_ramp(start, end, count))
 
     @classmethod
     def scaled_linear(cls, count: int = 1000, start: float = 0.00085, end: float = 0.012) -> DiscreteVP:
         """Make the law of ``count`` betas whose square roots are linear in time (latent diffusion, arXiv 2112.10752)."""
-        return cls.from_betas(torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2)
+        return cls.from_betas(_ramp(number(start, "a beta", ModelError) ** 0.5, number(end, "a beta", ModelError) ** 0.5, count) ** 2)
 
     @classmethod
     def squared_cosine(cls, count: int = 1000, max_beta: float = 0.999) -> DiscreteVP:
         """Make the law whose alphas_cumprod follow a squared cosine, with betas up to ``max_beta`` (improved DDPM, arXiv 2102.09672)."""
-        t = torch.arange(count + 1, dtype=torch.float64) / count
+        t = _ramp(0.0, 1.0, whole(count, "the number of times", ModelError) + 1)
         bar = torch.cos((t + 0.008) / 1.008 * (math.pi / 2)) ** 2
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta))
 
@@ -324,6 +353,24 @@ class DiscreteVP(NoiseSchedule):
         return {"law": "discrete-vp", "theta": self.theta.tolist()} | ({} if self.t_min == 0 else {"t_min": self.t_min})
 
 
+def _table(values: Any) -> Tensor:  # noqa: ANN401
+    """Return a table of a discrete law as a tensor on the CPU, in its own dtype.
+
+    Raises:
+        ModelError: it is none.
+    """
+    try:
+        return torch.as_tensor(values).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"a table of betas or alphas_cumprod is a list of numbers, got {str(values)[:80]!r}") from error
+
+
+def _ramp(start: Any, end: Any, count: Any) -> Tensor:  # noqa: ANN401
+    """Return ``count`` numbers from ``start`` to ``end``, float64."""
+    first, last = (number(value, "a beta", ModelError) for value in (start, end))
+    return torch.linspace(first, last, max(whole(count, "the number of times", ModelError), 0), dtype=torch.float64)
+
+
 _LAWS = {"vp-linear": VPLinear, "vp-cosine": VPCosine, "edm": VarianceExploding, "flow": RectifiedFlow}
 
 
@@ -331,20 +378,13 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     """Make the schedule that `NoiseSchedule.to_config` described.
 
     Raises:
-        ModelError: an unknown law, fields that it does not have, or one that is not finite from its first time down to its last.
+        ModelError: an unknown law, fields that it does not have, or fields that make no law.
     """
     fields = dict(config)
     law = str(fields.pop("law", None))
     try:
         if law == "discrete-vp":
-            made = DiscreteVP(torch.tensor(fields["theta"], dtype=torch.float64), float(fields.get("t_min", 0.0)))
-        else:
-            made = look_up(law, _LAWS, "noise schedule", ModelError)(**fields)
-            check_fields(made)
-        ends = made.ends
-        known = torch.stack([made.alpha(ends), made.sigma(ends)])
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            return DiscreteVP(torch.tensor(fields["theta"], dtype=torch.float64), float(fields.get("t_min", 0.0)))
+        return look_up(law, _LAWS, "noise schedule", ModelError)(**fields)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, FewstepError) as error:
         raise ModelError(f"noise schedule {law!r}: {error}") from error
-    if not bool(torch.isfinite(known).all()) or not bool(ends[0] > ends[1]):
-        raise ModelError(f"noise schedule {law!r} is not finite at its ends, or does not run down from {ends[0]:g} to {ends[1]:g}")
-    return made

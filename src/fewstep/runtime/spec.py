@@ -9,7 +9,7 @@ from typing import Any
 
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["check_options", "parse_spec"]
+__all__ = ["check_options", "merged", "parse_spec"]
 
 
 def parse_spec(text: str, error: type[FewstepError]) -> tuple[str, dict[str, Any]]:
@@ -20,7 +20,7 @@ def parse_spec(text: str, error: type[FewstepError]) -> tuple[str, dict[str, Any
         error: the class of the errors.
 
     Raises:
-        error: it is no text, or an option has no value.
+        error: it is no text, an option has no value, or is said twice.
     """
     if not isinstance(text, str):
         raise error(f"a name is text, as 'ddim:eta=0.5', got {type(text).__name__} {str(text)[:80]}")
@@ -30,11 +30,25 @@ def parse_spec(text: str, error: type[FewstepError]) -> tuple[str, dict[str, Any
         key, equals, value = part.partition("=")
         if not equals or not key or not value:
             raise error(f"{text!r} should read name:option=value, but has {part!r}")
+        if key in options:
+            raise error(f"{text!r} says {key} twice: leave one out")
         try:
             options[key] = json.loads(value)
         except ValueError:
             options[key] = value
     return name, options
+
+
+def merged(text: str, written: dict[str, Any], given: dict[str, Any], error: type[FewstepError]) -> dict[str, Any]:
+    """Return the options in a name with those beside it.
+
+    Raises:
+        error: one is in both, with two values.
+    """
+    for key in written.keys() & given.keys():
+        if written[key] is not given[key] and written[key] != given[key]:
+            raise error(f"{text!r} says {key}={written[key]}, and {key}={given[key]!r} is passed beside it: leave one out")
+    return {**written, **given}
 
 
 def check_options(

@@ -16,6 +16,7 @@ from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, State, Tableau, advance
 from fewstep.runtime.errors import ModelError, SolverError
+from fewstep.runtime.front_door import checked, whole
 from fewstep.sampling.noise import seeded_noise
 
 __all__ = ["Edit", "Step", "check_start", "jumps", "run", "steps"]
@@ -50,6 +51,7 @@ class Step(NamedTuple):
 Edit = Callable[[Step], Tensor | None]
 
 
+@checked
 def steps(
     denoiser: Denoiser | FlowMap,
     tableau: Tableau,
@@ -93,7 +95,7 @@ def steps(
         raise SolverError(f"this sampler adds noise: pass seeds=, one for each of the {len(x)} samples")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     answer = jumps(denoiser, tableau) if isinstance(denoiser, FlowMap) else denoiser
-    first, state = (0, tableau.start(x)) if resume is None else resume
+    first, state = (0, tableau.start(x)) if resume is None else _resumed(resume, x, tableau)
     if edit is not None and state.anchor is not None:
         raise SolverError(
             "this solver steps from a state before the one that it evaluates (UniPC's corrector, Heun), so an edit would be undone: use "
@@ -108,21 +110,43 @@ def steps(
         finite.note(x0)
         xi = None
         if row.noise is not None:
-            xi = (
-                (seeded_noise(() if seeds is None else seeds, x.shape[1:], stream=i + 1) if noise is None else noise(i))
-                .to(x.dtype)
-                .to(x.device)
-            )
+            xi = seeded_noise(() if seeds is None else seeds, x.shape[1:], stream=i + 1) if noise is None else noise(i)
+            _check_like(xi, x, "noise")
+            xi = xi.to(x.dtype).to(x.device)
         before, state = state, advance(row, state, x0, xi)
         step = Step(i, nodes.t[i], before.x, x0, state)
         edited = None if edit is None else edit(step)
         if edited is not None:
-            if edited.shape != x.shape:
-                raise ModelError(f"edit answered shape {tuple(edited.shape)} for a state of shape {tuple(x.shape)}")
+            _check_like(edited, x, "edit")
             state = state._replace(x=edited.to(x.dtype))
             step = step._replace(state=state)
         yield step
     finite.done()
+
+
+def _check_like(answer: object, x: Tensor, name: str) -> None:
+    """Refuse what a caller's function answers in place of a tensor of the state's shape ``[B, *D]``."""
+    if not isinstance(answer, Tensor) or answer.shape != x.shape:
+        what = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+        raise ModelError(f"{name} answered {what} for a state of shape {tuple(x.shape)}")
+
+
+def _resumed(resume: object, x: Tensor, tableau: Tableau) -> tuple[int, State]:
+    """Return where to begin and with which state.
+
+    Raises:
+        SolverError: no evaluation has this number, or the state is not one of this solver at ``x``.
+    """
+    count = tableau.nodes.evaluations
+    if not isinstance(resume, tuple) or len(resume) != 2 or not isinstance(resume[1], State):
+        raise SolverError(f"resume is an evaluation and the state before it, as (step.i + 1, step.state), got {str(resume)[:80]}")
+    first, state = whole(resume[0], "the evaluation to resume at", SolverError), resume[1]
+    if not 0 <= first <= count:
+        raise SolverError(f"resume at an evaluation from 0 to {count}, got {first}")
+    fresh = tableau.start(x)
+    if (state.anchor is None) != (fresh.anchor is None) or len(state.history) != len(fresh.history) or state.x.shape != x.shape:
+        raise SolverError("the state to resume from is that of another solver, or of samples of another shape than x")
+    return first, state
 
 
 def check_start(x: object, shape: Sequence[int] | None = None) -> None:

@@ -18,7 +18,7 @@ from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
 from fewstep.runtime.artifact import ArtifactRecord, Count, load_artifact, save_artifact, tensor_of
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError
-from fewstep.runtime.front_door import checked
+from fewstep.runtime.front_door import checked, number, whole
 from fewstep.runtime.hub import Shared, header
 from fewstep.runtime.spec import parse_spec
 from fewstep.solvers import SOLVERS, make_solver, spec_of, takes_statistics
@@ -161,6 +161,7 @@ class Sampler(Shared):
         Raises:
             SolverError: ``begin`` is inside a step or past the end, or the solver is not known here.
         """
+        begin = whole(begin, "the evaluation to begin at", SolverError)
         if begin == 0:
             return self
         if begin % self.stages or not 0 < begin < self.nfe:
@@ -178,6 +179,7 @@ class Sampler(Shared):
         Raises:
             SolverError: no step starts at so low a level.
         """
+        level = number(level, "the noise level to begin at", SolverError)
         levels = torch.exp(-self.schedule.lam(self.grid.t[:-1]))
         below = (levels <= level).nonzero()
         if not len(below):

@@ -11,8 +11,8 @@ from typing import Any
 
 from fewstep.core.tableau import Solver
 from fewstep.runtime.errors import SolverError, nearest
-from fewstep.runtime.front_door import checked
-from fewstep.runtime.spec import check_options, parse_spec
+from fewstep.runtime.front_door import checked, number
+from fewstep.runtime.spec import check_options, merged, parse_spec
 from fewstep.solvers.aliases import ALIASES, GRID_HINT, LEVELS
 from fewstep.solvers.ddim import DDIM
 from fewstep.solvers.deis import DEIS, IPNDM
@@ -76,8 +76,12 @@ def make_solver(name: str, **options: Any) -> Solver:  # noqa: ANN401 - the solv
         SolverError: an unknown name (with the nearest ones) or option (with those it has).
     """
     bare, written = _parsed(name)
-    options, factory = {**written, **options}, _factory(bare)  # an argument wins over what the name says
+    factory, loaded = _factory(bare), {key: value for key, value in options.items() if key == "statistics"}  # a name has their folder
+    options = merged(name, written, {key: value for key, value in options.items() if key not in loaded}, SolverError) | loaded
     check_options(options, factory, f"solver {bare!r}", SolverError)
+    for key, value in options.items():
+        if isinstance(signature(factory).parameters[key].default, float):
+            options[key] = number(value, f"option {key} of solver {bare!r}", SolverError)
     for key, value in written.items():  # corrector=true is a word where words are wanted
         if options[key] is value and isinstance(signature(factory).parameters[key].default, str) and isinstance(value, bool):
             options[key] = str(value).lower()

@@ -272,7 +272,7 @@ REFUSED = {
     "no betas": (lambda p: made(num_train_timesteps=1), ModelError, "at least 2"),
     "clip": (lambda p: after(lambda_min_clipped=100.0), GridError, "lambda_min_clipped = 100"),
     "quantile": (lambda p: made(thresholding=True, dynamic_thresholding_ratio=2.0), FewstepError, "wants a dynamic_thresholding_ratio"),
-    "shift": (lambda p: after(**FLOW, flow_shift=0.0), ModelError, "must be positive"),
+    "shift": (lambda p: after(**FLOW, flow_shift=0.0), ModelError, "needs a positive shift"),
     "time shift": (lambda p: made(**FLOW, use_dynamic_shifting=True, time_shift_type="cubic"), ModelError, "exponential or linear"),
     "mu": (lambda p: after(**FLOW, use_dynamic_shifting=True), ModelError, "pass mu to set_timesteps"),
     "no statistics": (lambda p: made(solver="dpm-solver-v3"), SolverError, "fewstep calibrate"),
