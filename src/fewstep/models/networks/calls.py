@@ -113,7 +113,7 @@ def network_dtype(network: object, default: torch.dtype) -> torch.dtype:
     if not isinstance(network, nn.Module):
         return default
     network = unwrapped(network)
-    said = getattr(network, "dtype", None)
+    said = vars(network).get("dtype")
     if _computes(said):
         return said
     first = next(network.parameters(), None)
@@ -121,10 +121,10 @@ def network_dtype(network: object, default: torch.dtype) -> torch.dtype:
         return default
     known = _DTYPES.get(network)
     if known is None or known[0] != first.dtype:  # it was made another's since
-        count = Counter[torch.dtype]()
+        said, count = getattr(network, "dtype", None), Counter[torch.dtype]()  # a property: diffusers' reads every weight
         for parameter in network.parameters():
             count[parameter.dtype] += parameter.numel()
-        found = next((dtype for dtype, _ in count.most_common() if _computes(dtype)), None)
+        found = said if _computes(said) else next((dtype for dtype, _ in count.most_common() if _computes(dtype)), None)
         known = _DTYPES[network] = first.dtype, found
     return known[1] or default
 
