@@ -36,16 +36,16 @@ def streamed(data: Tensor, batches: int | list[int]) -> Moments:
     return total
 
 
-def groups(axes: tuple[int, ...] | None) -> np.ndarray:
+def groups(pool: str) -> np.ndarray:
     """For each element the number of its group ``[12]``."""
     number = torch.arange(12).reshape(SHAPE)
-    shared = tuple(range(-3, 0)) if axes is None else axes
+    shared = {"element": (), "channel": (-2, -1), "scalar": (-3, -2, -1)}[pool]
     return (number.amin(shared, keepdim=True) if shared else number).expand(SHAPE).flatten().numpy()
 
 
 def regressed(data: Tensor, pool: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``l, s, b [S+1, 12]`` by plain least squares on all data at once, with one column for each ``b``."""
-    group, group_b = (groups(axes) for axes in POOLS[pool])
+    group, group_b = (groups(word) for word in POOLS[pool])
     X, D, dD, vJv = data.flatten(3).numpy().swapaxes(0, 1)  # noqa: N806 - [S+1, N, 12]
     l = 1 - np.stack([vJv[:, :, group == g].mean((1, 2)) for g in group], 1)
     c, dl = 1 - l[:, None], np.gradient(l, LAM.numpy(), axis=0)[:, None]

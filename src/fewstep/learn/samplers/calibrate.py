@@ -50,8 +50,9 @@ class CalibrationConfig:
     Args:
         levels: cells of the grid of noise levels.
         num: number of data: sampled trajectories, or diffused images.
-        pool: which elements share ``l``, and which ``s`` and ``b``: element (none do), channel, scalar; scalar/element is one word for
-            ``l`` and one for ``s`` and ``b``, a single word is for all three.
+        pool: which elements share ``l`` and ``s``, and which ``b``: element (none do), channel (those at one index of dimension 1 of the
+            state, which are a token's features where the state is tokens), scalar (all do); scalar/element is one word for ``l`` and
+            ``s`` and one for ``b``, a single word is for all three.
         batch: data processed at a time.
         seed: seed of the first datum; the next has the next seed.
         t_max: where the range of times starts; by default where the model's does.
@@ -76,7 +77,7 @@ class CalibrationConfig:
         if self.levels < 2 or self.num < 2 or self.batch < 1 or self.seed < 0:
             raise FewstepError(f"calibration needs at least 2 levels, 2 data, a batch of 1 and a seed of at least 0, got {self}")
         if self.pool not in POOLS:
-            raise FewstepError(f"unknown pooling {self.pool!r}: known are {', '.join(POOLS)} (l and s / b)")
+            raise FewstepError(f"unknown pooling {self.pool!r}: known are {', '.join(POOLS)} (l and s/b)")
 
     def lam(self, schedule: NoiseSchedule) -> Tensor:
         """Return the grid of the statistics, ``[levels+1]``, uniform, both ends of sampling included."""

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.grid import TimeGrid
+from fewstep.core.pooling import Pool, pooled_shape
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, State, Tableau, advance
 from fewstep.learn.search.endpoint import (
@@ -38,7 +39,6 @@ from fewstep.runtime.process import sum_over_processes
 
 __all__ = ["FitForm", "NormalEquations", "TeacherBatch", "fit_in_sequence", "sweep", "widened"]
 
-Pool = Literal["element", "channel", "scalar"]
 WEAKEST = 1e-2  # size of a direction of the features, relative to the features', below which a sweep does not move along it
 DIFFERENCE = 0.5  # of the size of the errors: how far a coefficient moves a state for a difference
 FINEST = 1e-4  # of the size of the states, at least
@@ -52,7 +52,8 @@ class FitForm:
 
     Args:
         history: number of past outputs that a step reads; by default all.
-        pool: which elements share a coefficient: element (none do), channel, scalar (all do).
+        pool: which elements share a coefficient: element (none do), channel (those at one index of dimension 1 of the state, which
+            are a token's features where the state is tokens), scalar (all do).
         bias: also fit a constant picture to each step (a number, if the pool is scalar).
         ridge: strength of the ridge penalty towards the parent's coefficients, relative to features of unit size.
         shrink: strength of the penalty on differences between elements, and on the bias, likewise.
@@ -69,7 +70,7 @@ class FitForm:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.pool not in ("element", "channel", "scalar"):
+        if self.pool not in get_args(Pool):
             raise FewstepError(f"coefficients are pooled by element, channel or scalar, got {self.pool!r}")
         if (self.history is not None and self.history < 1) or not 0 <= self.ridge < 1e6 or not 0 <= self.shrink < 1e6:
             raise FewstepError(f"a fit needs a history of at least 1 and ridge and shrink from 0 to less than 1e6, got {self}")
@@ -80,8 +81,7 @@ class FitForm:
 
     def shape(self, sample: Sequence[int]) -> tuple[int, ...]:
         """Return the shape ``*E`` of one coefficient for samples ``*D``."""
-        ones = (1,) * (len(sample) - 1)
-        return {"element": tuple(sample), "channel": (*sample[:1], *ones), "scalar": ()}[self.pool]
+        return pooled_shape(self.pool, sample)
 
 
 class TeacherBatch(Protocol):

@@ -12,19 +12,20 @@ are enough, no datum is stored, and any pooling over elements is fitted afterwar
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from fewstep.core.pooling import Pool, shared_axes
+
 __all__ = ["POOLS", "Moments"]
 
-POOLS = {  # over which data axes (from the last) l and s are shared, and over which b is; None is all
-    "element": ((), ()),
-    "channel": ((-2, -1), (-2, -1)),
-    "scalar": (None, None),
-    "channel/element": ((-2, -1), ()),
-    "scalar/element": (None, ()),
-    "scalar/channel": (None, (-2, -1)),
+POOLS: dict[str, tuple[Pool, Pool]] = {  # how l and s are shared, and how b is
+    **{pool: (pool, pool) for pool in get_args(Pool)},
+    "channel/element": ("channel", "element"),
+    "scalar/element": ("scalar", "element"),
+    "scalar/channel": ("scalar", "channel"),
 }
 MEANS = ("X", "D", "dD", "vJv")
 SECOND = ((0, 0), (1, 1), (0, 1), (0, 2), (1, 2))  # pairs of them: XX, DD, XD, XD', DD'
@@ -74,7 +75,7 @@ class Moments:
 
     def fit(self, lam: Tensor, pool: str) -> tuple[Tensor, Tensor, Tensor]:
         """Fit ``l, s, b [S+1, *E]`` by the least squares of the paper's section 3.1, all together and each shared as ``pool`` says."""
-        shared, shared_b = (self._axes(axes) for axes in POOLS[pool])
+        shared, shared_b = (shared_axes(words, self.mean.ndim - 2) for words in POOLS[pool])
         X, D, dD, vJv = self.mean.unbind(1)
         XX, DD, XD, XdD, DdD = (self.second / self.count).unbind(1)
         l = _mean(1 - vJv, shared)
@@ -91,10 +92,6 @@ class Moments:
         s = (_mean(cov, shared) / _mean(var, shared).clamp_min(floor)).clamp(-LARGEST_SLOPE, LARGEST_SLOPE)
         b = _mean(df_b - s * f_b, shared_b)
         return l, s, b
-
-    def _axes(self, axes: tuple[int, ...] | None) -> tuple[int, ...]:
-        data = self.mean.ndim - 2
-        return tuple(range(-data, 0)) if axes is None else axes if data >= len(axes) else ()
 
 
 def _mean(value: Tensor, axes: tuple[int, ...]) -> Tensor:

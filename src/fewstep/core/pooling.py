@@ -1,0 +1,28 @@
+"""Which elements of a state share a number: the one meaning of *element*, *channel* and *scalar* for statistics and for coefficients.
+
+The channels of a state ``[B, C, ...]`` are its dimension 1, whatever follows: pixels, the samples of a sound, frames and their pixels.
+A state of tokens ``[B, N, features]`` has its tokens there, so *channel* gives each token one number, for all of its features. A
+state ``[B, features]`` has one element a channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+__all__ = ["Pool", "pooled_shape", "shared_axes"]
+
+Pool = Literal["element", "channel", "scalar"]
+
+
+def shared_axes(pool: Pool, ndim: int) -> tuple[int, ...]:
+    """Return the axes of samples ``[..., *D]``, counted from the last, along which elements share a number; ``ndim`` is that of ``*D``."""
+    return {"element": (), "channel": tuple(range(1 - ndim, 0)), "scalar": tuple(range(-ndim, 0))}[pool]
+
+
+def pooled_shape(pool: Pool, sample: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of the numbers of samples ``*D``: 1 along each axis that shares them; ``()`` where all elements do."""
+    if pool == "scalar":
+        return ()
+    shared = shared_axes(pool, len(sample))
+    return tuple(1 if axis in shared else size for axis, size in zip(range(-len(sample), 0), sample, strict=True))
