@@ -150,6 +150,12 @@ def test_snap_is_to_the_nearest(times, table):
         assert torch.equal(grid.snap(table).t, expected)
 
 
+@pytest.mark.parametrize("table", ["a", None, 3.0, [], [1.0], [math.nan, 1.0], [[1.0, 2.0]], torch.tensor([1.0, math.inf])])
+def test_snap_refuses_what_is_no_table(table):
+    with pytest.raises(GridError, match="snapped to a table of at least 2 finite times"):
+        TimeGrid(torch.tensor([1.0, 0.5])).snap(table)
+
+
 def test_snap_refuses_two_times_on_one_entry():
     schedule = DiscreteVP.linear()
     with pytest.raises(GridError, match="3 steps .* more than once on the model's time 5"):

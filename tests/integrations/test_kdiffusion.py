@@ -364,7 +364,7 @@ def test_wrong_shapes_are_refused():
     ems = ModelStatistics.load(load_model("digits-ddpm").folder / "statistics")
     with pytest.raises(ArtifactError, match=r"for samples of shape \(1, 8, 8\), not \(2,\)"):
         sample_fewstep(None, start(), SIGMAS, solver="dpm-solver-v3", statistics=ems)
-    with pytest.raises(ModelError, match=r"samples of shape \(1, 8, 8\), which \(2,\) is not"):
+    with pytest.raises(SolverError, match=r"samples of shape \(1, 8, 8\), which \(2,\) is not"):
         sample_fewstep(None, start(), sampler=load_model("digits-ddpm").folder / "fitted" / "nfe-04")
 
 

@@ -19,6 +19,7 @@ from fewstep import (
     DiscreteVP,
     RectifiedFlow,
     Sampler,
+    SolverError,
     TimeGrid,
     VarianceExploding,
     VPCosine,
@@ -261,6 +262,13 @@ def test_a_target_below_a_file_is_refused(tmp_path):
         build().save(tmp_path / "file")
     assert listing(tmp_path) == ["file"]
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_is_no_card_and_no_folder_is_refused():
+    with pytest.raises(SolverError, match="a card is facts by name"):
+        Sampler.build("ddim", "angle", VPLinear(), nfe=4, card=5)
+    with pytest.raises(ArtifactError, match="named by its path, got 5"):
+        build().save(5)
 
 
 def test_a_card_that_is_not_json_is_refused_before_anything_is_written(tmp_path):

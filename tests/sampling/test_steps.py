@@ -1,6 +1,8 @@
 """The loop step by step: entered in the middle, edited on its way, with noise of one's own, and with gradients."""
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +48,30 @@ def test_a_state_that_is_not_finite_is_named_by_its_place_on_the_whole_grid():
     bad = Tanh(answer=lambda x0, call: x0 * math.nan if call == 2 else x0)
     with pytest.raises(ModelError, match=f"at evaluation 3 of 5, t = {table.nodes.t[2]:g}, sigma = {table.nodes.sigma[2]:g}"):
         list(steps(bad, table, start(), resume=(1, first.state)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_a_caller_gives_that_is_not_finite_is_not_blamed_on_the_network(bad):
+    ruined = lambda x: torch.full_like(x, bad)  # noqa: E731
+    for says, give in {
+        "the start x has entries that are not finite .* at evaluation 1 of 5": {"x": ruined(start())},
+        "the noise has entries that are not finite .* at evaluation 2 of 5": {
+            "noise": lambda i: ruined(start()) if i == 1 else start(),
+            "tableau": tableau("ddim-eta-0.5"),
+        },
+        "edit answered entries that are not finite .* at evaluation 3 of 5": {"edit": lambda step: ruined(step.x) if step.i == 2 else None},
+    }.items():
+        with pytest.raises(ModelError, match=says) as told:
+            list(steps(Tanh(), **{"tableau": tableau("ddim"), "x": start()} | give))
+        assert "network" not in str(told.value)
+
+
+@pytest.mark.parametrize("element", [(3, 1), (1, 3), (5, 3, 2)])
+def test_coefficients_of_samples_of_another_shape_are_refused(element):
+    table = tableau("ddim")
+    wide = replace(table, update=table.update.reshape(*table.update.shape[:3], *(1,) * len(element)).expand(-1, -1, -1, *element))
+    with pytest.raises(SolverError, match=rf"coefficients for samples of shape {re.escape(str(element))}, which \(2,\) is not"):
+        list(steps(Tanh(), wide, start()))
 
 
 def test_evaluations_are_made_as_they_are_asked_for():

@@ -178,9 +178,15 @@ class TimeGrid:
         """Return the grid with each time moved to the nearest of ``times [T]``, for a network that knows only those.
 
         Raises:
-            GridError: two times fall on the same entry (the grid is finer than the table there).
+            GridError: two times fall on the same entry (the grid is finer than the table there); something that is no table of times.
         """
-        return self._moved(_nearest(self.t, torch.sort(torch.as_tensor(times, dtype=torch.float64)).values))
+        try:
+            table = torch.as_tensor(times, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            table = torch.empty(0)
+        if table.ndim != 1 or len(table) < 2 or not bool(torch.isfinite(table).all()):
+            raise GridError(f"a grid is snapped to a table of at least 2 finite times [T], got {str(times)[:80]}")
+        return self._moved(_nearest(self.t, torch.sort(table).values))
 
     def _moved(self, snapped: Tensor) -> TimeGrid:
         if bool((torch.diff(snapped) == 0).any()):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
-from fewstep.runtime.artifact import ArtifactRecord, Count, Number, load_artifact, save_artifact, tensor_of
+from fewstep.runtime.artifact import ArtifactRecord, Count, Number, load_artifact, named_path, save_artifact, tensor_of
 from fewstep.runtime.errors import ArtifactError, GridError
 from fewstep.runtime.hub import Shared, header
 
@@ -263,7 +263,7 @@ class ModelStatistics(Shared):
         Raises:
             ArtifactError: the folder cannot be written.
         """
-        return self._write(Path(folder), self._readme('load("path/to/this/folder")', ["statistics.png"]))
+        return self._write(named_path(folder), self._readme('load("path/to/this/folder")', ["statistics.png"]))
 
     def _write(self, folder: Path, readme: str) -> Path:
         meta = {

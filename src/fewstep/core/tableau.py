@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -223,6 +224,22 @@ class Tableau:
         """The number ``K`` of recorded evaluations that its rows read."""
         return self.update.shape[2] - 2
 
+    @property
+    def element(self) -> tuple[int, ...]:
+        """The shape ``*E`` that all its coefficients broadcast to: ``()`` where all elements of a sample share them."""
+        return tuple(torch.broadcast_shapes(self.record.shape[2:], self.update.shape[3:], self.bias.shape[2:]))
+
+    def check_sample(self, shape: Sequence[int]) -> None:
+        """Refuse samples ``*D`` to which the coefficients do not broadcast, or which they would broadcast.
+
+        Raises:
+            SolverError: they are of another shape.
+        """
+        element, sample = self.element, tuple(shape)
+        pairs = zip(reversed(element), reversed(sample), strict=False)
+        if len(element) > len(sample) or any(one not in (1, size) for one, size in pairs):
+            raise SolverError(f"this sampler has coefficients for samples of shape {element}, which {sample} is not: fit one to this model")
+
     @cached_property
     def fingerprint(self) -> str:
         """The hash of all its numbers."""
@@ -232,8 +249,8 @@ class Tableau:
         return digest.hexdigest()[:16]
 
     def __repr__(self) -> str:
-        element = tuple(self.update.shape[3:])
-        return f"Tableau({self.nodes.evaluations} evaluations, memory {self.memory}{f', coefficients {element}' if element else ''})"
+        coefficients = f", coefficients {self.element}" if self.element else ""
+        return f"Tableau({self.nodes.evaluations} evaluations, memory {self.memory}{coefficients})"
 
     @property
     def stochastic(self) -> bool:
@@ -293,7 +310,7 @@ class Tableau:
         each noise.
         """
         count = self.nodes.evaluations
-        element = torch.broadcast_shapes(self.record.shape[2:], self.update.shape[3:], self.bias.shape[2:])
+        element = self.element
         units = torch.eye(1 + 2 * count, dtype=torch.float64).reshape(1 + 2 * count, 1 + 2 * count, *(1,) * len(element))
         probes = torch.cat([torch.zeros_like(units[:1]), units]).expand(-1, -1, *element)  # [2+2N, 1+2N, *E]
         state, states = self.start(probes[:, 0].contiguous()), []

@@ -101,7 +101,7 @@ def sample_fewstep(
     if sampler is None and levels is not None and len(levels) < 2:
         return x
     bridge = _bridge_on(solver, statistics, levels, law, x) if sampler is None else _bridge_of(sampler, statistics, levels, law)
-    _check_shape(bridge.tableau, x)
+    bridge.tableau.check_sample(x.shape[1:])
     noise = _noise_of(bridge, x, seeds, noise_sampler)
     report = _reporter(callback, bridge, x if levels is None else levels)
     denoiser = _HostDenoiser(model, bridge, x, report)
@@ -298,14 +298,6 @@ def _check_ends(ours: Tensor, theirs: Tensor, what: str, use: str) -> None:
         one, two = float(ours[k].detach()), float(theirs[k].detach())
         if not abs(one - two) <= SLACK * max(one, two):
             raise GridError(f"{what} {name}s at sigma = {one:.6g}, but the sigmas given {name} at {two:.6g}: use {use}")
-
-
-def _check_shape(tableau: Tableau, x: Tensor) -> None:
-    element = torch.broadcast_shapes(tableau.record.shape[2:], tableau.update.shape[3:], tableau.bias.shape[2:])
-    shape = tuple(x.shape[1:])
-    fits = len(element) <= len(shape) and all(e in (1, d) for e, d in zip(reversed(element), reversed(shape), strict=False))
-    if not fits:
-        raise ModelError(f"this sampler has numbers for samples of shape {tuple(element)}, which {shape} is not: fit one for this model")
 
 
 # -- noise, callbacks, progress --------------------------------------------------------------------------------------------------------

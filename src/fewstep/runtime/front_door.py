@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, SupportsFloat, TypeVar, Union, get_args, get_
 
 from fewstep.runtime.errors import FewstepError, ModelError, nearest
 
-__all__ = ["check_fields", "checked", "checked_class", "config_of", "is_count", "number", "scale_of", "whole", "wholes"]
+__all__ = ["at_least", "check_fields", "checked", "checked_class", "config_of", "is_count", "number", "scale_of", "whole", "wholes"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -149,6 +149,18 @@ def check_fields(config: Any) -> None:  # noqa: ANN401
         if not test(value):
             raise FewstepError(f"{cls.__name__}: {field.name} is {meaning}, got {value!r}")
         object.__setattr__(config, field.name, make(value))
+
+
+def at_least(config: Any, **least: float) -> None:  # noqa: ANN401
+    """Check that numbers of a dataclass are not below the ``least`` of them, by name; None is not a number.
+
+    Raises:
+        FewstepError: one is (which).
+    """
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            raise FewstepError(f"{name} is at least {bound:g}, got {value}")
 
 
 @cache

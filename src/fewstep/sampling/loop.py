@@ -83,12 +83,15 @@ def steps(
         A `Step` after each evaluation.
 
     Raises:
-        ModelError: the denoiser's schedule is another, its output has another shape, or is not finite (which evaluation).
-        SolverError: a stochastic tableau without noise, a solver whose steps an edit does not reach, or one that a flow map cannot take.
+        ModelError: the denoiser's schedule is another, its output has another shape; the output, the start, the noise or what an edit
+            answered is not finite (which, at which evaluation).
+        SolverError: coefficients of samples of another shape, a stochastic tableau without noise, a solver whose steps an edit does not
+            reach, or one that a flow map cannot take.
     """
     if not isinstance(tableau, Tableau):
         raise SolverError(f"the loop runs a Tableau, as sampler.tableau, not a {type(tableau).__name__}")
     check_start(x)
+    tableau.check_sample(x.shape[1:])
     nodes = tableau.nodes
     _check_schedule(nodes, denoiser)
     if tableau.stochastic and noise is None and (seeds is None or len(seeds) != len(x)):
@@ -101,24 +104,28 @@ def steps(
             "this solver steps from a state before the one that it evaluates (UniPC's corrector, Heun), so an edit would be undone: use "
             "ddim, dpm-solver-pp-2m, deis-3, ipndm or unipc-2:corrector=false"
         )
-    finite = _FiniteCheck(nodes, first)
+    finite = _FiniteCheck(nodes)
+    finite.note("the start x has entries that are", first, state.x)
     for i, row in enumerate(tableau.rows(x)[first:], first):
         x0 = answer(state.x, nodes.t[i], cond)
         if x0.shape != x.shape:
             raise ModelError(f"the denoiser answered shape {tuple(x0.shape)} to a state of shape {tuple(x.shape)}")
         x0 = x0.to(x.dtype)
-        finite.note(x0)
+        finite.note(NETWORK, i, x0)
         xi = None
         if row.noise is not None:
             xi = seeded_noise(() if seeds is None else seeds, x.shape[1:], stream=i + 1) if noise is None else noise(i)
             _check_like(xi, x, "noise")
             xi = xi.to(x.dtype).to(x.device)
+            if noise is not None:
+                finite.note("the noise has entries that are", i, xi)
         before, state = state, advance(row, state, x0, xi)
         step = Step(i, nodes.t[i], before.x, x0, state)
         edited = None if edit is None else edit(step)
         if edited is not None:
             _check_like(edited, x, "edit")
             state = state._replace(x=edited.to(x.dtype))
+            finite.note("edit answered entries that are", i, state.x)
             step = step._replace(state=state)
         yield step
     finite.done()
@@ -232,36 +239,46 @@ class _Jumps:
         return (landed - aligned(self.ratio[i], x) * x) / aligned(self.gain[i], x)
 
 
+NETWORK = "the network's output is"
+
+
 class _FiniteCheck:
-    """A check that all answers of a network are finite: recorded after each, read once at the end, so that no step waits for the device.
+    """A check that all numbers from outside are finite: recorded as they come, read once at the end, so that no step waits for the device.
 
     Args:
-        nodes: where the answers are made.
-        first: the first evaluation.
+        nodes: where the evaluations are made.
     """
 
-    def __init__(self, nodes: Nodes, first: int) -> None:
-        self.nodes, self.first, self.extremes = nodes, first, list[Tensor]()
+    def __init__(self, nodes: Nodes) -> None:
+        self.nodes, self.noted, self.extremes = nodes, list[tuple[str, int]](), list[Tensor]()
 
-    def note(self, answer: Tensor) -> None:
-        """Record an answer ``[B, *D]`` by its least and greatest value, which reads it once where ``isfinite`` writes three copies."""
-        if answer.numel():
-            self.extremes.append(torch.stack(answer.detach().aminmax()))
+    def note(self, what: str, i: int, values: Tensor) -> None:
+        """Record values ``[B, *D]`` by their least and greatest, which reads them once where ``isfinite`` writes three copies.
+
+        Args:
+            what: the subject and the verb of the error.
+            i: the evaluation that they came with.
+            values: from the network or from the caller.
+        """
+        if values.numel():
+            self.noted.append((what, i))
+            self.extremes.append(torch.stack(values.detach().aminmax()))
 
     def done(self) -> None:
-        """Refuse answers that were not finite.
+        """Refuse values that were not finite.
 
         Raises:
-            ModelError: one was not (the first).
+            ModelError: some were not (the first).
         """
         if not self.extremes:
             return
         bad = (~torch.isfinite(torch.stack(self.extremes)).all(1)).nonzero()
         if len(bad):
-            i = self.first + int(bad[0])
+            what, i = self.noted[int(bad[0])]
+            mend = ": check its weights and dtype, or clip its inputs" if what == NETWORK else ""
             raise ModelError(
-                f"the network's output is not finite (NaN or infinite) at evaluation {i + 1} of {self.nodes.evaluations}, "
-                f"t = {self.nodes.t[i]:g}, sigma = {self.nodes.sigma[i]:g}: check its weights and dtype, or clip its inputs"
+                f"{what} not finite (NaN or infinite) at evaluation {i + 1} of {self.nodes.evaluations}, "
+                f"t = {self.nodes.t[i]:g}, sigma = {self.nodes.sigma[i]:g}{mend}"
             )
 
 

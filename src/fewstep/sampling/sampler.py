@@ -16,7 +16,7 @@ from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
-from fewstep.runtime.artifact import ArtifactRecord, Count, load_artifact, save_artifact, tensor_of
+from fewstep.runtime.artifact import ArtifactRecord, Count, load_artifact, named_path, save_artifact, tensor_of
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError
 from fewstep.runtime.front_door import checked, number, whole
 from fewstep.runtime.hub import Shared, header
@@ -105,6 +105,8 @@ class Sampler(Shared):
             raise GridError(f"a grid is the name of a spacing or a fewstep.TimeGrid(times), got {_shown(grid)}")
         if not isinstance(schedule, NoiseSchedule):
             raise ModelError(f"a sampler is made for a noise law, as fewstep.VPLinear() or model.schedule, got {_shown(schedule)}")
+        if not isinstance(card, Mapping | None):
+            raise SolverError(f"a card is facts by name, as card={{'of': 'my model'}}, got {_shown(card)}")
         solver = make_solver(solver) if isinstance(solver, str) else solver
         if isinstance(grid, str):
             if nfe is None:
@@ -222,7 +224,7 @@ class Sampler(Shared):
         Raises:
             ArtifactError: the folder cannot be written, or the options or the card are not JSON-able.
         """
-        return self._write(Path(folder), self._readme('load("path/to/this/folder")'))
+        return self._write(named_path(folder), self._readme('load("path/to/this/folder")'))
 
     def _write(self, folder: Path, readme: str) -> Path:
         tensors = {f"nodes.{name}": value for name, value in self.tableau.nodes._asdict().items()}

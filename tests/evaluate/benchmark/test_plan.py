@@ -55,8 +55,8 @@ def test_rows_by_name_in_reading_order() -> None:
         ({"grids": ("optimised",)}, GridError, "did you mean optimized"),
         ({"grids": ("angel",)}, GridError, "did you mean angle"),
         ({"peers": ("difusers",)}, FewstepError, "did you mean diffusers"),
-        ({"num": 1}, FewstepError, "num of at least 2"),
-        ({"batch": 0}, FewstepError, "batch of at least 1"),
+        ({"num": 1}, FewstepError, "num is at least 2, got 1"),
+        ({"batch": 0}, FewstepError, "batch is at least 1, got 0"),
         ({"seed": -1}, FewstepError, "seeds must lie"),
     ],
 )

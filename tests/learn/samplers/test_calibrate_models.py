@@ -104,15 +104,17 @@ def test_the_range_of_times_can_be_narrowed() -> None:
     torch.testing.assert_close(lam, -torch.log(torch.tensor([5.0, 5 * 0.1**0.25, 5 * 0.1**0.5, 5 * 0.1**0.75, 0.5], dtype=F64)))
     with pytest.raises(FewstepError, match="from t_max down to a smaller t_min"):
         replace(SMALL, t_max=0.5, t_min=5.0).lam(LAW)
+    with pytest.raises(FewstepError, match=rf"times run from {LAW.t_max:g} down to 0: statistics from 500 to"):
+        replace(SMALL, t_max=500.0).lam(LAW)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"levels": 1}, "at least 2 levels"),
-        ({"num": 1}, "2 data"),
-        ({"batch": 0}, "a batch of 1"),
-        ({"seed": -1}, "a seed of at least 0"),
+        ({"levels": 1}, "levels is at least 2, got 1"),
+        ({"num": 1}, "num is at least 2, got 1"),
+        ({"batch": 0}, "batch is at least 1, got 0"),
+        ({"seed": -1}, "seed is at least 0, got -1"),
         ({"pool": "pixel"}, "unknown pooling 'pixel': known are element, channel"),
     ],
 )

@@ -15,7 +15,7 @@ from fewstep.evaluate.report.findings import ResultsFolder
 from fewstep.evaluate.report.table import html_table, plain_table
 from fewstep.evaluate.report.write import report_page, to_csv
 from fewstep.evaluate.rows import Row
-from fewstep.runtime.artifact import write_whole
+from fewstep.runtime.artifact import named_path, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError
 
 __all__ = ["Comparison", "TemporaryFolder"]
@@ -100,7 +100,7 @@ class Comparison:
 
 
 def _written(path: str | Path, text: str, name: str) -> Path:
-    path = Path(path)
+    path = named_path(path)
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder: name a file in it, as {path / name}")
     write_whole(path, text.encode())

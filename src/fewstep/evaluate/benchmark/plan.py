@@ -18,7 +18,7 @@ from fewstep.models.generate import check_made_for, solver_for
 from fewstep.models.problem import Problem, check_seeds
 from fewstep.runtime.entry import is_entry
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError, look_up
-from fewstep.runtime.front_door import check_fields, checked_class
+from fewstep.runtime.front_door import at_least, check_fields, checked_class
 from fewstep.runtime.spec import parse_spec
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, takes_statistics
@@ -60,8 +60,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         check_seeds(self.seed, self.num)
-        if self.num < 2 or self.batch < 1:
-            raise FewstepError(f"a benchmark needs num of at least 2 and batch of at least 1, got {self.num} and {self.batch}")
+        at_least(self, num=2, batch=1)
 
 
 @checked_class

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.core.schedule import RectifiedFlow
+from fewstep.runtime.artifact import named_path
 from fewstep.runtime.errors import ArtifactError, GridError
 from fewstep.runtime.hub import HUB_ID, snapshot
 from fewstep.sampling.sampler import Sampler
@@ -42,7 +43,7 @@ class SavedSamplers:
         Raises:
             ArtifactError: there are none, or one is damaged.
         """
-        place = Path(folder)
+        place = named_path(folder)
         if not isinstance(folder, Path) and not place.exists() and HUB_ID.fullmatch(folder):
             place = snapshot(folder, "samplers", ["sampler.*", "nfe-*/sampler.*"])
         paths = [place] if (place / "sampler.json").is_file() else sorted(path.parent for path in place.glob("nfe-*/sampler.json"))

@@ -33,7 +33,7 @@ from fewstep.models.problem import Problem, check_model
 from fewstep.models.tuned import Tuned
 from fewstep.runtime.artifact import read_json, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError
-from fewstep.runtime.front_door import check_fields, checked, checked_class, config_of, scale_of
+from fewstep.runtime.front_door import at_least, check_fields, checked, checked_class, config_of, scale_of
 from fewstep.runtime.job import Job, Progress
 from fewstep.sampling.grid_table import GridTable
 from fewstep.sampling.sampler import Sampler
@@ -86,14 +86,11 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if min(self.nfe, self.rounds, self.steps, self.batch, self.num) < 1 or self.held_out < 2 or self.lr <= 0:
-            raise FewstepError(f"tuning needs nfe, rounds, steps, batch and num of at least 1 and 2 trajectories held out, got {self}")
+        at_least(self, nfe=1, rounds=1, num=1, held_out=2, seed=0)
         if self.form not in ("mean", "score") or self.states not in ("own", "teacher"):
             raise FewstepError(f"the form is mean or score and the states are own or teacher, got {self.form!r} and {self.states!r}")
         if self.form == "score" and self.guidance != 1:
             raise FewstepError("score matching learns the data, not what guidance makes of it: use the form mean, or guidance 1")
-        if self.seed < 0:
-            raise FewstepError(f"the seed must be at least 0, got {self.seed}")
         _ = self.loop
         if self.nfe > self.levels:
             raise GridError(f"{self.nfe} steps need at least as many levels, got {self.levels}: ask for more levels or fewer steps")

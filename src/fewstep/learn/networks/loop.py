@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.runtime.artifact import read_json, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, first_line, look_up
-from fewstep.runtime.front_door import check_fields, checked_class
+from fewstep.runtime.front_door import at_least, check_fields, checked_class
 
 __all__ = ["LoopConfig", "LossCurve", "check_checkpoint", "forget_checkpoint", "identity_of", "run_loop"]
 
@@ -60,10 +60,9 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.steps < 1 or self.batch < 1 or not (self.lr > 0 and math.isfinite(self.lr)):
-            raise FewstepError(f"training needs steps and batch of at least 1 and a positive lr, got {self.steps}, {self.batch}, {self.lr}")
-        if self.warmup < 0 or self.checkpoint_every < 1:
-            raise FewstepError(f"warm-up takes 0 steps or more, checkpoints 1 or more, got {self.warmup}, {self.checkpoint_every}")
+        at_least(self, steps=1, batch=1, warmup=0, checkpoint_every=1)
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise FewstepError(f"lr, the learning rate, is a positive number, got {self.lr}")
         if not 0 <= self.ema < 1:
             raise FewstepError(f"the decay of averaged weights lies in [0, 1), got {self.ema}")
         look_up(self.mixed_precision, dict.fromkeys(("no", "bf16", "fp16")), "mixed precision", FewstepError)

@@ -22,7 +22,7 @@ from fewstep.models.model import Model
 from fewstep.models.networks.calls import edm_time, unet_call
 from fewstep.runtime.artifact import check_writable, write_whole
 from fewstep.runtime.errors import FewstepError
-from fewstep.runtime.front_door import check_fields, checked_class
+from fewstep.runtime.front_door import at_least, check_fields, checked_class
 
 __all__ = ["TrainConfig", "train"]
 
@@ -68,9 +68,9 @@ class TrainConfig:
             raise FewstepError(f"unknown kind of model {self.kind!r}: edm or ddpm")
         if not self.channels or any(width < 1 or width % GROUPS for width in self.channels):
             raise FewstepError(f"the channels of each level are a multiple of {GROUPS}, got {', '.join(map(str, self.channels)) or 'none'}")
-        if self.layers < 1 or not 0 <= self.dropout < 1 or not 0 <= self.label_dropout <= 1:
-            got = f"{self.layers}, {self.dropout}, {self.label_dropout}"
-            raise FewstepError(f"a network needs at least 1 layer, dropout in [0, 1) and label dropout in [0, 1], got {got}")
+        at_least(self, layers=1)
+        if not 0 <= self.dropout < 1 or not 0 <= self.label_dropout <= 1:
+            raise FewstepError(f"dropout lies in [0, 1), label_dropout in [0, 1], got {self.dropout} and {self.label_dropout}")
         if not (math.isfinite(self.p_mean) and 0 < self.p_std < math.inf):
             raise FewstepError(f"log sigma is drawn with a finite mean and a positive deviation, got {self.p_mean}, {self.p_std}")
 

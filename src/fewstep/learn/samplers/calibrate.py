@@ -27,7 +27,7 @@ from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.accumulate import Store, accumulate, seed_batches
 from fewstep.runtime.errors import FewstepError, ModelError
-from fewstep.runtime.front_door import check_fields, checked, checked_class, config_of, scale_of
+from fewstep.runtime.front_door import at_least, check_fields, checked, checked_class, config_of, scale_of
 from fewstep.runtime.job import Job, Progress
 from fewstep.sampling.loop import Step, steps
 from fewstep.sampling.noise import seeded_noise
@@ -74,8 +74,7 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.levels < 2 or self.num < 2 or self.batch < 1 or self.seed < 0:
-            raise FewstepError(f"calibration needs at least 2 levels, 2 data, a batch of 1 and a seed of at least 0, got {self}")
+        at_least(self, levels=2, num=2, batch=1, seed=0)
         if self.pool not in POOLS:
             raise FewstepError(f"unknown pooling {self.pool!r}: known are {', '.join(POOLS)} (l and s/b)")
 
@@ -84,7 +83,10 @@ class CalibrationConfig:
         ends = [schedule.t_max if self.t_max is None else self.t_max, schedule.t_last if self.t_min is None else self.t_min]
         lam = schedule.lam(torch.tensor(ends, dtype=torch.float64)).clamp(*FINITE)
         if not lam[0] < lam[1]:
-            raise FewstepError(f"statistics run from t_max down to a smaller t_min, got {ends}")
+            raise FewstepError(f"statistics run from t_max down to a smaller t_min, got {ends[0]:g} and {ends[1]:g}")
+        if ends[0] > schedule.t_max or ends[1] < schedule.t_clean:
+            known = f"{schedule.t_max:g} down to {schedule.t_clean:g}"
+            raise FewstepError(f"the model's times run from {known}: statistics from {ends[0]:g} to {ends[1]:g} would leave them")
         return torch.linspace(float(lam[0]), float(lam[1]), self.levels + 1, dtype=torch.float64)
 
     @property

@@ -23,7 +23,7 @@ from fewstep.learn.teacher.gram import Gram
 from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError, GridError, ModelError, SolverError
-from fewstep.runtime.front_door import check_fields, checked_class
+from fewstep.runtime.front_door import at_least, check_fields, checked_class
 from fewstep.runtime.process import process, sum_over_processes
 from fewstep.solvers import make_solver
 
@@ -74,15 +74,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if (
-            min(self.num, self.held_out, self.noises, self.window) < 2
-            or min(self.batch, self.levels) < 1
-            or min(self.iterations, self.seed) < 0
-        ):
-            raise FewstepError(
-                f"a fit needs at least 2 trajectories, 2 held out, 2 noises, 2 in a window, 1 level, a batch of 1, and no negative number, "
-                f"got {self}"
-            )
+        at_least(self, num=2, held_out=2, noises=2, window=2, levels=1, batch=1, iterations=0, seed=0)
         parent, law = make_solver(self.parent), VPLinear()
         if self.form.memory(PROBE) > 1:
             widened(tabulate(parent, parent.nodes(TimeGrid.logsnr(law, PROBE), law)), self.form, (1,))

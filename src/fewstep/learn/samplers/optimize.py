@@ -26,7 +26,7 @@ from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.artifact import write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError
-from fewstep.runtime.front_door import check_fields, checked, checked_class, config_of, scale_of, wholes
+from fewstep.runtime.front_door import at_least, check_fields, checked, checked_class, config_of, scale_of, wholes
 from fewstep.runtime.job import Job, Progress
 from fewstep.sampling.grid_table import GridTable
 from fewstep.sampling.reference import REFERENCE_NFE
@@ -66,8 +66,7 @@ class OptimizeConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if min(self.noises, self.held_out) < 2 or self.seed < 0 or self.iterations < 0:
-            raise FewstepError(f"optimisation needs at least 2 noises, 2 held out, and no negative number, got {self}")
+        at_least(self, noises=2, held_out=2, seed=0, iterations=0)
         _ = self.gram
 
     @property

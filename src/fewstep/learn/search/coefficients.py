@@ -34,7 +34,7 @@ from fewstep.learn.search.endpoint import (
 )
 from fewstep.learn.search.refine import Levels
 from fewstep.runtime.errors import FewstepError, SolverError
-from fewstep.runtime.front_door import check_fields, checked_class
+from fewstep.runtime.front_door import at_least, check_fields, checked_class
 from fewstep.runtime.process import sum_over_processes
 
 __all__ = ["FitForm", "NormalEquations", "TeacherBatch", "fit_in_sequence", "sweep", "widened"]
@@ -72,8 +72,9 @@ class FitForm:
         check_fields(self)
         if self.pool not in get_args(Pool):
             raise FewstepError(f"coefficients are pooled by element, channel or scalar, got {self.pool!r}")
-        if (self.history is not None and self.history < 1) or not 0 <= self.ridge < 1e6 or not 0 <= self.shrink < 1e6:
-            raise FewstepError(f"a fit needs a history of at least 1 and ridge and shrink from 0 to less than 1e6, got {self}")
+        at_least(self, history=1)
+        if not 0 <= self.ridge < 1e6 or not 0 <= self.shrink < 1e6:
+            raise FewstepError(f"ridge and shrink lie between 0 and 1e6, got {self.ridge:g} and {self.shrink:g}")
 
     def memory(self, steps: int) -> int:
         """Return the number ``K`` of past outputs in a tableau of ``steps`` steps."""

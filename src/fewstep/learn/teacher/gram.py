@@ -25,8 +25,8 @@ from fewstep.core.tableau import Nodes, tabulate
 from fewstep.learn.teacher.jvp import JVP_METHODS, choose_jvp
 from fewstep.models.problem import Problem
 from fewstep.runtime.accumulate import Store, accumulate, seed_batches
-from fewstep.runtime.errors import FewstepError, GridError, ModelError
-from fewstep.runtime.front_door import check_fields, checked_class
+from fewstep.runtime.errors import GridError, ModelError
+from fewstep.runtime.front_door import at_least, check_fields, checked_class
 from fewstep.runtime.job import Job
 from fewstep.sampling.loop import steps
 from fewstep.sampling.noise import seeded_noise
@@ -145,8 +145,7 @@ class GramConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.levels < 4 or self.num < 1 or self.batch < 1 or self.seed < 0:
-            raise FewstepError(f"a Gram matrix needs at least 4 levels, 1 trajectory, a batch of 1 and a seed of at least 0, got {self}")
+        at_least(self, levels=4, num=1, batch=1, seed=0)
 
     @property
     def identity(self) -> str:

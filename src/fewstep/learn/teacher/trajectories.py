@@ -27,7 +27,7 @@ from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.artifact import Count, Number, Record, Whole, check_file, named_path, parse_json, read_record, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError, look_up
-from fewstep.runtime.front_door import check_fields, checked, checked_class, config_of
+from fewstep.runtime.front_door import at_least, check_fields, checked, checked_class, config_of
 from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import wait_for_all
 from fewstep.sampling.loop import steps
@@ -103,8 +103,9 @@ class TrajectoryConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if min(self.num, self.nfe, self.batch) < 1 or not math.isfinite(self.guidance):
-            raise FewstepError(f"trajectories need num, nfe and batch of at least 1 and a finite guidance, got {self}")
+        at_least(self, num=1, nfe=1, batch=1)
+        if not math.isfinite(self.guidance):
+            raise FewstepError(f"guidance is a finite scale, got {self.guidance}")
         if self.seed < 0 or self.seed + self.num > 2**63:
             raise FewstepError(f"seeds must lie between 0 and 2^63, got {self.seed} and the {self.num - 1} after it: choose another seed")
         look_up(self.dtype, DTYPES, "dtype of trajectories")

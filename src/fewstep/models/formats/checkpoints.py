@@ -133,7 +133,7 @@ def save_single_file(model: Model, path: str | Path) -> Path:
         ModelError: a name without ``.safetensors``; a student; a network or a time that is a function of your own.
         ArtifactError: it cannot be written.
     """
-    path = Path(path)
+    path = named_path(path)
     if path.suffix != ".safetensors":
         raise ModelError(f"a single file is named *.safetensors, got {path}")
     save_described(model, path)
@@ -160,7 +160,7 @@ def convert(
         ModelError: as `load_checkpoint`.
         ArtifactError: ``out`` cannot be written, or is there already.
     """
-    out = Path(out)
+    out = named_path(out)
     if out.exists():
         raise ArtifactError(f"{out} is there already: name another, or move it away")
     check_writable(out.parent)

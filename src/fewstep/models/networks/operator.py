@@ -31,7 +31,7 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes
 from fewstep.models.networks.calls import image_size, network_device, network_dtype, refusals, unet_call
 from fewstep.models.networks.temporal_unet import Mixing, TemporalUNet
-from fewstep.runtime.artifact import ArtifactRecord, Number, load_artifact, save_artifact
+from fewstep.runtime.artifact import ArtifactRecord, Number, load_artifact, named_path, save_artifact
 from fewstep.runtime.errors import ArtifactError, ModelError, look_up
 from fewstep.runtime.front_door import check_fields, checked_class
 
@@ -219,9 +219,10 @@ class OperatorStudent(nn.Module):
         Raises:
             ArtifactError: the folder cannot be written, or the card is not JSON-able.
         """
+        folder = named_path(folder)
         tensors = {name: value for name, value in self.state_dict().items() if not name.startswith("operator.unet.")}
         meta = {"form": asdict(self.form), "times": self.times.tolist(), "card": self.card}
-        return save_artifact(Path(folder), "operator", meta, tensors, self._readme(Path(folder).name))
+        return save_artifact(folder, "operator", meta, tensors, self._readme(folder.name))
 
     @classmethod
     def load(cls, folder: str | Path, network: Teacher) -> OperatorStudent:

@@ -35,7 +35,7 @@ from fewstep.models.model import Model
 from fewstep.models.networks.operator import OperatorForm, OperatorStudent
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError, look_up
-from fewstep.runtime.front_door import check_fields, checked_class
+from fewstep.runtime.front_door import at_least, check_fields, checked_class
 
 __all__ = ["DISTANCES", "WEIGHTS", "DistillConfig", "OperatorObjective"]
 
@@ -125,8 +125,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.num_slots < 1 or self.num < 1 or self.held_out < 2 or self.teacher_nfe < 1:
-            raise FewstepError(f"distilling needs slots, num and teacher_nfe of at least 1 and 2 trajectories held out, got {self}")
+        at_least(self, num_slots=1, num=1, held_out=2, teacher_nfe=1)
         if not 0 <= self.fresh <= 1 or not 0 < self.first <= 1 or not 0 <= self.dropout < 1:
             raise FewstepError(f"fresh lies in [0, 1], first in (0, 1], dropout in [0, 1), got {self.fresh}, {self.first}, {self.dropout}")
         look_up(self.loss, {**DISTANCES, "features": None}, "loss", FewstepError)
