@@ -368,6 +368,8 @@ def test_schedulers_of_other_steps_are_refused_by_their_class(name, tmp_path):
 @pytest.mark.parametrize("name", ["IPNDMScheduler", "ScoreSdeVeScheduler", "DDPMWuerstchenScheduler", "LTXEulerAncestralRFScheduler"])
 def test_schedulers_whose_law_is_not_known(name):
     """Rather than this class's own betas by default."""
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
     with pytest.raises(ModelError, match="no beta_schedule and is no flow known here"):
         FewstepScheduler.from_config(getattr(diffusers, name)().config)
 

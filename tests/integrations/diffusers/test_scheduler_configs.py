@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.cogview4.pipeline_cogview4 import retrieve_timesteps
-from tests.integrations.diffusers.test_scheduler import relative, run, tame, theirs_warn, timeless
+from tests.integrations.diffusers.test_scheduler import relative, run, tame, theirs_warn, timeless, unipc_of_flows
 from tests.problems import statistics
 
 from fewstep import Sampler, TimeGrid, make_solver
@@ -44,6 +44,7 @@ def test_karras_levels_of_a_flow_lie_between_the_ends_of_its_configuration():
 
 
 @theirs_warn
+@unipc_of_flows
 @pytest.mark.parametrize("steps", [2, 5, 35])
 @pytest.mark.parametrize(
     "ends", [{"sigma_min": 0.01, "sigma_max": 200.0}, {"sigma_min": 0.1, "sigma_max": 5.0}, {"sigma_max": 80.0}, {}], ids=str
