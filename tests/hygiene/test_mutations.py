@@ -31,7 +31,8 @@ from fewstep.data.images import load_images
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig
 from fewstep.evaluate.benchmark.run import benchmark
 from fewstep.evaluate.report.write import write_report
-from fewstep.integrations.diffusers.pipelines import from_pipeline, is_pipeline, load_pipeline, read_prompts
+from fewstep.integrations.diffusers.pipeline_folders import is_pipeline, load_pipeline
+from fewstep.integrations.diffusers.pipelines import from_pipeline, read_prompts
 from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
 from fewstep.models.formats.checkpoints import convert, load_checkpoint
 from fewstep.models.model import Model

@@ -7,7 +7,8 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from fewstep.integrations.diffusers.pipelines import from_pipeline, is_pipeline, load_pipeline
+from fewstep.integrations.diffusers.pipeline_folders import is_pipeline, load_pipeline
+from fewstep.integrations.diffusers.pipelines import from_pipeline
 from fewstep.models.model import Model
 from fewstep.models.zoo import load_model
 from fewstep.runtime.artifact import named_path

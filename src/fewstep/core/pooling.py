@@ -1,4 +1,4 @@
-"""Which elements of a state share a number: the one meaning of *element*, *channel* and *scalar* for statistics and for coefficients.
+"""Pooling: the elements of a state that share a number, by *element*, *channel* or *scalar*, for statistics and coefficients alike.
 
 The channels of a state ``[B, C, ...]`` are its dimension 1, whatever follows: pixels, the samples of a sound, frames and their pixels.
 A state of tokens ``[B, N, features]`` has its tokens there, so *channel* gives each token one number, for all of its features. A

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -229,17 +228,6 @@ class Tableau:
         """The shape ``*E`` that all its coefficients broadcast to: ``()`` where all elements of a sample share them."""
         return tuple(torch.broadcast_shapes(self.record.shape[2:], self.update.shape[3:], self.bias.shape[2:]))
 
-    def check_sample(self, shape: Sequence[int]) -> None:
-        """Refuse samples ``*D`` to which the coefficients do not broadcast, or which they would broadcast.
-
-        Raises:
-            SolverError: they are of another shape.
-        """
-        element, sample = self.element, tuple(shape)
-        pairs = zip(reversed(element), reversed(sample), strict=False)
-        if len(element) > len(sample) or any(one not in (1, size) for one, size in pairs):
-            raise SolverError(f"this sampler has coefficients for samples of shape {element}, which {sample} is not: fit one to this model")
-
     @cached_property
     def fingerprint(self) -> str:
         """The hash of all its numbers."""
@@ -299,7 +287,16 @@ class Tableau:
         """Return the state before the first evaluation, at ``x [B, *D]``.
 
         No tensor appears in it twice: a compiled `advance` would be specialised to that.
+
+        Raises:
+            SolverError: samples to which the coefficients do not broadcast, or which they would broadcast.
         """
+        pairs = zip(reversed(self.element), reversed(x.shape[1:]), strict=False)
+        if len(self.element) >= x.ndim or any(one not in (1, size) for one, size in pairs):
+            shape = tuple(x.shape[1:])
+            raise SolverError(
+                f"this sampler has coefficients for samples of shape {self.element}, which {shape} is not: fit one to this model"
+            )
         reads_anchor = self._used[1][0][0] or self._used[1][1][0]
         return State(x, x.clone() if reads_anchor else None, tuple(torch.zeros_like(x) for _ in range(self.memory)))
 

@@ -101,7 +101,6 @@ def sample_fewstep(
     if sampler is None and levels is not None and len(levels) < 2:
         return x
     bridge = _bridge_on(solver, statistics, levels, law, x) if sampler is None else _bridge_of(sampler, statistics, levels, law)
-    bridge.tableau.check_sample(x.shape[1:])
     noise = _noise_of(bridge, x, seeds, noise_sampler)
     report = _reporter(callback, bridge, x if levels is None else levels)
     denoiser = _HostDenoiser(model, bridge, x, report)

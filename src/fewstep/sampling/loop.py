@@ -91,7 +91,6 @@ def steps(
     if not isinstance(tableau, Tableau):
         raise SolverError(f"the loop runs a Tableau, as sampler.tableau, not a {type(tableau).__name__}")
     check_start(x)
-    tableau.check_sample(x.shape[1:])
     nodes = tableau.nodes
     _check_schedule(nodes, denoiser)
     if tableau.stochastic and noise is None and (seeds is None or len(seeds) != len(x)):

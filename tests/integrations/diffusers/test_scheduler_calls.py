@@ -144,20 +144,6 @@ def test_ends_of_named_levels_beyond_the_table(name):
     assert float((ours.timesteps - theirs.timesteps).abs().max()) < 1
 
 
-def test_a_picture_is_noised_to_the_level_asked_rather_than_to_that_of_the_held_time():
-    scheduler = FewstepScheduler(**SD)
-    scheduler.set_timesteps(sigmas=[20.0, 16.0, 1.0])
-    clean, eps = noise(), noise(1)
-
-    def noised(level):
-        return (clean + level * eps) / math.sqrt(1 + level**2)
-
-    assert relative(scheduler.add_noise(clean, eps, scheduler.timesteps[:1]), noised(20)) < EPS
-    assert relative(scheduler.add_noise(clean, eps, scheduler.timesteps[2:]), noised(1)) < EPS
-    scheduler.set_begin_index(1)  # of two levels with one time that of the start
-    assert relative(scheduler.add_noise(clean, eps, scheduler.timesteps[1:2]), noised(16)) < EPS
-
-
 @pytest.mark.parametrize(
     ("spacing", "steps", "offset", "ends"),
     [("trailing", 1500, 0, (999, 0)), ("trailing", 1001, 0, (999, 0)), ("leading", 999, 1, (999, 2))],
@@ -166,13 +152,6 @@ def test_spacings_of_more_steps_than_the_table_has(spacing, steps, offset, ends)
     scheduler = made(steps, **SD, solver="euler", timestep_spacing=spacing, steps_offset=offset)
     assert (float(scheduler.timesteps[0]), float(scheduler.timesteps[-1])) == ends and len(scheduler.timesteps) == steps
     assert bool((torch.diff(scheduler.sigmas) < 0).all())
-
-
-@pytest.mark.parametrize("times", [1000, -1, [5, 1500], torch.tensor([-0.5])])
-def test_a_picture_is_not_noised_at_a_time_that_the_network_does_not_have(times):
-    for ask in (FewstepScheduler().add_noise, FewstepScheduler().get_velocity):
-        with pytest.raises(GridError, match="timesteps lie between 0 and 999"):
-            ask(noise(), noise(1), times)
 
 
 # -- starts in the middle -------------------------------------------------------------------------------------------------------------

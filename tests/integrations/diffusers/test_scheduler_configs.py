@@ -3,13 +3,14 @@
 import pickle
 import subprocess
 import sys
+from itertools import product
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.cogview4.pipeline_cogview4 import retrieve_timesteps
-from tests.integrations.diffusers.test_scheduler import relative, run, tame, theirs_warn, timeless
+from tests.integrations.diffusers.test_scheduler import relative, run, tame, theirs_warn, timeless, unipc_of_flows
 from tests.problems import statistics
 
 from fewstep import Sampler, TimeGrid, make_solver
@@ -44,6 +45,7 @@ def test_karras_levels_of_a_flow_lie_between_the_ends_of_its_configuration():
 
 
 @theirs_warn
+@unipc_of_flows
 @pytest.mark.parametrize("steps", [2, 5, 35])
 @pytest.mark.parametrize(
     "ends", [{"sigma_min": 0.01, "sigma_max": 200.0}, {"sigma_min": 0.1, "sigma_max": 5.0}, {"sigma_max": 80.0}, {}], ids=str
@@ -164,7 +166,8 @@ def test_a_deis_configuration_ends_where_deis_does(steps, named, tmp_path):
 
 # -- the way back ---------------------------------------------------------------------------------------------------------------------
 
-SOLVERS = ("deis-3", "dpm-solver-2m", "dpm-solver-3m", "sde-dpm-solver-2m", "sde-dpm-solver-pp-2m", "dpm-solver-pp-3m", "unipc-3", "heun")
+RANDOM = ("sde-dpm-solver-2m", "sde-dpm-solver-pp-2m", "ddim:eta=1")
+SOLVERS = ("deis-3", "dpm-solver-2m", "dpm-solver-3m", *RANDOM, "dpm-solver-pp-3m", "unipc-3", "heun")
 
 
 @theirs_warn
@@ -174,7 +177,7 @@ def test_back_to_the_classes_of_diffusers(solver, law):
     start = FewstepScheduler(**law, solver=solver)
     for name in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"):
         kind = getattr(diffusers, name)
-        if solver.startswith("sde") and ("DEIS" in name or solver == "sde-dpm-solver-2m" and "Singlestep" in name):
+        if solver in RANDOM and ("DEIS" in name or solver == "sde-dpm-solver-2m" and "Singlestep" in name):
             continue  # diffusers' classes have no such algorithm
         there = kind.from_config(start.config)
         there.set_timesteps(6)
@@ -184,30 +187,115 @@ def test_back_to_the_classes_of_diffusers(solver, law):
         assert back.config.solver == solver and torch.equal(back.sigmas, start.sigmas) and float(back.sigmas[-1]) == 0, name
 
 
+IN_MULTISTEP = {
+    "dpm-solver-2m": "dpmsolver",
+    "dpm-solver-3m": "dpmsolver",
+    "sde-dpm-solver-2m": "sde-dpmsolver",
+    "sde-dpm-solver-pp-2m": "sde-dpmsolver++",
+    "sde-dpm-solver-pp-2m:form=taylor": "sde-dpmsolver++",
+    "dpm-solver-pp-2m": "dpmsolver++",
+    "dpm-solver-pp-3m": "dpmsolver++",
+    "ddim": "dpmsolver++",
+    "ddim:eta=1": "sde-dpmsolver++",
+}
+
+
 @theirs_warn
-@pytest.mark.parametrize(
-    ("solver", "algorithm"), [("dpm-solver-2m", "dpmsolver"), ("dpm-solver-3m", "dpmsolver"), ("sde-dpm-solver-2m", "sde-dpmsolver")]
-)
-def test_a_solver_in_noise_prediction_is_itself_in_diffusers(solver, algorithm):
-    """Which has no step to the clean image for it, so it ends at the last noise level there."""
-    theirs = diffusers.DPMSolverMultistepScheduler.from_config(FewstepScheduler(**SD, solver=solver).config)
-    assert (theirs.config.algorithm_type, theirs.config.final_sigmas_type) == (algorithm, "sigma_min")
-    ours = FewstepScheduler.from_config(theirs.config, final_sigmas_type="sigma_min")
+@pytest.mark.parametrize("end", ["zero", "sigma_min"])
+@pytest.mark.parametrize("solver", IN_MULTISTEP)
+def test_a_solver_that_multistep_has_is_itself_there(solver, end):
+    """In noise prediction there is no step to the clean image, so it ends at the last noise level there."""
+    start = FewstepScheduler(**SD, solver=solver, final_sigmas_type=end)
+    theirs = diffusers.DPMSolverMultistepScheduler.from_config(start.config)
+    clean = end == "zero" and theirs.config.algorithm_type.endswith("++")
+    assert (theirs.config.algorithm_type, theirs.config.final_sigmas_type) == (IN_MULTISTEP[solver], "zero" if clean else "sigma_min")
+    ours = start if clean == (end == "zero") else FewstepScheduler.from_config(start.config, final_sigmas_type="sigma_min")
     for one in (ours, theirs):
         one.set_timesteps(6)
     ends = [run(one, noise(), tame, generator=torch.manual_seed(1))[0] for one in (ours, theirs)]
-    assert relative(*ends) < 3e-4
+    assert relative(*ends) < SAME
 
 
 @theirs_warn
-def test_to_sa_solver():
-    for solver in ("unipc-2", "dpm-solver-pp-2m", "heun"):
-        there = diffusers.SASolverScheduler.from_config(FewstepScheduler(**SD, solver=solver).config)
-        there.set_timesteps(6)
-        assert FewstepScheduler.from_config(there.config).config.solver == solver
-    for solver in ("deis-3", "dpm-solver-2m", "sde-dpm-solver-pp-2m"):  # whose algorithm SA-Solver knows by another word
-        there = diffusers.SASolverScheduler.from_config(FewstepScheduler(**SD, solver=solver).config, algorithm_type="data_prediction")
-        assert FewstepScheduler.from_config(there.config).config.solver == solver
+@pytest.mark.parametrize("solver", ["dpm-solver-2m", "dpm-solver-3m", "sde-dpm-solver-2m"])
+def test_noise_prediction_on_a_flow_is_refused_by_multistep(solver):
+    theirs = diffusers.DPMSolverMultistepScheduler.from_config(FewstepScheduler(**FLOW, solver=solver).config)
+    theirs.set_timesteps(6)
+    with pytest.raises(ValueError, match="prediction_type given as flow_prediction"):
+        run(theirs, noise(), tame)
+
+
+@theirs_warn
+@pytest.mark.parametrize(
+    ("solver", "end"),
+    [*product(("unipc-2", "unipc-3", "unipc-3:uncorrected=[0, 2]"), ("zero", "sigma_min")), ("unipc-2:weights=bh1", "sigma_min")],
+)
+def test_unipc_is_itself_in_unipc(solver, end):
+    """But for bh1 with a step to the clean image, of which diffusers makes NaN: its weight is a step without end there."""
+    start = FewstepScheduler(**SD, solver=solver, final_sigmas_type=end)
+    theirs = diffusers.UniPCMultistepScheduler.from_config(start.config)
+    for one in (start, theirs):
+        one.set_timesteps(6)
+    assert relative(run(start, noise(), tame)[0], run(theirs, noise(), tame)[0]) < SAME
+
+
+@theirs_warn
+def test_deis_is_itself_in_deis_alone():
+    """The classes of DPM-Solver say themselves that they run DPM-Solver++ for it, of its order."""
+    start = FewstepScheduler(**SD, solver="deis-3", final_sigmas_type="sigma_min")
+    theirs = diffusers.DEISMultistepScheduler.from_config(start.config)
+    for one in (start, theirs):
+        one.set_timesteps(6)
+    assert relative(run(start, noise(), tame)[0], run(theirs, noise(), tame)[0]) < SAME
+    for name in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"):
+        there = getattr(diffusers, name).from_config(start.config)
+        assert (there.config.algorithm_type, there.config.solver_order, there.config.final_sigmas_type) == ("dpmsolver++", 3, "sigma_min")
+
+
+@theirs_warn
+@pytest.mark.parametrize(
+    ("solver", "algorithm"),
+    [("dpm-solver-2m", "dpmsolver"), ("dpm-solver-3m", "dpmsolver"), ("sde-dpm-solver-pp-2m", "sde-dpmsolver++"), ("ddim", "dpmsolver++")],
+)
+def test_singlestep_runs_the_same_formulas_in_another_order(solver, algorithm):
+    """It has steps of several evaluations rather than a memory of earlier steps; of order 1 the two are one."""
+    start = FewstepScheduler(**SD, solver=solver, final_sigmas_type="sigma_min")
+    theirs = diffusers.DPMSolverSinglestepScheduler.from_config(start.config)
+    for one in (start, theirs):
+        one.set_timesteps(6)
+    assert theirs.config.algorithm_type == algorithm and theirs.timesteps.tolist() == start.timesteps.tolist()
+    ends = [run(one, noise(), tame, generator=torch.manual_seed(1))[0] for one in (start, theirs)]
+    assert bool(ends[1].isfinite().all()) and (relative(*ends) < SAME) == (solver == "ddim")
+
+
+@pytest.mark.parametrize("solver", ["sde-dpm-solver-2m", "sde-dpm-solver-pp-2m", "ddim:eta=1"])
+@pytest.mark.parametrize("name", ["DEISMultistepScheduler", "SASolverScheduler", "DPMSolverSinglestepScheduler"])
+def test_a_class_without_the_algorithm_says_so(solver, name):
+    """Rather than run a solver without noise in its place."""
+    config = FewstepScheduler(**SD, solver=solver).config
+    if "Singlestep" in name and solver != "sde-dpm-solver-2m":
+        assert getattr(diffusers, name).from_config(config).config.algorithm_type == "sde-dpmsolver++"
+        return
+    with pytest.raises(NotImplementedError, match=f"sde-dpmsolver.* is not implemented for .*{name}"):
+        getattr(diffusers, name).from_config(config)
+
+
+@theirs_warn
+@pytest.mark.parametrize("solver", ["unipc-2", "dpm-solver-pp-2m", "heun", "deis-3", "dpm-solver-2m", "dpm-solver-3m", *RANDOM])
+def test_to_sa_solver(solver):
+    """Another algorithm, on the same law and times; most names of algorithms it calls by other words."""
+    start = FewstepScheduler(**SD, solver=solver, timestep_spacing="trailing")
+    other_word = start.config.algorithm_type != "dpmsolver++"
+    if other_word:
+        with pytest.raises(NotImplementedError, match=r"is not implemented for .*SASolverScheduler"):
+            diffusers.SASolverScheduler.from_config(start.config)
+    there = diffusers.SASolverScheduler.from_config(start.config, **({"algorithm_type": "data_prediction"} if other_word else {}))
+    for one in (start, there):
+        one.set_timesteps(6)
+    assert there.timesteps.tolist() == start.timesteps[:: start.order].tolist()
+    assert relative(there.sigmas[:-1], start.sigmas[:-1][:: start.order]) < SAME and float(there.sigmas[-1]) > 0  # it has but one end
+    assert bool(run(there, noise(), tame, generator=torch.manual_seed(1))[0].isfinite().all())
+    assert FewstepScheduler.from_config(there.config).config.solver == solver
 
 
 def test_the_end_that_is_asked_for_now_wins():

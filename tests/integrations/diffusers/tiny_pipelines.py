@@ -208,6 +208,73 @@ def dit(folder: Path) -> Any:
     return diffusers.DiTPipeline(transformer=transformer, vae=vae(), scheduler=latent_law(), id2label={0: "a", 1: "b"})
 
 
+def ltx_with_conditions(folder: Path) -> Any:  # noqa: ARG001 - its prompts are given as embeddings
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        cross_attention_dim=16,
+        caption_channels=32,
+    )
+    video_vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.LTXConditionPipeline(scheduler=scheduler, vae=video_vae, text_encoder=None, tokenizer=None, transformer=transformer)
+
+
+def cogview4(folder: Path) -> Any:  # noqa: ARG001 - its prompts are given as embeddings
+    transformer = diffusers.CogView4Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        condition_dim=4,
+        pos_embed_max_size=16,
+        rope_axes_dim=(16, 16),
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"
+    )
+    return diffusers.CogView4Pipeline(scheduler=scheduler, vae=vae(), text_encoder=None, tokenizer=None, transformer=transformer)
+
+
+def latent_upscaler(folder: Path) -> Any:
+    words = tokenizer(folder / "words")
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        sample_size=8,
+        in_channels=8,
+        out_channels=5,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        time_cond_proj_dim=128 + 32,
+    )
+    return diffusers.StableDiffusionLatentUpscalePipeline(
+        vae=vae(),
+        text_encoder=text_encoder(len(words)),
+        tokenizer=words,
+        unet=unet,
+        scheduler=diffusers.EulerDiscreteScheduler(prediction_type="original_sample"),
+    )
+
+
+OTHERS = {"ltx-condition": ltx_with_conditions, "cogview4": cogview4, "latent-upscaler": latent_upscaler}
 MAKERS = {
     "sd": stable_diffusion,
     "sd-inpaint": lambda folder: stable_diffusion(folder, "StableDiffusionInpaintPipeline", nine_channels=True),
@@ -223,15 +290,17 @@ def make(name: str, folder: Path) -> Path:
     """A pipeline's folder."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        pipe = MAKERS[name](folder / "parts")
+        pipe = (MAKERS | OTHERS)[name](folder / "parts")
     pipe.save_pretrained(folder / name)
     return folder / name
 
 
 def load(folder: Path, **options: Any) -> Any:
-    """As a user loads one; Stable Diffusion 3 without its third text encoder."""
+    """As a user loads one; without the text encoders that were not saved."""
     if folder.name == "sd3":
         options |= {"text_encoder_3": None, "tokenizer_3": None}
+    if folder.name in ("ltx-condition", "cogview4"):
+        options |= {"text_encoder": None, "tokenizer": None}
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.core.tableau import Row, State
+from fewstep.core.prediction import Prediction, aligned, x0_coefficients
+from fewstep.core.tableau import Row, State, Tableau
 
 __all__ = ["Chain", "Chains", "Plan"]
 
@@ -32,6 +33,20 @@ class Plan:
     rows: list[Row]
     a: list[Tensor]
     b: list[Tensor]
+
+    @classmethod
+    def of(cls, tableau: Tableau, prediction: Prediction, begin: int, *, like: Tensor) -> Plan:
+        """Return the plan of a tableau that begins at evaluation ``begin``, for a network of this prediction.
+
+        Args:
+            tableau: the rest of the grid.
+            prediction: what the network answers.
+            begin: the number of its first evaluation on the whole grid.
+            like: a tensor of the dtype and on the device that it is for.
+        """
+        alpha, sigma = tableau.nodes.alpha[:-1], tableau.nodes.sigma[:-1]
+        a, b = (list(aligned(value, like).flatten().unbind()) for value in x0_coefficients(prediction, alpha, sigma))
+        return cls(begin, tableau.start, tableau.rows(like), a, b)
 
 
 @dataclass(eq=False)

@@ -8,7 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fewstep.core.schedule import RectifiedFlow
+import torch
+
+from fewstep.core.schedule import NoiseSchedule, RectifiedFlow
 from fewstep.runtime.artifact import named_path
 from fewstep.runtime.errors import ArtifactError, GridError
 from fewstep.runtime.hub import HUB_ID, snapshot
@@ -71,18 +73,30 @@ class SavedSamplers:
         """The number of evaluations in a step."""
         return list(self.by_steps.values())[-1].stages
 
-    def of(self, steps: int | None) -> Sampler:
-        """Return the sampler with so many steps; the only one, if None.
+    def of(self, steps: int | None, law: NoiseSchedule) -> Sampler:
+        """Return the sampler with so many steps, for a model of this noise law; the only one, if None.
 
         Raises:
             GridError: there is none (and what there is).
+            ArtifactError: it was made for another noise law.
         """
         if steps is None and len(self.by_steps) == 1:
-            return next(iter(self.by_steps.values()))
+            return self._checked(next(iter(self.by_steps.values())), law)
         if steps not in self.by_steps:
             known = ", ".join(map(str, self.by_steps))
             raise GridError(f"no saved sampler of {steps} steps here, only of {known}: ask for one of these, or make one with fewstep fit")
-        return self.by_steps[steps]
+        return self._checked(self.by_steps[steps], law)
+
+    @staticmethod
+    def _checked(sampler: Sampler, law: NoiseSchedule) -> Sampler:
+        nodes = sampler.tableau.nodes
+        t = nodes.t
+        if not (torch.allclose(nodes.alpha, law.alpha(t), rtol=1e-4, atol=1e-6) and torch.allclose(nodes.sigma, law.sigma(t), rtol=1e-4)):
+            raise ArtifactError(
+                f"the saved sampler was made for another noise law: at t = {t[0]:g} it has alpha, sigma = {nodes.alpha[0]:g}, "
+                f"{nodes.sigma[0]:g}, this model {law.alpha(t[:1])[0]:g}, {law.sigma(t[:1])[0]:g}"
+            )
+        return sampler
 
     def config(self) -> dict[str, Any]:
         """Return the options of a scheduler for them: the noise law, and the prediction type on their card.

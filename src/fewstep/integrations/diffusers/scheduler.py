@@ -15,18 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.prediction import aligned, x0_coefficients
 from fewstep.core.schedule import RectifiedFlow
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Row, Solver, advance
 from fewstep.integrations.diffusers.arguments import one_time, refuse_unknown
 from fewstep.integrations.diffusers.chains import Chain, Chains, Plan
+from fewstep.integrations.diffusers.forward_process import NoisingScheduler
 from fewstep.integrations.diffusers.noise_levels import checked_times, default_sigmas_count, grid_from_config
 from fewstep.integrations.diffusers.saved_samplers import SavedSamplers
 from fewstep.integrations.diffusers.scheduler_files import (
     BaseOutput,
     SchedulerMixin,
-    StoredScheduler,
     randn_tensor,
     register_to_config,
     resolve_artifact,
@@ -34,7 +33,7 @@ from fewstep.integrations.diffusers.scheduler_files import (
 from fewstep.integrations.diffusers.solver_names import DESCRIPTIVE, solver_of
 from fewstep.models.formats.diffusers_law import NoiseLaw, ends_clean, noise_law, shift_kind
 from fewstep.models.guidance import thresholded
-from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError
+from fewstep.runtime.errors import FewstepError, GridError, SolverError
 from fewstep.runtime.front_door import is_count
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, takes_statistics
@@ -59,7 +58,7 @@ class FewstepSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor | None = None
 
 
-class FewstepScheduler(StoredScheduler):
+class FewstepScheduler(NoisingScheduler):
     """A diffusers scheduler whose steps are this library's.
 
     Its state is that of the network (variance preserving, or a flow), so `scale_model_input` does nothing. One instance can follow several
@@ -256,8 +255,7 @@ class FewstepScheduler(StoredScheduler):
         else:
             if timesteps is not None or sigmas is not None:
                 raise GridError("a saved sampler has times of its own: leave timesteps and sigmas out")
-            self._sampler = self._samplers.of(num_inference_steps)
-            self._check_law()
+            self._sampler = self._samplers.of(num_inference_steps, self._law.schedule)
         nodes = self._sampler.tableau.nodes
         times = self._network_times(nodes.t[:-1])
         whole = torch.equal(times, times.round()) and self._law.schedule.times is not None
@@ -287,25 +285,12 @@ class FewstepScheduler(StoredScheduler):
             )
         return times
 
-    def _check_law(self) -> None:
-        nodes, law = self._sampler.tableau.nodes, self._law.schedule
-        t = nodes.t
-        if not (torch.allclose(nodes.alpha, law.alpha(t), rtol=1e-4, atol=1e-6) and torch.allclose(nodes.sigma, law.sigma(t), rtol=1e-4)):
-            raise ArtifactError(
-                f"the saved sampler was made for another noise law: at t = {t[0]:g} it has alpha, sigma = {nodes.alpha[0]:g}, "
-                f"{nodes.sigma[0]:g}, this model {law.alpha(t[:1])[0]:g}, {law.sigma(t[:1])[0]:g}"
-            )
-
     def _plan(self, begin: int, dtype: torch.dtype, device: torch.device) -> Plan:
         """Return the rows of the tableau from evaluation ``begin`` on, ready for a dtype and device; made once for each."""
         key = (begin, dtype, device)
         if key not in self._plans:
-            tableau = self._sampler.tail(begin, statistics=self._statistics).tableau
-            like = torch.empty(0, dtype=dtype, device=device)
-            nodes = tableau.nodes
-            coefficients = x0_coefficients(self._law.prediction, nodes.alpha[:-1], nodes.sigma[:-1])
-            a, b = (list(aligned(value, like).flatten().unbind()) for value in coefficients)
-            self._plans[key] = Plan(begin, tableau.start, tableau.rows(like), a, b)
+            tail = self._sampler.tail(begin, statistics=self._statistics).tableau
+            self._plans[key] = Plan.of(tail, self._law.prediction, begin, like=torch.empty(0, dtype=dtype, device=device))
         return self._plans[key]
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -433,47 +418,6 @@ class FewstepScheduler(StoredScheduler):
     def _forget(self) -> None:
         self._chains = Chains()
         self._last: int | None = None
-
-    # -- the forward process ----------------------------------------------------------------------------------------
-
-    def _scales(self, timesteps: Any, like: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-        times = checked_times(self.config, self._law, timesteps)
-        t = self._law.t_of_time(times)
-        begin = [entry for entry in self._held if entry[0] == self._begin_index]
-        for _, time, node in [*self._held, *begin]:
-            t = torch.where(times == time, node, t)
-        t = t.reshape(torch.as_tensor(timesteps).shape)
-        alpha, sigma = self._law.schedule.alpha(t), self._law.schedule.sigma(t)
-        return aligned(alpha, like), aligned(sigma, like)
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:  # noqa: ANN401
-        """Return the noised images ``alpha x0 + sigma eps [B, *D]``.
-
-        Args:
-            original_samples: images ``x0 [B, *D]``.
-            noise: standard normal ``eps [B, *D]``.
-            timesteps: any times of the network, ``[]`` or ``[B]``.
-
-        Raises:
-            GridError: a time that the network does not have.
-        """
-        alpha, sigma = self._scales(timesteps, original_samples)
-        return alpha * original_samples + sigma * noise
-
-    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:  # noqa: ANN401
-        """Return the noised images ``[B, *D]``: `add_noise` with the arguments of diffusers' flow schedulers."""
-        return self.add_noise(sample, noise, timestep)
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Any) -> Tensor:  # noqa: ANN401
-        """Return ``v = alpha eps - sigma x0 [B, *D]``, the training target of v prediction.
-
-        Args:
-            sample: images ``x0 [B, *D]``.
-            noise: standard normal ``eps [B, *D]``.
-            timesteps: times of the network, ``[]`` or ``[B]``.
-        """
-        alpha, sigma = self._scales(timesteps, sample)
-        return alpha * noise - sigma * sample
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])

@@ -92,7 +92,7 @@ def options_of(name: str) -> dict[str, Any]:
         kind = "heun" if written.get("form") == "taylor" else "midpoint"
     elif "deis" in bare:
         kind = "logrho"
-    sde = "sde-" if bare.startswith("sde-") else ""
+    sde = "sde-" if bare.startswith("sde-") or (bare == "ddim" and written.get("eta") == 1) else ""
     algorithm = "deis" if "deis" in bare else f"{sde}dpmsolver" if bare.removeprefix("sde-") in ("dpm-solver-2m", "dpm-solver-3m") else ""
     return {
         "solver_order": min(int(steps), 3),
