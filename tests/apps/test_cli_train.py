@@ -46,7 +46,7 @@ def test_compile_reaches_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (("--attention", "all"), "--attention wants whole numbers"),
         (("--attention", "16"), "no feature maps are 16 high"),
         (("--mixed-precision", "int8"), "mixed precision"),
-        (("--checkpoint-every", 0), "checkpoints 1 or more"),
+        (("--checkpoint-every", 0), "checkpoint_every is at least 1, got 0"),
         (("--ema", 1), "the decay of averaged weights"),
     ],
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap, check_denoiser
 from fewstep.core.grid import TimeGrid
+from fewstep.core.prediction import prediction
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, Tableau
 from fewstep.models.carried import FITTED, OPTIMIZED
@@ -33,10 +34,9 @@ from fewstep.sampling.noise import seed_list, start_noise
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, takes_statistics
 
-__all__ = ["best_sampler", "check_made_for", "check_statistics", "generate_to", "sample", "sampler_for", "solver_for"]
+__all__ = ["best_sampler", "check_made_for", "check_statistics", "default_grid", "generate_to", "sample", "sampler_for", "solver_for"]
 
 What = str | Solver | Sampler | Tableau
-GRID = "angle"  # where no grid is named
 log = logging.getLogger("fewstep")
 
 
@@ -67,7 +67,7 @@ def sample(
         seeds: one for each sample. A seed gives the same picture in any batch and on any device.
         guidance: classifier-free guidance scale; by default the model's own, which is 1 but for pipelines.
         grid: where to evaluate: the name of a spacing (``"karras"``), ``"optimized"`` for the model's own, or a `TimeGrid`; by default
-            ``"angle"``. A sampler or tableau has its own.
+            that of `default_grid`. A sampler or tableau has its own.
         observe: called with each `Step`.
 
     Returns:
@@ -177,7 +177,21 @@ def sampler_for(
         if not isinstance(model, Model) or not isinstance(what, str):
             raise GridError("optimized grids are those that a Model carries, for a solver by name")
         return Sampler.build(solver, model.optimized(what, nfe, guidance), model.schedule, nfe=nfe)
-    return Sampler.build(solver, GRID if grid is None else grid, model.schedule, nfe=nfe)
+    return Sampler.build(solver, default_grid(model) if grid is None else grid, model.schedule, nfe=nfe)
+
+
+def default_grid(model: Model | Denoiser | FlowMap) -> str:
+    """Return the spacing where none is named: ``uniform`` where predicted noise is divided by an ``alpha`` that vanishes, else ``angle``.
+
+    There an error of the network at the start counts ``sigma/alpha`` times, and `angle`, whose first step is the longest of all, carries
+    it on (docs/decisions/0036).
+    """
+    divided = isinstance(model, Model) and prediction(model.prediction).undefined_at_zero_alpha
+    start = torch.tensor(model.schedule.t_max, dtype=torch.float64)
+    return "uniform" if divided and float(model.schedule.alpha(start)) < VANISHING else "angle"
+
+
+VANISHING = 0.5  # the alpha of pure noise is 0 to 0.1 where a law preserves the variance, and 1 where noise is only added
 
 
 def _named(

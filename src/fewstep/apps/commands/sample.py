@@ -18,7 +18,7 @@ from fewstep.apps.options import NUMBERS, AnyStatistics, AsJson, Guidance, Model
 from fewstep.core.grid import TimeGrid
 from fewstep.evaluate.pictures import save_grid, save_singles, to_uint8
 from fewstep.models.carried import FITTED, OPTIMIZED
-from fewstep.models.generate import check_made_for, generate_to, sampler_for
+from fewstep.models.generate import check_made_for, default_grid, generate_to, sampler_for
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_seeds
 from fewstep.runtime.artifact import write_whole
@@ -30,7 +30,7 @@ from fewstep.solvers import takes_statistics
 
 __all__ = ["sample"]
 
-PLAIN = ("unipc-2", "angle", 8)  # solver, grid and evaluations where nothing is named, of a model that was not tuned for others
+SOLVER, NFE = "unipc-2", 8  # where nothing is named, of a model that was not tuned for others
 
 
 def sample(
@@ -40,7 +40,9 @@ def sample(
     solver: Annotated[
         str | None, typer.Option(help="Or fitted: the model's own. Default: what the model was tuned for, else unipc-2.")
     ] = None,
-    grid: Annotated[str | None, typer.Option(help="Or optimized: the model's own. Default: as for --solver, else angle.")] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="Or optimized: the model's own. Default: as for --solver, else uniform or angle.")
+    ] = None,
     nfe: Annotated[int | None, typer.Option(help="Network evaluations per sample. Default: as for --solver, else 8.")] = None,
     num: Annotated[int, typer.Option("--num", "-n", help="How many samples. Under torchrun say -n.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the first sample; the next has the next seed.")] = 0,
@@ -111,7 +113,8 @@ class _Choice:
             loaded = Sampler.load(self.sampler)
             check_made_for(loaded, model, guidance, self.sampler)
             return loaded.with_card(grid=str(self.sampler))
-        solver, spacing, nfe = PLAIN if model.tuned is None else (model.tuned.solver, OPTIMIZED, model.tuned.nfe)
+        tuned = model.tuned
+        solver, spacing, nfe = (SOLVER, default_grid(model), NFE) if tuned is None else (tuned.solver, OPTIMIZED, tuned.nfe)
         solver, spacing, nfe = self.solver or solver, self.grid or spacing, nfe if self.nfe is None else self.nfe
         if solver == FITTED:
             self._leave_out("a fitted sampler takes no statistics", "any_statistics")
