@@ -272,6 +272,7 @@ def test_words_that_cannot_be_are_refused(words, says, tmp_path, monkeypatch, ca
         ("optimize", "digits-edm"),
         ("finetune", "digits-edm", "--nfe", 3),
         ("demo",),
+        ("convert", "a.pkl"),
     ],
     ids=lambda words: words[0],
 )
@@ -298,6 +299,7 @@ def test_a_second_run_in_a_folder_is_refused_by_every_verb_that_writes_there(tmp
             ("train",),
             ("demo",),
             ("report", job.folder),
+            ("convert", "a.pkl"),
         ):
             assert run(monkeypatch, *words, "--out", job.folder) == 2, words
             assert f"another fewstep job is working in {job.folder}" in capsys.readouterr().err, words
