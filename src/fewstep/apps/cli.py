@@ -62,7 +62,7 @@ def main() -> Any:  # noqa: ANN401
     except (KeyboardInterrupt, SystemExit) as end:  # typer turns an interrupt into an exit with 130
         if isinstance(end, SystemExit) and end.code != 130:
             raise
-        terminated = isinstance(end, _Terminated) or isinstance(end.__context__, _Terminated)
+        terminated = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # see `_terminate`; others may have raised it anew
         typer.echo(f"fewstep: {'terminated' if terminated else 'interrupted'}; run the same command to continue", err=True)
         sys.exit(143 if terminated else 130)
     finally:

@@ -41,6 +41,7 @@ __all__ = [
     "Whole",
     "check_file",
     "check_writable",
+    "digest_of",
     "held_to",
     "load_artifact",
     "named_path",
@@ -172,6 +173,12 @@ def tensor_of(
     if finite and not bool(torch.isfinite(found).all()):
         raise ArtifactError(f"the tensor {name} has numbers that are not finite")
     return found
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the checksum of tensors, without their names."""
+    parts = (tensors[name].detach().cpu().contiguous().flatten() for name in sorted(tensors))
+    return hashlib.sha256(b"".join(part.view(torch.uint8).numpy().tobytes() for part in parts)).hexdigest()
 
 
 def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
