@@ -182,8 +182,8 @@ def finetune(
         raise FewstepError("the form score matches scores on images: pass the data that the model was trained on, or use the form mean")
     if config.form == "score" and images is not None:
         _check_images(images, model)
-    may_write_model(model, out, "work")
     with Job.open("finetune", out, device=device or model.device, on_progress=on_progress, command=command, alone=True) as job:
+        may_write_model(model, out, "work")  # in the job, which removes what a killed run left
         tuning = _Tuning(Problem(model, config.guidance, job.device), config, images, job)
         return _result(tuning, tuning.alternate(), job)
 

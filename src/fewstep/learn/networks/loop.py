@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -291,6 +290,6 @@ def _resume(accelerator: Any, folder: Path, identity: str, steps: int) -> tuple[
         if meta.step > steps:
             raise ValueError(f"{meta.step} of {steps} steps are done")
         accelerator.load_state(str(found))
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, EOFError, UnpicklingError) as error:
+    except Exception as error:  # a damaged file makes pickle and torch raise almost anything
         raise ArtifactError(f"{found} is damaged ({first_line(error)}): remove it and run the same command again") from error
     return meta.step, meta.loss
