@@ -1,5 +1,6 @@
 """The training loop: it learns, resumes exactly after a kill, and leaves nothing half-written."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,6 +194,16 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, file: str, change: str | 
     path = tmp_path / file
     path.write_text(path.read_text().replace('"step": 10', '"step": 31') if change is None else change)
     with pytest.raises(ArtifactError, match=says):
+        run_loop(network(), loss, CONFIG, tmp_path)
+
+
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        run_loop(network(), killed_at(17), CONFIG, tmp_path)
+    path = tmp_path / "checkpoint" / "optimizer.bin"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ArtifactError, match=r"checkpoint is damaged .*optimizer.bin: it is a pipe or device, not a file"):
         run_loop(network(), loss, CONFIG, tmp_path)
 
 

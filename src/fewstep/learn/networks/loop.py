@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fewstep.runtime.artifact import Number, Whole, held_to, read_file, write_whole
+from fewstep.runtime.artifact import Number, Whole, check_file, held_to, read_file, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, first_line, look_up
 from fewstep.runtime.front_door import check_fields, checked_class
 
@@ -289,6 +289,8 @@ def _resume(accelerator: Any, folder: Path, identity: str, steps: int) -> tuple[
     try:
         if meta.step > steps:
             raise ValueError(f"{meta.step} of {steps} steps are done")
+        for path in found.iterdir():
+            check_file(path)
         accelerator.load_state(str(found))
     except Exception as error:  # a damaged file makes pickle and torch raise almost anything
         raise ArtifactError(f"{found} is damaged ({first_line(error)}): remove it and run the same command again") from error
