@@ -134,7 +134,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "sum-0-of-1.safetensors"
     whole = path.read_bytes()
     flipped = whole[:-1] + bytes([whole[-1] ^ 1])
-    for damaged in (whole[:-1], whole[:20], b"", whole.replace(b'"about"', b'"abuot"'), whole.replace(b"[2]", b"[1]"), flipped):
+    for damaged in (whole[:-1], whole[:20], b"", whole.replace(b'"about"', b'"other"'), whole.replace(b"[2]", b"[1]"), flipped):
         assert damaged != whole
         path.write_bytes(damaged)
         with pytest.raises(ArtifactError, match=r"sum-0-of-1.safetensors is damaged \(.*\): remove it and add it up again"):
