@@ -272,6 +272,7 @@ def test_words_that_cannot_be_are_refused(words, says, tmp_path, monkeypatch, ca
         ("optimize", "digits-edm"),
         ("finetune", "digits-edm", "--nfe", 3),
         ("demo",),
+        ("convert", "a.pkl"),
     ],
     ids=lambda words: words[0],
 )
@@ -298,6 +299,7 @@ def test_a_second_run_in_a_folder_is_refused_by_every_verb_that_writes_there(tmp
             ("train",),
             ("demo",),
             ("report", job.folder),
+            ("convert", "a.pkl"),
         ):
             assert run(monkeypatch, *words, "--out", job.folder) == 2, words
             assert f"another fewstep job is working in {job.folder}" in capsys.readouterr().err, words
@@ -314,3 +316,19 @@ def test_samples_of_other_seeds_do_not_replace_the_first(tmp_path, tiny, monkeyp
         assert (tmp_path / "samples.npz").read_bytes() == first
     assert run(monkeypatch, *words, "--singles") == 0  # the same samples, one by one too
     assert (tmp_path / "samples.npz").read_bytes() == first and len(list((tmp_path / "singles").iterdir())) == 2
+
+
+@pytest.mark.parametrize(("world", "says"), [("2", "gloo/transport/tcp/pair.cc: Connection closed by peer"), ("2", "a bug"), ("1", "gloo")])
+def test_a_process_that_loses_another_says_so(world: str, says: str, monkeypatch, capsys) -> None:
+    def verb() -> None:
+        raise RuntimeError(says)
+
+    monkeypatch.setattr(cli, "app", verb)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    lost = world == "2" and "gloo" in says
+    with pytest.raises(SystemExit if lost else RuntimeError) as end:
+        cli.main()
+    if lost:
+        assert end.value.code == 1
+        said = "fewstep: another process of this run has ended (see above for why); run the same command to continue\n"
+        assert capsys.readouterr().err == said

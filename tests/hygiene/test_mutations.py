@@ -9,8 +9,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from tests.hygiene.mutations import mutated
 from tests.integrations.diffusers import tiny_pipelines
 from tests.models.formats.conftest import edm_modules  # noqa: F401 - a fixture
 from tests.models.formats.test_checkpoints import SONG, edm_pickle, song
+from torch import nn
 
 import fewstep
 from fewstep import FewstepError, Sampler, VarianceExploding, load_model, make_solver
@@ -33,15 +37,20 @@ from fewstep.evaluate.benchmark.run import benchmark
 from fewstep.evaluate.report.write import write_report
 from fewstep.integrations.diffusers.pipeline_folders import is_pipeline, load_pipeline
 from fewstep.integrations.diffusers.pipelines import from_pipeline, read_prompts
+from fewstep.learn.networks import finetune as finetuning
+from fewstep.learn.networks.loop import LoopConfig, LossCurve, check_checkpoint, run_loop
+from fewstep.learn.teacher.gram import Gram
 from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
 from fewstep.models.formats.checkpoints import convert, load_checkpoint
 from fewstep.models.model import Model
 from fewstep.models.zoo import WEIGHTS
+from fewstep.runtime.accumulate import Store, accumulate, seed_batches
 from fewstep.sampling.grid_table import GridTable
 
 MUTATIONS = int(os.environ.get("FEWSTEP_MUTATIONS", "200"))
 SOON, SHORT = 5.0, 2000  # seconds, bytes
 LAW = VarianceExploding(0.05, 20.0)
+LEVELS = torch.tensor([20.0, 1.0, 0.05], dtype=torch.float64)
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -113,6 +122,42 @@ def _use_pipeline(folder: Path) -> None:
 
 def _use_prompts(folder: Path) -> None:
     read_prompts(folder / "prompts.txt")
+
+
+def _trained(folder: Path, steps: int) -> None:
+    """Train a tiny network for some steps, and stop as a killed run does."""
+
+    def loss(network: nn.Module, batch: int, generator: torch.Generator) -> torch.Tensor:
+        if generator.initial_seed() == steps * 4099:
+            raise InterruptedError
+        return network(torch.ones(batch, 2)).square().mean()
+
+    torch.manual_seed(0)
+    config = LoopConfig(4, 2, warmup=1, checkpoint_every=2)
+    curve = LossCurve(folder / "curve.json", "mine")
+    with suppress(InterruptedError):
+        run_loop(nn.Linear(2, 1), loss, config, folder, identity="mine", observe=curve.add)
+
+
+def _use_checkpoint_of_training(folder: Path) -> None:
+    check_checkpoint(folder, "mine")
+    _trained(folder, 4)
+
+
+def _store(folder: Path) -> Store[Gram]:
+    return Store(folder, "gram", "mine", Gram.empty(LEVELS), work="Gram matrix", again="run the command")
+
+
+def _use_sums(folder: Path) -> None:
+    batches = seed_batches(0, 8, 2)
+    fresh = lambda seeds, count, note: Gram(LEVELS, torch.eye(5).double(), torch.ones(3, 2).double(), len(seeds))  # noqa: E731
+    accumulate(batches, fresh, lambda: Gram.empty(LEVELS), _store(folder))
+
+
+def _use_round(folder: Path) -> None:
+    tuning = _tuning(folder)
+    if tuning._resumed(nn.Linear(2, 1), folder, "mine") is None:
+        _make_round(folder)
 
 
 # -- one good artifact of each kind -------------------------------------------------------------------------------------
@@ -204,6 +249,26 @@ def _make_prompts(folder: Path) -> None:
     (folder / "prompts.txt").write_text("a red cat\na blue square\n")
 
 
+def _make_checkpoint_of_training(folder: Path) -> None:
+    _trained(folder, 3)
+
+
+def _make_sums(folder: Path) -> None:
+    _store(folder).save(Gram(LEVELS, torch.eye(5).double(), torch.ones(3, 2).double(), 4), 2, "none")
+
+
+def _tuning(folder: Path) -> Any:  # noqa: ANN401 - as much of a tuning as rounds on disk need
+    tuning = object.__new__(finetuning._Tuning)
+    tuning.grid, tuning.config = make_grid("angle", LAW, 4), finetuning.FinetuneConfig(2)
+    tuning.problem, tuning.work = SimpleNamespace(device="cpu"), SimpleNamespace(folder=folder)
+    return tuning
+
+
+def _make_round(folder: Path) -> None:
+    times = _tuning(folder).grid.t[[0, 2, 4]].tolist()
+    _tuning(folder)._store(nn.Linear(2, 1), folder, "mine", finetuning.Round(1, [20.0, 1.0, 0.05], 0.3, 0.2, 0.1, 0.1, times, 1.0))
+
+
 KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
     "sampler": (_make_sampler, _use_sampler),
     "grids": (_make_grids, _use_grids),
@@ -221,6 +286,9 @@ KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
     "pictures": (_make_pictures, _use_images),
     "pipeline": (_make_pipeline, _use_pipeline),
     "prompts": (_make_prompts, _use_prompts),
+    "checkpoint-of-training": (_make_checkpoint_of_training, _use_checkpoint_of_training),
+    "sums": (_make_sums, _use_sums),
+    "round": (_make_round, _use_round),
 }
 
 

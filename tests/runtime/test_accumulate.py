@@ -32,7 +32,7 @@ BATCHES = seed_batches(10, 23, 5)
 
 
 def store(folder: Path, identity: str = "mine", name: str = "sum") -> Store[Sum]:
-    return Store(folder, name, identity, Sum, work="sum", again="add it up")
+    return Store(folder, name, identity, Sum(torch.zeros(2, dtype=torch.float64), 0), work="sum", again="add it up")
 
 
 def summed(target: Store[Sum] | None, *, stop: int = -1, batches: list[range] = BATCHES, note: str = "noted") -> tuple[Sum | None, list]:
@@ -133,10 +133,21 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     summed(store(tmp_path))
     path = tmp_path / "sum-0-of-1.safetensors"
     whole = path.read_bytes()
-    for damaged in (whole[:-1], whole[:20], b"", whole.replace(b'"count"', b'"cuont"'), whole.replace(b'"23"', b'"2x"')):
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    for damaged in (whole[:-1], whole[:20], b"", whole.replace(b'"about"', b'"other"'), whole.replace(b"[2]", b"[1]"), flipped):
         assert damaged != whole
         path.write_bytes(damaged)
         with pytest.raises(ArtifactError, match=r"sum-0-of-1.safetensors is damaged \(.*\): remove it and add it up again"):
+            summed(store(tmp_path))
+    for old, new, says in [
+        (b'count\\"', b'cuont\\"', "count: field required"),
+        (b": 23,", b": -2,", "count: input should be greater than or equal to 1"),
+        (b": 23,", b": {},", "count: input should be a valid integer"),
+    ]:
+        damaged = whole.replace(old, new)
+        assert damaged != whole
+        path.write_bytes(damaged)
+        with pytest.raises(ArtifactError, match=f"sum-0-of-1.safetensors is damaged.*{says}"):
             summed(store(tmp_path))
     path.unlink()
     assert exact(summed(store(tmp_path))[0])

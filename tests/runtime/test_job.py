@@ -361,6 +361,15 @@ def test_temporary_files_of_killed_runs_are_removed(tmp_path: Path) -> None:
         assert all(path.exists() for path in kept)
 
 
+def test_temporary_folders_of_killed_runs_are_removed(tmp_path: Path) -> None:
+    for folder in (tmp_path / ".fewstep-a" / "unet", tmp_path / "part" / ".fewstep-b"):
+        folder.mkdir(parents=True)
+        (folder / "half").write_text("")
+    (tmp_path / "part" / "whole").write_text("")
+    free(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["part", "part/whole"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent")
 def test_a_terminated_run_cleans_up_as_an_interrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def half(temporary: Path) -> None:
@@ -378,3 +387,20 @@ def test_a_terminated_run_cleans_up_as_an_interrupted_one(tmp_path: Path, monkey
     assert end.value.code == 143 and capsys.readouterr().err == "fewstep: terminated; run the same command to continue\n"
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent")
+def test_a_terminated_run_is_said_to_be_one_whoever_raised_the_interrupt_anew(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def verb() -> None:
+        try:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt from None
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    monkeypatch.setattr(cli, "app", verb)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 143 and capsys.readouterr().err == "fewstep: terminated; run the same command to continue\n"

@@ -24,6 +24,7 @@ from fewstep.apps.commands.train import train
 from fewstep.apps.commands.trajectories import trajectories
 from fewstep.apps.options import expanded
 from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.process import lost_another
 
 __all__ = ["VERBS", "main"]
 
@@ -49,7 +50,10 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def main() -> Any:  # noqa: ANN401
-    """Run the command line: exit with 0 when done, 2 for bad input (one line on stderr), 130 when interrupted, 143 when terminated."""
+    """Run the command line, and exit with 0 when it is done.
+
+    Else with 2 for bad input (one line on stderr), 1 where another process of the run has ended, 130 when interrupted, 143 when terminated.
+    """
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
@@ -59,10 +63,15 @@ def main() -> Any:  # noqa: ANN401
     except OSError as error:  # of the machine: a full disk, a closed pipe, a folder that went
         typer.echo(f"fewstep: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", err=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        typer.echo("fewstep: another process of this run has ended (see above for why); run the same command to continue", err=True)
+        sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as end:  # typer turns an interrupt into an exit with 130
         if isinstance(end, SystemExit) and end.code != 130:
             raise
-        terminated = isinstance(end, _Terminated) or isinstance(end.__context__, _Terminated)
+        terminated = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # see `_terminate`; others may have raised it anew
         typer.echo(f"fewstep: {'terminated' if terminated else 'interrupted'}; run the same command to continue", err=True)
         sys.exit(143 if terminated else 130)
     finally:

@@ -24,7 +24,7 @@ from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import check_evaluating
 from fewstep.models.problem import Problem
-from fewstep.runtime.artifact import Count, Record, Whole, check_writable, read_record, write_whole
+from fewstep.runtime.artifact import Count, Record, Whole, check_file, check_writable, read_record, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
 from fewstep.runtime.front_door import checked, scale_of
 from fewstep.runtime.process import process, wait_for_all
@@ -376,8 +376,11 @@ def generate_to(
     if rank != 0:
         return None
     try:
-        samples = torch.cat([load_file(parts / f"{first:08d}.safetensors")["x"] for first in starts])
-    except (OSError, SafetensorError, KeyError) as error:
+        files = [parts / f"{first:08d}.safetensors" for first in starts]
+        for path in files:
+            check_file(path)
+        samples = torch.cat([load_file(path)["x"] for path in files])
+    except (OSError, SafetensorError, KeyError, RuntimeError, ArtifactError) as error:
         raise ArtifactError(f"{parts} is damaged ({error}): remove it and sample again") from error
     about = SamplesRecord(SamplesRecord.FORMAT, SamplesRecord.VERSION, request, problem.name, repr(sampler), seeds[0], len(seeds))
     write_whole(finished, (json.dumps(asdict(about), indent=1) + "\n").encode())

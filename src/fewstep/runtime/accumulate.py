@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -12,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.runtime.artifact import check_writable, write_whole
+from fewstep.runtime.artifact import Count, check_file, check_writable, digest_of, held_to, tensor_of, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError
 from fewstep.runtime.process import process, wait_for_all
 
@@ -103,6 +105,17 @@ def accumulate(
     return total, noted
 
 
+@dataclass(frozen=True)
+class _Header:
+    """The fields of ``about`` in a file's header: the pass, the data and batches in it, the note, and the checksum of its tensors."""
+
+    identity: str
+    count: Count
+    batches: Count
+    note: str
+    sha256: str
+
+
 class Store(Generic[T]):
     """The totals of each process on disk: whole at any time, and only ever continued by the pass that began them.
 
@@ -110,7 +123,7 @@ class Store(Generic[T]):
         folder: where the files are written.
         name: the beginning of their names.
         identity: everything that the total depends on; a file with another identity is refused.
-        kind: the class of the total.
+        empty: a total of no data, whose class, and shapes of tensors, those of the files are.
         work: the name of the total in errors, as in "belongs to another Gram matrix".
         again: the advice after a damaged file, as in "remove it and run the command again".
 
@@ -118,9 +131,9 @@ class Store(Generic[T]):
         ArtifactError: the folder cannot be written; later, a file is damaged, of another identity or of another number of processes.
     """
 
-    def __init__(self, folder: Path, name: str, identity: str, kind: type[T], *, work: str, again: str) -> None:
+    def __init__(self, folder: Path, name: str, identity: str, empty: T, *, work: str, again: str) -> None:
         check_writable(folder)
-        self.folder, self.name, self.kind, self.work, self.again = folder, name, kind, work, again
+        self.folder, self.name, self.empty, self.work, self.again = folder, name, empty, work, again
         self.identity = hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def _path(self, rank: int) -> Path:
@@ -128,24 +141,35 @@ class Store(Generic[T]):
 
     def save(self, total: T, batches: int, note: str) -> None:
         """Write the total of this process's first ``batches`` batches."""
-        about = {"identity": self.identity, "count": str(total.count), "batches": str(batches), "note": note}
-        write_whole(self._path(process()[0]), lambda temporary: save_file(total.tensors(), temporary, about))
+        tensors = total.tensors()
+        about = json.dumps(asdict(_Header(self.identity, total.count, batches, note, digest_of(tensors))))
+        write_whole(self._path(process()[0]), lambda temporary: save_file(tensors, temporary, {"about": about}))
 
     def read(self, rank: int) -> tuple[T, int, str]:
         """Return the total of a process, the number of its batches in it, and the note."""
         path = self._path(rank)
         try:
+            check_file(path)
             with safe_open(path, "pt") as file:
-                about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            total: T = self.kind.restored(tensors, int(about["count"]))
-            identity, batches, note = about["identity"], int(about["batches"]), about["note"]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path} is damaged ({error}): remove it and {self.again} again") from error
-        if identity != self.identity:
+                text, tensors = file.metadata()["about"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError, KeyError, TypeError, ArtifactError) as error:
+            raise self._damaged(path, error) from error
+        about = held_to(text, _Header, path)
+        if about.identity != self.identity:
             raise ArtifactError(
                 f"{path} belongs to another {self.work} (model, data, guidance, levels, batch or seed): remove it, or use another folder"
             )
-        return total, batches, note
+        try:
+            for name, like in self.empty.tensors().items():
+                tensor_of(tensors, name, like.shape, finite=False, dtype=like.dtype)
+        except ArtifactError as error:
+            raise self._damaged(path, error) from error
+        if digest_of(tensors) != about.sha256:
+            raise self._damaged(path, "its checksum is another")
+        return self.empty.restored(tensors, about.count), about.batches, about.note
+
+    def _damaged(self, path: Path, why: object) -> ArtifactError:
+        return ArtifactError(f"{path} is damaged ({why}): remove it and {self.again} again")
 
     def resume(self, most: int) -> tuple[T, int, str] | None:
         """Return the total, number of batches and note that this process has stored; None if it has none."""

@@ -12,10 +12,12 @@ import math
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import torch
@@ -39,6 +41,7 @@ __all__ = [
     "Whole",
     "check_file",
     "check_writable",
+    "digest_of",
     "held_to",
     "load_artifact",
     "named_path",
@@ -50,10 +53,11 @@ __all__ = [
     "save_artifact",
     "tensor_of",
     "write_whole",
+    "written_apart",
 ]
 
 VERSION = 1
-TEMPORARY = ".fewstep-"  # how the names of files begin that are not whole yet; a `Job` removes those of killed runs
+TEMPORARY = ".fewstep-"  # how the names of files and folders begin that are not whole yet; a `Job` removes those of killed runs
 LARGEST = 1 << 30  # bytes of a file that is read as a whole
 DEEPEST = 64  # lists within lists in a JSON file
 DIGITS = 20  # of a whole number in one
@@ -171,6 +175,12 @@ def tensor_of(
     return found
 
 
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the checksum of tensors, without their names."""
+    parts = (tensors[name].detach().cpu().contiguous().flatten() for name in sorted(tensors))
+    return hashlib.sha256(b"".join(part.view(torch.uint8).numpy().tobytes() for part in parts)).hexdigest()
+
+
 def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
     """Write a file under a temporary name and rename it, so that nobody ever sees half of it.
 
@@ -201,6 +211,29 @@ def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_apart(folder: Path, last: str) -> Generator[Path, None, None]:
+    """Write files into a temporary folder, which is handed out, and then move them into another.
+
+    Args:
+        folder: where they go; made if it is not there. What has their names is replaced.
+        last: the name of the one that is moved last: where it is, all are.
+
+    Raises:
+        ArtifactError: the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY) as scratch:
+            yield Path(scratch)
+            for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == last):
+                if (there := folder / path.name).is_dir():
+                    rmtree(there)
+                path.replace(there)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {folder}: {error.strerror or error}; choose a folder that you may write to") from error
 
 
 def check_writable(folder: Path) -> None:

@@ -114,6 +114,11 @@ class Job:
             wait_for_all()  # the first process has the lock
             yield cls(work, folder, *facts, in_memory=False, rank=rank, world=world)
 
+    @property
+    def files(self) -> set[str]:
+        """The names in its folder, without the lock's."""
+        return _files(self.folder)
+
     @contextmanager
     def below(self, name: str, on_progress: Progress | None = None) -> Generator[Job, None, None]:
         """Open a folder below this job's for a part of the work that may also be a job by itself."""
@@ -157,12 +162,15 @@ def _locked(folder: Path, rank: int) -> Generator[None, None, None]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of killed runs in a folder and below it, but for folders where another job works."""
+    """Remove the temporary files and folders of killed runs in a folder and below it, but for folders where another job works."""
     for place, below, names in os.walk(folder):
         here = Path(place)
         if here != folder and LOCK in names and _in_use(here):
             below.clear()
             continue
+        for name in [name for name in below if name.startswith(TEMPORARY)]:
+            rmtree(here / name, ignore_errors=True)
+            below.remove(name)
         if len(here.relative_to(folder).parts) == DEPTH:
             below.clear()
         for name in names:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.runtime.errors import FewstepError, first_line
 
-__all__ = ["default_device", "process", "sum_over_processes", "usable_device", "wait_for_all"]
+__all__ = ["default_device", "lost_another", "process", "sum_over_processes", "usable_device", "wait_for_all"]
 
 
 def default_device() -> torch.device:
@@ -51,6 +51,12 @@ def sum_over_processes(value: Tensor) -> Tensor:
         value = value.clone()
         torch.distributed.all_reduce(value)
     return value
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Return whether an error says that another process of this run has ended, as gloo and NCCL tell it."""
+    known = isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
+    return process()[1] > 1 and known
 
 
 def _meet() -> None:

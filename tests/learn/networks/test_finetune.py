@@ -235,6 +235,24 @@ def test_another_configuration_in_the_same_folder_is_refused(made: SimpleNamespa
         assert contents(stopped) == before, change
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"bound": "0.1"}, "round.json is damaged: bound: input should be a valid number, got '0.1'"),
+        ({"next_times": [80.0, 1.0, 0.002]}, "round-1 is damaged .*: remove it and run the same command again"),
+        ({"next_times": []}, "round-1 is damaged .*next_times.*: remove it and run the same command again"),
+        ({"sha256": ""}, "round-1 is damaged .*checksum.*: remove it and run the same command again"),
+    ],
+)
+def test_a_damaged_round_is_named(tmp_path: Path, made: SimpleNamespace, change: dict, says: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        finetune(made.teacher, config=replace(BRIEF, rounds=2), out=tmp_path, on_progress=killed_at("loss", 3))
+    path = tmp_path / "work" / "round-1" / "round.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ArtifactError, match=says):
+        finetune(made.teacher, config=replace(BRIEF, rounds=2), out=tmp_path)
+
+
 @pytest.mark.slow
 def test_half_weights_load_as_float32(tmp_path: Path, made: SimpleNamespace) -> None:
     whole, half = (finetune(made.teacher, config=replace(BRIEF, half=half), out=tmp_path / str(half)) for half in (False, True))

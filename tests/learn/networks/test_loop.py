@@ -1,5 +1,6 @@
 """The training loop: it learns, resumes exactly after a kill, and leaves nothing half-written."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep import ArtifactError, FewstepError
-from fewstep.learn.networks.loop import LoopConfig, forget_checkpoint, run_loop
+from fewstep.learn.networks.loop import LoopConfig, LossCurve, forget_checkpoint, run_loop
 
 CONFIG = LoopConfig(steps=30, batch=8, lr=0.05, warmup=5, checkpoint_every=10, ema=0.9)
 
@@ -175,3 +176,39 @@ def test_a_precision_that_the_machine_has_not_is_refused(tmp_path: Path, monkeyp
 def test_loops_that_cannot_be_are_refused(options: dict) -> None:
     with pytest.raises(FewstepError, match="warm-up takes 0 steps or more, checkpoints 1 or more"):
         LoopConfig(5, **options)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("checkpoint/loop.json", '{"step": "3", "identity": "x"}', "loop.json is damaged: step: input should be a valid integer, got '3'"),
+        ("checkpoint/loop.json", '{"step": 3}', "loop.json is damaged: identity: field required"),
+        ("checkpoint/loop.json", None, "checkpoint is damaged .*31 of 30 steps are done.*: remove it and run the same command again"),
+        ("checkpoint/optimizer.bin", "x", "checkpoint is damaged .*: remove it and run the same command again"),
+        ("checkpoint/model.safetensors", "x", "checkpoint is damaged .*: remove it and run the same command again"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, file: str, change: str | None, says: str) -> None:
+    with pytest.raises(KilledError):
+        run_loop(network(), killed_at(17), CONFIG, tmp_path)
+    path = tmp_path / file
+    path.write_text(path.read_text().replace('"step": 10', '"step": 31') if change is None else change)
+    with pytest.raises(ArtifactError, match=says):
+        run_loop(network(), loss, CONFIG, tmp_path)
+
+
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        run_loop(network(), killed_at(17), CONFIG, tmp_path)
+    path = tmp_path / "checkpoint" / "optimizer.bin"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ArtifactError, match=r"checkpoint is damaged .*optimizer.bin: it is a pipe or device, not a file"):
+        run_loop(network(), loss, CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize("loss", ['[[1, "x"]]', "[[-1, 0.5]]", "[[1, NaN]]", "0"])
+def test_a_damaged_loss_curve_is_named(tmp_path: Path, loss: str) -> None:
+    (tmp_path / "curve.json").write_text(f'{{"identity": "mine", "seconds": 1.0, "loss": {loss}}}')
+    with pytest.raises(ArtifactError, match="curve.json is damaged: loss"):
+        LossCurve(tmp_path / "curve.json", "mine")

@@ -9,6 +9,7 @@ import torch
 
 from fewstep import ArtifactError, FewstepError, Model, VarianceExploding, load_model
 from fewstep.data.images import Images, load_images
+from fewstep.learn.networks import train as module
 from fewstep.learn.networks.loop import LoopConfig, identity_of
 from fewstep.learn.networks.score_matching import score_matching
 from fewstep.learn.networks.train import TrainConfig, train
@@ -172,3 +173,20 @@ def test_a_killed_run_ends_with_the_weights_of_a_whole_one(tmp_path: Path, confi
         train(digits, replace(what, flip=False), how, tmp_path / "cut", command="")
     train(digits, what, how, tmp_path / "cut", command="")
     assert load_model(tmp_path / "whole").fingerprint == load_model(tmp_path / "cut").fingerprint
+
+
+@pytest.mark.parametrize("kind", ["edm", "ddpm"])
+def test_a_run_that_was_killed_while_it_saved_is_not_taken_for_a_finished_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    digits, what, how = load_images("digits"), TrainConfig(kind, channels=(16, 16)), replace(LOOP, steps=2, batch=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_card", lambda *args: 1 / 0)  # after the network's files are written
+        with pytest.raises(ZeroDivisionError):
+            train(digits, what, how, tmp_path / "out", command="")
+    assert not (tmp_path / "out" / "unet").exists()
+    train(digits, what, how, tmp_path / "out", command="")
+    assert not list((tmp_path / "out").glob(".*"))
+    load_model(tmp_path / "out")
+    with pytest.raises(FewstepError, match="already holds a trained model"):
+        train(digits, what, how, tmp_path / "out", command="")

@@ -219,7 +219,7 @@ def test_damaged_moments_are_named(tmp_path: Path, damage: str) -> None:
     stored(tmp_path)
     path = tmp_path / "moments-0-of-1.safetensors"
     whole = path.read_bytes()
-    path.write_bytes(whole[:-8] if damage == "cut" else whole.replace(b'"identity"', b'"idontity"'))
+    path.write_bytes(whole[:-8] if damage == "cut" else whole.replace(b'"about"', b'"other"'))
     with pytest.raises(ArtifactError, match=r"moments-0-of-1.safetensors is damaged .*: remove it and calibrate again"):
         stored(tmp_path)
 

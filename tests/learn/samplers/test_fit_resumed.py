@@ -27,8 +27,8 @@ from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig
 
 
 def test_what_a_run_that_could_not_clean_up_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".students-dead").mkdir()
-    (tmp_path / ".students-dead" / "x-0.safetensors").write_bytes(b"cut")
+    (tmp_path / ".fewstep-dead").mkdir()
+    (tmp_path / ".fewstep-dead" / "x-0.safetensors").write_bytes(b"cut")
     made(tmp_path, toy(), (1,), replace(TINY, iterations=0))
     assert names(tmp_path) == {"README.md", "trajectories", "nfe-01"}
 

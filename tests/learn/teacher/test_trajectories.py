@@ -1,7 +1,7 @@
 """Teacher trajectories: exact states at the stored times, resumption to the same numbers, random access, and damage that is named."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ from fewstep import (
 )
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.learn.teacher import trajectories as module
-from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, _digest, _read_shard, generate_trajectories, teacher_grid
+from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, _read_shard, generate_trajectories, teacher_grid
 from fewstep.models.problem import Problem
 from fewstep.runtime import job
+from fewstep.runtime.artifact import digest_of
 from fewstep.solvers import DDIM, UniPC
 
 SHAPE = (2, 2)
@@ -297,10 +298,10 @@ def test_shards_of_other_tensors_are_refused(tmp_path) -> None:
         ({"x": tensors["x"].long()}, "its tensors or their checksum are not those in manifest.json"),
         ({**tensors, "labels": torch.zeros(8)}, "its tensors or their checksum are not those in manifest.json"),
     ]:
-        path.write_bytes(save_tensors(changed, {"about": json.dumps({**about, "sha256": _digest(changed)})}))
+        path.write_bytes(save_tensors(changed, {"about": json.dumps({**asdict(about), "sha256": digest_of(changed)})}))
         manifest = tmp_path / "manifest.json"
         meta = json.loads(manifest.read_text())
-        meta["shards"][0]["sha256"] = _digest(changed)
+        meta["shards"][0]["sha256"] = digest_of(changed)
         manifest.write_text(json.dumps(meta))
         with pytest.raises(ArtifactError, match=says):
             Trajectories.load(tmp_path).states([0])

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.models.networks.test_unets import ADM, NCSNpp, state_of
 
 from fewstep import ArtifactError, Model, ModelError, load_model
 from fewstep.models.formats.checkpoints import FORMATS, convert, load_checkpoint, save_single_file
+from fewstep.runtime.job import Job
 
 
 @pytest.fixture
@@ -105,8 +107,6 @@ def test_nothing_half_written_is_left(tmp_path: Path, checkpoints: dict, monkeyp
     (tmp_path / "cut.pkl").write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ModelError, match="damaged"):
         convert(tmp_path / "cut.pkl", out / "a", **options)
-    with pytest.raises(ArtifactError, match="out is there already: name another"):
-        convert(path, out, **options)
     with pytest.raises(ArtifactError, match="is a file"):
         convert(path, path / "a", **options)
 
@@ -118,6 +118,34 @@ def test_nothing_half_written_is_left(tmp_path: Path, checkpoints: dict, monkeyp
         with pytest.raises(ArtifactError, match="No space left"):
             convert(path, out / name, **options)
     assert list(out.iterdir()) == []
+    (out / "mine").write_text("")
+    for there in (out, out / "mine"):
+        with pytest.raises(ArtifactError, match=f"{there} is there already: name another"):
+            convert(path, there, **options)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_a_conversion_is_the_only_job_in_its_folder(tmp_path: Path, checkpoints: dict) -> None:
+    path, options = checkpoints["vp"]
+    with Job.open("fit", tmp_path / "out"):
+        for out in (tmp_path / "out", tmp_path / "out" / "a.safetensors"):
+            with pytest.raises(ArtifactError, match=f"another fewstep job is working in {tmp_path / 'out'}: wait"):
+                convert(path, out, **options)
+
+
+def test_a_conversion_that_was_killed_between_its_files_is_made_whole(tmp_path: Path, checkpoints: dict) -> None:
+    path, options = checkpoints["vp"]
+    whole, out = convert(path, tmp_path / "whole", **options), tmp_path / "out"
+    (out / ".fewstep-dead" / "unet").mkdir(parents=True)
+    (out / ".lock").write_text("")
+    shutil.copy(whole.folder / "fewstep.json", out)
+    assert convert(path, out, **options).fingerprint == whole.fingerprint
+    assert sorted(path.name for path in out.iterdir()) == ["fewstep.json", "unet"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "fewstep.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="mine is there already"):
+        convert(path, tmp_path / "mine", **options)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["fewstep.json"]
 
 
 def test_damaged_single_files_and_folders(tmp_path: Path, checkpoints: dict) -> None:

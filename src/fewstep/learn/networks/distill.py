@@ -81,8 +81,8 @@ def distill(
     config = replace(config, guidance=scale)
     if begin is not None and not isinstance(begin.network, OperatorStudent):
         raise ModelError(f"{begin.name} is no operator student to begin with: name one of fewstep distill")
-    may_write_model(model, out, "work/curve.json")
     with Job.open("distill", out, device=device or model.device, on_progress=on_progress, command=command) as job:
+        may_write_model(model, out, "work/curve.json")  # in the job, which removes what a killed run left
         problem, work = Problem(model, scale, job.device), replace(job, folder=job.folder / "work")
         objective = make(problem, config, features)
         config = objective.config

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
 from torch import nn
 
 from fewstep.core.grid import TimeGrid
@@ -31,8 +33,8 @@ from fewstep.models.formats.folders import load_folder
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.models.tuned import Tuned
-from fewstep.runtime.artifact import read_json, write_whole
-from fewstep.runtime.errors import ArtifactError, FewstepError, GridError
+from fewstep.runtime.artifact import Number, digest_of, held_to, read_file, write_whole
+from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, first_line
 from fewstep.runtime.front_door import at_least, check_fields, checked, checked_class, config_of, scale_of
 from fewstep.runtime.job import Job, Progress
 from fewstep.sampling.grid_table import GridTable
@@ -118,12 +120,20 @@ class Round:
 
     number: int
     noise_levels: list[float]
-    bound_before: float
-    bound_trained: float
-    bound: float
-    rmse: float
-    next_times: list[float]
-    seconds: float
+    bound_before: Number
+    bound_trained: Number
+    bound: Number
+    rmse: Number
+    next_times: list[Number]
+    seconds: Number
+
+
+@dataclass(frozen=True)
+class _Finished(Round):
+    """The fields of ``round.json``: those of the round, the tuning that it is of, and the checksum of the network's weights."""
+
+    identity: str
+    sha256: str
 
 
 @checked
@@ -169,8 +179,8 @@ def finetune(
         raise FewstepError("the form score matches scores on images: pass the data that the model was trained on, or use the form mean")
     if config.form == "score" and images is not None:
         _check_images(images, model)
-    may_write_model(model, out, "work")
     with Job.open("finetune", out, device=device or model.device, on_progress=on_progress, command=command, alone=True) as job:
+        may_write_model(model, out, "work")  # in the job, which removes what a killed run left
         tuning = _Tuning(Problem(model, config.guidance, job.device), config, images, job)
         return _result(tuning, tuning.alternate(), job)
 
@@ -232,7 +242,7 @@ class _Tuning:
                 made, student = self._round(number, student, index, reached, folder)
                 self._store(student, folder, identity, made)
             history.append(made)
-            index = [int((self.grid.t == t).nonzero()) for t in made.next_times]
+            index = self._places(made.next_times)
             if made.bound > reached and number > 1:  # worse than the round before: back to that
                 history.pop()
                 self._resumed(student, self.work.folder / f"round-{number - 1}", f"{self.identity} {number - 1}")
@@ -262,19 +272,33 @@ class _Tuning:
     def _store(self, student: nn.Module, folder: Path, identity: str, made: Round) -> None:
         weights = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
         write_whole(folder / "student.safetensors", lambda path: save_file(weights, path))
-        write_whole(folder / "round.json", (json.dumps({"identity": identity, **asdict(made)}, indent=1) + "\n").encode())
+        meta = _Finished(**asdict(made), identity=identity, sha256=digest_of(weights))
+        write_whole(folder / "round.json", (json.dumps(asdict(meta), indent=1) + "\n").encode())
         forget_checkpoint(folder)
 
     def _resumed(self, student: nn.Module, folder: Path, identity: str) -> Round | None:
         """Return a round that was finished before, and load its weights; None if there is none."""
-        if not (folder / "round.json").exists():
+        path, weights = folder / "round.json", folder / "student.safetensors"
+        if not path.exists():
             return None
-        meta = read_json(folder / "round.json")
-        if meta.pop("identity", None) != identity:
+        meta = held_to(read_file(path), _Finished, path)
+        if meta.identity != identity:
             raise ArtifactError(f"{folder} is a round of another tuning: remove {self.work.folder}, or use another folder")
-        student.load_state_dict(load_file(folder / "student.safetensors"))
+        try:
+            places, tensors = self._places(meta.next_times), load_tensors(read_file(weights))
+            if len(places) != self.config.nfe + 1 or places != sorted({0, *places, len(self.grid.t) - 1}):
+                raise ValueError(f"next_times are no {self.config.nfe} steps on the levels")
+            if digest_of(tensors) != meta.sha256:
+                raise ValueError("the checksum of the weights is another")
+            student.load_state_dict(tensors)
+        except (SafetensorError, ValueError, RuntimeError) as error:
+            raise ArtifactError(f"{folder} is damaged ({first_line(error)}): remove it and run the same command again") from error
         student.to(self.problem.device).eval()
-        return Round(**meta)
+        return Round(**{one.name: getattr(meta, one.name) for one in fields(Round)})
+
+    def _places(self, times: list[float]) -> list[int]:
+        """Return where times are among the levels."""
+        return [self.grid.t.tolist().index(t) for t in times]
 
 
 def _result(tuning: _Tuning, history: list[Round], job: Job) -> Model:

@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fewstep.runtime.artifact import read_json, write_whole
+from fewstep.runtime.artifact import Number, Whole, check_file, held_to, read_file, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, first_line, look_up
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
 
@@ -132,7 +132,7 @@ def run_loop(
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
     identity = f"{identity} {identity_of(config)}".strip()
-    first, resumed = _resume(accelerator, folder, identity)
+    first, resumed = _resume(accelerator, folder, identity, config.steps)
     local_batch = max(1, config.batch // accelerator.num_processes)
     every, counted = max(1, config.steps // 100), first % max(1, config.steps // 100)
     total = torch.tensor(resumed, device=accelerator.device)
@@ -193,6 +193,24 @@ def _accelerator(config: LoopConfig) -> Any:  # noqa: ANN401
     return accelerator
 
 
+@dataclass(frozen=True)
+class _Curve:
+    """The fields of ``curve.json``."""
+
+    identity: str
+    seconds: Number
+    loss: list[tuple[Whole, Number]]
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The fields of ``loop.json``: steps done, the sum of the losses since the last report, what is trained on what."""
+
+    step: Whole
+    identity: str
+    loss: Number = 0.0
+
+
 class LossCurve:
     """The loss curve of a run, written to disk point by point; a continued run overwrites the steps that it repeats."""
 
@@ -200,9 +218,9 @@ class LossCurve:
         self.path, self.identity, self.began = path, identity, time.monotonic()
         self.points, self.before = list[tuple[int, float]](), 0.0  # (step, mean loss since the one before)
         if path.exists():
-            meta = read_json(path)
-            if meta.get("identity") == identity:
-                self.points, self.before = [(int(step), float(value)) for step, value in meta["loss"]], float(meta["seconds"])
+            meta = held_to(read_file(path), _Curve, path)
+            if meta.identity == identity:
+                self.points, self.before = meta.loss, meta.seconds
 
     @property
     def seconds(self) -> float:
@@ -212,8 +230,7 @@ class LossCurve:
     def add(self, step: int, value: float) -> None:
         """Add a point, and drop later ones, which a killed run has left."""
         self.points = [point for point in self.points if point[0] < step] + [(step, value)]
-        meta = {"identity": self.identity, "seconds": self.seconds, "loss": self.points}
-        write_whole(self.path, json.dumps(meta).encode())
+        write_whole(self.path, json.dumps(asdict(_Curve(self.identity, self.seconds, self.points))).encode())
 
 
 def check_checkpoint(folder: Path, begins: str) -> None:
@@ -223,8 +240,12 @@ def check_checkpoint(folder: Path, begins: str) -> None:
         ArtifactError: it holds one.
     """
     for found in (folder / "checkpoint", folder / "checkpoint.old"):
-        if (found / "loop.json").exists() and not str(identity := read_json(found / "loop.json").get("identity")).startswith(begins):
+        if (found / "loop.json").exists() and not (identity := _read_checkpoint(found).identity).startswith(begins):
             raise ArtifactError(f"{found} belongs to another run ({identity}): remove it, or train with those options")
+
+
+def _read_checkpoint(folder: Path) -> _Checkpoint:
+    return held_to(read_file(folder / "loop.json"), _Checkpoint, folder / "loop.json")
 
 
 def forget_checkpoint(folder: Path) -> None:
@@ -246,7 +267,7 @@ def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int, total:
         raise ArtifactError(f"cannot write {new}: {first_line(error)}; make room and run the same command again") from error
     total = accelerator.reduce(total, "mean")
     if accelerator.is_main_process:
-        write_whole(new / "loop.json", json.dumps({"step": step, "loss": float(total), "identity": identity}).encode())
+        write_whole(new / "loop.json", json.dumps(asdict(_Checkpoint(step, identity, float(total)))).encode())
         shutil.rmtree(old, ignore_errors=True)
         if current.exists():
             current.rename(old)
@@ -255,14 +276,21 @@ def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int, total:
     accelerator.wait_for_everyone()
 
 
-def _resume(accelerator: Any, folder: Path, identity: str) -> tuple[int, float]:  # noqa: ANN401
+def _resume(accelerator: Any, folder: Path, identity: str, steps: int) -> tuple[int, float]:  # noqa: ANN401
     """Return the step to continue with, and the sum of the losses since the last report."""
     current, old = folder / "checkpoint", folder / "checkpoint.old"
     found = current if (current / "loop.json").exists() else old if (old / "loop.json").exists() else None
     if found is None:
         return 0, 0.0
-    meta = read_json(found / "loop.json")
-    if meta.get("identity") != identity:
-        raise ArtifactError(f"{found} belongs to another run ({meta.get('identity')}): remove it, or train with those options")
-    accelerator.load_state(str(found))
-    return int(meta["step"]), float(meta.get("loss", 0.0))
+    meta = _read_checkpoint(found)
+    if meta.identity != identity:
+        raise ArtifactError(f"{found} belongs to another run ({meta.identity}): remove it, or train with those options")
+    try:
+        if meta.step > steps:
+            raise ValueError(f"{meta.step} of {steps} steps are done")
+        for path in found.iterdir():
+            check_file(path)
+        accelerator.load_state(str(found))
+    except Exception as error:  # a damaged file makes pickle and torch raise almost anything
+        raise ArtifactError(f"{found} is damaged ({first_line(error)}): remove it and run the same command again") from error
+    return meta.step, meta.loss

@@ -20,7 +20,7 @@ from fewstep.learn.networks.score_matching import score_matching
 from fewstep.models.formats.folders import save_ours
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import edm_time, unet_call
-from fewstep.runtime.artifact import check_writable, write_whole
+from fewstep.runtime.artifact import check_writable, write_whole, written_apart
 from fewstep.runtime.errors import FewstepError
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
 
@@ -161,16 +161,16 @@ def _model(network: nn.Module, images: Images, config: TrainConfig) -> tuple[Mod
 
 
 def _save(network: Any, model: Model, images: Images, config: TrainConfig, loop: LoopConfig, out: Path, command: str) -> None:  # noqa: ANN401
-    shape = list(images.x.shape[1:])
-    if config.kind == "ddpm":
-        from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
-        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+    with written_apart(out, last="unet") as scratch:  # whose presence says that the run is finished
+        if config.kind == "ddpm":
+            from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+            from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-        DDPMPipeline(network, DDPMScheduler(num_train_timesteps=1000, clip_sample=True)).save_pretrained(out)
-    else:
-        null = int(images.labels.max()) + 1 if config.conditional and images.labels is not None else None
-        save_ours(out, network, model.prediction, model.schedule, shape, null)
-    write_whole(out / "README.md", _card(network, images, config, loop, command, out.name).encode())
+            DDPMPipeline(network, DDPMScheduler(num_train_timesteps=1000, clip_sample=True)).save_pretrained(scratch)
+        else:
+            null = int(images.labels.max()) + 1 if config.conditional and images.labels is not None else None
+            save_ours(scratch, network, model.prediction, model.schedule, list(images.x.shape[1:]), null)
+        write_whole(scratch / "README.md", _card(network, images, config, loop, command, out.name).encode())
 
 
 def _card(network: nn.Module, images: Images, config: TrainConfig, loop: LoopConfig, command: str, name: str) -> str:

@@ -245,7 +245,7 @@ def collect(
     whole = f"{identity} {pass_.lam.tolist()} {config.identity}"
     store = None
     if job is not None and not job.in_memory:
-        store = Store(job.folder, "moments", whole, Moments, work="calibration", again="calibrate")
+        store = Store(job.folder, "moments", whole, Moments(levels, shape), work="calibration", again="calibrate")
 
     def fresh(seeds: range, count: int, method: str) -> Moments:
         return Moments.of(pass_.batch(seeds, method, count * levels, on_progress), levels, shape)

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from shutil import rmtree
 from tempfile import TemporaryDirectory
 
 import torch
@@ -18,7 +17,7 @@ from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, t
 from fewstep.models.carried import FITTED
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
-from fewstep.runtime.artifact import write_whole
+from fewstep.runtime.artifact import TEMPORARY, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError
 from fewstep.runtime.front_door import checked, config_of, scale_of, wholes
 from fewstep.runtime.job import Job, Progress
@@ -26,8 +25,6 @@ from fewstep.runtime.process import process, wait_for_all
 from fewstep.sampling.sampler import Sampler
 
 __all__ = ["FitConfig", "fit", "nfe_folder"]
-
-SCRATCH = ".students-"  # begins the names of folders that only a running fit has
 
 
 def nfe_folder(folder: Path, nfe: int) -> Path:
@@ -103,15 +100,11 @@ def fit(
         if trajectories is None:
             trajectories = _teach(problem, levels, config.trajectories, job)
         _check(trajectories, problem, config)
-        if job.rank == 0:
-            for left in job.folder.glob(f"{SCRATCH}*"):  # of a run that could not clean up
-                rmtree(left)
-        wait_for_all()
         search = FitSearch(problem, trajectories, config, counts[-1])
         for done, n in enumerate(counts):
             place = nfe_folder(job.folder, n)
             if not (place / "sampler.json").exists():
-                with TemporaryDirectory(dir=job.folder, prefix=SCRATCH) as scratch:
+                with TemporaryDirectory(dir=job.folder, prefix=TEMPORARY) as scratch:
                     note = lambda text, done=done, n=n: job.on_progress(done, f"{n} evaluations: {text}")  # noqa: E731
                     found = search.find(n, Path(scratch), note)
                 if job.rank == 0:

@@ -215,7 +215,8 @@ def gram_store(problem: Problem, config: GramConfig, job: Job | None) -> Store[G
     """Return the store of a job's Gram matrix; None without a job, or for one in memory."""
     if job is None or job.in_memory:
         return None
-    return Store(job.folder, "gram", f"{problem.identity} {config.identity}", Gram, work="Gram matrix", again="run the command")
+    empty = Gram.empty(torch.exp(-Nodes.at(problem.schedule, fine_grid(problem.schedule, config.levels).t).lam))
+    return Store(job.folder, "gram", f"{problem.identity} {config.identity}", empty, work="Gram matrix", again="run the command")
 
 
 def _quiet(done: int, note: str) -> None:

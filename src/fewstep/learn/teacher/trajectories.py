@@ -25,7 +25,7 @@ from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
 from fewstep.models.analytic import GaussianDenoiser
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
-from fewstep.runtime.artifact import Count, Number, Record, Whole, check_file, named_path, parse_json, read_record, write_whole
+from fewstep.runtime.artifact import Count, Number, Record, Whole, check_file, digest_of, held_to, named_path, read_record, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError, look_up
 from fewstep.runtime.front_door import at_least, check_fields, checked, checked_class, config_of
 from fewstep.runtime.job import Job, Progress
@@ -263,32 +263,39 @@ def trajectories_of(problem: Problem, grid: TimeGrid, config: TrajectoryConfig, 
     return None if job.rank else _finish(job.folder, about, wanted, {"of": problem.name}, {"command": job.command})
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    return hashlib.sha256(b"".join(tensors[name].view(torch.uint8).numpy().tobytes() for name in sorted(tensors))).hexdigest()
+@dataclass(frozen=True)
+class _ShardHeader:
+    """The fields of ``about`` in a shard's header: the request, its first seed and number of trajectories, and what `_finish` shows."""
+
+    identity: str
+    first: Whole
+    count: Count
+    sha256: str
+    error: dict[str, Number | None]
 
 
 def _write_shard(path: Path, identity: str, seeds: range, states: Tensor, labels: Tensor | None, error: dict[str, float | None]) -> None:
     if not bool(torch.isfinite(states).all()):
         raise FewstepError(f"the states do not fit in {states.dtype}, or are not finite: store them as float32 or bfloat16")
     tensors = {"x": states.contiguous()} | ({} if labels is None else {"labels": labels})
-    about = {"identity": identity, "first": seeds[0], "count": len(seeds), "sha256": _digest(tensors), "error": error}
+    about = {"identity": identity, "first": seeds[0], "count": len(seeds), "sha256": digest_of(tensors), "error": error}
     write_whole(path, save_tensors(tensors, {"about": json.dumps(about)}))
 
 
-def _read_shard(path: Path, identity: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_shard(path: Path, identity: str) -> tuple[_ShardHeader, dict[str, Tensor]]:
     """Return the description of a shard and its tensors, mapped rather than read."""
     if not path.exists():
         raise ArtifactError(f"{path} is missing: run the same command again")
     check_file(path)
     try:
         with safe_open(path, "pt") as file:
-            about, tensors = parse_json(file.metadata()["about"], path), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        theirs, _, _, _ = (about[key] for key in ("identity", "first", "count", "sha256"))
+            text, tensors = file.metadata()["about"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if "x" not in tensors:
             raise KeyError("x")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path} is damaged ({error}): {AGAIN}") from error
-    if theirs != identity:
+    about = held_to(text, _ShardHeader, path)
+    if about.identity != identity:
         raise ArtifactError(f"{path} is of another teacher or request (solver, times, seed, ...): {AGAIN}, or use another folder")
     return about, tensors
 
@@ -298,7 +305,7 @@ def _survey(folder: Path, identity: str, wanted: dict[Path, range]) -> set[Path]
     found = set(folder.glob("shard-*.safetensors"))
     for path in sorted(found):
         about, _ = _read_shard(path, identity)
-        first, count, seeds = about["first"], about["count"], wanted.get(path, range(0))
+        first, count, seeds = about.first, about.count, wanted.get(path, range(0))
         if (first, count) != (seeds.start, len(seeds)):
             raise ArtifactError(
                 f"{path} holds {count} trajectories from seed {first}, not {len(seeds)}: ask for as many or more, or {AGAIN}"
@@ -309,8 +316,8 @@ def _survey(folder: Path, identity: str, wanted: dict[Path, range]) -> set[Path]
 def _finish(folder: Path, about: dict[str, Any], wanted: dict[Path, range], of: dict[str, str], by: dict[str, str]) -> Trajectories:
     """Write the card, and the manifest last of all."""
     shards = {path.name: _read_shard(path, about["identity"])[0] for path in wanted}
-    listed = [{"file": name, "count": shard["count"], "sha256": shard["sha256"]} for name, shard in shards.items()]
-    card = {**of, "solver": about["solver"], "nfe": about["nfe"], **next(iter(shards.values()))["error"], **by}
+    listed = [{"file": name, "count": shard.count, "sha256": shard.sha256} for name, shard in shards.items()]
+    card = {**of, "solver": about["solver"], "nfe": about["nfe"], **next(iter(shards.values())).error, **by}
     num = sum(map(len, wanted.values()))
     whole = {
         "format": TrajectoriesRecord.FORMAT,
@@ -439,7 +446,7 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
             shapes = {"x": (listed.count, len(self.t) - 1, *self.shape)} | ({} if self.classes is None else {"labels": (listed.count,)})
             fits = {name: tensor.shape for name, tensor in tensors.items()} == shapes
             fits = fits and all(tensor.is_floating_point() == (name == "x") for name, tensor in tensors.items())
-            if not fits or _digest(tensors) != listed.sha256:
+            if not fits or digest_of(tensors) != listed.sha256:
                 raise ArtifactError(f"{path} is damaged: its tensors or their checksum are not those in manifest.json; {AGAIN}")
             self._open[number] = tensors
         return self._open[number]

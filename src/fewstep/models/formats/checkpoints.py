@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +25,12 @@ import torch
 from torch import Tensor
 
 from fewstep.models.formats.edm_pickles import edm_network, read_edm
-from fewstep.models.formats.folders import ModelRecord, described, read_tensors, save_described
+from fewstep.models.formats.folders import DESCRIPTION, ModelRecord, described, read_tensors, save_described
 from fewstep.models.formats.state_dicts import Weights, guided_network, score_sde_network
 from fewstep.models.model import Model
-from fewstep.runtime.artifact import TEMPORARY, check_file, check_writable, named_path, parse_json, parse_record
+from fewstep.runtime.artifact import check_file, named_path, parse_json, parse_record, read_file, written_apart
 from fewstep.runtime.errors import ArtifactError, FewstepError, ModelError, first_line, look_up
+from fewstep.runtime.job import Job
 
 __all__ = ["FORMATS", "convert", "load_checkpoint", "save_single_file"]
 
@@ -150,29 +150,32 @@ def convert(
 ) -> Model:
     """Write a checkpoint as a folder of ours, or as one file where ``out`` ends in ``.safetensors``; return the model.
 
-    The result appears whole or not at all.
+    The result appears whole or not at all, and no other job of ours may work in its folder meanwhile.
 
     Args:
         path, format, config, trust: see `load_checkpoint`.
-        out: the folder or file, which must not exist yet.
+        out: the file, which must not exist yet, or the folder, which must hold nothing yet.
 
     Raises:
         ModelError: as `load_checkpoint`.
-        ArtifactError: ``out`` cannot be written, or is there already.
+        ArtifactError: ``out`` cannot be written or is there already, or its folder is in use.
+        FewstepError: there are several processes.
     """
     out = named_path(out)
-    if out.exists():
-        raise ArtifactError(f"{out} is there already: name another, or move it away")
-    check_writable(out.parent)
-    model = load_checkpoint(path, format=format, config=config, trust=trust)
-    if out.suffix == ".safetensors":
-        save_described(model, out)
-        return replace(model, name=str(out))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=TEMPORARY) as scratch:
-            save_described(model, Path(scratch) / "model")
-            (Path(scratch) / "model").rename(out)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {out}: {error.strerror or error}; choose a folder that you may write to") from error
+    single = out.suffix == ".safetensors"
+    there = ArtifactError(f"{out} is there already: name another, or move it away")
+    if out.exists() and (single or not out.is_dir()):
+        raise there
+    with Job.open("convert", out.parent if single else out, alone=True) as job:
+        if out.exists() if single else job.files - {DESCRIPTION}:
+            raise there
+        model = load_checkpoint(path, format=format, config=config, trust=trust)
+        if single:
+            save_described(model, out)
+            return replace(model, name=str(out))
+        with written_apart(out, last="unet") as scratch:
+            save_described(model, scratch)
+            begun = out / DESCRIPTION  # by a run that was killed before it moved the weights
+            if begun.exists() and read_file(begun) != read_file(scratch / DESCRIPTION):
+                raise there
     return replace(model, name=out.name, folder=out)

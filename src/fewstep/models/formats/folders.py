@@ -29,9 +29,9 @@ from fewstep.runtime.artifact import Count, Record, Whole, check_file, named_pat
 from fewstep.runtime.errors import ArtifactError, FewstepError, ModelError, first_line
 from fewstep.runtime.front_door import check_fields
 
-__all__ = ["describe", "described", "load_folder", "read_tensors", "save_described", "save_like", "save_ours"]
+__all__ = ["DESCRIPTION", "describe", "described", "load_folder", "read_tensors", "save_described", "save_like", "save_ours"]
 
-WEIGHTS = "unet/model.safetensors"
+DESCRIPTION, WEIGHTS = "fewstep.json", "unet/model.safetensors"
 FORMAT = "fewstep-model"
 LARGEST = 1 << 31  # numbers in one sample
 
@@ -87,7 +87,7 @@ def _as_operator(model: Model, path: Path) -> Model:
 
 
 def _load_network(path: Path, source: str | Path) -> Model:
-    if (path / "fewstep.json").is_file():
+    if (path / DESCRIPTION).is_file():
         return _load_ours(path)
     if not path.exists() and (str(source).count("/") != 1 or str(source).startswith((".", "/"))):
         raise ModelError(f"no model at {source}: name a bundled model (see 'fewstep models') or a folder with unet/ and scheduler/")
@@ -95,7 +95,7 @@ def _load_network(path: Path, source: str | Path) -> Model:
 
 
 def _load_ours(path: Path) -> Model:
-    file = path / "fewstep.json"
+    file = path / DESCRIPTION
     if read_json(file).get("version") != PlainRecord.VERSION:
         return replace(described(read_record(file, ModelRecord), read_tensors(path / WEIGHTS)[1], path.name, file), folder=path)
     meta = read_record(file, PlainRecord)
@@ -190,7 +190,7 @@ def save_described(model: Model, path: Path, network: Any = None) -> None:  # no
     header = {"format": "pt", **({"fewstep": meta} if single else {})}
     write_whole(path if single else path / WEIGHTS, lambda target: save_file(weights, target, header))
     if not single:
-        write_whole(path / "fewstep.json", (json.dumps(json.loads(meta), indent=1) + "\n").encode())
+        write_whole(path / DESCRIPTION, (json.dumps(json.loads(meta), indent=1) + "\n").encode())
 
 
 def save_ours(
@@ -211,7 +211,7 @@ def save_ours(
         "null_label": null_label,
     }
     _save_network(network, folder)
-    write_whole(folder / "fewstep.json", (json.dumps(meta, indent=1) + "\n").encode())
+    write_whole(folder / DESCRIPTION, (json.dumps(meta, indent=1) + "\n").encode())
 
 
 def _save_network(network: Any, folder: Path) -> None:  # noqa: ANN401 - a diffusers network
@@ -233,7 +233,7 @@ def save_like(model: Model, network: Any, folder: Path) -> None:  # noqa: ANN401
     if isinstance(model.network, tuple(NETWORKS.values())):
         save_described(model, folder, network)
         return
-    if (model.folder / "fewstep.json").exists():
+    if (model.folder / DESCRIPTION).exists():
         save_ours(folder, network, model.prediction, model.schedule, model.need_shape(), model.null_label)
         return
     _save_network(network, folder)
