@@ -133,7 +133,7 @@ def test_more_steps_than_levels(tmp_path: Path) -> None:
     ],
 )
 def test_configurations_that_could_not_train_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(FewstepError, match=r"tuning needs|the form is mean or score"):
+    with pytest.raises(FewstepError, match=rf"{next(iter(options))}(, the learning rate,)? is |the form is mean or score"):
         FinetuneConfig(**options)
 
 
@@ -171,5 +171,5 @@ def test_other_images_are_another_work(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"lr": float("nan")}, {"lr": float("inf")}, {"seed": -1}])
 def test_numbers_that_only_show_later_are_refused_at_once(options: dict[str, Any]) -> None:
-    with pytest.raises(FewstepError, match=r"training needs|at least 0"):
+    with pytest.raises(FewstepError, match=rf"{next(iter(options))}(, the learning rate,)? is "):
         FinetuneConfig(**options)
