@@ -162,6 +162,8 @@ def test_snap_refuses_two_times_on_one_entry():
         TimeGrid(torch.tensor([9.0, 5.2, 4.9, 0.0])).snap(schedule.times)
     with pytest.raises(GridError, match="200 steps of this spacing fall more than once on the model's time 0, 1"):
         make_grid("logsnr", schedule, 200)
+    with pytest.raises(GridError, match=r"model's time 0, 1, 2, 3, 4 and \d+ others; use fewer or another"):
+        make_grid("logsnr", schedule, 900)
 
 
 def test_make_grid_snaps_on_a_table_only():

@@ -23,6 +23,7 @@ __all__ = ["GRIDS", "RHO", "TimeGrid", "karras_roots", "make_grid"]
 
 log = logging.getLogger("fewstep")
 ROUNDING = 1e-6  # of a time: a round trip through a noise level
+SHOWN = 5  # of a long list in an error
 RHO = 7.0  # of Karras noise levels, where nothing is said (EDM, table 1)
 
 
@@ -190,10 +191,9 @@ class TimeGrid:
 
     def _moved(self, snapped: Tensor) -> TimeGrid:
         if bool((torch.diff(snapped) == 0).any()):
-            twice = sorted({f"{v:g}" for v in snapped[1:][torch.diff(snapped) == 0].tolist()})
-            raise GridError(
-                f"{self.steps} steps of this spacing fall more than once on the model's time {', '.join(twice)}; use fewer or another"
-            )
+            twice = sorted(set(snapped[1:][torch.diff(snapped) == 0].tolist()))
+            shown = ", ".join(f"{time:g}" for time in twice[:SHOWN]) + (f" and {len(twice) - SHOWN} others" if len(twice) > SHOWN else "")
+            raise GridError(f"{self.steps} steps of this spacing fall more than once on the model's time {shown}; use fewer or another")
         return TimeGrid(snapped)
 
     def known_to(self, schedule: NoiseSchedule) -> TimeGrid:

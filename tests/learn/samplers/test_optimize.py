@@ -248,13 +248,12 @@ def test_mistakes_are_named_before_any_work(tmp_path: Path) -> None:
         (GridError, "6 steps need at least as many cells between levels; toy has 5", {"model": toy(few), "nfe": 6}),
         (SolverError, "nfe must be a whole number of at least 1, got 0", {"nfe": (0, 3)}),
         (FewstepError, "name at least one number of evaluations", {"nfe": ()}),
+        (SolverError, "ddim:eta=1 adds noise, and has no exact ends to compare with: use a deterministic", {"solver": "ddim:eta=1", "nfe": 2}),
     ]:
         asked = {"model": toy(), **request}
         with pytest.raises(error, match=says):
             made(tmp_path / "new", **asked)
         assert calls(asked["model"]) == 0 and not (tmp_path / "new").exists()
-    with pytest.raises(SolverError, match="DDIM adds noise, and has no exact .* to compare with: use a deterministic solver"):
-        made(tmp_path / "noisy", solver="ddim:eta=1", nfe=2)
     for options in ({"noises": 1}, {"held_out": 1}, {"seed": -1}, {"iterations": -1}, {"levels": 3}, {"num": 0}):
         with pytest.raises(FewstepError, match="at least"):
             OptimizeConfig(**options)

@@ -15,10 +15,10 @@ import torch
 
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid
 from fewstep.core.statistics import ModelStatistics
-from fewstep.core.tableau import Solver
+from fewstep.core.tableau import Solver, tabulate
 from fewstep.learn.search.bound import Bound
 from fewstep.learn.search.endpoint import per_sample_rmse
-from fewstep.learn.search.refine import SolverEndpointError, refine
+from fewstep.learn.search.refine import SolverEndpointError, check_deterministic, refine
 from fewstep.learn.teacher.gram import Gram, GramConfig, collect_gram, fine_grid, gram_store
 from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, trajectories_of
 from fewstep.models.generate import solver_for
@@ -35,6 +35,7 @@ from fewstep.solvers import spec_of
 
 __all__ = ["OptimizeConfig", "collected_gram", "name_of", "optimize", "solver_folder"]
 
+PROBE = 4  # steps on which a solver shows whether it adds noise
 EVALUATIONS = 1920  # network evaluations of one calibration run, about: fewer noises for more steps
 FEWEST = 64  # noises, though; as many rank the candidates
 MANY_STEPS = 8  # beyond them only the best candidate is refined, not the two best
@@ -149,6 +150,7 @@ def optimize(
         if statistics is not None:
             raise SolverError(f"a {type(solver).__name__} has its statistics already: leave statistics out")
     steps = {n: solver.steps_on(model.schedule, n) for n in counts}
+    check_deterministic(tabulate(solver, solver.nodes(TimeGrid.uniform(model.schedule, PROBE), model.schedule)), name)
     most, cells = max(steps.values()), fine_grid(model.schedule, config.levels).steps
     if most > cells:
         raise GridError(f"{most} steps need at least as many cells between levels; {model.name} has {cells}: ask for more levels")

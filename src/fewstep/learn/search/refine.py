@@ -22,10 +22,20 @@ from fewstep.core.tableau import Solver, Tableau, tabulate
 from fewstep.learn.search.endpoint import CachedRun, EndpointError, Parameters, levenberg_marquardt, per_sample_rmse, rms
 from fewstep.runtime.errors import GridError, SolverError
 
-__all__ = ["Levels", "SolverEndpointError", "refine"]
+__all__ = ["Levels", "SolverEndpointError", "check_deterministic", "refine"]
 
 DIFFERENCE = 0.1  # of the smaller gap beside a level: how far it moves for a difference
 REACH = 0.4  # of the gap: how far it may move in one iteration, so that no two levels meet
+
+
+def check_deterministic(tableau: Tableau, name: str) -> None:
+    """Refuse a sampler that adds noise.
+
+    Raises:
+        SolverError: it does (``name`` says which).
+    """
+    if tableau.stochastic:
+        raise SolverError(f"{name} adds noise, and has no exact ends to compare with: use a deterministic solver")
 
 
 class SolverEndpointError(EndpointError):
@@ -42,8 +52,7 @@ class SolverEndpointError(EndpointError):
             SolverError: the solver adds noise, or cannot run on this grid.
         """
         tableau = tabulate(self.solver, self.solver.nodes(grid, self.denoiser.schedule))
-        if tableau.stochastic:
-            raise SolverError(f"{type(self.solver).__name__} adds noise, and has no exact ends to compare with: use a deterministic solver")
+        check_deterministic(tableau, type(self.solver).__name__)
         return tableau
 
     def residual(self, grid: TimeGrid, base: CachedRun | None = None) -> tuple[Tensor, CachedRun]:
