@@ -52,7 +52,8 @@ def _terminate(number: int, frame: object) -> None:
 def main() -> Any:  # noqa: ANN401
     """Run the command line, and exit with 0 when it is done.
 
-    Else with 2 for bad input (one line on stderr), 1 where another process of the run has ended, 130 when interrupted, 143 when terminated.
+    Else with 2 for bad input (one line on stderr; of a misspelt option also where its help is), 1 where another process of the run has
+    ended, 130 when interrupted, 143 when terminated.
     """
     before = signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -14,11 +14,11 @@ import stat
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from shutil import rmtree
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
@@ -42,6 +42,7 @@ __all__ = [
     "check_file",
     "check_writable",
     "digest_of",
+    "facts_of",
     "held_to",
     "load_artifact",
     "named_path",
@@ -372,6 +373,16 @@ def held_to(text: str | bytes, kind: type[T], where: object) -> T:
         place, says = ".".join(map(str, first["loc"])), first["msg"]
         got = "" if first["type"] == "missing" else f", got {str(first['input'])[:80]!r}"
         raise ArtifactError(f"{where} is damaged: {place}: {says[:1].lower()}{says[1:]}{got}; fetch or make it again") from error
+
+
+def facts_of(card: Mapping[str, Any], kind: type[T], where: object) -> T:
+    """Return those facts of a card that a dataclass has, held to its types; other facts are for the reader.
+
+    Raises:
+        ArtifactError: one is missing or of another type (which).
+    """
+    known = {field.name: card[field.name] for field in fields(cast("Any", kind)) if field.name in card}
+    return held_to(json.dumps(known), kind, where)
 
 
 @cache

@@ -1,5 +1,6 @@
 """What a fit in a folder may be continued with, what is refused, given trajectories and parents."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,12 @@ def test_other_work_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
     made(tmp_path, model := toy(classes=2), config=short, guidance=1)  # the same number as 1.0
     assert network(model).calls == 0 and contents(tmp_path) == before
+    told = tmp_path / "nfe-02" / "sampler.json"
+    whole = json.loads(told.read_text())
+    for fact, value in (("rmse", None), ("error", [0.1]), ("chosen", 3)):
+        told.write_text(json.dumps({**whole, "card": {**whole["card"], fact: value}}))
+        with pytest.raises(ArtifactError, match=f"nfe-02 is damaged: {fact}"):
+            made(tmp_path, toy(classes=2), config=short)
     (tmp_path / "nfe-02" / "sampler.safetensors").write_bytes(b"cut")
     with pytest.raises(ArtifactError, match="sampler.safetensors is damaged"):
         made(tmp_path, toy(classes=2), config=short)

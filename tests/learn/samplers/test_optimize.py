@@ -236,6 +236,17 @@ def test_other_work_is_not_mixed_in(tmp_path: Path) -> None:
     ):
         made(tmp_path, toy(classes=2), "unipc-2", 2)
     (tmp_path / "unipc-2").rename(tmp_path / "ddim")
+    for told, path in (("nfe-02", ("card", "candidates")), ("nfe-02", ("card", "rmse")), ("grids.json", ("card", "rows", 0, "error"))):
+        file = tmp_path / "ddim" / (f"{told}/sampler.json" if told == "nfe-02" else told)
+        intact = file.read_text()
+        damaged = part = json.loads(intact)
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] = "none"
+        file.write_text(json.dumps(damaged))
+        with pytest.raises(ArtifactError, match=rf"{told} is damaged: .*{path[-1]}"):
+            made(tmp_path, toy(classes=2), "ddim", 2)
+        file.write_text(intact)
     (tmp_path / "ddim" / "nfe-02" / "sampler.safetensors").write_bytes(b"cut")
     with pytest.raises(ArtifactError, match="sampler.safetensors is damaged"):
         made(tmp_path, toy(classes=2), "ddim", 2)
@@ -248,7 +259,11 @@ def test_mistakes_are_named_before_any_work(tmp_path: Path) -> None:
         (GridError, "6 steps need at least as many cells between levels; toy has 5", {"model": toy(few), "nfe": 6}),
         (SolverError, "nfe must be a whole number of at least 1, got 0", {"nfe": (0, 3)}),
         (FewstepError, "name at least one number of evaluations", {"nfe": ()}),
-        (SolverError, "ddim:eta=1 adds noise, and has no exact ends to compare with: use a deterministic", {"solver": "ddim:eta=1", "nfe": 2}),
+        (
+            SolverError,
+            "ddim:eta=1 adds noise, and has no exact ends to compare with",
+            {"solver": "ddim:eta=1", "nfe": 2},
+        ),
     ]:
         asked = {"model": toy(), **request}
         with pytest.raises(error, match=says):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +17,7 @@ from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, t
 from fewstep.models.carried import FITTED
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
-from fewstep.runtime.artifact import TEMPORARY, write_whole
+from fewstep.runtime.artifact import TEMPORARY, Number, facts_of, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError
 from fewstep.runtime.front_door import checked, config_of, scale_of, wholes
 from fewstep.runtime.job import Job, Progress
@@ -169,10 +169,22 @@ def _identity(problem: Problem, config: FitConfig, given: Trajectories | None) -
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """The facts of a sampler's card that the card of all samplers of a fit shows, see `fit`."""
+
+    error: tuple[Number, Number]
+    rmse: tuple[Number, Number]
+    best_hand_made: str
+    chosen: str
+    command: str
+
+
 def _loaded(place: Path, identity: str) -> Sampler:
     sampler = Sampler.load(place)
     if sampler.card.get("identity") != identity:
         raise ArtifactError(f"{place} holds a sampler of another model or configuration: remove it, or use another folder")
+    facts_of(sampler.card, _Facts, place)
     return sampler
 
 

@@ -24,7 +24,7 @@ from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, t
 from fewstep.models.generate import solver_for
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
-from fewstep.runtime.artifact import write_whole
+from fewstep.runtime.artifact import Count, Number, facts_of, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError
 from fewstep.runtime.front_door import at_least, check_fields, checked, checked_class, config_of, scale_of, wholes
 from fewstep.runtime.job import Job, Progress
@@ -217,6 +217,7 @@ class _Search:
             sampler = Sampler.load(place)
             if sampler.card.get("identity") != identity:
                 raise ArtifactError(f"{place} holds a schedule of another model, solver or configuration: remove it, or use another folder")
+            facts_of(sampler.card, _Drawn, place)
             return sampler
         grid, card, candidates = self.find(solver, nfe, others)
         card = {
@@ -299,15 +300,50 @@ class _Search:
         return SolverEndpointError(self.denoiser, solver, x, end, cond)
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """The facts of a schedule's card that the table of its solver shows."""
+
+    chosen: str
+    best_standard_grid: str
+    error: tuple[Number, Number]
+    rmse: tuple[Number, Number]
+    calibration_noises: Count
+    held_out_noises: Count
+
+
+@dataclass(frozen=True)
+class _Drawn(_Facts):
+    """Those, and what is drawn: the error of each candidate, and its bound."""
+
+    candidates: dict[str, tuple[Number, Number | None]]
+
+
+@dataclass(frozen=True)
+class _Row(_Facts):
+    """A row of the table."""
+
+    solver: str
+    nfe: Count
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The facts of a table's card that stay when schedules are added."""
+
+    rows: list[_Row]
+
+
 def _table(problem: Problem, name: str, made: Mapping[int, Sampler], folder: Path, command: str) -> GridTable:
     """Return the table of the grids made now and of those that were there for other numbers of evaluations."""
-    shown = ("chosen", "best_standard_grid", "error", "rmse", "calibration_noises", "held_out_noises")
     old = GridTable.load(folder) if (folder / "grids.json").exists() else None
     if old is not None and (old.model, old.guidance) != (problem.fingerprint, problem.guidance):
         old = None  # its samplers were refused before, or are gone
     grids = dict({} if old is None else old.grids) | {n: one.grid for n, one in made.items()}
+    if old is not None:
+        facts_of(old.card, _Rows, folder / "grids.json")
     rows = {row["nfe"]: row for row in (() if old is None else old.card["rows"])}
-    rows |= {n: {"solver": name, "nfe": n, **{key: one.card[key] for key in shown}} for n, one in made.items()}
+    rows |= {n: {"solver": name, "nfe": n, **{fact.name: one.card[fact.name] for fact in fields(_Facts)}} for n, one in made.items()}
     card = {"of": problem.name, "rows": [rows[n] for n in sorted(rows)], "command": command}
     return GridTable(name, problem.fingerprint, problem.guidance, problem.schedule, grids, card)
 
