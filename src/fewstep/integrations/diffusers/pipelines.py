@@ -6,7 +6,7 @@ everything that works on class-conditional models (calibrate, optimize, fit, ben
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap
+from fewstep.integrations.diffusers.pipeline_calls import PipelineLoop, checked_calls
 from fewstep.models.formats.diffusers_law import ends_clean, noise_law
 from fewstep.models.guidance import Wrapped
 from fewstep.models.model import Model
@@ -77,6 +78,7 @@ def from_pipeline(
     pipe: Any,  # noqa: ANN401 - a diffusers pipeline
     prompts: str | Path | Sequence[str] | None = None,
     *,
+    calls: Sequence[Mapping[str, Any]] | None = None,
     negative_prompt: str | None = None,
     guidance_scale: float = 1.0,
     height: int | None = None,
@@ -84,16 +86,20 @@ def from_pipeline(
     control_image: Any = None,  # noqa: ANN401 - what the pipeline's own image processor takes
     embedded_guidance: float = 3.5,
 ) -> PipelineModel:
-    """Return the network of a diffusers pipeline as a model, conditioned on prompts.
+    """Return a diffusers pipeline as a model, conditioned on its own calls or on prompts.
 
-    Its samplers end at the clean image, as those of pipelines do. Known are unconditional and class-conditional pipelines
-    (``UNet2DModel``, DiT), Stable Diffusion 1, 2 and XL, with a ControlNet or without, Stable Diffusion 3 and Flux, and the image-to-image
-    and inpainting pipelines of these, which use the same network. Any other class of pipeline is refused, since it may give the network
-    more than these do. The network is left as it is: its weights, dtype, mode and device.
+    With ``calls`` any pipeline will do whose loop follows its scheduler: its own call is the denoiser, with all that the call does
+    (pictures, ControlNets, adapters, guiders, several experts), and its network has no gradients. With ``prompts`` alone, the networks of
+    some pipelines are called directly, with gradients: unconditional and class-conditional ones (``UNet2DModel``, DiT), Stable Diffusion
+    1, 2 and XL, with a ControlNet or without, Stable Diffusion 3 and Flux, and the image-to-image and inpainting pipelines of these, which
+    use the same network; any other is led by calls with those prompts. Samplers end at the clean image, as those of pipelines do. The
+    pipeline is left as it is: its weights, dtype, mode and device.
 
     Args:
         pipe: the pipeline, on the device and in the dtype that it is used in.
         prompts: one, several, or a `Path` to a text file with one on each line; none for networks without text.
+        calls: the arguments of the pipeline's call for each label, as ``[dict(prompt=..., image=..., guidance_scale=...), ...]``, all of
+            one size. ``seed``, a whole number, is for what a call draws beside its latents.
         negative_prompt: the text that guidance leads away from; by default the pipeline's own.
         guidance_scale: classifier-free guidance of the model.
         height, width: the size of the pictures in pixels; by default that of training.
@@ -101,29 +107,51 @@ def from_pipeline(
         embedded_guidance: the guidance scale that Flux's network takes as an input; it needs no other.
 
     Raises:
-        ModelError: a class of pipeline that is not known here, one whose network is given more than prompts, prompts missing or not
-            wanted, or a noise law that is not known.
+        ModelError: neither prompts nor calls where they are needed, prompts that are not wanted, a network that is given more than prompts,
+            a loop that cannot be led (why), or a noise law that is not known.
     """
     kind = type(pipe).__name__
-    if kind not in _FAMILIES:
-        raise ModelError(
-            f"a {kind} is not known here, so what it gives its network would be lost: known are {', '.join(_FAMILIES)}; make a "
-            "fewstep.Model of the network, with call= for the rest"
-        )
-    read, attribute = _FAMILIES[kind]
-    network = getattr(pipe, attribute)
     if isinstance(prompts, Path):
         prompts = read_prompts(prompts)
     texts = [prompts] if isinstance(prompts, str) else list(prompts or [])
+    said = {"negative_prompt": negative_prompt, "height": height, "width": width, "control_image": control_image}
+    said = {key: value for key, value in said.items() if value is not None} | (
+        {"guidance_scale": guidance_scale} if guidance_scale != 1 else {}
+    )
+    if not hasattr(type(pipe), "components") or getattr(pipe, "scheduler", None) is None:
+        raise ModelError(f"a {kind} is no diffusers pipeline with a scheduler: make a fewstep.Model of a network of your own")
+    if calls is not None:
+        if texts or said or embedded_guidance != 3.5:
+            raise ModelError(
+                f"calls say all themselves: put {', '.join(['prompts'] * bool(texts) + [*said]) or 'embedded_guidance'} into them"
+            )
+        return _by_calls(pipe, checked_calls(pipe, calls))
+    if kind not in _FAMILIES:
+        if not texts:
+            raise ModelError(f"a {kind} is led by its own calls: pass calls=[dict(prompt=...), ...], its arguments as you type them")
+        return _by_calls(pipe, checked_calls(pipe, [{"prompt": text, **said} for text in texts]))
+    read, attribute = _FAMILIES[kind]
+    network = getattr(pipe, attribute)
     if texts and getattr(pipe, "encode_prompt", None) is None:
         raise ModelError(f"a {type(pipe).__name__} takes no prompts: leave them out")
     request = PipelineRequest(pipe, network, texts, negative_prompt, height, width, control_image, embedded_guidance)
     with torch.no_grad():
         conditioned, shape, classes, null_label, mu = read(request)
     law = noise_law(pipe.scheduler.config, mu=mu, to_clean=ends_clean(pipe.scheduler.config))
-    name = Path(str(getattr(pipe, "name_or_path", "") or getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)).name
     labels = {"classes": classes, "null_label": null_label, "guidance_scale": guidance_scale, "prompts": tuple(texts)}
-    return PipelineModel(conditioned, law.schedule, law.prediction, shape=shape, time=law.time, name=name, **labels)
+    return PipelineModel(conditioned, law.schedule, law.prediction, shape=shape, time=law.time, name=_name_of(pipe), **labels)
+
+
+def _by_calls(pipe: Any, calls: list[dict[str, Any]]) -> PipelineModel:  # noqa: ANN401
+    """Return the model of a pipeline that is led by its own calls; their guidance is a part of it, so its scale is 1."""
+    loop = PipelineLoop(pipe, calls)
+    prompts = tuple(str(call.get("prompt", f"call {k}")) for k, call in enumerate(calls))
+    about = {"shape": loop.shape, "time": loop.law.time, "dtype": loop.dtype, "name": _name_of(pipe)}
+    return PipelineModel(loop, loop.law.schedule, loop.law.prediction, classes=len(calls), prompts=prompts, **about)
+
+
+def _name_of(pipe: Any) -> str:  # noqa: ANN401
+    return Path(str(getattr(pipe, "name_or_path", "") or getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)).name
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,16 +245,18 @@ def _text_unet(request: PipelineRequest) -> Family:
     channels, control = unet.config.in_channels, getattr(pipe, "controlnet", None)
     for option, meaning in _MORE_INPUTS.items():
         if unet.config.get(option) is not None:
-            raise ModelError(f"this network takes {meaning} ({option}) beside the prompt: make a fewstep.Model of it whose call adds them")
+            raise ModelError(
+                f"this network takes {meaning} ({option}) beside the prompt: pass calls=[dict(prompt=...)] rather than prompts"
+            )
     if channels != pipe.vae.config.latent_channels:
         raise ModelError(
             f"this network takes {channels} channels, of which {pipe.vae.config.latent_channels} are the state (an inpainting network, for "
-            "example): wrap it in a fewstep.Model whose call adds the others"
+            "example): pass calls=[dict(prompt=..., image=...)] rather than prompts"
         )
     if control is not None and type(unwrapped(control)).__name__ != "ControlNetModel":
-        raise ModelError(f"a {type(control).__name__} is not known here, only one ControlNetModel")
+        raise ModelError(f"a {type(control).__name__} is led by calls: pass calls=[dict(prompt=..., image=...)] rather than prompts")
     if pipe.config.get("requires_aesthetics_score"):
-        raise ModelError("this network takes an aesthetic score (the refiner of SDXL): make a fewstep.Model of it whose call adds it")
+        raise ModelError("this network takes an aesthetic score (the refiner of SDXL): pass calls=[dict(prompt=...)] rather than prompts")
     height, width = request.latent_size(unet.config.sample_size)
     tables = request.encoded()
     xl = len(tables) == 2
@@ -285,7 +315,7 @@ def _flux(request: PipelineRequest) -> Family:
     if network.config.in_channels != channels:
         raise ModelError(
             f"this network takes {network.config.in_channels} channels, of which {channels} are the state (a control or fill network, for "
-            "example): make a fewstep.Model of it whose call adds the others"
+            "example): pass calls=[dict(prompt=..., image=...)] rather than prompts"
         )
     scale = torch.tensor([request.embedded_guidance], device=embeds.device)
 

@@ -244,13 +244,17 @@ class FewstepScheduler(NoisingScheduler):
             unknown["original_inference_steps"] = original_inference_steps
         refuse_unknown("set_timesteps", unknown)
         self._law = noise_law(self.config, mu=mu, to_clean=ends_clean(self.config))
-        if sigmas is not None and (self._samplers is not None or self.config["grid"]) and isinstance(self._law.schedule, RectifiedFlow):
+        own_levels = self._samplers is not None or bool(self.config["grid"])
+        if sigmas is not None and timesteps is not None:  # what the network is told at these levels, and so at others
+            pairs = grid_from_config({**self.config, "grid": None}, self._law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+            self._law = self._law.paired(pairs.t[:-1], checked_times(self.config, self._law, timesteps))
+            if own_levels:
+                num_inference_steps, timesteps, sigmas = pairs.steps, None, None
+        elif sigmas is not None and own_levels and isinstance(self._law.schedule, RectifiedFlow):
             count = default_sigmas_count(sigmas)  # some pipelines say their number of steps so
             num_inference_steps, sigmas = (num_inference_steps, sigmas) if count is None else (count, None)
         if self._samplers is None:
             grid = grid_from_config(self.config, self._law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-            if timesteps is not None and sigmas is not None:
-                self._law = self._law.paired(grid.t[:-1], checked_times(self.config, self._law, timesteps))
             self._sampler = Sampler.build(self._solver, grid, self._law.schedule)
         else:
             if timesteps is not None or sigmas is not None:

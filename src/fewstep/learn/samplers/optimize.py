@@ -314,7 +314,7 @@ class _Facts:
 
 @dataclass(frozen=True)
 class _Drawn(_Facts):
-    """Those, and what is drawn: the error of each candidate, and its bound."""
+    """Facts of a schedule's card that are drawn too: error and bound of each candidate."""
 
     candidates: dict[str, tuple[Number, Number | None]]
 

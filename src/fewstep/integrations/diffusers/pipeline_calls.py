@@ -1,0 +1,228 @@
+"""A pipeline as a model, by its own calls: whatever its call can do, its sampler can be fitted to.
+
+A call is the keyword arguments that a user types, and becomes a label: label ``k`` is the k-th call. How it is evaluated is `relay`'s.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewstep.integrations.diffusers.relay import Evaluation, Relay
+from fewstep.models.formats.diffusers_law import NoiseLaw
+from fewstep.models.identity import digest, parts
+from fewstep.models.networks.calls import check_evaluating
+from fewstep.runtime.errors import ModelError, first_line
+from fewstep.runtime.front_door import whole
+
+__all__ = ["PipelineLoop", "checked_calls"]
+
+ROUNDS = 64  # evaluations of one call, which then begins anew
+PROBES = 4  # evaluations of the call that is tried first
+OPEN = 4  # calls that wait for their next turn at once
+TOGETHER = 4  # samples of one call that are evaluated together
+SAME = 1e-4  # of an answer's size: what one evaluation may differ from another at the same state and time
+TAKEN = {  # arguments that are the relay's -> why
+    "num_inference_steps": "how often and where the network is asked is what is learned",
+    "timesteps": "how often and where the network is asked is what is learned",
+    "sigmas": "how often and where the network is asked is what is learned",
+    "latents": "the states are the learner's",
+    "generator": "say seed, a whole number, for what a call draws beside its latents",
+    "output_type": "samples are latents",
+    "return_dict": "it changes nothing",
+    "callback_on_step_end": "it would not see the steps of a sampler",
+    "callback": "it would not see the steps of a sampler",
+}
+
+
+def checked_calls(pipe: Any, calls: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a diffusers pipeline, and what was passed
+    """Return the calls of a pipeline, each as a dict of arguments that its class knows.
+
+    Raises:
+        ModelError: there are none, one is no dict, or has an argument that the pipeline does not know or that is not the caller's to say.
+    """
+    if isinstance(calls, Mapping):
+        calls = [calls]
+    if isinstance(calls, str | bytes) or not isinstance(calls, Sequence) or not calls:
+        raise ModelError(f"calls are the arguments of the pipeline, as calls=[dict(prompt='a red cat')], got {str(calls)[:80]!r}")
+    known = inspect.signature(type(pipe).__call__).parameters
+    for k, call in enumerate(calls):
+        if not isinstance(call, Mapping) or not all(isinstance(key, str) for key in call):
+            raise ModelError(f"call {k} is a dict of arguments, as dict(prompt='a red cat'), got {str(call)[:80]!r}")
+        for key in call:
+            if key in TAKEN:
+                raise ModelError(f"call {k} says {key}, which is not a call's to say here: {TAKEN[key]}")
+            if key != "seed" and (key not in known or key == "self"):
+                raise ModelError(f"call {k} has the argument {key!r}, which a {type(pipe).__name__} does not know")
+        whole(call.get("seed", 0), f"the seed of call {k}", ModelError)
+    return [dict(call) for call in calls]
+
+
+class PipelineLoop(nn.Module):
+    """A pipeline's own loop as a network: the guided answers of its calls.
+
+    Args:
+        pipe: the pipeline, with its weights where and as they are used.
+        calls: see `checked_calls`.
+
+    Attributes:
+        law: the noise law of the calls.
+        shape: the shape ``*D`` of a state.
+        dtype: that of the pipeline's states.
+
+    Raises:
+        ModelError: calls of several noise laws or shapes; a loop that cannot be led, starts from a picture, or answers otherwise at another
+            of its steps.
+    """
+
+    law: NoiseLaw
+
+    def __init__(self, pipe: Any, calls: Sequence[Mapping[str, Any]]) -> None:  # noqa: ANN401 - a diffusers pipeline
+        super().__init__()
+        modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+        for part in modules.values():
+            check_evaluating(part)
+        self.components = nn.ModuleDict(modules)
+        settings = {key: value for key, value in pipe.config.items() if isinstance(value, bool | int | float)}
+        about = digest(parts([type(pipe).__name__, settings, [_plain(call) for call in calls]], "calls"))
+        self.register_buffer("about", torch.tensor(list(about.encode()), dtype=torch.uint8))  # a part of the model's fingerprint
+        self._pipe, self._calls, self._open = pipe, list(calls), dict[tuple[int, int], Relay]()
+        self._several = next((key for key in _parameters(pipe) if key == "batch_size" or _is_count(key)), None)
+        self._encoded: dict[Any, Any] = {}
+        self._try_out()
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the guided answers ``[B, *D]`` at ``x [B, *D]`` and the network's own times ``[B]``, of the calls ``labels [B]``."""
+        wanted = [0] * len(x) if labels is None else labels.tolist()
+        answers = torch.empty_like(x)
+        groups: dict[tuple[int, float], list[int]] = {}
+        for i, key in enumerate(zip(wanted, time.tolist(), strict=True)):
+            groups.setdefault(key, []).append(i)
+        for (label, at), rows in groups.items():
+            for start in range(0, len(rows), TOGETHER if self._several else 1):
+                some = rows[start : start + (TOGETHER if self._several else 1)]
+                states = torch.cat([x[some]] * self._copies)
+                answers[some] = self._relay(label, len(some)).ask(states, at).output[: len(some)].to(x.dtype).to(x.device)
+        return answers
+
+    def close(self) -> None:
+        """End all calls that wait for their next turn."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _relay(self, label: int, count: int) -> Relay:
+        """Return a call of ``count`` samples that has an evaluation left; it waits for its next turn, or begins."""
+        relay = self._open.pop((label, count), None)
+        if relay is None or not relay.rounds_left:
+            if relay is not None:
+                relay.close()
+            relay = self._begun(label, count, ROUNDS)[0]
+        self._open[label, count] = relay  # the last of the dict is the one that was used last
+        while len(self._open) > OPEN:
+            self._open.pop(next(iter(self._open))).close()
+        return relay
+
+    def _begun(self, label: int, count: int, rounds: int) -> tuple[Relay, Evaluation]:
+        """Begin a call, and hold its law and its shape to those of the others."""
+        relay = Relay(self._pipe, self._call(label, count, rounds))
+        try:
+            first = relay.begin()
+        except (TypeError, ValueError, AttributeError, LookupError) as error:  # what pipelines raise for arguments that they cannot use
+            raise ModelError(f"a {type(self._pipe).__name__} refused call {label}: {type(error).__name__}: {first_line(error)}") from error
+        law, shape = relay.law, tuple(first.x.shape[1:])
+        assert law is not None  # a step comes after set_timesteps
+        ours = (shape, law.schedule.to_config(), law.prediction.name, len(first.x) / count)
+        if not hasattr(self, "law"):
+            self.law, self.shape, self.dtype, self._ours = law, shape, first.x.dtype, ours
+            self._copies = len(first.x) // count  # two where a pipeline keeps the states of both halves of its guidance
+        if ours != self._ours:
+            relay.close()
+            raise ModelError(
+                f"call {label} has {len(first.x) / count:g} states of {shape} on {law.schedule} for a sample, call 0 {self._copies} of "
+                f"{self.shape} on {self.law.schedule}: a sampler is fitted to one noise law and one size"
+            )
+        return relay, first
+
+    def _call(self, label: int, count: int, rounds: int) -> Callable[[], Any]:
+        call = dict(self._calls[label])
+        seed, known = call.pop("seed", 0), _parameters(self._pipe)
+        if self._several:
+            call[self._several] = count
+        if "generator" in known:
+            call["generator"] = torch.Generator().manual_seed(seed)
+        if "output_type" in known:
+            call["output_type"] = "latent"
+
+        def run() -> None:
+            pipe = self._pipe
+            if hasattr(pipe, "encode_prompt"):
+                pipe.encode_prompt = self._remembering(type(pipe).encode_prompt.__get__(pipe))
+            if hasattr(pipe, "set_progress_bar_config"):
+                pipe.set_progress_bar_config(disable=True)
+            with torch.no_grad():
+                pipe(**call, num_inference_steps=rounds)
+
+        return run
+
+    def _remembering(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``encode_prompt`` with its answers to plain arguments kept, so that a call that begins anew does not wait for it."""
+
+        @functools.wraps(encode)
+        def remembering(*args: Any, **options: Any) -> Any:  # noqa: ANN401
+            key = repr((args, sorted(options.items())))
+            plain = str | int | float | bool | list | tuple | torch.device | torch.dtype | None
+            if not all(isinstance(value, plain) for value in (*args, *options.values())):
+                return encode(*args, **options)
+            if key not in self._encoded:
+                self._encoded[key] = encode(*args, **options)
+            return self._encoded[key]
+
+        return remembering
+
+    def _try_out(self) -> None:
+        """Lead the first call once: its loop has to follow, begin at pure noise, and answer by the state and the time alone."""
+        relay, first = self._begun(0, 1, PROBES)
+        try:
+            start = float(self.law.held_time(torch.tensor(self.law.schedule.t_max, dtype=torch.float64)))
+            if abs(float(first.time) - start) > 1e-3 * start:
+                raise ModelError(
+                    f"the loop of call 0 begins at the time {float(first.time):g}, not at pure noise ({start:g}): it starts from a "
+                    "picture, and a sampler is fitted to whole trajectories; leave strength out"
+                )
+            relay.ask(first.x, start / 2)  # a loop that copies its times is found here
+            answers = [relay.ask(first.x, float(first.time)).output for _ in range(relay.rounds_left)]
+        finally:
+            relay.close()
+        size = float(first.output.float().square().mean().sqrt())
+        for answer in answers:
+            if float((answer - first.output).float().abs().max()) > SAME * max(size, 1e-12):
+                raise ModelError(
+                    f"the network of a {type(self._pipe).__name__} answers otherwise at another step of its loop, at the same state and "
+                    "time (guidance or control that begins or ends at a step, a cache, dropout): leave that out of the call"
+                )
+
+
+def _parameters(pipe: Any) -> Mapping[str, Any]:  # noqa: ANN401
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def _is_count(name: str) -> bool:
+    """Return whether an argument is the number of samples of each prompt: ``num_images_per_prompt`` and alike."""
+    return name.startswith("num_") and name.endswith("_per_prompt")
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """Return a value of a call with its pictures as arrays, which a fingerprint can be taken of."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if type(value).__module__.startswith("PIL."):
+        return np.array(value)
+    return value

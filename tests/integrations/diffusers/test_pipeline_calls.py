@@ -1,0 +1,229 @@
+"""A pipeline as a model by its own calls: the same latents, whatever the pipeline adds, and nothing left behind."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.integrations.diffusers.tiny_pipelines import load
+
+import fewstep
+from fewstep import FewstepError, FitConfig, ModelError, from_pipeline
+from fewstep.integrations.diffusers import FewstepScheduler
+from fewstep.integrations.diffusers.relay import Relay
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+MASK = Image.fromarray(np.pad(np.full((8, 8), 255, np.uint8), 4))
+SIZE = {"height": 16, "width": 16}
+EMBEDS = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(3))
+CALLS = {
+    "sd": [{"prompt": "a red cat", "guidance_scale": 5.0, **SIZE}, {"prompt": "the moon", "negative_prompt": "a small cat", **SIZE}],
+    "sd-inpaint": [{"prompt": "a cat", "image": PICTURE, "mask_image": MASK, "strength": 1.0, **SIZE}],
+    "sd-controlnet": [{"prompt": "a cat", "image": PICTURE, "guidance_scale": 3.0}, {"prompt": "the moon", "image": PICTURE}],
+    "sdxl": [{"prompt": "a cat", "prompt_2": "on the moon", **SIZE}, {"prompt": "a red square", "guidance_scale": 2.0, **SIZE}],
+    "sd3": [{"prompt": "a cat", **SIZE}, {"prompt": "a blue circle", "guidance_scale": 3.0, **SIZE}],
+    "flux": [
+        {"prompt": "a cat", "guidance_scale": 2.0, **SIZE},
+        {"prompt": "a cat", "true_cfg_scale": 2.0, "negative_prompt": "red", **SIZE},
+    ],
+    "dit": [{"class_labels": [1]}, {"class_labels": [0], "guidance_scale": 2.0}],
+    "cogview4": [{"prompt_embeds": EMBEDS, "negative_prompt_embeds": 0 * EMBEDS, **SIZE}],
+}
+
+
+def own(pipe, call, solver, steps=4):
+    """The latents of the pipeline itself with our scheduler in it, and the sampler that it ran."""
+    usual, pipe.scheduler = pipe.scheduler, FewstepScheduler.from_config(pipe.scheduler.config, solver=solver, timestep_spacing="trailing")
+    with torch.no_grad():
+        made = pipe(**call, num_inference_steps=steps, output_type="latent", generator=torch.Generator().manual_seed(0))[0]
+    scheduler, pipe.scheduler = pipe.scheduler, usual
+    return made, scheduler._sampler
+
+
+@pytest.fixture
+def no_threads():
+    before = threading.active_count()
+    yield
+    assert threading.active_count() <= before + 1  # of progress bars
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "dit"])
+@pytest.mark.parametrize("solver", ["ddim", "unipc-2"])
+def test_samples_are_the_pipelines_own(name, solver, folder):
+    pipe = load(folder(name))
+    model = from_pipeline(pipe, calls=CALLS[name])
+    for label, call in enumerate(CALLS[name]):
+        theirs, sampler = own(pipe, call, solver)
+        relay, first = model.network._begun(label, 1, 4)
+        relay.close()
+        ours = fewstep.sample(model, sampler, first.x, torch.tensor([label]))
+        assert float((ours - theirs).abs().max()) < 1e-5 * float(theirs.abs().max())
+    model.network.close()
+
+
+def test_a_pipeline_that_keeps_both_halves_of_its_guidance(folder):
+    pipe = load(folder("dit"))
+    model, plain = from_pipeline(pipe, calls=CALLS["dit"]), from_pipeline(pipe)
+    for label, (words, scale) in enumerate(((1, 4.0), (0, 2.0))):
+        ours = fewstep.sample(model, "unipc-2", nfe=4, seeds=range(3), cond=torch.full((3,), label))
+        theirs = fewstep.sample(plain, "unipc-2", nfe=4, seeds=range(3), cond=torch.full((3,), words), guidance=scale)
+        assert float((ours - theirs).abs().max()) < 1e-4
+
+
+def test_calls_and_batches_are_mixed_at_will(folder):
+    pipe = load(folder("sd"))
+    model = from_pipeline(pipe, calls=CALLS["sd"])
+    whole = fewstep.sample(model, "unipc-2", nfe=3, seeds=range(11))
+    for seed in (0, 5, 10):
+        alone = fewstep.sample(model, "unipc-2", nfe=3, seeds=[seed])
+        torch.testing.assert_close(alone[0], whole[seed], rtol=1e-4, atol=1e-4)
+    assert len(model.network._open) <= 4
+    many = fewstep.sample(model, "unipc-2", nfe=80, seeds=[0])  # longer than one call
+    assert bool(many.isfinite().all())
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_nothing_is_left_behind(folder):
+    pipe = load(folder("sd"))
+    before, words = dict(vars(pipe)), pipe.encode_prompt
+    model = from_pipeline(pipe, calls=CALLS["sd"])
+    fewstep.sample(model, "unipc-2", nfe=3, seeds=range(4))
+    model.network.close()
+    assert dict(vars(pipe)) == before and pipe.encode_prompt == words and not hasattr(pipe.scheduler, "_relay")
+
+
+@pytest.mark.usefixtures("no_threads")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_error_on_the_pipelines_side_ends_both(error, folder):
+    pipe = load(folder("sd"))
+    model, forward, calls = from_pipeline(pipe, calls=CALLS["sd"][:1]), pipe.unet.forward, []
+    before = dict(vars(pipe))
+
+    def failing(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error("now")
+        return forward(*args, **options)
+
+    pipe.unet.forward = failing
+    with pytest.raises((error, ModelError), match="now"):
+        fewstep.sample(model, "unipc-2", nfe=5, seeds=[0])
+    pipe.unet.forward = forward
+    assert dict(vars(pipe)) == before
+    assert bool(fewstep.sample(model, "unipc-2", nfe=5, seeds=[0]).isfinite().all())  # and the next begins anew
+    model.network.close()
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_an_interrupt_on_the_learners_side_ends_both(folder, monkeypatch):
+    pipe = load(folder("sd"))
+    model = from_pipeline(pipe, calls=CALLS["sd"][:1])
+    relay = model.network._relay(0, 1)
+    monkeypatch.setattr(
+        relay, "_told", type("Told", (), {"get": lambda self: (_ for _ in ()).throw(KeyboardInterrupt), "put": lambda *_: None})()
+    )
+    with pytest.raises(KeyboardInterrupt):
+        relay.ask(torch.zeros(1, *model.shape), 500.0)
+    assert relay.ended and not relay._thread.is_alive() and not hasattr(pipe.scheduler, "_relay")
+    monkeypatch.undo()
+    assert bool(fewstep.sample(model, "ddim", nfe=2, seeds=[0]).isfinite().all())
+    model.network.close()
+
+
+def test_text_encoders_answer_once(folder):
+    pipe, count = load(folder("sd")), []
+    pipe.text_encoder.register_forward_hook(lambda *_: count.append(1))
+    model = from_pipeline(pipe, calls=CALLS["sd"][:1])
+    fewstep.sample(model, "ddim", nfe=150, grid="uniform", seeds=[0])
+    assert len(count) == 2  # the prompt and the empty one
+
+
+def test_a_fitted_sampler_runs_in_the_pipeline(folder, tmp_path):
+    pipe = load(folder("sd"))
+    model = from_pipeline(pipe, calls=CALLS["sd"])
+    small = FitConfig(num=16, held_out=8, noises=8, window=8, levels=8, iterations=1, batch=8)
+    fewstep.fit(model, 3, config=small, out=tmp_path / "fitted")
+    start = fewstep.seeded_noise([5], model.shape)
+    sampler = fewstep.Sampler.load(tmp_path / "fitted" / "nfe-03")
+    ours = fewstep.sample(model, sampler, start, torch.tensor([1]))
+    pipe.scheduler = FewstepScheduler.from_sampler(tmp_path / "fitted", pipe.scheduler.config)
+    theirs = pipe(**CALLS["sd"][1], latents=start, num_inference_steps=3, output_type="latent").images
+    assert float((ours - theirs).abs().max()) < 1e-3 * float(theirs.abs().max())
+
+
+REFUSED = {
+    "no list": ("a red cat", "calls are the arguments of the pipeline"),
+    "none": ([], "calls are the arguments of the pipeline"),
+    "no dict": (["a red cat"], "call 0 is a dict of arguments"),
+    "an unknown argument": ([{"promt": "a cat"}], "call 0 has the argument 'promt', which a StableDiffusionPipeline does not know"),
+    "steps": ([{"prompt": "a cat", "num_inference_steps": 5}], "call 0 says num_inference_steps"),
+    "latents": ([{"prompt": "a cat", "latents": torch.zeros(1)}], "the states are the learner's"),
+    "a generator": ([{"prompt": "a cat", "generator": torch.Generator()}], "say seed, a whole number"),
+    "what the pipeline refuses": ([{"prompt": 5}], "a StableDiffusionPipeline refused call 0: ValueError: `prompt` has to be"),
+    "two sizes": ([{"prompt": "a cat", **SIZE}, {"prompt": "a cat", "height": 32, "width": 16}], "one noise law and one size"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_calls_that_cannot_be_are_refused(kind, folder):
+    calls, says = REFUSED[kind]
+    with pytest.raises(FewstepError, match=says):
+        fewstep.sample(from_pipeline(load(folder("sd")), calls=calls), "ddim", nfe=2, seeds=range(2))
+
+
+def test_prompts_lead_pipelines_whose_network_is_not_known(folder):
+    pipe = load(folder("sd"))
+    other = type("MyPipeline", (type(pipe),), {})(**pipe.components, requires_safety_checker=False)
+    with pytest.raises(ModelError, match=r"a MyPipeline is led by its own calls: pass calls="):
+        from_pipeline(other)
+    ours = from_pipeline(other, ["a cat", "the moon"], guidance_scale=3.0, negative_prompt="red", **SIZE)
+    direct = from_pipeline(pipe, ["a cat", "the moon"], guidance_scale=3.0, negative_prompt="red", **SIZE)
+    one, two = (fewstep.sample(model, "unipc-2", nfe=3, seeds=range(4)) for model in (ours, direct))
+    assert ours.prompts == direct.prompts and ours.default_guidance == 1 and float((one - two).abs().max()) < 1e-4 * float(two.abs().max())
+
+
+def test_what_stands_beside_calls_is_refused(folder):
+    pipe = load(folder("sd"))
+    with pytest.raises(ModelError, match="put prompts, guidance_scale into them"):
+        from_pipeline(pipe, "a cat", calls=CALLS["sd"], guidance_scale=3.0)
+
+
+def test_guidance_that_ends_at_a_step_is_refused(folder):
+    call = {**CALLS["sd-controlnet"][0], "control_guidance_end": 0.5}
+    with pytest.raises(ModelError, match="answers otherwise at another step of its loop"):
+        from_pipeline(load(folder("sd-controlnet")), calls=[call])
+
+
+def test_a_start_from_a_picture_is_refused(folder):
+    call = {**CALLS["sd-inpaint"][0], "strength": 0.5}
+    with pytest.raises(ModelError, match=r"begins at the time .*, not at pure noise"):
+        from_pipeline(load(folder("sd-inpaint")), calls=[call])
+
+
+def test_a_loop_that_copies_its_times_is_refused(folder):
+    pipe = load(folder("sd"))
+    relay = Relay(pipe, lambda: None)
+    with pytest.raises(ModelError, match="ended without evaluating its network"):
+        relay.begin()
+
+    def copying():
+        pipe.scheduler.set_timesteps(4)
+        x = torch.zeros(1, 4)
+        for time in pipe.scheduler.timesteps.tolist():
+            x = pipe.scheduler.step(x, time, x).prev_sample
+
+    relay = Relay(pipe, copying)
+    relay.begin()
+    with pytest.raises(ModelError, match="copies its times before the loop"):
+        relay.ask(torch.zeros(1, 4), 77.0)
+    assert not relay._thread.is_alive()
+
+
+def test_models_of_other_calls_are_told_apart(folder):
+    pipe = load(folder("sd-controlnet"))
+    call = CALLS["sd-controlnet"][0]
+    others = [{**call, "prompt": "a dog"}, {**call, "guidance_scale": 4.0}, {**call, "image": PICTURE.rotate(90)}, {**call, "seed": 1}]
+    prints = [from_pipeline(pipe, calls=[one]).fingerprint for one in (call, dict(call), *others)]
+    assert prints[0] == prints[1] and len(set(prints)) == 5
+    assert from_pipeline(load(folder("sd-controlnet")), calls=[call]).fingerprint == prints[0]
