@@ -261,6 +261,22 @@ def pipeline(results: dict[str, Any]) -> None:
         print(f"| {name} | " + " | ".join(line) + f" | {usual} |")
 
 
+def default_grid(rows: list[Row]) -> None:
+    """Print the error of unipc-2 at 8 evaluations on each grid, the least of each network in bold."""
+    grids = list(dict.fromkeys(row["grid"] for row in rows))
+    print("| network | " + " | ".join(f"`{grid}`" for grid in grids) + " | size of samples |")
+    print("|---|" + "---|" * (len(grids) + 1))
+    for model in dict.fromkeys(row["model"] for row in rows):
+        cells = {row["grid"]: row for row in rows if (row["model"], row["solver"], row["nfe"]) == (model, "unipc-2", 8)}
+        least = min(row["rmse"] for row in cells.values() if "rmse" in row)
+        shown = [f"{cells[grid]['rmse']:.3g}" if "rmse" in cells.get(grid, {}) else "refused" if grid in cells else "" for grid in grids]
+        bold = [
+            f"**{text}**" if grid in cells and cells[grid].get("rmse") == least else text for grid, text in zip(grids, shown, strict=True)
+        ]
+        size = next(iter(cells.values()))["reference_std"]
+        print(f"| {model} | " + " | ".join(bold) + f" | {size:.3g} |")
+
+
 def traffic(rows: list[Row]) -> None:
     """Print the bytes of a step against the least, eager and compiled."""
     print("| solver | least | eager | compiled | time, compiled : eager |\n|---|---|---|---|---|")
@@ -412,6 +428,7 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "fit-study": lambda results, args: fit_study([row for row in results[0]["rows"] if row["table"] == args.part]),
     "dsno-study": lambda results, args: dsno_study(results[0]["rows"], args.part),
     "pipeline": lambda results, args: pipeline(results[0]),
+    "default-grid": lambda results, args: default_grid(results[0]["rows"]),
     "traffic": lambda results, args: traffic(results[0]["rows"]),
     "cost": lambda results, args: cost(results[0]),
     "states": lambda results, args: states(results[0]),

@@ -12,6 +12,7 @@ from tests.apps.conftest import run, samples
 
 import fewstep
 from fewstep.apps.models import guidance_of, guidance_words, open_model
+from fewstep.apps.pipelines import PipelineOptions
 from fewstep.runtime.errors import ModelError
 
 OWN = "tests.apps.own_models:"
@@ -64,8 +65,8 @@ def test_mistakes_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_prompts_are_for_pipelines(tmp_path: Path) -> None:
     for name in ("digits-edm", f"{OWN}shrink"):
-        with pytest.raises(ModelError, match="is not a pipeline that takes prompts: leave --prompts out"):
-            open_model(name, tmp_path / "prompts.txt")
+        with pytest.raises(ModelError, match="is not a pipeline: leave --prompts out"):
+            open_model(name, PipelineOptions(prompts=tmp_path / "prompts.txt"))
 
 
 def test_the_guidance_scale_is_the_models_own_where_none_is_typed() -> None:

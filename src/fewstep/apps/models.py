@@ -7,35 +7,37 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from fewstep.integrations.diffusers.pipeline_folders import is_pipeline, load_pipeline
-from fewstep.integrations.diffusers.pipelines import from_pipeline
+from fewstep.apps.pipelines import PipelineOptions, open_pipeline
+from fewstep.integrations.diffusers.pipeline_folders import is_pipeline
+from fewstep.integrations.diffusers.pipelines import PipelineModel
 from fewstep.models.model import Model
 from fewstep.models.zoo import load_model
 from fewstep.runtime.artifact import named_path
 from fewstep.runtime.entry import imported, is_entry
 from fewstep.runtime.errors import FewstepError, ModelError, first_line
 
-__all__ = ["guidance_of", "guidance_words", "open_model"]
+__all__ = ["guidance_of", "guidance_words", "open_model", "said_guidance"]
 
 HOW = "it should be a function without arguments that returns a fewstep.Model"
 
 
-def open_model(name: str, prompts: Path | None = None) -> Model:
+def open_model(name: str, pipeline: PipelineOptions | None = None, guidance: float | None = None) -> Model:
     """Load a model by the name of a bundled one, its folder, checkpoint file or hub id; or make it by a function.
 
     Args:
         name: or ``module:function``: a function without arguments that returns a `Model`; or the folder of a whole pipeline.
-        prompts: a text file for the network of that pipeline to be conditioned on, one prompt on each line.
+        pipeline: how that pipeline is called and held.
+        guidance: the scale that was typed, for the calls of a pipeline that is led by them.
 
     Raises:
-        ModelError: no such model, prompts missing or not wanted, a pipeline that is not known; a function that is none, takes arguments,
-            raises, or returns something else than a model with a shape.
+        ModelError: no such model, options of pipelines for something else, a pipeline that cannot be led; a function that is none, takes
+            arguments, raises, or returns something else than a model with a shape.
     """
     named_path(name)
     if is_pipeline(name):
-        return from_pipeline(load_pipeline(name), prompts)
-    if prompts is not None:
-        raise ModelError(f"{name} is not a pipeline that takes prompts: leave --prompts out, or name the folder of one")
+        return open_pipeline(name, pipeline or PipelineOptions(), guidance)
+    if pipeline is not None and pipeline.given:
+        raise ModelError(f"{name} is not a pipeline: leave {' and '.join(pipeline.given)} out, or name the folder of one")
     return _made(name) if is_entry(name) and not Path(name).exists() else load_model(name)
 
 
@@ -77,7 +79,13 @@ def _place(error: BaseException) -> str:
 
 def guidance_of(model: Model, scale: float | None) -> float:
     """Return the guidance scale that was typed, else the model's own."""
-    return model.default_guidance if scale is None else scale
+    said = said_guidance(model, scale)
+    return model.default_guidance if said is None else said
+
+
+def said_guidance(model: Model, scale: float | None) -> float | None:
+    """Return the guidance scale that was typed; None where none was, or the calls that lead a pipeline have it already."""
+    return None if isinstance(model, PipelineModel) and model.led else scale
 
 
 def guidance_words(model: Model, scale: float | None) -> list[str]:

@@ -36,7 +36,6 @@ __all__ = [
     "Flag",
     "Guidance",
     "ModelName",
-    "Prompts",
     "StatisticsFolder",
     "TeacherGuidance",
     "checked",
@@ -67,7 +66,6 @@ TeacherGuidance = Annotated[
     float | None,
     typer.Option("--guidance", help="The teacher's guidance scale; its student is sampled without. Default: the model's own."),
 ]
-Prompts = Annotated[Path | None, typer.Option(help="For the folder of a text-to-image pipeline: a text file with one prompt on each line.")]
 
 PLAIN = (bool, int, float, str, Path)
 INTEGERS, NUMBERS, NAMES = "<int,...>", "<float,...>", "<str,...>"  # how lists are shown in help

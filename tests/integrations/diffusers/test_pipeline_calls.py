@@ -1,16 +1,19 @@
 """A pipeline as a model by its own calls: the same latents, whatever the pipeline adds, and nothing left behind."""
 
+import json
 import threading
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.apps.conftest import run as command
 from tests.integrations.diffusers.tiny_pipelines import load
 
 import fewstep
 from fewstep import FewstepError, FitConfig, ModelError, from_pipeline
 from fewstep.integrations.diffusers import FewstepScheduler
+from fewstep.integrations.diffusers.pipeline_calls import read_calls
 from fewstep.integrations.diffusers.relay import Relay
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
@@ -227,3 +230,50 @@ def test_models_of_other_calls_are_told_apart(folder):
     prints = [from_pipeline(pipe, calls=[one]).fingerprint for one in (call, dict(call), *others)]
     assert prints[0] == prints[1] and len(set(prints)) == 5
     assert from_pipeline(load(folder("sd-controlnet")), calls=[call]).fingerprint == prints[0]
+
+
+# -- from files -----------------------------------------------------------------------------------------------------------
+
+
+def test_calls_are_read_with_their_pictures(tmp_path):
+    PICTURE.save(tmp_path / "cat.png")
+    lines = [{"prompt": "a cat", "image": "cat.png", "seed": 3}, {"prompt": "the moon", "image": ["cat.png", "cat.png"], "num_images": 2}]
+    (tmp_path / "calls.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    one, two = read_calls(tmp_path / "calls.jsonl")
+    assert one["prompt"] == "a cat" and one["seed"] == 3 and np.array_equal(one["image"], PICTURE)
+    assert len(two["image"]) == 2 and two["num_images"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "has no calls"),
+        ("a red cat", "calls.jsonl, line 1"),
+        ('{"prompt": "a cat"}\n[1]', "calls.jsonl, line 2"),
+        ('{"image": "nowhere.png"}', "nowhere.png"),
+    ],
+)
+def test_files_that_are_no_calls_are_refused(text, says, tmp_path):
+    (tmp_path / "calls.jsonl").write_text(text)
+    with pytest.raises(ModelError, match=says):
+        read_calls(tmp_path / "calls.jsonl")
+
+
+def test_the_command_line_fits_by_calls(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "calls.jsonl").write_text("\n".join(map(json.dumps, CALLS["sd"])))
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    small = ["--nfe", "2", "--num", "8", "--held-out", "4", "--noises", "4", "--window", "4", "--levels", "6", "--iterations", "1"]
+    words = ("fit", folder("sd"), *small, "--calls", tmp_path / "calls.jsonl", "--out", tmp_path / "fitted")
+    assert command(monkeypatch, *words, "--dtype", "float32") == 0
+    assert "FewstepScheduler.from_sampler" in capsys.readouterr().out
+    assert (tmp_path / "fitted" / "nfe-02" / "sampler.json").is_file()
+    for more, says in (
+        (("--guidance", "5"), "leave --guidance out"),
+        (("--prompts", tmp_path / "prompts.txt"), "give one of --prompts and --calls"),
+        (("--height", "16"), "put height into them"),
+        (("--dtype", "float8"), "unknown dtype of a pipeline 'float8'"),
+        (("--offload", "all"), "unknown way to offload a pipeline 'all'"),
+    ):
+        assert command(monkeypatch, *words[:-1], tmp_path / "other", *more) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

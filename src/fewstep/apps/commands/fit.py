@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from fewstep.apps.console import console, next_command, pipeline_line, print_json, progress, show_table
-from fewstep.apps.models import guidance_words, open_model
-from fewstep.apps.options import INTEGERS, NUM, AsJson, Fields, Guidance, ModelName, Prompts, command, integers
+from fewstep.apps.models import guidance_words, open_model, said_guidance
+from fewstep.apps.options import INTEGERS, NUM, AsJson, Fields, Guidance, ModelName, command, integers
+from fewstep.apps.pipelines import PipelineOptions
 from fewstep.learn.samplers.fit import FitConfig, nfe_folder
 from fewstep.learn.samplers.fit import fit as make_samplers
 from fewstep.learn.teacher.trajectories import Trajectories
@@ -29,7 +30,7 @@ def fit(
     guidance: Guidance = None,
     config: Annotated[FitConfig, Fields({"num": NUM})],
     trajectories: Annotated[Path | None, typer.Option(help="A folder of trajectories to fit to; by default they are made.")] = None,
-    prompts: Prompts = None,
+    pipeline: Annotated[PipelineOptions, Fields()],
     json: AsJson = False,
 ) -> None:
     """Fit samplers of its own to a model.
@@ -37,14 +38,14 @@ def fit(
     Coefficients and noise levels are chosen by where the model's own samples end. A killed run continues after the last whole sampler; the
     processes of torchrun share the work.
     """
-    opened, counts, begin = open_model(model, prompts), sorted(set(integers(nfe, "--nfe"))), time.perf_counter()
+    opened, counts, begin = open_model(model, pipeline, guidance), sorted(set(integers(nfe, "--nfe"))), time.perf_counter()
     stored = None if trajectories is None else Trajectories.load(trajectories)
     title = f"fitting {len(counts)} samplers of {opened.name}, about {config.evaluations(counts):,} network evaluations"
     with progress(title, len(counts)) as report:
         samplers = make_samplers(
             opened,
             counts,
-            guidance=guidance,
+            guidance=said_guidance(opened, guidance),
             out=out,
             config=config,
             trajectories=stored,
@@ -61,7 +62,7 @@ def fit(
         return
     _show(done)
     console.print(f"samplers: {out}")
-    if prompts:
+    if pipeline.given:
         console.print(pipeline_line("from_sampler", out))
         return
     scale = guidance_words(opened, guidance)

@@ -12,7 +12,7 @@ import torch
 import typer
 
 from fewstep.apps.console import NO_PLOTS, console, next_command, pipeline_line, print_json, progress, show_table
-from fewstep.apps.models import guidance_of, guidance_words, open_model
+from fewstep.apps.models import guidance_of, guidance_words, open_model, said_guidance
 from fewstep.apps.options import (
     INTEGERS,
     NAMES,
@@ -21,12 +21,12 @@ from fewstep.apps.options import (
     Flag,
     Guidance,
     ModelName,
-    Prompts,
     StatisticsFolder,
     command,
     integers,
     words,
 )
+from fewstep.apps.pipelines import PipelineOptions
 from fewstep.apps.plots import STANDARD, save_schedules
 from fewstep.core.grid import make_grid
 from fewstep.learn.samplers.optimize import OptimizeConfig, collected_gram, solver_folder
@@ -53,14 +53,14 @@ def optimize(
     guidance: Guidance = None,
     config: Annotated[OptimizeConfig, Fields({"num": Flag("--num", "-n")})],
     statistics: StatisticsFolder = None,
-    prompts: Prompts = None,
+    pipeline: Annotated[PipelineOptions, Fields()],
     json: AsJson = False,
 ) -> None:
     """Find the best noise levels for a solver on a model.
 
     A killed run continues after the last whole schedule.
     """
-    opened, names, counts = open_model(model, prompts), words(solver) or (), sorted(set(integers(nfe, "--nfe")))
+    opened, names, counts = open_model(model, pipeline, guidance), words(solver) or (), sorted(set(integers(nfe, "--nfe")))
     if not names:
         raise FewstepError("optimize needs at least one solver")
     problem = Problem(opened, guidance_of(opened, guidance), default_device())
@@ -76,7 +76,7 @@ def optimize(
                 opened,
                 name,
                 counts,
-                guidance=guidance,
+                guidance=said_guidance(opened, guidance),
                 out=out,
                 config=config,
                 statistics=statistics,
@@ -95,7 +95,7 @@ def optimize(
         return
     _show(opened.name, rows)
     console.print(f"samplers: {out}\nplots: {plots}")
-    if prompts:
+    if pipeline.given:
         console.print(pipeline_line("from_sampler", folders[0]))
     else:
         console.print(next_command("bench", model, *guidance_words(opened, guidance), "--sampler", out, "--out", "runs/bench"))

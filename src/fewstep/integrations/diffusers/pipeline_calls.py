@@ -8,20 +8,23 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fewstep.data.images import read_picture
 from fewstep.integrations.diffusers.relay import Evaluation, Relay
 from fewstep.models.formats.diffusers_law import NoiseLaw
 from fewstep.models.identity import digest, parts
 from fewstep.models.networks.calls import check_evaluating
-from fewstep.runtime.errors import ModelError, first_line
+from fewstep.runtime.artifact import named_path, parse_json, read_file
+from fewstep.runtime.errors import FewstepError, ModelError, first_line
 from fewstep.runtime.front_door import whole
 
-__all__ = ["PipelineLoop", "checked_calls"]
+__all__ = ["PipelineLoop", "checked_calls", "read_calls"]
 
 ROUNDS = 64  # evaluations of one call, which then begins anew
 PROBES = 4  # evaluations of the call that is tried first
@@ -62,6 +65,38 @@ def checked_calls(pipe: Any, calls: Any) -> list[dict[str, Any]]:  # noqa: ANN40
                 raise ModelError(f"call {k} has the argument {key!r}, which a {type(pipe).__name__} does not know")
         whole(call.get("seed", 0), f"the seed of call {k}", ModelError)
     return [dict(call) for call in calls]
+
+
+def read_calls(path: str | Path) -> list[dict[str, Any]]:
+    """Return the calls in a file of JSON lines; where an argument is a picture (``image``, ``mask_image``), the text is the path to it.
+
+    Raises:
+        ModelError: a line is no JSON object, there is none, or a picture cannot be read.
+    """
+    path, calls = named_path(path), list[dict[str, Any]]()
+    try:
+        lines = read_file(path).decode("utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                calls.append({key: _picture(key, value, path.parent) for key, value in parse_json(line, f"{path}, line {number}").items()})
+    except (FewstepError, UnicodeDecodeError) as error:
+        raise ModelError(f'cannot read the calls in {path}: {error}; each line is a JSON object, as {{"prompt": "a red cat"}}') from error
+    if not calls:
+        raise ModelError(f"{path} has no calls: write one JSON object on each line, the arguments of the pipeline")
+    return calls
+
+
+def _picture(name: str, value: Any, folder: Path) -> Any:  # noqa: ANN401
+    """Return the picture that a text names, or pictures, where the argument ``name`` takes some; else the value."""
+    if "image" not in name or "embeds" in name or name.startswith("num_"):
+        return value
+    if isinstance(value, list):
+        return [_picture(name, one, folder) for one in value]
+    if not isinstance(value, str):
+        return value
+    from PIL import Image
+
+    return Image.fromarray(read_picture(folder / value))
 
 
 class PipelineLoop(nn.Module):

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fewstep.runtime.artifact import named_path, read_json
 from fewstep.runtime.errors import ModelError, first_line
 
@@ -21,10 +23,14 @@ def is_pipeline(source: str | Path) -> bool:
     return not (isinstance(unet, list) and unet[-1:] == ["UNet2DModel"])
 
 
-def load_pipeline(source: str | Path) -> Any:  # noqa: ANN401
+def load_pipeline(source: str | Path, *, dtype: torch.dtype | None = None) -> Any:  # noqa: ANN401
     """Load a diffusers pipeline from its folder; a text encoder that was not saved stays out.
 
     Nothing in the folder runs: its classes are those of diffusers and transformers, its weights safetensors.
+
+    Args:
+        source: the folder.
+        dtype: of the weights; by default float32.
 
     Raises:
         ModelError: diffusers is not there, or cannot read it; a class of another library or with code of its own, or weights that are a
@@ -32,7 +38,7 @@ def load_pipeline(source: str | Path) -> Any:  # noqa: ANN401
     """
     folder = named_path(source)
     try:
-        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+        from diffusers.pipelines import pipeline_utils
     except ImportError as error:
         raise ModelError(f"{source} needs diffusers: pip install 'fewstep[diffusers]' transformers") from error
     index = read_json(folder / "model_index.json")
@@ -40,8 +46,10 @@ def load_pipeline(source: str | Path) -> Any:  # noqa: ANN401
     parts = {key: value for key, value in index.items() if not key.startswith("_") and isinstance(value, list)}
     left_out = {f"text_encoder_{k}": None for k in (2, 3) if f"text_encoder_{k}" in parts and not (folder / f"text_encoder_{k}").is_dir()}
     left_out |= {key.replace("text_encoder", "tokenizer"): None for key in left_out}
+    named = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"  # as releases of diffusers call it
+    options: dict[str, Any] = {**left_out, **({} if dtype is None else {named: dtype})}
     try:
-        return DiffusionPipeline.from_pretrained(str(source), use_safetensors=True, local_files_only=True, **left_out)
+        return pipeline_utils.DiffusionPipeline.from_pretrained(str(source), use_safetensors=True, local_files_only=True, **options)
     except Exception as error:  # diffusers raises OSError, ValueError, EnvironmentError and others for an unreadable folder
         raise ModelError(f"cannot load {source} as a pipeline: {first_line(error)}") from error
 

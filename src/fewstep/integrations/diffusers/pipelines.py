@@ -41,6 +41,11 @@ class PipelineModel(Model):
     prompts: tuple[str, ...] = ()
 
     @property
+    def led(self) -> bool:
+        """Whether its pipeline's own calls answer, with their guidance."""
+        return isinstance(self.network, PipelineLoop)
+
+    @property
     def default_guidance(self) -> float:
         return self.guidance_scale
 
@@ -83,6 +88,7 @@ def from_pipeline(
     guidance_scale: float = 1.0,
     height: int | None = None,
     width: int | None = None,
+    num_frames: int | None = None,
     control_image: Any = None,  # noqa: ANN401 - what the pipeline's own image processor takes
     embedded_guidance: float = 3.5,
 ) -> PipelineModel:
@@ -103,6 +109,7 @@ def from_pipeline(
         negative_prompt: the text that guidance leads away from; by default the pipeline's own.
         guidance_scale: classifier-free guidance of the model.
         height, width: the size of the pictures in pixels; by default that of training.
+        num_frames: of videos, which pipelines make that are led by calls.
         control_image: the picture that a ControlNet follows.
         embedded_guidance: the guidance scale that Flux's network takes as an input; it needs no other.
 
@@ -114,7 +121,7 @@ def from_pipeline(
     if isinstance(prompts, Path):
         prompts = read_prompts(prompts)
     texts = [prompts] if isinstance(prompts, str) else list(prompts or [])
-    said = {"negative_prompt": negative_prompt, "height": height, "width": width, "control_image": control_image}
+    said = {"negative_prompt": negative_prompt, "height": height, "width": width, "num_frames": num_frames, "control_image": control_image}
     said = {key: value for key, value in said.items() if value is not None} | (
         {"guidance_scale": guidance_scale} if guidance_scale != 1 else {}
     )
@@ -130,6 +137,8 @@ def from_pipeline(
         if not texts:
             raise ModelError(f"a {kind} is led by its own calls: pass calls=[dict(prompt=...), ...], its arguments as you type them")
         return _by_calls(pipe, checked_calls(pipe, [{"prompt": text, **said} for text in texts]))
+    if num_frames is not None:
+        raise ModelError(f"a {kind} makes no videos: leave num_frames out")
     read, attribute = _FAMILIES[kind]
     network = getattr(pipe, attribute)
     if texts and getattr(pipe, "encode_prompt", None) is None:
