@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.problems import toy
@@ -135,6 +136,8 @@ SAMPLE = {
     "no seeds": (lambda: sample(PLAIN, "ddim", nfe=3), ModelError, r"say which samples: pass seeds=, as in seeds=range\(4\), or x="),
     "a single seed": (lambda: asked(seeds=7), FewstepError, r"whole numbers, one for each sample, as in seeds=range\(4\), got '7'"),
     "seeds that are not whole": (lambda: asked(seeds=[0.5]), FewstepError, "seeds are whole numbers"),
+    "seeds that are true or not": (lambda: asked(seeds=[True, False]), FewstepError, "seeds are whole numbers"),
+    "seeds that are a mask": (lambda: asked(seeds=np.array([True, False])), FewstepError, "seeds are whole numbers"),
     "seeds that are too large": (lambda: asked(seeds=[2**64]), FewstepError, "seeds are whole numbers"),
     "seeds in a square": (lambda: asked(seeds=torch.zeros(2, 2)), FewstepError, "seeds are whole numbers"),
     "other seeds than starts": (lambda: asked(x=TWO_BY_TWO, seeds=[1, 2, 3]), ModelError, "3 seeds for 2 starts: pass one for each"),
@@ -154,6 +157,7 @@ SAMPLE = {
     "one label for all": (lambda: asked(of=LABELLED, cond=torch.zeros(1)), ModelError, r"shape \(1,\), which is not one for each of 2"),
     "a label that there is not": (lambda: asked(of=LABELLED, cond=[0, 3]), ModelError, r"labels 0 to 1, one for each of 2 .*\[0, 3\]"),
     "a negative label": (lambda: asked(of=LABELLED, cond=[0, -1]), ModelError, "toy has labels 0 to 1, one for each of 2"),
+    "a scale beyond float32": (lambda: asked(of=LABELLED, guidance=1e300), ModelError, "guidance wants a finite scale, .* got 1e\\+300"),
     "labels that are true or not": (lambda: asked(of=LABELLED, cond=[True, False]), ModelError, "toy has labels 0 to 1, one for each of 2"),
     "one-hot labels, guided": (
         lambda: asked(of=LABELLED, cond=torch.eye(2), guidance=2),
@@ -413,6 +417,20 @@ def test_whatever_stands_for_a_sampler_gives_the_same_samples():
     assert ends[0].shape == (3, 2, 2) and not any(end.requires_grad for end in ends)
     for end in ends[1:]:
         assert torch.equal(end, ends[0])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_labels_are_whole_numbers_of_any_dtype(dtype):
+    labels = np.array([1, 0, 1], dtype=dtype)
+    for guidance in (1.0, 2.0):
+        given, plain = (sample(LABELLED, "ddim", nfe=2, seeds=range(3), guidance=guidance, cond=cond) for cond in (labels, [1, 0, 1]))
+        assert torch.equal(given, plain)
+    with pytest.raises(ModelError, match="toy has labels 0 to 1, one for each of 3 samples"):
+        sample(LABELLED, "ddim", nfe=2, seeds=range(3), cond=labels + np.array([0, 0, 2], dtype=dtype))
+
+
+def test_labels_of_no_seeds_are_whole_numbers_too():
+    assert LABELLED.labels([]).dtype == torch.int64
 
 
 def test_labels_are_those_of_the_seeds():

@@ -239,10 +239,11 @@ class Model:
             return cond
         if labels is None or labels.is_floating_point() or labels.is_complex():
             return cond
+        flags, labels = labels.dtype == torch.bool, labels.long()  # other whole numbers are no indices, or cannot be compared
         known = (labels >= 0) & (labels < self.classes)
         if self.null_label is not None:
             known |= labels == self.null_label
-        if labels.dtype == torch.bool or labels.shape != (count,) or not bool(known.all()):
+        if flags or labels.shape != (count,) or not bool(known.all()):
             what = f"{labels.tolist()}"[:80] if labels.numel() < 20 else f"a tensor of shape {tuple(labels.shape)}"
             raise ModelError(f"{self.name} has labels 0 to {self.classes - 1}, one for each of {count} samples, got {what}")
         return labels
@@ -260,7 +261,7 @@ class Model:
         label = None if label is None else whole(label, "a label", ModelError)
         if label is not None and not 0 <= label < self.classes:
             raise ModelError(f"{self.name} has labels 0 to {self.classes - 1}, got {label}")
-        return torch.tensor([seed % self.classes if label is None else label for seed in seeds])
+        return torch.tensor([seed % self.classes if label is None else label for seed in seeds], dtype=torch.int64)
 
     def with_network(self, network: nn.Module, **changes: Any) -> Model:  # noqa: ANN401
         """Return the same model with another network, as a student's, and other changes; its `identity` says so."""
