@@ -373,7 +373,7 @@ PARTS = {
     "DPMSolverV3 of nothing": (lambda: DPMSolverV3(), "DPMSolverV3: missing a required argument: 'statistics'"),
     "make_grid without a law": (lambda: make_grid("angle", None, 5), "a spacing is laid out on a noise law, as in make_grid"),
     "make_grid the other way round": (lambda: make_grid(LAW, "angle", 5), "a name is text"),
-    "make_grid of text": (lambda: make_grid("angle", LAW, "5"), "at least 1 step, got 5"),
+    "make_grid of text": (lambda: make_grid("angle", LAW, "5"), "at least 1 step, a whole number of them, got '5'"),
     "a TimeGrid of text": (lambda: TimeGrid("abc"), r"a grid is a list of times, as TimeGrid\(\[1.0, 0.5, 0.0\]\), got 'abc'"),
     "a TimeGrid of nothing": (lambda: TimeGrid(None), "a grid is a list of times"),
     "a Sampler of a number": (lambda: Sampler.build(5, "angle", LAW, nfe=3), "a solver is a name or a Solver, got int 5"),
