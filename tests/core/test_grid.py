@@ -279,7 +279,7 @@ LAW = VPLinear()
         (lambda: TimeGrid.uniform(LAW, True), "at least 1 step, a whole number of them, got True"),
         (lambda: TimeGrid.uniform(LAW, 5, t_max="1"), "t_max of a grid is a number, got '1'"),
         (lambda: TimeGrid.karras(LAW, 5, rho="7"), "rho of the karras spacing is a number, got '7'"),
-        (lambda: TimeGrid.karras(LAW, 5, rho=0), "rho of the karras spacing is not 0"),
+        (lambda: TimeGrid.karras(LAW, 5, rho=0), "the karras spacing cannot take rho = 0"),
         (lambda: TimeGrid.angle(LAW, 5, c="1"), "c of the angle spacing is a number, got '1'"),
         (lambda: TimeGrid.angle(LAW, 5, power=None), "power of the angle spacing is a number, got 'None'"),
         (lambda: TimeGrid.leading(DiscreteVP.linear(), 5, offset="a"), "the offset of the leading spacing is a number, got 'a'"),

@@ -344,6 +344,8 @@ def resumed(at, state=None):
 
 
 PARTS = {
+    "a step before the first": (lambda: make_solver("unipc-2:uncorrected=[-1]"), "uncorrected is a list of steps, counted from 0"),
+    "a step that is true": (lambda: make_solver("unipc-2", uncorrected=[True]), "uncorrected is a list of steps, counted from 0"),
     "steps with a misspelt argument": (lambda: steps(PLAIN, TABLEAU, TWO_BY_TWO, sede=[1]), "steps: .*'sede'; did you mean seeds"),
     "steps from before the start": (lambda: resumed(-1), "resume at an evaluation from 0 to 3, got -1"),
     "steps from beyond the end": (lambda: resumed(99), "resume at an evaluation from 0 to 3, got 99"),

@@ -90,7 +90,7 @@ class TimeGrid:
         if not bool(torch.isfinite(level).all()):
             raise GridError("karras spacing needs alpha > 0 at its start: pass t_max, or use angle")
         if not abs(number(rho, "rho of the karras spacing", GridError)) > 0:
-            raise GridError("rho of the karras spacing is not 0")
+            raise GridError("the karras spacing cannot take rho = 0")
         roots = karras_roots(level[0], level[1], _whole(steps) + 1, rho)
         return cls(_pin(schedule.t_of_lam(-rho * torch.log(roots)), ends))
 
