@@ -69,7 +69,7 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
     [
         ({"channels": (48, 40)}, "multiple of 16, got 48, 40"),
         ({"channels": ()}, "got none"),
-        ({"layers": 0}, "at least 1 layer"),
+        ({"layers": 0}, "layers is at least 1"),
         ({"dropout": 1.0}, "dropout in"),
         ({"p_std": 0.0}, "positive deviation"),
         ({"p_mean": float("nan")}, "finite mean"),
