@@ -158,6 +158,8 @@ SAMPLE = ("sample", "digits-edm", "--num", "2")
     ("words", "says"),
     [
         ((*SAMPLE, "--solver", "unipc2"), "did you mean unipc-2"),
+        ((*SAMPLE, "--solver", ""), "unknown solver ''"),
+        ((*SAMPLE, "--grid", ""), "unknown grid ''"),
         ((*SAMPLE, "--grid", "angel"), "did you mean angle"),
         ((*SAMPLE, "--grid", "karras:rho=0"), "cannot take"),
         ((*SAMPLE, "--grid", "angle:c=-1"), "needs c > 0"),

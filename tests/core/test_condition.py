@@ -1,7 +1,9 @@
 """Conditions as trees: guidance reaches every leaf whatever they are packed in, and what is no condition is refused by name."""
 
 from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -21,6 +23,51 @@ class Given:
     steps: int = 4
 
 
+@dataclass(frozen=True)
+class Derived:
+    text: Tensor
+
+    @cached_property
+    def doubled(self):
+        return 2 * self.text
+
+
+class AttributeDict(dict):
+    def __init__(self, **parts):
+        super().__init__(**parts)
+        self.__dict__ = self
+
+
+class View(MutableMapping):
+    """A mapping whose copies share its values."""
+
+    def __init__(self, **parts):
+        self.parts = parts
+
+    def __getitem__(self, key):
+        return self.parts[key]
+
+    def __setitem__(self, key, value):
+        self.parts[key] = value
+
+    def __delitem__(self, key):
+        del self.parts[key]
+
+    def __iter__(self):
+        return iter(self.parts)
+
+    def __len__(self):
+        return len(self.parts)
+
+
+@dataclass
+class Computed:
+    text: Tensor
+
+    def __post_init__(self):
+        self.doubled = 2 * self.text
+
+
 X, T = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor(2.0, dtype=torch.float64)
 LABEL, NULL = torch.tensor([1.0, 2.0, 3.0]), torch.tensor(-1.0)
 WORDS = {"one": 1.0, "two": 2.0, "three": 3.0, "": -1.0}
@@ -35,8 +82,10 @@ PACKED = {  # how the condition, and its null, reach the network; and how the ne
     "ordered": (OrderedDict(label=LABEL), {"label": NULL}, lambda c: c["label"]),
     "user's dict": (UserDict(label=LABEL), UserDict(label=NULL), lambda c: c["label"]),
     "read-only dict": (MappingProxyType({"label": LABEL}), {"label": NULL}, lambda c: c["label"]),
+    "dict of attributes": (AttributeDict(label=LABEL), {"label": NULL}, lambda c: c.label),
     "array": (LABEL.numpy(), -1.0, lambda c: torch.from_numpy(c)),
     "texts": (["one", "two", "three"], "", lambda c: torch.tensor([WORDS[word] for word in c])),
+    "array of texts": (np.array(["one", "two", "three"]), np.array(["", "", ""]), lambda c: torch.tensor([WORDS[str(w)] for w in c])),
     "texts in a dict": ({"prompt": ("one", "two", "three")}, {"prompt": [""] * 3}, lambda c: torch.tensor([WORDS[w] for w in c["prompt"]])),
     "whole numbers": (LABEL.long(), -1, lambda c: c.float()),
     "in float16": (LABEL.half(), NULL.double(), lambda c: c.float()),
@@ -101,3 +150,27 @@ def test_what_learners_do_with_a_condition_reaches_every_leaf():
     assert twice["label"].tolist() == [1, 2, 3] * 2 and twice["words"] == ["a", "b", "c"] * 2 and len(twice["more"][0]) == 6
     assert moved(cond, torch.device("meta"))["label"].device.type == "meta"
     assert first_of(None, 2) is None and isinstance(twice["more"][0], np.ndarray)
+
+
+def test_what_a_condition_has_computed_of_its_parts_is_computed_again():
+    given = Derived(LABEL[:1])
+    assert float(given.doubled) == 2  # kept from now on
+    both = with_null(Derived(NULL), given, 1)
+    assert both.doubled.tolist() == [-2, 2] and given.doubled.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("cond", "null", "says"),
+    [
+        (Computed(LABEL), Computed(NULL), "a Computed that holds tensors in doubled, which is no field of it"),
+        (View(text=LABEL), View(text=NULL), "a View, which cannot be copied .*: pass a dict"),
+        (LABEL.to_sparse(), NULL, "a Tensor of sparse_coo, which cannot be put together .*to_dense"),
+        (LABEL.numpy().astype(object), -1.0, "a ndarray of object, which cannot be put together"),
+        (np.array(["one", "two", "three"]), 3.0, "3 texts, and its null condition a text or one for each"),
+    ],
+    ids=["beside its fields", "shared", "sparse", "objects", "texts"],
+)
+def test_what_cannot_be_put_together_is_refused_by_name_and_left_as_it_is(cond, null, says):
+    with pytest.raises(ModelError, match=says):
+        with_null(null, cond, 3)
+    assert not isinstance(cond, View) or cond["text"] is LABEL

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fewstep import (
     DiscreteVP,
+    FewstepError,
     GridError,
     Model,
     RectifiedFlow,
@@ -263,3 +264,29 @@ def test_levels_that_are_no_list_are_refused(levels):
 def test_times_outside_the_noise_law_are_refused(law, times):
     with pytest.raises(GridError, match="leave the noise law, which runs from .*: beyond pure noise or the clean image"):
         Sampler.build("ddim", TimeGrid(times), law)
+
+
+LAW = VPLinear()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: TimeGrid.uniform(None, 5), "a grid is laid out on a noise law, .* got None"),
+        (lambda: TimeGrid.from_sigmas(None, [1, 0]), "a grid is laid out on a noise law"),
+        (lambda: TimeGrid([3, 2]).known_to(None), "a grid is laid out on a noise law"),
+        (lambda: TimeGrid([3, 2]).stretched("flow", 3), "a grid is laid out on a noise law, .* got flow"),
+        (lambda: TimeGrid.uniform(LAW, 5, bogus=1), "uniform: got an unexpected keyword argument 'bogus'"),
+        (lambda: TimeGrid.uniform(LAW, math.nan), "at least 1 step, a whole number of them, got nan"),
+        (lambda: TimeGrid.uniform(LAW, True), "at least 1 step, a whole number of them, got True"),
+        (lambda: TimeGrid.uniform(LAW, 5, t_max="1"), "t_max of a grid is a number, got '1'"),
+        (lambda: TimeGrid.karras(LAW, 5, rho="7"), "rho of the karras spacing is a number, got '7'"),
+        (lambda: TimeGrid.karras(LAW, 5, rho=0), "the karras spacing cannot take rho = 0"),
+        (lambda: TimeGrid.angle(LAW, 5, c="1"), "c of the angle spacing is a number, got '1'"),
+        (lambda: TimeGrid.angle(LAW, 5, power=None), "power of the angle spacing is a number, got 'None'"),
+        (lambda: TimeGrid.leading(DiscreteVP.linear(), 5, offset="a"), "the offset of the leading spacing is a number, got 'a'"),
+    ],
+)
+def test_spacings_say_what_to_pass(make, says):
+    with pytest.raises(FewstepError, match=says):
+        make()

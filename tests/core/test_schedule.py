@@ -3,12 +3,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewstep import DiscreteVP, ModelError, RectifiedFlow, VarianceExploding, VPCosine, VPLinear
+from fewstep import EDM, DiscreteVP, FewstepError, ModelError, RectifiedFlow, VarianceExploding, VPCosine, VPLinear
 from fewstep.core.schedule import schedule_from_config
 
 ROUND_TRIP = 1e-9  # of t; lam near the clean end of the cosine law has lost this much to cancellation
@@ -201,3 +202,50 @@ def test_zero_terminal_snr_keeps_the_first_time_and_zeroes_the_last():
 def test_bad_tables_are_refused(table):
     with pytest.raises(ModelError, match="strictly decreasing"):
         DiscreteVP.from_alphas_cumprod(torch.tensor(table, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "theta", [[0.0, 1.0, 3.0], [0.2, 1.0, 1.5], [-1.0, 1.0, 1.5], [0, 1, 2]], ids=["beyond", "noised", "negative", "whole"]
+)
+def test_angles_that_are_no_table_are_refused(theta):
+    for kind in (list, np.array, torch.tensor):
+        with pytest.raises(ModelError, match="angles from 0 to at most pi/2"):
+            DiscreteVP(kind(theta))
+
+
+def test_angles_of_any_library_make_the_same_law():
+    theta = [0.0, 0.5, 1.0]
+    for kind in (list, np.array, lambda values: torch.tensor(values, dtype=torch.float32)):
+        law = DiscreteVP(kind(theta))
+        assert law.theta.dtype == torch.float64 and law.theta.tolist() == theta
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: VPLinear(t_min=-3, t_clean=-5),
+        lambda: VPCosine(t_min=0.6, t_clean=0.5),
+        lambda: RectifiedFlow(t_min=-1, t_clean=-1),
+        lambda: VarianceExploding(t_min=1, t_clean=1),
+        lambda: VPLinear(0, 0),
+    ],
+)
+def test_a_law_is_clean_at_its_clean_time_and_noisy_elsewhere(make):
+    with pytest.raises(ModelError, match=r"needs .*0 = t_clean <= t_min < t_max"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: DiscreteVP.linear(10, bogus=3), "linear: got an unexpected keyword argument 'bogus'"),
+        (lambda: DiscreteVP(torch.tensor([0, 0.1, 0.2]), bogus=1), "DiscreteVP: got an unexpected keyword argument 'bogus'"),
+        (lambda: DiscreteVP.from_alphas_cumprod([0.9, 0.5], 3), "too many positional arguments"),
+        (lambda: DiscreteVP.from_alphas_cumprod([0.9, 0.5j]), "a list of numbers"),
+        (lambda: DiscreteVP.squared_cosine(10, max_beta="a"), "max_beta is a number, got 'a'"),
+        (lambda: EDM(sigma=1), "EDM: got an unexpected keyword argument 'sigma'; did you mean sigma_data"),
+    ],
+)
+def test_makers_of_laws_say_what_to_pass(make, says):
+    with pytest.raises(FewstepError, match=says):
+        make()

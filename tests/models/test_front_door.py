@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.problems import toy
@@ -135,6 +136,8 @@ SAMPLE = {
     "no seeds": (lambda: sample(PLAIN, "ddim", nfe=3), ModelError, r"say which samples: pass seeds=, as in seeds=range\(4\), or x="),
     "a single seed": (lambda: asked(seeds=7), FewstepError, r"whole numbers, one for each sample, as in seeds=range\(4\), got '7'"),
     "seeds that are not whole": (lambda: asked(seeds=[0.5]), FewstepError, "seeds are whole numbers"),
+    "seeds that are true or not": (lambda: asked(seeds=[True, False]), FewstepError, "seeds are whole numbers"),
+    "seeds that are a mask": (lambda: asked(seeds=np.array([True, False])), FewstepError, "seeds are whole numbers"),
     "seeds that are too large": (lambda: asked(seeds=[2**64]), FewstepError, "seeds are whole numbers"),
     "seeds in a square": (lambda: asked(seeds=torch.zeros(2, 2)), FewstepError, "seeds are whole numbers"),
     "other seeds than starts": (lambda: asked(x=TWO_BY_TWO, seeds=[1, 2, 3]), ModelError, "3 seeds for 2 starts: pass one for each"),
@@ -154,6 +157,7 @@ SAMPLE = {
     "one label for all": (lambda: asked(of=LABELLED, cond=torch.zeros(1)), ModelError, r"shape \(1,\), which is not one for each of 2"),
     "a label that there is not": (lambda: asked(of=LABELLED, cond=[0, 3]), ModelError, r"labels 0 to 1, one for each of 2 .*\[0, 3\]"),
     "a negative label": (lambda: asked(of=LABELLED, cond=[0, -1]), ModelError, "toy has labels 0 to 1, one for each of 2"),
+    "a scale beyond float32": (lambda: asked(of=LABELLED, guidance=1e300), ModelError, "guidance wants a finite scale, .* got 1e\\+300"),
     "labels that are true or not": (lambda: asked(of=LABELLED, cond=[True, False]), ModelError, "toy has labels 0 to 1, one for each of 2"),
     "one-hot labels, guided": (
         lambda: asked(of=LABELLED, cond=torch.eye(2), guidance=2),
@@ -211,6 +215,13 @@ MODELS = {
     "a null label as text": (lambda: model(null_label="a"), "null_label is a whole number, got 'a'"),
     "a null label that is no number": (lambda: model(null_label=float("nan")), "null_label is a whole number, got nan"),
     "whole numbers as dtype": (lambda: model(dtype=torch.int8), "dtype is the floating dtype that the network computes in"),
+    "a dtype that nothing computes in": (
+        lambda: model(dtype=torch.float8_e4m3fn),
+        "dtype is the floating dtype that the network computes in",
+    ),
+    "a time that is true or not": (lambda: model(time_dtype=torch.bool), "time_dtype is the dtype of the network's time"),
+    "a complex time": (lambda: model(time_dtype=torch.complex64), "time_dtype is the dtype of the network's time"),
+    "a time of eight bits": (lambda: model(time_dtype=torch.float8_e4m3fn), "time_dtype is the dtype of the network's time"),
     "a dtype as text": (lambda: model(dtype="float16"), "dtype is the floating dtype .* got 'float16'"),
     "a time's dtype as text": (lambda: model(time_dtype="int64"), "time_dtype is the dtype of the network's time, .* got 'int64'"),
     "a name as number": (lambda: model(name=5), "name of a Model is a word, got '5'"),
@@ -333,11 +344,22 @@ def resumed(at, state=None):
 
 
 PARTS = {
+    "a step before the first": (lambda: make_solver("unipc-2:uncorrected=[-1]"), "uncorrected is a list of steps, counted from 0"),
+    "a step that is true": (lambda: make_solver("unipc-2", uncorrected=[True]), "uncorrected is a list of steps, counted from 0"),
     "steps with a misspelt argument": (lambda: steps(PLAIN, TABLEAU, TWO_BY_TWO, sede=[1]), "steps: .*'sede'; did you mean seeds"),
     "steps from before the start": (lambda: resumed(-1), "resume at an evaluation from 0 to 3, got -1"),
     "steps from beyond the end": (lambda: resumed(99), "resume at an evaluation from 0 to 3, got 99"),
     "steps from another solver's state": (lambda: resumed(1, heun().start(TWO_BY_TWO)), "is that of another solver"),
     "steps from a number": (lambda: list(steps(PLAIN, TABLEAU, TWO_BY_TWO, resume=1)), "resume is an evaluation and the state before it"),
+    "an edit that is a number": (lambda: list(steps(PLAIN, TABLEAU, TWO_BY_TWO, edit=5)), "edit is a function, .* got a int"),
+    "noise that is a tensor": (lambda: list(steps(PLAIN, TABLEAU, TWO_BY_TWO, noise=TWO_BY_TWO)), "noise is a function, .* got a Tensor"),
+    "an edit to whole numbers": (
+        lambda: list(steps(PLAIN, TABLEAU, TWO_BY_TWO, edit=lambda step: step.x_next.long())),
+        "edit answered in int64: an answer is of floating point numbers",
+    ),
+    "steps with one seed": (lambda: list(steps(PLAIN, TABLEAU, TWO_BY_TWO, seeds=3)), "seeds are whole numbers, one for each sample"),
+    "steps with a generator": (lambda: list(steps(PLAIN, TABLEAU, TWO_BY_TWO, seeds=torch.Generator())), "seeds are whole numbers"),
+    "steps from a sparse start": (lambda: list(steps(PLAIN, TABLEAU, TWO_BY_TWO.to_sparse())), "a dense tensor, not one of sparse_coo"),
     "an edit that answers a number": (lambda: list(steps(PLAIN, TABLEAU, TWO_BY_TWO, edit=lambda step: 5)), "edit answered a int"),
     "noise for one sample": (
         lambda: list(steps(PLAIN, NOISY, TWO_BY_TWO, noise=lambda i: TWO_BY_TWO[:1])),
@@ -369,7 +391,7 @@ PARTS = {
     "DPMSolverV3 of nothing": (lambda: DPMSolverV3(), "DPMSolverV3: missing a required argument: 'statistics'"),
     "make_grid without a law": (lambda: make_grid("angle", None, 5), "a spacing is laid out on a noise law, as in make_grid"),
     "make_grid the other way round": (lambda: make_grid(LAW, "angle", 5), "a name is text"),
-    "make_grid of text": (lambda: make_grid("angle", LAW, "5"), "at least 1 step, got 5"),
+    "make_grid of text": (lambda: make_grid("angle", LAW, "5"), "at least 1 step, a whole number of them, got '5'"),
     "a TimeGrid of text": (lambda: TimeGrid("abc"), r"a grid is a list of times, as TimeGrid\(\[1.0, 0.5, 0.0\]\), got 'abc'"),
     "a TimeGrid of nothing": (lambda: TimeGrid(None), "a grid is a list of times"),
     "a Sampler of a number": (lambda: Sampler.build(5, "angle", LAW, nfe=3), "a solver is a name or a Solver, got int 5"),
@@ -413,6 +435,20 @@ def test_whatever_stands_for_a_sampler_gives_the_same_samples():
     assert ends[0].shape == (3, 2, 2) and not any(end.requires_grad for end in ends)
     for end in ends[1:]:
         assert torch.equal(end, ends[0])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_labels_are_whole_numbers_of_any_dtype(dtype):
+    labels = np.array([1, 0, 1], dtype=dtype)
+    for guidance in (1.0, 2.0):
+        given, plain = (sample(LABELLED, "ddim", nfe=2, seeds=range(3), guidance=guidance, cond=cond) for cond in (labels, [1, 0, 1]))
+        assert torch.equal(given, plain)
+    with pytest.raises(ModelError, match="toy has labels 0 to 1, one for each of 3 samples"):
+        sample(LABELLED, "ddim", nfe=2, seeds=range(3), cond=labels + np.array([0, 0, 2], dtype=dtype))
+
+
+def test_labels_of_no_seeds_are_whole_numbers_too():
+    assert LABELLED.labels([]).dtype == torch.int64
 
 
 def test_labels_are_those_of_the_seeds():

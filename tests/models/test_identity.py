@@ -114,6 +114,14 @@ def test_models_that_answer_differently_have_other_fingerprints(case):
     assert len({fingerprint(network) for network in networks}) == len(networks)
 
 
+@pytest.mark.parametrize("identity", ["", "weights v1"])
+def test_a_model_that_computes_in_another_dtype_has_another_fingerprint(identity):
+    one = Model(Net(), DiscreteVP.linear(), "v", identity=identity)
+    others = [replace(one, dtype=torch.bfloat16), replace(one, dtype=torch.float16), replace(one, time_dtype=torch.float16)]
+    assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 4
+    assert replace(one, dtype=torch.float32).fingerprint == one.fingerprint
+
+
 def in_channels_last(network: nn.Module) -> nn.Module:
     return network.to(memory_format=torch.channels_last)
 

@@ -120,6 +120,17 @@ def test_a_network_of_whole_times_is_given_them_and_no_others() -> None:
     assert sample(model, "unipc-2", nfe=5, seeds=[1]).shape == (1, 3)  # a grid of a discrete law is of its own times
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.int8, 127), (torch.uint8, 255), (torch.int16, 999)])
+def test_a_time_that_its_dtype_does_not_hold_is_refused(dtype: torch.dtype, most: int) -> None:
+    told = list[float]()
+    model = Model(lambda x, t: told.append(float(t[0])) or x, DiscreteVP.linear(), "v", time_dtype=dtype)
+    model(torch.zeros(2, 3), torch.tensor(float(most)))
+    assert told == [most]
+    if most < 999:
+        with pytest.raises(ModelError, match=f"is asked at {most + 1}, which .*int8 does not hold: make it with a larger time_dtype"):
+            model(torch.zeros(2, 3), torch.tensor([5.0, most + 1.0]).flip(0))
+
+
 @pytest.mark.parametrize(
     "answer", [lambda x: (x,), lambda x: [x], lambda x: SimpleNamespace(sample=x), lambda x: SimpleNamespace(sample=(x,))]
 )
@@ -129,7 +140,9 @@ def test_the_only_tensor_of_an_answer_is_it(answer: Callable[[Tensor], object]) 
 
 
 @pytest.mark.parametrize(
-    "time", [lambda t: 5.0, lambda t: t[None, None], lambda t: torch.zeros(7), lambda t: None], ids=["float", "two more", "seven", "None"]
+    "time",
+    [lambda t: 5.0, lambda t: t[None, None], lambda t: torch.zeros(7), lambda t: t + 0j, lambda t: None],
+    ids=["float", "two more", "seven", "complex", "None"],
 )
 def test_a_time_that_is_none_is_refused(time: Callable[[Tensor], object]) -> None:
     with pytest.raises(ModelError, match=r"time of .* answers .* to times of shape \(\): it is a function t \[\*\] -> \[\*\]"):

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.denoiser import Cond
-from fewstep.runtime.errors import ModelError
+from fewstep.runtime.errors import ModelError, first_line
 
 __all__ = ["check_batch", "first_of", "moved", "repeated", "with_null"]
 
@@ -45,6 +46,8 @@ def with_null(null: Cond, cond: Cond, count: int) -> Cond:
             return [*_texts(other, count, where), *leaf]
         if isinstance(leaf, Tensor):
             return torch.cat([_like(other, leaf, where), leaf])
+        if leaf.dtype.kind == "U":
+            return np.array([*_texts(other, count, where), *leaf.tolist()])
         return np.concatenate([_like(other, torch.as_tensor(leaf), where).numpy(), leaf])
 
     both = _walked(pair, WHOLE, cond, null)
@@ -127,6 +130,7 @@ def _walked(function: Callable[..., Any], where: str, value: Any, *others: Any) 
         ModelError: a part that is neither leaf, branch nor option; others of another form, or with other options.
     """
     if _is_leaf(value):
+        _check_kind(value, where)
         return function(list(value) if isinstance(value, tuple) else value, *others, where)
     if isinstance(value, OPTIONS):
         for other in others:
@@ -141,7 +145,7 @@ def _walked(function: Callable[..., Any], where: str, value: Any, *others: Any) 
         )
     theirs = [_same_form(value, other, where) for other in others]
     made = [_walked(function, where + name, part, *(other[key] for other in theirs)) for key, name, part in parts]
-    return _rebuilt(value, [key for key, _, _ in parts], made)
+    return _rebuilt(value, [key for key, _, _ in parts], made, where)
 
 
 def _same_form(value: Any, other: Any, where: str) -> dict[Any, Any]:  # noqa: ANN401
@@ -158,23 +162,62 @@ def _same_form(value: Any, other: Any, where: str) -> dict[Any, Any]:  # noqa: A
     return found
 
 
-def _rebuilt(value: Any, keys: list[Any], parts: list[Any]) -> Any:  # noqa: ANN401
+def _rebuilt(value: Any, keys: list[Any], parts: list[Any], where: str) -> Any:  # noqa: ANN401
+    """Return a branch of the type of ``value`` with other parts.
+
+    Raises:
+        ModelError: a copy of it would keep something of the samples, or is none.
+    """
     if isinstance(value, tuple):
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if isinstance(value, list):
         return parts
-    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+    if isinstance(value, Mapping) and (type(value) is dict or not isinstance(value, MutableMapping)):
         return dict(zip(keys, parts, strict=True))
-    made = copy.copy(value)
-    for key, part in zip(keys, parts, strict=True):
-        if isinstance(made, MutableMapping):
-            made[key] = part
-        else:
-            object.__setattr__(made, key, part)  # frozen ones, too
+    _check_beside(value, keys, where)
+    try:
+        made: Any = copy.copy(value)
+        for name in [name for name in getattr(made, "__dict__", ()) if isinstance(getattr(type(made), name, None), cached_property)]:
+            del made.__dict__[name]  # it was computed from the parts of another batch
+        for key, part in zip(keys, parts, strict=True):
+            if not isinstance(made, MutableMapping):
+                object.__setattr__(made, key, part)  # frozen ones, too
+                continue
+            before, made[key] = value[key], part
+            if value[key] is not before:
+                value[key] = before
+                raise TypeError("a copy of it shares its values")
+            if key in getattr(made, "__dict__", ()):
+                made.__dict__[key] = part  # of one whose parts are its attributes, too
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"{where} is a {type(value).__name__}, which cannot be copied ({first_line(error)}): pass a dict") from error
     return made
 
 
+def _check_beside(value: Any, keys: list[Any], where: str) -> None:  # noqa: ANN401
+    """Refuse a branch that holds tensors beside its parts, which would stay those of another batch."""
+    for name, held in getattr(value, "__dict__", {}).items():
+        known = name in keys or isinstance(getattr(type(value), name, None), cached_property)
+        leaves = () if known or isinstance(held, MutableMapping) and isinstance(value, MutableMapping) else _leaves(held, "")
+        if any(not isinstance(leaf, list | tuple) for leaf, _ in leaves):
+            raise ModelError(
+                f"{where} is a {type(value).__name__} that holds tensors in {name}, which is no field of it: make it one, or compute it in "
+                "the network"
+            )
+
+
 # -- leaves -------------------------------------------------------------------------------------------------------------
+
+
+def _check_kind(leaf: Any, where: str) -> None:  # noqa: ANN401
+    """Refuse a tensor or array that cannot be put together for a batch."""
+    odd, mend = None, ""
+    if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
+        odd, mend = str(leaf.layout).removeprefix("torch."), "pass x.to_dense()"
+    elif isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "biufcU":
+        odd, mend = str(leaf.dtype), "make it one of numbers or of texts"
+    if odd is not None:
+        raise ModelError(f"{where} is a {type(leaf).__name__} of {odd}, which cannot be put together for a batch: {mend}")
 
 
 def _check_length(leaf: Any, count: int, where: str) -> None:  # noqa: ANN401
@@ -203,7 +246,7 @@ def _like(other: Any, leaf: Tensor, where: str) -> Tensor:  # noqa: ANN401
 
 
 def _texts(other: Any, count: int, where: str) -> list[str]:  # noqa: ANN401
-    texts = [other] * count if isinstance(other, str) else other
+    texts = [other] * count if isinstance(other, str) else other.tolist() if isinstance(other, np.ndarray) else other
     if not isinstance(texts, list | tuple) or len(texts) != count or not all(isinstance(one, str) for one in texts):
         raise ModelError(f"{where} is {count} texts, and its null condition a text or one for each, got {_shown(other)}")
     return list(texts)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import GridError, look_up
-from fewstep.runtime.front_door import checked, checked_class, number
+from fewstep.runtime.front_door import checked, checked_class, is_count, number
 from fewstep.runtime.spec import check_options, merged, parse_spec
 
 __all__ = ["GRIDS", "RHO", "TimeGrid", "karras_roots", "make_grid"]
@@ -68,6 +68,7 @@ class TimeGrid:
     # -- spacings ---------------------------------------------------------------------------------------------------
 
     @classmethod
+    @checked
     def logsnr(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
         """Return a grid of ``steps`` intervals, uniform in ``lam`` (DPM-Solver, arXiv 2206.00927). Both ends need a finite ``lam``."""
         ends = _ends(schedule, t_max, t_min)
@@ -77,6 +78,7 @@ class TimeGrid:
         return cls(_pin(schedule.t_of_lam(_linspace(lam[0], lam[1], steps)), ends))
 
     @classmethod
+    @checked
     def karras(
         cls, schedule: NoiseSchedule, steps: int, *, rho: float = RHO, t_max: float | None = None, t_min: float | None = None
     ) -> TimeGrid:
@@ -88,16 +90,20 @@ class TimeGrid:
         level = torch.exp(-schedule.lam(ends))
         if not bool(torch.isfinite(level).all()):
             raise GridError("karras spacing needs alpha > 0 at its start: pass t_max, or use angle")
+        if not abs(number(rho, "rho of the karras spacing", GridError)) > 0:
+            raise GridError("the karras spacing cannot take rho = 0")
         roots = karras_roots(level[0], level[1], _whole(steps) + 1, rho)
         return cls(_pin(schedule.t_of_lam(-rho * torch.log(roots)), ends))
 
     @classmethod
+    @checked
     def uniform(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
         """Return a grid of ``steps`` intervals, uniform in ``t``."""
         ends = _ends(schedule, t_max, t_min)
         return cls(_pin(_linspace(ends[0], ends[1], steps), ends))
 
     @classmethod
+    @checked
     def quadratic(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
         """Return a grid of ``steps`` intervals, uniform in ``sqrt(t - t_clean)``."""
         ends = _ends(schedule, t_max, t_min)
@@ -105,6 +111,7 @@ class TimeGrid:
         return cls(_pin(_linspace(root[0], root[1], steps) ** 2 + schedule.t_clean, ends))
 
     @classmethod
+    @checked
     def angle(
         cls,
         schedule: NoiseSchedule,
@@ -120,6 +127,7 @@ class TimeGrid:
         With ``c = power = 1`` this is the time of the cosine schedule, finite at both ends whatever the schedule. With ``power`` 2 it is
         quadratic in that time, and closer towards the image.
         """
+        c, power = number(c, "c of the angle spacing", GridError), number(power, "power of the angle spacing", GridError)
         if not (c > 0 and power > 0):
             raise GridError(f"the angle spacing needs c > 0 and power > 0, got {c:g} and {power:g}")
         ends = _ends(schedule, t_max, t_min)
@@ -128,17 +136,19 @@ class TimeGrid:
         return cls(_pin(schedule.t_of_lam(-torch.log(c * torch.tan(inner))), ends))
 
     @classmethod
+    @checked
     def linspace(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
         """Return diffusers' ``linspace`` grid as its DPM-Solver, UniPC and DEIS have it: integers nearest to uniform times."""
         ends = _ends(_discrete(schedule, "linspace"), t_max, t_min)
         return cls(_linspace(ends[0], ends[1], steps).round())
 
     @classmethod
+    @checked
     def leading(
         cls, schedule: NoiseSchedule, steps: int, *, offset: int = 1, t_max: float | None = None, t_min: float | None = None
     ) -> TimeGrid:
         """Return diffusers' ``leading`` grid as its DDIM has it: multiples of ``T // steps`` plus ``offset`` (its ``steps_offset``)."""
-        if offset != int(offset):
+        if number(offset, "the offset of the leading spacing", GridError) % 1:
             raise GridError(f"the offset of the leading spacing is a whole number of times, got {offset}")
         ends = _ends(_discrete(schedule, "leading"), t_max, t_min)
         count = int(ends[0]) + 1
@@ -146,6 +156,7 @@ class TimeGrid:
         return cls(torch.cat([times, ends[1:]]))
 
     @classmethod
+    @checked
     def trailing(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
         """Return diffusers' ``trailing`` grid: from the last time down in strides of ``T / steps``."""
         ends = _ends(_discrete(schedule, "trailing"), t_max, t_min)
@@ -154,6 +165,7 @@ class TimeGrid:
         return cls(torch.cat([times, ends[1:]]))
 
     @classmethod
+    @checked
     def from_sigmas(cls, schedule: NoiseSchedule, sigmas: Sequence[float] | Tensor) -> TimeGrid:
         """Return the grid through noise levels ``sigma/alpha [M+1]``, k-diffusion's and diffusers' ``sigmas``; a last 0 is the clean image.
 
@@ -162,6 +174,7 @@ class TimeGrid:
         Raises:
             GridError: they do not decrease, or are no numbers from 0.
         """
+        _check_law(schedule)
         try:
             level = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
         except (TypeError, ValueError, RuntimeError) as error:
@@ -204,6 +217,7 @@ class TimeGrid:
         Raises:
             GridError: as `snap`.
         """
+        _check_law(schedule)
         if schedule.times is None:
             return self
         held = schedule.held(self.t)
@@ -216,6 +230,7 @@ class TimeGrid:
         Raises:
             GridError: ``lam`` is infinite at an end, or times coincide after snapping.
         """
+        _check_law(schedule)
         lam = schedule.lam(self.t)
         if not bool(torch.isfinite(lam).all()):
             raise GridError("only a grid with finite lam at both ends can be stretched to another number of steps")
@@ -284,18 +299,25 @@ def karras_roots(high: Tensor, low: Tensor, count: int, rho: float = RHO) -> Ten
 
 
 def _whole(steps: int) -> int:
-    if steps != int(steps) or steps < 1:
-        raise GridError(f"a grid needs at least 1 step, got {steps}")
+    if not is_count(steps):
+        raise GridError(f"a grid needs at least 1 step, a whole number of them, got {steps!r}")
     return int(steps)
 
 
 def _ends(schedule: NoiseSchedule, t_max: float | None, t_min: float | None) -> Tensor:
-    ends = (schedule.t_max if t_max is None else t_max, schedule.t_min if t_min is None else t_min)
+    _check_law(schedule)
+    given = {"t_max": schedule.t_max if t_max is None else t_max, "t_min": schedule.t_min if t_min is None else t_min}
+    ends = [number(end, f"{name} of a grid", GridError) for name, end in given.items()]
     if not (math.isfinite(ends[0]) and math.isfinite(ends[1]) and ends[0] > ends[1]):
         raise GridError(f"a grid runs from t_max down to a smaller t_min, got {ends[0]:g} and {ends[1]:g}")
     if schedule.times is not None and (ends[0] > schedule.t_max or ends[1] < schedule.t_clean):
         raise GridError(f"this law has times from {schedule.t_max:g} down to {schedule.t_clean:g}, not from {ends[0]:g} to {ends[1]:g}")
     return torch.tensor(ends, dtype=torch.float64)
+
+
+def _check_law(schedule: object) -> None:
+    if not isinstance(schedule, NoiseSchedule):
+        raise GridError(f"a grid is laid out on a noise law, as fewstep.VPLinear() or model.schedule, got {str(schedule)[:80]}")
 
 
 def _linspace(start: Tensor, end: Tensor, steps: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fewstep.runtime.errors import ModelError, look_up
-from fewstep.runtime.front_door import number
+from fewstep.runtime.front_door import checked, number
 
 __all__ = ["EDM", "PREDICTIONS", "Prediction", "aligned", "convert", "from_x0", "prediction", "to_x0", "x0_coefficients"]
 
@@ -52,6 +52,7 @@ class Prediction:
         return PREDICTIONS.get(self.name) is self or self.name.startswith("edm(")
 
 
+@checked
 def EDM(sigma_data: float = 0.5) -> Prediction:  # noqa: N802 - a constructor, named as the field names it
     r"""Return EDM's preconditioning (Karras et al., arXiv 2206.00364, table 1) as a prediction type.
 

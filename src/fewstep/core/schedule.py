@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.runtime.errors import FewstepError, ModelError, look_up
-from fewstep.runtime.front_door import check_fields, checked_class, number, whole
+from fewstep.runtime.front_door import check_fields, checked, checked_class, number, whole
 
 __all__ = ["DiscreteVP", "NoiseSchedule", "RectifiedFlow", "VarianceExploding", "VPCosine", "VPLinear", "schedule_from_config"]
 
@@ -91,7 +91,7 @@ def _check_law(law: Any, needs: str, holds: Callable[[], bool]) -> None:  # noqa
 
     Args:
         law: with the fields ``t_min``, ``t_max`` and ``t_clean``.
-        needs: what its own fields need.
+        needs: what its own fields need, with a comma.
         holds: whether they have it, asked once all are numbers.
 
     Raises:
@@ -99,8 +99,8 @@ def _check_law(law: Any, needs: str, holds: Callable[[], bool]) -> None:  # noqa
     """
     check_fields(law)
     finite = all(math.isfinite(getattr(law, one.name)) for one in fields(law))
-    if not (finite and law.t_clean <= law.t_min < law.t_max and holds()):
-        raise ModelError(f"a {type(law).__name__} needs {needs} and t_clean <= t_min < t_max, all finite, got {law}")
+    if not (finite and 0 == law.t_clean <= law.t_min < law.t_max and holds()):
+        raise ModelError(f"a {type(law).__name__} needs {needs}0 = t_clean <= t_min < t_max, all finite, got {law}")
 
 
 class _VariancePreserving(NoiseSchedule):
@@ -132,7 +132,7 @@ class VPLinear(_VariancePreserving):
     t_clean: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_law(self, "0 <= beta_min <= beta_max", lambda: 0 <= self.beta_min <= self.beta_max)
+        _check_law(self, "0 <= beta_min <= beta_max, which is above 0, ", lambda: 0 <= self.beta_min <= self.beta_max > 0)
 
     def log_alpha(self, t: Tensor) -> Tensor:
         return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
@@ -157,7 +157,7 @@ class VPCosine(_VariancePreserving):
     t_clean: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_law(self, "s >= 0, t_max <= 1", lambda: self.s >= 0 and self.t_max <= 1)
+        _check_law(self, "s >= 0, t_max <= 1, ", lambda: self.s >= 0 and self.t_max <= 1)
 
     def _log_cos(self, t: Tensor | float) -> Tensor:
         return torch.log(torch.cos(torch.as_tensor(t) * (math.pi / 2 / (1 + self.s)) + math.pi / 2 * self.s / (1 + self.s)))
@@ -184,7 +184,7 @@ class VarianceExploding(NoiseSchedule):
     t_clean: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_law(self, "t_clean = 0", lambda: self.t_clean == 0)
+        _check_law(self, "", lambda: True)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -223,7 +223,7 @@ class RectifiedFlow(NoiseSchedule):
     t_clean: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_law(self, "a positive shift, t_max <= 1", lambda: self.shift > 0 and self.t_max <= 1)
+        _check_law(self, "a positive shift, t_max <= 1, ", lambda: self.shift > 0 and self.t_max <= 1)
 
     def alpha(self, t: Tensor) -> Tensor:
         return (1 - t) / (1 + (self.shift - 1) * t)
@@ -241,6 +241,7 @@ class RectifiedFlow(NoiseSchedule):
         return {"law": "flow", **asdict(self)}
 
 
+@checked_class
 @dataclass(frozen=True, eq=False, repr=False)
 class DiscreteVP(NoiseSchedule):
     r"""The law of a model trained on a table ``alphas_cumprod [T]``; its times are ``0 .. T-1``, and ``t = -1`` is the clean image.
@@ -260,9 +261,13 @@ class DiscreteVP(NoiseSchedule):
     t_min: float = 0.0  # where grids end: the network's last time, or -1, the clean image
 
     def __post_init__(self) -> None:
-        step = torch.diff(self.theta)
-        if self.theta.ndim != 1 or len(self.theta) < 3 or not bool(torch.isfinite(self.theta).all()) or bool((step <= 0).any()):
-            raise ModelError("alphas_cumprod must be a 1-d table of at least 2 numbers, strictly decreasing within [0, 1)")
+        theta = _table(self.theta).double()
+        object.__setattr__(self, "theta", theta)
+        known = theta.ndim == 1 and len(theta) >= 3 and bool(torch.isfinite(theta).all())
+        if not known or bool((torch.diff(theta) <= 0).any()) or theta[0] != 0 or theta[-1] > math.pi / 2:
+            raise ModelError(
+                "alphas_cumprod must be a 1-d table of at least 2 numbers, strictly decreasing within [0, 1): angles from 0 to at most pi/2"
+            )
         if self.t_min not in (0.0, self.t_clean):
             raise ModelError(f"grids of a discrete law end at time 0 or at the clean image, -1, not at {self.t_min}")
 
@@ -272,6 +277,7 @@ class DiscreteVP(NoiseSchedule):
         return f"DiscreteVP({len(self.theta) - 1} times, noise levels {low:.3g} to {high:.3g}{end})"
 
     @classmethod
+    @checked
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> DiscreteVP:
         """Make the law of ``alphas_cumprod = prod (1 - beta) [T]``. A float32 table is taken at its exact float32 values."""
         table = _table(alphas_cumprod).double()
@@ -279,26 +285,30 @@ class DiscreteVP(NoiseSchedule):
         return cls(torch.nn.functional.pad(theta, (1, 0)))  # the clean image
 
     @classmethod
+    @checked
     def from_betas(cls, betas: Tensor) -> DiscreteVP:
         """Make the law of the variances ``beta [T]``, multiplied up in the dtype given."""
         return cls.from_alphas_cumprod(torch.cumprod(1 - _table(betas), dim=0))
 
     @classmethod
+    @checked
     def linear(cls, count: int = 1000, start: float = 1e-4, end: float = 0.02) -> DiscreteVP:
         """Make the law of ``count`` betas linear in time from ``start`` to ``end`` (DDPM, arXiv 2006.11239)."""
         return cls.from_betas(_ramp(start, end, count))
 
     @classmethod
+    @checked
     def scaled_linear(cls, count: int = 1000, start: float = 0.00085, end: float = 0.012) -> DiscreteVP:
         """Make the law of ``count`` betas whose square roots are linear in time (latent diffusion, arXiv 2112.10752)."""
         return cls.from_betas(_ramp(number(start, "a beta", ModelError) ** 0.5, number(end, "a beta", ModelError) ** 0.5, count) ** 2)
 
     @classmethod
+    @checked
     def squared_cosine(cls, count: int = 1000, max_beta: float = 0.999) -> DiscreteVP:
         """Make the law whose alphas_cumprod follow a squared cosine, with betas up to ``max_beta`` (improved DDPM, arXiv 2102.09672)."""
         t = _ramp(0.0, 1.0, whole(count, "the number of times", ModelError) + 1)
         bar = torch.cos((t + 0.008) / 1.008 * (math.pi / 2)) ** 2
-        return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta))
+        return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=number(max_beta, "max_beta", ModelError)))
 
     def zero_terminal_snr(self) -> DiscreteVP:
         """Return the law shifted and scaled in ``alpha`` so that the last one is exactly 0 (Lin et al., arXiv 2305.08891, algorithm 1)."""
@@ -360,7 +370,10 @@ def _table(values: Any) -> Tensor:  # noqa: ANN401
         ModelError: it is none.
     """
     try:
-        return torch.as_tensor(values).cpu()
+        table = torch.as_tensor(values).cpu()
+        if not table.is_complex():
+            return table
+        raise TypeError("complex numbers")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"a table of betas or alphas_cumprod is a list of numbers, got {str(values)[:80]!r}") from error
 

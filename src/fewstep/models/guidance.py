@@ -18,6 +18,8 @@ from fewstep.runtime.front_door import number
 
 __all__ = ["Wrapped", "classifier_free", "classifier_guided", "dynamic_threshold", "static_threshold", "thresholded"]
 
+LARGEST = torch.finfo(torch.float32).max  # the scale that states of float32 can be multiplied by
+
 
 @dataclass(frozen=True, eq=False)
 class Wrapped:
@@ -54,7 +56,7 @@ def classifier_free(
     if not isinstance(interval, Sequence) or len(interval) != 2:
         raise ModelError(f"the interval of guidance is a pair of noise levels, as (0.2, 5.0), got {interval!r}")
     interval = (number(interval[0], "the interval's low end", ModelError), number(interval[1], "the interval's high end", ModelError))
-    if not math.isfinite(scale) or not 0 <= rescale <= 1 or not interval[0] < interval[1]:
+    if not abs(scale) <= LARGEST or not 0 <= rescale <= 1 or not interval[0] < interval[1]:
         raise ModelError(f"guidance wants a finite scale, rescale in [0, 1] and interval (low, high), got {scale}, {rescale}, {interval}")
 
     def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:

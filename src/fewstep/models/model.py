@@ -22,6 +22,7 @@ from fewstep.models.guidance import Wrapped, classifier_free
 from fewstep.models.identity import Part, digest, parts, rounded, state_of
 from fewstep.models.networks.calls import (
     answer_of,
+    computes,
     is_offloaded,
     network_device,
     network_dtype,
@@ -37,6 +38,7 @@ from fewstep.sampling.sampler import Sampler
 
 __all__ = ["Model"]
 
+WHOLE_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 WHOLE = 1e-3  # how far a whole time may be from one
 _FACTS: dict[str, tuple[Any, str]] = {  # plain fields: their type, and what it means
     "name": (str, "a word"),
@@ -120,9 +122,9 @@ class Model:
             object.__setattr__(self, "classes", int(self.classes))
         if self.null_label is not None:
             object.__setattr__(self, "null_label", whole(self.null_label, "null_label", ModelError))
-        if not isinstance(self.dtype, torch.dtype | None) or (self.dtype is not None and not self.dtype.is_floating_point):
+        if self.dtype is not None and not computes(self.dtype):
             raise ModelError(f"dtype is the floating dtype that the network computes in, as torch.bfloat16, got {self.dtype!r}")
-        if not isinstance(self.time_dtype, torch.dtype | None):
+        if self.time_dtype is not None and not (computes(self.time_dtype) or self.time_dtype in WHOLE_DTYPES):
             raise ModelError(f"time_dtype is the dtype of the network's time, as torch.int64, got {self.time_dtype!r}")
         for name, (kind, meaning) in _FACTS.items():
             if not isinstance(getattr(self, name), kind):
@@ -166,8 +168,8 @@ class Model:
             ModelError: `time` answers none, or a fraction where the network takes whole times.
         """
         time = self.time(self.schedule.held(t))
-        if not isinstance(time, Tensor) or time.shape not in (t.shape, (len(x),)):
-            what = f"shape {tuple(time.shape)}" if isinstance(time, Tensor) else f"a {type(time).__name__}"
+        if not isinstance(time, Tensor) or time.is_complex() or time.shape not in (t.shape, (len(x),)):
+            what = f"{time.dtype} of shape {tuple(time.shape)}" if isinstance(time, Tensor) else f"a {type(time).__name__}"
             raise ModelError(f"time of {self.name} answers {what} to times of shape {tuple(t.shape)}: it is a function t [*] -> [*]")
         if self.time_dtype is not None and not self.time_dtype.is_floating_point:
             whole_time = time.round()
@@ -175,6 +177,11 @@ class Model:
                 raise ModelError(
                     f"{self.name} takes whole times, but is asked at {time.flatten()[0]:g}: use a law of its own times, as DiscreteVP, and "
                     "a grid of them"
+                )
+            if bool((whole_time != whole_time.to(self.time_dtype)).any()):
+                kept = str(self.time_dtype).removeprefix("torch.")
+                raise ModelError(
+                    f"{self.name} is asked at {time.flatten()[0]:g}, which {kept} does not hold: make it with a larger time_dtype"
                 )
             time = whole_time
         kind = self.time_dtype or torch.promote_types(dtype, torch.float32)
@@ -239,10 +246,11 @@ class Model:
             return cond
         if labels is None or labels.is_floating_point() or labels.is_complex():
             return cond
+        flags, labels = labels.dtype == torch.bool, labels.long()  # other whole numbers are no indices, or cannot be compared
         known = (labels >= 0) & (labels < self.classes)
         if self.null_label is not None:
             known |= labels == self.null_label
-        if labels.dtype == torch.bool or labels.shape != (count,) or not bool(known.all()):
+        if flags or labels.shape != (count,) or not bool(known.all()):
             what = f"{labels.tolist()}"[:80] if labels.numel() < 20 else f"a tensor of shape {tuple(labels.shape)}"
             raise ModelError(f"{self.name} has labels 0 to {self.classes - 1}, one for each of {count} samples, got {what}")
         return labels
@@ -260,7 +268,7 @@ class Model:
         label = None if label is None else whole(label, "a label", ModelError)
         if label is not None and not 0 <= label < self.classes:
             raise ModelError(f"{self.name} has labels 0 to {self.classes - 1}, got {label}")
-        return torch.tensor([seed % self.classes if label is None else label for seed in seeds])
+        return torch.tensor([seed % self.classes if label is None else label for seed in seeds], dtype=torch.int64)
 
     def with_network(self, network: nn.Module, **changes: Any) -> Model:  # noqa: ANN401
         """Return the same model with another network, as a student's, and other changes; its `identity` says so."""
@@ -297,7 +305,7 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """The hash of what its answers depend on: weights, code, noise law, prediction type and time. It is the same on any machine.
+        """The hash of what its answers depend on, the same on any machine: weights, code, noise law, prediction type, time and dtypes.
 
         Raises:
             ModelError: its network or call cannot be told from others.
@@ -316,6 +324,8 @@ class Model:
         schedule, kind = self.schedule, prediction(self.prediction)
         probes = torch.linspace(schedule.t_min + 1e-3, schedule.t_max, 5, dtype=torch.float64)
         yield "law", repr(rounded((schedule.to_config(), kind.name, self.time(probes).tolist())))
+        if self.dtype not in (None, network_dtype(self.network, torch.float32)) or self.time_dtype is not None:
+            yield "dtypes", repr((self.dtype, self.time_dtype))
         known: dict[int, tuple[str, Any]] = {}
         if not kind.is_named:
             yield from parts(kind, "prediction", known)

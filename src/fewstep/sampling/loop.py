@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, State, Tableau, advance
 from fewstep.runtime.errors import ModelError, SolverError
 from fewstep.runtime.front_door import checked, whole
-from fewstep.sampling.noise import seeded_noise
+from fewstep.sampling.noise import seed_list, seeded_noise
 
 __all__ = ["Edit", "Step", "check_start", "jumps", "run", "steps"]
 
@@ -58,7 +58,7 @@ def steps(
     x: Tensor,
     cond: Cond = None,
     *,
-    seeds: Sequence[int] | Tensor | None = None,
+    seeds: Iterable[int] | Tensor | None = None,
     noise: Callable[[int], Tensor] | None = None,
     resume: tuple[int, State] | None = None,
     edit: Edit | None = None,
@@ -93,6 +93,10 @@ def steps(
     check_start(x)
     nodes = tableau.nodes
     _check_schedule(nodes, denoiser)
+    seeds = None if seeds is None else seed_list(seeds)
+    for name, function, form in (("noise", noise, "i -> standard normal [B, *D]"), ("edit", edit, "step -> [B, *D] or None")):
+        if function is not None and not callable(function):
+            raise SolverError(f"{name} is a function, {form}, got a {type(function).__name__}")
     if tableau.stochastic and noise is None and (seeds is None or len(seeds) != len(x)):
         raise SolverError(f"this sampler adds noise: pass seeds=, one for each of the {len(x)} samples")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -135,6 +139,8 @@ def _check_like(answer: object, x: Tensor, name: str) -> None:
     if not isinstance(answer, Tensor) or answer.shape != x.shape:
         what = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
         raise ModelError(f"{name} answered {what} for a state of shape {tuple(x.shape)}")
+    if not answer.is_floating_point():
+        raise ModelError(f"{name} answered in {str(answer.dtype).removeprefix('torch.')}: an answer is of floating point numbers")
 
 
 def _resumed(resume: object, x: Tensor, tableau: Tableau) -> tuple[int, State]:
@@ -169,6 +175,8 @@ def check_start(x: object, shape: Sequence[int] | None = None) -> None:
         raise ModelError(f"x is the start, a tensor [B, *D], not a {type(x).__name__}: for noise of the model's shape pass seeds= alone")
     if not x.is_floating_point():
         raise ModelError(f"x is the start, in floating point, not in {str(x.dtype).removeprefix('torch.')}")
+    if x.layout != torch.strided:
+        raise ModelError(f"x is the start, a dense tensor, not one of {str(x.layout).removeprefix('torch.')}: pass x.to_dense()")
     if not x.ndim or (shape is not None and x.ndim != len(shape) + 1):
         wanted = "[B, *D]" if shape is None else f"[B, {', '.join(map(str, shape))}]"
         raise ModelError(f"x is the start of a batch, {wanted}, got shape {tuple(x.shape)}")

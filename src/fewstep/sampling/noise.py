@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,9 @@ def seed_list(seeds: Iterable[int] | Tensor) -> list[int]:
     try:
         numbers = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
         whole = [int(number) for number in numbers]
-        fits = all(one == two and -(2**63) <= one < 2**63 for one, two in zip(whole, numbers, strict=True))
+        fits = all(
+            one == two and not isinstance(two, bool | np.bool_) and -(2**63) <= one < 2**63 for one, two in zip(whole, numbers, strict=True)
+        )
     except (TypeError, ValueError, OverflowError):
         whole, fits = [], False
     if not fits:

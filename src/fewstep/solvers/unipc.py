@@ -43,7 +43,7 @@ class UniPC(Solver):
     references = ("2302.04867",)
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.uncorrected, tuple | list) and all(isinstance(i, int) for i in self.uncorrected)):
+        if not (isinstance(self.uncorrected, tuple | list) and all(type(i) is int and i >= 0 for i in self.uncorrected)):
             raise SolverError(f"uncorrected is a list of steps, counted from 0, got {self.uncorrected!r}")
         object.__setattr__(self, "uncorrected", tuple(self.uncorrected))
         if self.steps not in (1, 2, 3) or self.weights not in ("bh1", "bh2", "exact"):

@@ -8,7 +8,7 @@ import torch
 from tests.integrations.diffusers.test_scheduler import DPM, made, ramp, relative
 from tests.integrations.diffusers.test_scheduler_calls import EPS, SD, noise
 
-from fewstep import GridError
+from fewstep import FewstepError, GridError
 from fewstep.integrations.diffusers import FewstepScheduler
 
 
@@ -44,3 +44,26 @@ def test_a_picture_is_not_noised_at_a_time_that_the_network_does_not_have(times)
     for ask in (FewstepScheduler().add_noise, FewstepScheduler().get_velocity):
         with pytest.raises(GridError, match="timesteps lie between 0 and 999"):
             ask(noise(), noise(1), times)
+
+
+@pytest.mark.parametrize(
+    ("clean", "eps", "times", "says"),
+    [
+        (noise().long(), noise(1), 500, "floating point numbers, got shape .* of torch.int64"),
+        (noise(), noise(1) + 0j, 500, "noise is .* of torch.complex64"),
+        ([0.0], noise(1), 500, "floating point numbers, got a list"),
+        (noise(), noise(1)[:, :1], 500, r"noise has shape \(2, 1, 4, 4\)"),
+        (noise(count=3), noise(1), 500, r"noise has shape \(2, 3, 4, 4\)"),
+        (noise(), noise(1), [1, 2, 3], "one time, or one for each of 2 samples, got 3"),
+    ],
+)
+def test_a_picture_is_noised_by_noise_of_its_own_shape(clean, eps, times, says):
+    for ask in (FewstepScheduler().add_noise, FewstepScheduler().get_velocity):
+        with pytest.raises(FewstepError, match=says):
+            ask(clean, eps, times)
+
+
+def test_one_picture_is_noised_for_a_batch_of_noises():
+    """As inpainting pipelines keep one."""
+    noised = FewstepScheduler().add_noise(noise(count=1), noise(1), torch.tensor([500]))
+    assert torch.equal(noised, FewstepScheduler().add_noise(noise(count=1).repeat(2, 1, 1, 1), noise(1), 500))

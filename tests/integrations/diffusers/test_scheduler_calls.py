@@ -56,6 +56,38 @@ def test_step_takes_what_pipelines_pass_to_every_scheduler():
         assert torch.equal(made().step(noise(), t, noise(), **given).prev_sample, plain)
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"eta": torch.tensor([0.0, 1.0])}, "step of a FewstepScheduler has no argument 'eta'"),
+        ({"model_output": [0.0]}, r"model_output is a tensor \[B, \*D\] of floating point numbers, got a list"),
+        ({"model_output": noise() + 0j}, "model_output is .*, got shape .* of torch.complex64"),
+        ({"sample": noise().long()}, "sample is .*, got shape .* of torch.int64"),
+        ({"sample": torch.tensor(1.0)}, r"sample is .*, got shape \[\]"),
+        ({"timestep": None}, "timestep is one of scheduler.timesteps, a number from 0 to 1000, got None"),
+        ({"timestep": math.nan}, "timestep is .* got nan"),
+        ({"timestep": -5}, "timestep is .* got -5"),
+        ({"timestep": 1e9}, "timestep is .* got 1000000000"),
+        ({"variance_noise": noise(count=1)}, r"variance_noise has shape \(1, 3, 4, 4\), but the sample has \(2, 3, 4, 4\)"),
+        ({"variance_noise": [0.0]}, "variance_noise is a tensor .*, got a list"),
+        ({"generator": [torch.Generator() for _ in range(3)]}, "one for each of 2 samples, got 3"),
+        ({"generator": [1, 2]}, "generator is a torch.Generator or one for each sample, got int"),
+    ],
+)
+def test_step_refuses_what_it_cannot_step_from(given, says):
+    scheduler = made(solver="ddim:eta=1")
+    with pytest.raises(FewstepError, match=says):
+        scheduler.step(**{"model_output": noise(), "timestep": 999, "sample": noise()} | given)
+
+
+def test_generators_may_be_in_a_tuple():
+    for kind in (list, tuple):
+        of = kind(torch.Generator().manual_seed(seed) for seed in (1, 2))
+        stepped = made(solver="ddim:eta=1").step(noise(), 999, noise(), generator=of).prev_sample
+        alone = made(solver="ddim:eta=1").step(noise()[1:], 999, noise()[1:], generator=torch.Generator().manual_seed(2)).prev_sample
+        torch.testing.assert_close(stepped[1:], alone)
+
+
 def test_a_picture_is_no_generator():
     """RePaint passes its picture and its mask where a generator is."""
     with pytest.raises(FewstepError, match=r"generator is a torch.Generator or one for each sample, got Tensor"):
@@ -73,6 +105,17 @@ def test_set_timesteps_refuses_by_name(given, says):
     with pytest.raises(FewstepError, match=f"set_timesteps of a FewstepScheduler has no argument {says}"):
         FewstepScheduler().set_timesteps(4, **given)
     FewstepScheduler().set_timesteps(4, original_inference_steps=None)  # as LCM's pipelines always pass it
+
+
+def test_what_set_timesteps_refuses_changes_nothing():
+    dynamic = {**FLOW, "use_dynamic_shifting": True}
+    scheduler = FewstepScheduler(**dynamic)
+    scheduler.set_timesteps(4, mu=0.5)
+    expected = scheduler.add_noise(noise(), noise(1), scheduler.timesteps[:1])
+    for given in ({"sigmas": [2.0], "mu": 2.0}, {"timesteps": [1, 5], "mu": 2.0}, {"num_inference_steps": 4, "mu": 2.0, "device": "nope"}):
+        with pytest.raises(FewstepError):
+            scheduler.set_timesteps(**given)
+        assert torch.equal(scheduler.add_noise(noise(), noise(1), scheduler.timesteps[:1]), expected)
 
 
 def test_a_noise_level_is_no_sample():
@@ -182,5 +225,8 @@ def test_the_level_of_a_start_is_one_that_a_step_has():
     assert scheduler.set_begin_level(math.inf) == 0 and scheduler.set_begin_level(float(scheduler.sigmas[3])) == 3
     with pytest.raises(GridError, match="no step starts at noise level 0.01 or below: the last starts at"):
         scheduler.set_begin_level(0.01)
+    for level in ("one", None, True, math.nan, [1.0]):
+        with pytest.raises(GridError, match="the noise level to begin at is a number"):
+            scheduler.set_begin_level(level)
     with pytest.raises(GridError, match="run set_timesteps before set_begin_level"):
         FewstepScheduler().set_begin_level(1.0)

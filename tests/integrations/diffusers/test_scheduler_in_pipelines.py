@@ -77,3 +77,17 @@ def test_the_latent_upscaler_keeps_its_scheduler(folder):
         pipe.scheduler = FewstepScheduler.from_config(diffusers.EulerDiscreteScheduler(prediction_type=kind).config)
         with pytest.raises(FewstepError, match="StableDiffusionLatentUpscalePipeline.* keep its EulerDiscreteScheduler"):
             pipe(**ask)
+
+
+def test_a_grid_of_ones_own_keeps_what_the_network_is_told():
+    """CogView4 tells its network the times before the shift, by timesteps beside sigmas; a named grid has other times on the same line."""
+    config = {
+        "num_train_timesteps": 1000,
+        "use_dynamic_shifting": True,
+        "time_shift_type": "linear",
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+    }
+    scheduler = FewstepScheduler.from_config(config, solver="ddim", grid="uniform")
+    scheduler.set_timesteps(timesteps=[1000.0, 667.0, 334.0, 1.0], sigmas=[1.0, 0.667, 0.334, 0.001], mu=0.5)
+    assert scheduler.timesteps.tolist() == pytest.approx([1000.0, 750.0, 500.0, 250.0])
+    assert scheduler.sigmas.tolist() == pytest.approx([0.5 * t / (0.5 * t + 1 - t) for t in (1.0, 0.75, 0.5, 0.25, 0.0)])

@@ -115,7 +115,8 @@ class _Choice:
             return loaded.with_card(grid=str(self.sampler))
         tuned = model.tuned
         solver, spacing, nfe = (SOLVER, default_grid(model), NFE) if tuned is None else (tuned.solver, OPTIMIZED, tuned.nfe)
-        solver, spacing, nfe = self.solver or solver, self.grid or spacing, nfe if self.nfe is None else self.nfe
+        solver, spacing = solver if self.solver is None else self.solver, spacing if self.grid is None else self.grid
+        nfe = nfe if self.nfe is None else self.nfe
         if solver == FITTED:
             self._leave_out("a fitted sampler takes no statistics", "any_statistics")
             if self.times is not None or self.sigmas is not None or self.grid not in (None, OPTIMIZED) or self.statistics is not None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.models.formats.diffusers_law import ROUNDING
 from fewstep.runtime.errors import FewstepError, GridError
 
-__all__ = ["numbers", "one_time", "refuse_unknown"]
+__all__ = ["check_generators", "check_states", "is_asked", "numbers", "one_time", "plain_time", "refuse_unknown"]
 
 MEANT = {  # arguments of other schedulers -> what to do instead
     "eta": "how much noise is added is an option of the solver, as in solver='ddim:eta=0.5'",
@@ -45,6 +47,59 @@ def refuse_unknown(where: str, unknown: Mapping[str, Any]) -> None:
     if unknown:
         meant = next((MEANT[key] for key in unknown if key in MEANT), "another scheduler knows it: keep that one in this pipeline")
         raise FewstepError(f"{where} of a FewstepScheduler has no argument {' and no '.join(map(repr, unknown))}; {meant}")
+
+
+def is_asked(value: Any) -> bool:  # noqa: ANN401
+    """Return whether an argument of another scheduler says anything but no: neither None, nor False, nor 0."""
+    try:
+        return value is not None and bool(value)
+    except (RuntimeError, ValueError):  # an array of several
+        return True
+
+
+def check_states(**states: Any) -> None:  # noqa: ANN401
+    """Refuse, by its name, what is no tensor of floating point numbers ``[B, *D]``.
+
+    Raises:
+        FewstepError: one is not.
+    """
+    for name, value in states.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.ndim:
+            what = f"shape {list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise FewstepError(f"{name} is a tensor [B, *D] of floating point numbers, got {what}")
+
+
+def check_generators(generator: Any, count: int) -> None:  # noqa: ANN401
+    """Refuse what are no generators of noise for ``count`` samples: one for all, or one for each.
+
+    Raises:
+        FewstepError: what they are.
+    """
+    several = list(generator) if isinstance(generator, list | tuple) else [generator]
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in several):
+        odd = next(one for one in several if not isinstance(one, torch.Generator))
+        raise FewstepError(f"generator is a torch.Generator or one for each sample, got {type(odd).__name__}")
+    if len(several) not in (1, count):
+        raise FewstepError(f"generator is a torch.Generator or one for each of {count} samples, got {len(several)}")
+
+
+def plain_time(timestep: Any, most: int) -> float:  # noqa: ANN401
+    """Return a network's time as a number.
+
+    Args:
+        timestep: what was passed, a number of any library.
+        most: the largest time of the network.
+
+    Raises:
+        FewstepError: it is none from 0 to ``most``.
+    """
+    try:
+        time = float(timestep)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        time = math.nan
+    if not 0 <= time <= most * (1 + ROUNDING):
+        raise FewstepError(f"timestep is one of scheduler.timesteps, a number from 0 to {most}, got {str(timestep)[:80]}")
+    return time
 
 
 def one_time(timestep: Tensor) -> Tensor:

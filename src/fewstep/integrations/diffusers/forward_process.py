@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from fewstep.core.prediction import aligned
+from fewstep.integrations.diffusers.arguments import check_states
 from fewstep.integrations.diffusers.noise_levels import checked_times
 from fewstep.integrations.diffusers.scheduler_files import StoredScheduler
 from fewstep.models.formats.diffusers_law import NoiseLaw
+from fewstep.runtime.errors import FewstepError, GridError
 
 __all__ = ["NoisingScheduler"]
 
@@ -28,18 +30,22 @@ class NoisingScheduler(StoredScheduler):
     _held: list[tuple[int, float, float]]
     _begin_index: int | None
 
-    def _scales(self, timesteps: Any, like: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    def _scales(self, timesteps: Any, like: Tensor, noise: Tensor, name: str) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        check_states(**{name: like, "noise": noise})
+        if like.shape[1:] != noise.shape[1:] or not _is_batch(len(like), len(noise)):
+            raise FewstepError(f"noise has shape {tuple(noise.shape)}, but {name} has {tuple(like.shape)}")
         times = checked_times(self.config, self._law, timesteps)
         t = self._law.t_of_time(times)
         begin = [entry for entry in self._held if entry[0] == self._begin_index]
         for _, time, node in [*self._held, *begin]:
             t = torch.where(times == time, node, t)
-        t = t.reshape(torch.as_tensor(timesteps).shape)
+        if not _is_batch(len(t), max(len(like), len(noise))):
+            raise GridError(f"timesteps are one time, or one for each of {max(len(like), len(noise))} samples, got {len(t)}")
         alpha, sigma = self._law.schedule.alpha(t), self._law.schedule.sigma(t)
         return aligned(alpha, like), aligned(sigma, like)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:  # noqa: ANN401
-        """Return the noised images ``alpha x0 + sigma eps [B, *D]``.
+        """Return the noised images ``alpha x0 + sigma eps [B, *D]``. Of one image, noise or time the same is taken for the others' batch.
 
         Args:
             original_samples: images ``x0 [B, *D]``.
@@ -47,9 +53,10 @@ class NoisingScheduler(StoredScheduler):
             timesteps: any times of the network, ``[]`` or ``[B]``.
 
         Raises:
-            GridError: a time that the network does not have.
+            GridError: a time that the network does not have, or times of another number of samples.
+            FewstepError: images or noise of another shape, or that are no floating point numbers.
         """
-        alpha, sigma = self._scales(timesteps, original_samples)
+        alpha, sigma = self._scales(timesteps, original_samples, noise, "original_samples")
         return alpha * original_samples + sigma * noise
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:  # noqa: ANN401
@@ -64,5 +71,9 @@ class NoisingScheduler(StoredScheduler):
             noise: standard normal ``eps [B, *D]``.
             timesteps: times of the network, ``[]`` or ``[B]``.
         """
-        alpha, sigma = self._scales(timesteps, sample)
+        alpha, sigma = self._scales(timesteps, sample, noise, "sample")
         return alpha * noise - sigma * sample
+
+
+def _is_batch(one: int, two: int) -> bool:
+    return one == two or 1 in (one, two)

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.core.schedule import RectifiedFlow
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Row, Solver, advance
-from fewstep.integrations.diffusers.arguments import one_time, refuse_unknown
+from fewstep.integrations.diffusers.arguments import check_generators, check_states, is_asked, one_time, plain_time, refuse_unknown
 from fewstep.integrations.diffusers.chains import Chain, Chains, Plan
 from fewstep.integrations.diffusers.forward_process import NoisingScheduler
 from fewstep.integrations.diffusers.noise_levels import checked_times, default_sigmas_count, grid_from_config
@@ -34,7 +34,8 @@ from fewstep.integrations.diffusers.solver_names import DESCRIPTIVE, solver_of
 from fewstep.models.formats.diffusers_law import NoiseLaw, ends_clean, noise_law, shift_kind
 from fewstep.models.guidance import thresholded
 from fewstep.runtime.errors import FewstepError, GridError, SolverError
-from fewstep.runtime.front_door import is_count
+from fewstep.runtime.front_door import is_count, number
+from fewstep.runtime.process import usable_device
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, takes_statistics
 from fewstep.solvers.aliases import ALIASES
@@ -203,10 +204,11 @@ class FewstepScheduler(NoisingScheduler):
         Of a strength counted in steps, the noise depends on the spacing; of a level it does not.
 
         Raises:
-            GridError: before `set_timesteps`, or no step starts at so low a level.
+            GridError: before `set_timesteps`, no number, or no step starts at so low a level.
         """
         if self.num_inference_steps is None:
             raise GridError("run set_timesteps before set_begin_level: it chooses the levels")
+        level = number(level, "the noise level to begin at", GridError)
         levels = torch.exp(-self._sampler.tableau.nodes.lam[:-1])[:: self.order]
         below = (levels <= level * (1 + LEVEL_SLACK)).nonzero()
         if not len(below):
@@ -238,28 +240,30 @@ class FewstepScheduler(NoisingScheduler):
 
         Raises:
             GridError: times that do not decrease, or a saved sampler that has not so many steps.
-            FewstepError: an argument that this scheduler does not have.
+            FewstepError: an argument that this scheduler does not have, or a device that is not there.
         """
         if original_inference_steps is not None:
             unknown["original_inference_steps"] = original_inference_steps
         refuse_unknown("set_timesteps", unknown)
-        self._law = noise_law(self.config, mu=mu, to_clean=ends_clean(self.config))
+        device = None if device is None else usable_device(device)
+        law = noise_law(self.config, mu=mu, to_clean=ends_clean(self.config))
         own_levels = self._samplers is not None or bool(self.config["grid"])
         if sigmas is not None and timesteps is not None:  # what the network is told at these levels, and so at others
-            pairs = grid_from_config({**self.config, "grid": None}, self._law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-            self._law = self._law.paired(pairs.t[:-1], checked_times(self.config, self._law, timesteps))
+            pairs = grid_from_config({**self.config, "grid": None}, law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+            law = law.paired(pairs.t[:-1], checked_times(self.config, law, timesteps))
             if own_levels:
                 num_inference_steps, timesteps, sigmas = pairs.steps, None, None
-        elif sigmas is not None and own_levels and isinstance(self._law.schedule, RectifiedFlow):
+        elif sigmas is not None and own_levels and isinstance(law.schedule, RectifiedFlow):
             count = default_sigmas_count(sigmas)  # some pipelines say their number of steps so
             num_inference_steps, sigmas = (num_inference_steps, sigmas) if count is None else (count, None)
         if self._samplers is None:
-            grid = grid_from_config(self.config, self._law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-            self._sampler = Sampler.build(self._solver, grid, self._law.schedule)
+            grid = grid_from_config(self.config, law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+            sampler = Sampler.build(self._solver, grid, law.schedule)
         else:
             if timesteps is not None or sigmas is not None:
                 raise GridError("a saved sampler has times of its own: leave timesteps and sigmas out")
-            self._sampler = self._samplers.of(num_inference_steps, self._law.schedule)
+            sampler = self._samplers.of(num_inference_steps, law.schedule)
+        self._law, self._sampler = law, sampler  # once nothing is wrong with them
         nodes = self._sampler.tableau.nodes
         times = self._network_times(nodes.t[:-1])
         whole = torch.equal(times, times.round()) and self._law.schedule.times is not None
@@ -342,16 +346,15 @@ class FewstepScheduler(NoisingScheduler):
             unknown: arguments of other schedulers, which are refused.
 
         Raises:
-            FewstepError: before `set_timesteps`, shapes that do not fit, several times in one batch, or an argument that would change the
-                step of another scheduler and means nothing here.
+            FewstepError: before `set_timesteps`, shapes that do not fit, several times in one batch or one that no network has, what are no
+                floating point numbers, or an argument that would change the step of another scheduler and means nothing here.
         """
-        if eta or use_clipped_model_output or unknown:
-            asked = {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
-            refuse_unknown("step", {key: value for key, value in asked.items() if value} | unknown)
-        if generator is not None and not isinstance(generator, torch.Generator | list | tuple):
-            raise FewstepError(f"generator is a torch.Generator or one for each sample, got {type(generator).__name__}")
+        asked = {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
+        refuse_unknown("step", {key: value for key, value in asked.items() if is_asked(value)} | unknown)
         if self.num_inference_steps is None:
             raise FewstepError("run set_timesteps before step: it chooses the times")
+        check_states(model_output=model_output, sample=sample)
+        check_generators(generator, len(sample))
         if model_output.shape != sample.shape:
             model_output = self._mean(model_output, sample)
         chain = self._chain(timestep, sample)
@@ -382,7 +385,13 @@ class FewstepScheduler(NoisingScheduler):
     def _noise(self, row: Row, x: Tensor, generator: Any, given: Tensor | None) -> Tensor | None:  # noqa: ANN401
         if row.noise is None:
             return None
-        return given.to(x) if given is not None else randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        if given is None:
+            generator = list(generator) if isinstance(generator, tuple) else generator
+            return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        check_states(variance_noise=given)
+        if given.shape != x.shape:
+            raise FewstepError(f"variance_noise has shape {tuple(given.shape)}, but the sample has {tuple(x.shape)}")
+        return given.to(x)
 
     def _chain(self, timestep: Any, sample: Tensor) -> Chain:  # noqa: ANN401
         """Return the trajectory that a sample continues, or a new one."""
@@ -405,7 +414,7 @@ class FewstepScheduler(NoisingScheduler):
                 return [int(timestep.storage_offset() - self._whole.storage_offset())]
             if timestep.device.type != "cpu":
                 return None
-        value = torch.tensor(float(timestep), dtype=torch.float32).item()
+        value = torch.tensor(plain_time(timestep, len(self)), dtype=torch.float32).item()
         return [i for i, time in enumerate(self._times) if time == value]
 
     def _first(self, timestep: Any, places: list[int] | None) -> int:  # noqa: ANN401

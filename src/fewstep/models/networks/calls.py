@@ -22,6 +22,7 @@ __all__ = [
     "NetworkTime",
     "answer_of",
     "check_evaluating",
+    "computes",
     "edm_time",
     "image_size",
     "is_offloaded",
@@ -114,7 +115,7 @@ def network_dtype(network: object, default: torch.dtype) -> torch.dtype:
         return default
     network = unwrapped(network)
     said = vars(network).get("dtype")
-    if _computes(said):
+    if computes(said):
         return said
     first = next(network.parameters(), None)
     if first is None:
@@ -124,12 +125,13 @@ def network_dtype(network: object, default: torch.dtype) -> torch.dtype:
         said, count = getattr(network, "dtype", None), Counter[torch.dtype]()  # a property: diffusers' reads every weight
         for parameter in network.parameters():
             count[parameter.dtype] += parameter.numel()
-        found = said if _computes(said) else next((dtype for dtype, _ in count.most_common() if _computes(dtype)), None)
+        found = said if computes(said) else next((dtype for dtype, _ in count.most_common() if computes(dtype)), None)
         known = _DTYPES[network] = first.dtype, found
     return known[1] or default
 
 
-def _computes(dtype: object) -> TypeGuard[torch.dtype]:
+def computes(dtype: object) -> TypeGuard[torch.dtype]:
+    """Return whether a value is a dtype that networks compute in, not one that weights are only stored in."""
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
 
 
