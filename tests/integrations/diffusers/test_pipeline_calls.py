@@ -159,7 +159,7 @@ REFUSED = {
     "no list": ("a red cat", "calls are the arguments of the pipeline"),
     "none": ([], "calls are the arguments of the pipeline"),
     "no dict": (["a red cat"], "call 0 is a dict of arguments"),
-    "an unknown argument": ([{"promt": "a cat"}], "call 0 has the argument 'promt', which a StableDiffusionPipeline does not know"),
+    "an unknown argument": ([{"prompts": "a cat"}], "call 0 has the argument 'prompts', which a StableDiffusionPipeline does not know"),
     "steps": ([{"prompt": "a cat", "num_inference_steps": 5}], "call 0 says num_inference_steps"),
     "latents": ([{"prompt": "a cat", "latents": torch.zeros(1)}], "the states are the learner's"),
     "a generator": ([{"prompt": "a cat", "generator": torch.Generator()}], "say seed, a whole number"),
