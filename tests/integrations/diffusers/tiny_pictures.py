@@ -53,9 +53,7 @@ def flux_transformer(channels: int = 16, **options: Any) -> Any:
 
 
 def flux(kind: str, channels: int = 16, **more: Any) -> Any:
-    return getattr(diffusers, kind)(
-        scheduler=dynamic_flow(), vae=flow_vae(), transformer=flux_transformer(channels), **NO_TEXTS, **more
-    )
+    return getattr(diffusers, kind)(scheduler=dynamic_flow(), vae=flow_vae(), transformer=flux_transformer(channels), **NO_TEXTS, **more)
 
 
 def flux_controlnet(folder: Path) -> Any:
@@ -239,7 +237,7 @@ def auraflow(folder: Path) -> Any:
 
 def instructed(folder: Path) -> Any:
     words = tokenizer(folder / "words")
-    scheduler = diffusers.EulerDiscreteScheduler.from_config(latent_law().config)
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(latent_law().config, timestep_spacing="leading")
     return diffusers.StableDiffusionInstructPix2PixPipeline(
         vae=vae(),
         text_encoder=text_encoder(len(words)),
@@ -286,7 +284,7 @@ CALLS = {
     "flux-controlnet": [{**flux_prompt(k), "control_image": PICTURE.rotate(90 * k)} for k in range(2)],
     "flux-2": [
         {"prompt_embeds": embeds(0, 8, 16), "guidance_scale": 2.0, **SIZE},
-        {"prompt_embeds": embeds(1, 8, 16), "image": PICTURE, **SIZE},
+        {"prompt_embeds": embeds(1, 8, 16), "image": PICTURE.resize((64, 64)), **SIZE},
     ],
     "qwen-image": [
         {

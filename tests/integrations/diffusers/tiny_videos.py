@@ -64,7 +64,13 @@ def wan_picture(folder: Path) -> Any:
 
 def sight(width: int) -> Any:
     return transformers.CLIPVisionConfig(
-        hidden_size=width, projection_dim=width, num_hidden_layers=2, num_attention_heads=2, image_size=16, intermediate_size=16, patch_size=8
+        hidden_size=width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        intermediate_size=16,
+        patch_size=8,
     )
 
 
@@ -239,7 +245,9 @@ CALLS = {
         for k in range(2)
     ],
     "mochi": [prompted(k, 16, 32, masks=True, num_frames=7, guidance_scale=1.0 + 2 * k) for k in range(2)],
-    "sana-video": [prompted(k, 8, 8, masks=True, height=32, width=32, guidance_scale=1.0 + 3 * k, use_resolution_binning=False) for k in range(2)],
+    "sana-video": [
+        prompted(k, 8, 8, masks=True, height=32, width=32, guidance_scale=1.0 + 3 * k, use_resolution_binning=False) for k in range(2)
+    ],
     "animatediff": [
         {"prompt": "a red cat", "num_frames": 2, "height": 16, "width": 16},
         {"prompt": "the moon", "num_frames": 2, "height": 16, "width": 16, "guidance_scale": 2.0},

@@ -233,13 +233,22 @@ class PipelineLoop(nn.Module):
             answers = [relay.ask(first.x, float(first.time)).output for _ in range(relay.rounds_left)]
         finally:
             relay.close()
-        size = float(first.output.float().square().mean().sqrt())
         for answer in answers:
-            if float((answer - first.output).float().abs().max()) > SAME * max(size, 1e-12):
-                raise ModelError(
-                    f"the network of a {type(self._pipe).__name__} answers otherwise at another step of its loop, at the same state and "
-                    "time (guidance or control that begins or ends at a step, a cache, dropout): leave that out of the call"
-                )
+            self._hold_to(
+                first,
+                answer,
+                "at another step of its loop, at the same state and time (guidance or control that begins or ends at a step, "
+                "guidance with a memory, a cache, dropout)",
+            )
+        again = self._relay(0, 1).ask(first.x, float(first.time)).output
+        self._hold_to(
+            first, again, "in a call of another number of steps, at the same state and time (guidance that changes with the steps)"
+        )
+
+    def _hold_to(self, first: Evaluation, answer: Tensor, where: str) -> None:
+        size = float(first.output.float().square().mean().sqrt())
+        if float((answer - first.output).float().abs().max()) > SAME * max(size, 1e-12):
+            raise ModelError(f"the network of a {type(self._pipe).__name__} answers otherwise {where}: leave that out of the call")
 
 
 def _parameters(pipe: Any) -> Mapping[str, Any]:  # noqa: ANN401
