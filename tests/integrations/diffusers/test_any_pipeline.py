@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 from tests.integrations.diffusers import tiny_pictures, tiny_videos
 from tests.integrations.diffusers.test_scheduler import theirs_warn
 from tests.integrations.diffusers.tiny_pipelines import load
@@ -9,11 +10,22 @@ from tests.integrations.diffusers.tiny_pipelines import load
 import fewstep
 from fewstep import FitConfig, ModelError, Sampler, TimeGrid, from_pipeline
 from fewstep.integrations.diffusers import FewstepScheduler
+from fewstep.integrations.diffusers.noise_levels import default_sigmas_count
 
-pytestmark = theirs_warn
+pytestmark = [  # warnings of theirs, at every call
+    theirs_warn,
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:You have passed . text prompts:FutureWarning"),
+]
 CALLS = tiny_pictures.CALLS | tiny_videos.CALLS
-QUICK = ("wan-2.2", "qwen-image", "cogvideox")  # by default; the others with the slow tests
-NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CALLS]
+
+
+def by_default(*quick):
+    """All pipelines, of which these run by default and the others with the slow tests."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in CALLS]
+
+
 STEPS = 5
 SMALL = FitConfig(num=32, held_out=16, noises=16, window=16, levels=16, iterations=1, batch=16)
 ROUNDED = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")  # they round the time that the network is told, and not its level
@@ -45,7 +57,7 @@ def apart(ours, theirs):
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", by_default("wan-2.2", "qwen-image", "cogvideox"))
 def test_it_steps_as_the_pipelines_own_scheduler(name, folder):
     pipe = load(folder(name))
     model = from_pipeline(pipe, calls=CALLS[name])
@@ -78,7 +90,7 @@ def error(pipe, calls, schedulers, truth):
     return float((made - truth).square().mean().sqrt())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", by_default("wan-2.2"))
 def test_a_fitted_sampler_beats_the_pipelines_own_scheduler(name, folder, tmp_path):
     pipe, calls = load(folder(name)), CALLS[name]
     usual = type(pipe.scheduler)
@@ -100,6 +112,12 @@ def test_a_fitted_sampler_beats_the_pipelines_own_scheduler(name, folder, tmp_pa
 
 def changed(name, **more):
     return [{**CALLS[name][1], **more}]
+
+
+@pytest.mark.parametrize("steps", [2, 5, 8, 50])
+def test_the_sigmas_of_mochi_are_a_number_of_steps(steps):
+    assert default_sigmas_count(linear_quadratic_schedule(steps, 0.025)) == steps
+    assert default_sigmas_count([*linear_quadratic_schedule(steps, 0.025)[:-1], 0.01]) is None
 
 
 REFUSED = {  # what a call asks for -> why its network is no function of the state and the time

@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
-from tests.integrations.diffusers.tiny_pipelines import latent_law, stable_diffusion, text_encoder, text_unet, tokenizer, vae
+from tests.integrations.diffusers.tiny_pipelines import latent_law, text_encoder, text_unet, tokenizer, vae
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
 MASK = Image.fromarray(np.pad(np.full((8, 8), 255, np.uint8), 4))

@@ -70,7 +70,7 @@ class SavedSamplers:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """Their noise law."""
+        """The noise law of all of them."""
         return next(iter(self.by_steps.values())).schedule
 
     @property

@@ -278,7 +278,7 @@ class FewstepScheduler(NoisingScheduler):
         self._plan(0, torch.float32, self.timesteps.device)
 
     def _law_of(self, mu: float | None) -> NoiseLaw:
-        """Return the law of a call. A flow's shift only says where ``t`` lies, so where a call chooses it, a saved sampler keeps its own."""
+        """Return the law of a call. A flow's shift only moves ``t``: where a call chooses it, a saved sampler keeps its own."""
         config = dict(self.config)
         if self._samplers is not None and config["use_dynamic_shifting"] and isinstance(self._samplers.schedule, RectifiedFlow):
             config |= {"use_dynamic_shifting": False, "flow_shift": self._samplers.schedule.shift}
