@@ -3,7 +3,9 @@
 import diffusers
 import pytest
 import transformers
-from tests.integrations.diffusers import tiny_pipelines
+from tests.integrations.diffusers import tiny_pictures, tiny_pipelines, tiny_videos
+
+MAKERS = tiny_pipelines.MAKERS | tiny_pipelines.OTHERS | tiny_pictures.MAKERS | tiny_videos.MAKERS
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +19,7 @@ def folder(tmp_path_factory):
 
     def of(name):
         if name not in made:
-            made[name] = tiny_pipelines.make(name, root)
+            made[name] = tiny_pipelines.make(name, root, MAKERS)
         return made[name]
 
     return of

@@ -286,21 +286,19 @@ MAKERS = {
 }
 
 
-def make(name: str, folder: Path) -> Path:
+def make(name: str, folder: Path, makers: Any = None) -> Path:
     """A pipeline's folder."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        pipe = (MAKERS | OTHERS)[name](folder / "parts")
+        pipe = (makers or MAKERS | OTHERS)[name](folder / "parts")
     pipe.save_pretrained(folder / name)
     return folder / name
 
 
 def load(folder: Path, **options: Any) -> Any:
     """As a user loads one; without the text encoders that were not saved."""
-    if folder.name == "sd3":
-        options |= {"text_encoder_3": None, "tokenizer_3": None}
-    if folder.name in ("ltx-condition", "cogview4"):
-        options |= {"text_encoder": None, "tokenizer": None}
+    index = json.loads((folder / "model_index.json").read_text())
+    options |= {name: None for name, what in index.items() if what == [None, None]}
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe

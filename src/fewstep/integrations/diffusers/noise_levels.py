@@ -99,10 +99,22 @@ def checked_times(config: Mapping[str, Any], law: NoiseLaw, timesteps: Any) -> T
 
 
 def default_sigmas_count(sigmas: Any) -> int | None:  # noqa: ANN401 - a list, an array or a tensor
-    """Return the number of a flow pipeline's default sigmas, uniform from 1; None of other sigmas. Such pipelines always pass some."""
+    """Return the number of a flow pipeline's default sigmas, None of other sigmas. Such pipelines always pass some.
+
+    They are uniform from 1, or Mochi's: linear over the first half of the steps, and quadratic over the rest.
+    """
     given = numbers(sigmas, "sigmas")
-    usual = torch.linspace(1, 1 / max(len(given), 1), len(given), dtype=torch.float64)
-    return len(given) if len(given) and torch.allclose(given, usual, rtol=1e-5) else None
+    usual = [torch.linspace(1, 1 / max(len(given), 1), len(given), dtype=torch.float64)]
+    usual += [_linear_quadratic(len(given))] if len(given) > 1 else []
+    return len(given) if len(given) and any(torch.allclose(given, sigmas, rtol=1e-5) for sigmas in usual) else None
+
+
+def _linear_quadratic(steps: int, slow: float = 0.025) -> Tensor:
+    """Return Mochi's sigmas ``[steps]``: ``1 - slow`` is reached by half of the steps, and 0 after the last with no kink between them."""
+    half, i = steps // 2, torch.arange(steps, dtype=torch.float64)
+    beyond, slope = (i - half).clamp(min=0), slow / half
+    curve = (1 - slow - slope * (steps - half)) / (steps - half) ** 2
+    return 1 - slope * i - curve * beyond**2
 
 
 def _ended(config: Mapping[str, Any], law: NoiseLaw, times: Tensor) -> TimeGrid:

@@ -31,6 +31,7 @@ PROBES = 4  # evaluations of the call that is tried first
 OPEN = 4  # calls that wait for their next turn at once
 TOGETHER = 4  # samples of one call that are evaluated together
 SAME = 1e-4  # of an answer's size: what one evaluation may differ from another at the same state and time
+SAME_TOGETHER = 1e-3  # the same for an evaluation among others, or by a call of other steps: other kernels, in float32
 TAKEN = {  # arguments that are the relay's -> why
     "num_inference_steps": "how often and where the network is asked is what is learned",
     "timesteps": "how often and where the network is asked is what is learned",
@@ -130,6 +131,7 @@ class PipelineLoop(nn.Module):
         self._pipe, self._calls, self._open = pipe, list(calls), dict[tuple[int, int], Relay]()
         self._several = next((key for key in _parameters(pipe) if key == "batch_size" or _is_count(key)), None)
         self._encoded: dict[Any, Any] = {}
+        self._together: dict[int, int] = {}  # label -> samples that are evaluated together
         self._try_out()
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -140,8 +142,9 @@ class PipelineLoop(nn.Module):
         for i, key in enumerate(zip(wanted, time.tolist(), strict=True)):
             groups.setdefault(key, []).append(i)
         for (label, at), rows in groups.items():
-            for start in range(0, len(rows), TOGETHER if self._several else 1):
-                some = rows[start : start + (TOGETHER if self._several else 1)]
+            together = 1 if len(rows) == 1 else self._count_together(label)
+            for start in range(0, len(rows), together):
+                some = rows[start : start + together]
                 states = torch.cat([x[some]] * self._copies)
                 answers[some] = self._relay(label, len(some)).ask(states, at).output[: len(some)].to(x.dtype).to(x.device)
         return answers
@@ -163,6 +166,37 @@ class PipelineLoop(nn.Module):
             self._open.pop(next(iter(self._open))).close()
         return relay
 
+    def _count_together(self, label: int) -> int:
+        """Return how many samples of a call are evaluated together: several where each is answered as it is alone.
+
+        Not every pipeline takes its number of samples at its word: some ignore it, repeat only a part of what they are given, or draw
+        something else for each sample.
+        """
+        if label not in self._together:
+            self._together[label] = TOGETHER if self._several and self._answers_alike(label) else 1
+        return self._together[label]
+
+    def _answers_alike(self, label: int) -> bool:
+        try:
+            relay, several = self._begun(label, TOGETHER, ROUNDS)
+        except (ModelError, RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+            return False
+        self._open[label, TOGETHER] = relay
+        states = torch.cat([several.x[TOGETHER - 1 : TOGETHER]] * self._copies)
+        alone = self._relay(label, 1).ask(states, float(several.time)).output[:1]
+        alike = self._same(several.output[TOGETHER - 1 : TOGETHER], alone)
+        if not alike:
+            self._open.pop((label, TOGETHER), relay).close()
+        return alike
+
+    def _same(self, one: Tensor, other: Tensor) -> bool:
+        """Return whether two answers differ by rounding at most, in the dtype of the coarsest network."""
+        weights = (next(part.parameters(), None) for part in self.components.values())
+        kinds = [weight.dtype for weight in weights if weight is not None and weight.is_floating_point()]
+        allowed = max([SAME_TOGETHER, *(8 * torch.finfo(kind).eps for kind in kinds)])
+        size, apart = (float(value.float().square().mean().sqrt()) for value in (one, one.float() - other.float()))
+        return apart <= allowed * max(size, 1e-12)
+
     def _begun(self, label: int, count: int, rounds: int) -> tuple[Relay, Evaluation]:
         """Begin a call, and hold its law and its shape to those of the others."""
         relay = Relay(self._pipe, self._call(label, count, rounds))
@@ -172,7 +206,7 @@ class PipelineLoop(nn.Module):
             raise ModelError(f"a {type(self._pipe).__name__} refused call {label}: {type(error).__name__}: {first_line(error)}") from error
         law, shape = relay.law, tuple(first.x.shape[1:])
         assert law is not None  # a step comes after set_timesteps
-        ours = (shape, law.schedule.to_config(), law.prediction.name, len(first.x) / count)
+        ours = (shape, _apart_from_shift(law), law.prediction.name, len(first.x) / count)
         if not hasattr(self, "law"):
             self.law, self.shape, self.dtype, self._ours = law, shape, first.x.dtype, ours
             self._copies = len(first.x) // count  # two where a pipeline keeps the states of both halves of its guidance
@@ -234,13 +268,22 @@ class PipelineLoop(nn.Module):
             answers = [relay.ask(first.x, float(first.time)).output for _ in range(relay.rounds_left)]
         finally:
             relay.close()
-        size = float(first.output.float().square().mean().sqrt())
         for answer in answers:
-            if float((answer - first.output).float().abs().max()) > SAME * max(size, 1e-12):
-                raise ModelError(
-                    f"the network of a {type(self._pipe).__name__} answers otherwise at another step of its loop, at the same state and "
-                    "time (guidance or control that begins or ends at a step, a cache, dropout): leave that out of the call"
-                )
+            self._hold_to(
+                first,
+                answer,
+                "at another step of its loop, at the same state and time (guidance or control that begins or ends at a step, "
+                "guidance with a memory, a cache, dropout)",
+            )
+        again = self._relay(0, 1).ask(first.x, float(first.time)).output
+        self._hold_to(
+            first, again, "in a call of another number of steps, at the same state and time (guidance that changes with the steps)"
+        )
+
+    def _hold_to(self, first: Evaluation, answer: Tensor, where: str) -> None:
+        size = float(first.output.float().square().mean().sqrt())
+        if float((answer - first.output).float().abs().max()) > SAME * max(size, 1e-12):
+            raise ModelError(f"the network of a {type(self._pipe).__name__} answers otherwise {where}: leave that out of the call")
 
 
 def _parameters(pipe: Any) -> Mapping[str, Any]:  # noqa: ANN401
@@ -250,6 +293,11 @@ def _parameters(pipe: Any) -> Mapping[str, Any]:  # noqa: ANN401
 def _is_count(name: str) -> bool:
     """Return whether an argument is the number of samples of each prompt: ``num_images_per_prompt`` and alike."""
     return name.startswith("num_") and name.endswith("_per_prompt")
+
+
+def _apart_from_shift(law: NoiseLaw) -> dict[str, Any]:
+    """Return a law without a flow's shift, which pipelines choose by the size or the number of steps: it moves ``t``, not the ODE."""
+    return {key: value for key, value in law.schedule.to_config().items() if key != "shift"}
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401

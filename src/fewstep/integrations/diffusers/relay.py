@@ -61,9 +61,10 @@ class _RelayScheduler(FewstepScheduler):
         original_inference_steps: int | None = None,
         **unknown: Any,  # noqa: ANN401
     ) -> None:
-        """Lay out the pipeline's own times: the loop begins at the first, and each other is replaced by the one that is wanted then."""
+        """Lay out the pipeline's first time, and its last for all others: each is replaced by the one that is wanted then."""
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu, original_inference_steps, **unknown)
         self.timesteps = self.timesteps.float()  # a copy; a learner may want times between those of a table
+        self.timesteps[1:] = self._law.held_time(self._law.schedule.ends.min()).item()  # a loop that looks ahead is found by it
         self._relay.law, self._relay.round = self._law, 0
 
     def step(

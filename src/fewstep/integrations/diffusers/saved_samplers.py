@@ -69,6 +69,11 @@ class SavedSamplers:
         return hashlib.sha256("".join(sampler.fingerprint for sampler in self.by_steps.values()).encode()).hexdigest()[:16]
 
     @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise law of all of them."""
+        return next(iter(self.by_steps.values())).schedule
+
+    @property
     def stages(self) -> int:
         """The number of evaluations in a step."""
         return list(self.by_steps.values())[-1].stages

@@ -246,7 +246,7 @@ class FewstepScheduler(NoisingScheduler):
             unknown["original_inference_steps"] = original_inference_steps
         refuse_unknown("set_timesteps", unknown)
         device = None if device is None else usable_device(device)
-        law = noise_law(self.config, mu=mu, to_clean=ends_clean(self.config))
+        law = self._law_of(mu)
         own_levels = self._samplers is not None or bool(self.config["grid"])
         if sigmas is not None and timesteps is not None:  # what the network is told at these levels, and so at others
             pairs = grid_from_config({**self.config, "grid": None}, law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
@@ -280,6 +280,13 @@ class FewstepScheduler(NoisingScheduler):
         self._begin_index = None
         self._forget()
         self._plan(0, torch.float32, self.timesteps.device)
+
+    def _law_of(self, mu: float | None) -> NoiseLaw:
+        """Return the law of a call. A flow's shift only moves ``t``: where a call chooses it, a saved sampler keeps its own."""
+        config = dict(self.config)
+        if self._samplers is not None and config["use_dynamic_shifting"] and isinstance(self._samplers.schedule, RectifiedFlow):
+            config |= {"use_dynamic_shifting": False, "flow_shift": self._samplers.schedule.shift}
+        return noise_law(config, mu=mu, to_clean=ends_clean(config))
 
     def _network_times(self, t: Tensor) -> Tensor:
         """Return the times ``[*]`` that the network is told at ``t [*]``; where a level lies beyond its table, the table's last time."""
