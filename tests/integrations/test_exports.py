@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from fewstep import DiscreteVP, GridError, RectifiedFlow, Sampler, SolverError, TimeGrid, VarianceExploding, VPLinear
+from fewstep import DiscreteVP, GridError, NoiseSchedule, RectifiedFlow, Sampler, SolverError, TimeGrid, VarianceExploding, VPLinear
 from fewstep.integrations.exports import (
     TARGETS,
     export,
@@ -22,7 +22,7 @@ from fewstep.integrations.exports import (
     to_sigmas,
     to_vllm_omni,
 )
-from fewstep.integrations.kdiffusion import sample_fewstep, sigmas_for
+from fewstep.integrations.kdiffusion import Law, sample_fewstep, sigmas_for
 from fewstep.models.zoo import WEIGHTS
 from fewstep.runtime.errors import ArtifactError, FewstepError
 
@@ -33,11 +33,11 @@ FLOW = RectifiedFlow(shift=3.0)
 MAKERS = [1.0, 0.6509, 0.4374, 0.2932, 0.1893, 0.1108, 0.0495, 0.00031, 0.0]  # a list such as distilled flows come with
 
 
-def made(schedule, solver="euler", grid="angle", nfe=5):
+def made(schedule: NoiseSchedule, solver: str = "euler", grid: TimeGrid | str = "angle", nfe: int = 5) -> Sampler:
     return Sampler.build(solver, grid, schedule, nfe=nfe if isinstance(grid, str) else None)
 
 
-def levels(sampler, law):
+def levels(sampler: Sampler, law: Law) -> list[float]:
     return sigmas_for(sampler, law=law).tolist()
 
 
@@ -130,6 +130,9 @@ def test_diffusers_table():
     between = TimeGrid(torch.tensor([900.5, 300.0, -1.0]))
     with pytest.raises(GridError, match=r"cuts times to whole numbers, and this sampler evaluates at 900\.5"):
         to_diffusers(made(TABLE, "dpm-solver-pp-2m", between))
+    for option in ("third_order=corrected", "lower_order_below=6"):
+        with pytest.raises(SolverError, match=f"diffusers has no solver that is dpm-solver-pp-3m:{option}"):
+            to_diffusers(made(TABLE, f"dpm-solver-pp-3m:{option}", "trailing"))
     assert to_diffusers(made(TABLE, "dpm-solver-pp-2m", between), levels_only=True).argument == "sigmas"
 
 
@@ -153,6 +156,11 @@ def test_a_makers_list_comes_back_as_it_was(target):
     whole = MAKERS[:-1] if target in ("diffusers", "vllm-omni") else MAKERS
     assert list(done.values) == whole
     assert [float(word) for word in re.findall(r"[\d.]+", done.text)] == whole
+
+
+def test_a_makers_list_before_a_shift_comes_back_before_it():
+    sampler = made(FLOW, grid=TimeGrid(torch.tensor(MAKERS, dtype=torch.float64)))
+    assert list(to_diffusers(sampler, FLOW.shift).values) == MAKERS[:-1]
 
 
 @pytest.mark.parametrize("schedule", [TABLE, EDM, VPLinear(), FLOW])
@@ -219,6 +227,19 @@ def test_k_diffusions_function_makes_the_same_samples(solver, rule):
         torch.testing.assert_close(rule(model, x, sigmas), sample_fewstep(model, x, sampler=sampler), rtol=1e-5, atol=1e-6)
 
 
+def test_k_diffusions_ancestral_function_makes_the_same_samples():
+    sampler = made(TABLE, "ddim:eta=1")
+    assert to_kdiffusion(sampler).solver == "sample_euler_ancestral" and to_sdcpp(sampler).solver == "euler_a"
+    sigmas = torch.tensor(to_kdiffusion(sampler).values, dtype=torch.float64)
+    noise = lambda sigma, sigma_next: torch.cos(torch.arange(4.0, dtype=torch.float64) * float(sigma)).reshape(1, 1, 2, 2)  # noqa: E731
+    model = lambda x, sigma: torch.tanh(x)  # noqa: E731
+    start = x = sigmas[0] * torch.linspace(-1, 1, 4, dtype=torch.float64).reshape(1, 1, 2, 2)
+    for s, t in zip(sigmas, sigmas[1:], strict=False):
+        up = (t**2 * (s**2 - t**2) / s**2).sqrt()
+        x = x + (x - model(x, s)) / s * ((t**2 - up**2).sqrt() - s) + up * noise(s, t)
+    torch.testing.assert_close(x, sample_fewstep(model, start, sampler=sampler, noise_sampler=noise), rtol=1e-5, atol=1e-6)
+
+
 # -- what is refused ----------------------------------------------------------------------------------------------------
 
 
@@ -234,7 +255,7 @@ def test_coefficients_of_a_fitted_sampler_do_not_travel(target):
 
 def test_what_cannot_be_given_is_refused():
     unipc, flow = made(TABLE, "unipc-2"), made(FLOW)
-    short = made(RectifiedFlow(), grid=TimeGrid([1.0, 0.5, 0.1]))
+    short = made(RectifiedFlow(), grid=TimeGrid(torch.tensor([1.0, 0.5, 0.1])))
     for error, ask, message in (
         (FewstepError, lambda: export(flow, "a1111"), f"unknown target 'a1111': a list of levels is written for {', '.join(TARGETS)}"),
         (SolverError, lambda: export(unipc, "comfyui"), "comfyui has no solver that is unipc-2"),

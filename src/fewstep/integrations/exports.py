@@ -25,7 +25,8 @@ from fewstep.runtime.artifact import named_path
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError
 from fewstep.runtime.front_door import number
 from fewstep.sampling.sampler import Sampler
-from fewstep.solvers import spec_of, takes_statistics
+from fewstep.solvers import DPMSolverPP, spec_of, takes_statistics
+from fewstep.solvers.stencil import NEVER
 
 __all__ = [
     "TARGETS",
@@ -40,6 +41,7 @@ __all__ = [
     "to_vllm_omni",
 ]
 
+FEW = 15  # steps of a grid, below which diffusers ends with lower orders
 WHOLE = 1e-6  # of a time: what is as near to a whole number is one
 
 # Names of solvers, by the spec of ours (`spec_of`). The functions of k-diffusion are those that ComfyUI and stable-diffusion.cpp carry on.
@@ -215,7 +217,7 @@ def to_diffusers(sampler: Sampler, shift: float | None = None, levels_only: bool
         raise GridError(f"diffusers' schedulers have a table of times or a flow, and this sampler's law is {sampler.schedule}")
     if not flow and shift is not None:
         raise GridError("only a flow's levels are shifted, and this sampler is of a table of times: leave the shift out")
-    if not flow and spec is not None and spec.startswith("dpm-solver-pp-") and not levels_only:
+    if not flow and spec is not None and _is_dpmpp(sampler) and not levels_only:
         return _timesteps(sampler, spec)
     scheduler = "FlowMatchEulerDiscreteScheduler" if flow else "EulerDiscreteScheduler"
     others = "load it with fewstep.integrations.diffusers.FewstepScheduler.from_sampler"
@@ -320,6 +322,12 @@ def _unshifted(sampler: Sampler, shift: float, scheduler: str) -> Tensor:
     if levels[-1] != 0:
         raise GridError(f"{scheduler} appends a 0 to its sigmas, and this sampler ends at {float(levels[-1]):.4g}: make it end clean")
     return (levels / (shift - (shift - 1) * levels))[:-1]  # the inverse of shift u / (1 + (shift - 1) u)
+
+
+def _is_dpmpp(sampler: Sampler) -> bool:
+    """Return whether diffusers' DPM-Solver++ is the sampler's solver: its lower orders at the end are a switch, its third the published."""
+    known = {"third_order": ("published",), "lower_order_below": (FEW, NEVER)}
+    return sampler.solver == DPMSolverPP.__name__ and all(sampler.options[key] in values for key, values in known.items())
 
 
 def _timesteps(sampler: Sampler, spec: str) -> Export:
