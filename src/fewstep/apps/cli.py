@@ -13,6 +13,7 @@ from fewstep.apps.commands.calibrate import calibrate
 from fewstep.apps.commands.convert import convert
 from fewstep.apps.commands.demo import demo
 from fewstep.apps.commands.distill import distill
+from fewstep.apps.commands.export import export
 from fewstep.apps.commands.finetune import finetune
 from fewstep.apps.commands.fit import fit
 from fewstep.apps.commands.models import models
@@ -28,7 +29,7 @@ from fewstep.runtime.process import lost_another
 
 __all__ = ["VERBS", "main"]
 
-VERBS = (models, sample, bench, report, fit, calibrate, optimize, finetune, trajectories, distill, train, convert, push, demo)
+VERBS = (models, sample, bench, report, fit, calibrate, optimize, finetune, trajectories, distill, train, convert, export, push, demo)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for verb in VERBS:
