@@ -9,20 +9,22 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fewstep.data.images import read_picture
-from fewstep.integrations.diffusers.relay import Evaluation, Relay
 from fewstep.models.formats.diffusers_law import NoiseLaw
 from fewstep.models.identity import digest, parts
 from fewstep.models.networks.calls import check_evaluating
 from fewstep.runtime.artifact import named_path, parse_json, read_file
 from fewstep.runtime.errors import FewstepError, ModelError, first_line
 from fewstep.runtime.front_door import whole
+
+if TYPE_CHECKING:
+    from fewstep.integrations.diffusers.relay import Evaluation, Relay
 
 __all__ = ["PipelineLoop", "checked_calls", "read_calls"]
 
@@ -128,7 +130,8 @@ class PipelineLoop(nn.Module):
         settings = {key: value for key, value in pipe.config.items() if isinstance(value, bool | int | float)}
         about = digest(parts([type(pipe).__name__, settings, [_plain(call) for call in calls]], "calls"))
         self.register_buffer("about", torch.tensor(list(about.encode()), dtype=torch.uint8))  # a part of the model's fingerprint
-        self._pipe, self._calls, self._open = pipe, list(calls), dict[tuple[int, int], Relay]()
+        self._pipe, self._calls = pipe, list(calls)
+        self._open: dict[tuple[int, int], Relay] = {}
         self._several = next((key for key in _parameters(pipe) if key == "batch_size" or _is_count(key)), None)
         self._encoded: dict[Any, Any] = {}
         self._together: dict[int, int] = {}  # label -> samples that are evaluated together
@@ -199,6 +202,8 @@ class PipelineLoop(nn.Module):
 
     def _begun(self, label: int, count: int, rounds: int) -> tuple[Relay, Evaluation]:
         """Begin a call, and hold its law and its shape to those of the others."""
+        from fewstep.integrations.diffusers.relay import Relay  # which needs diffusers
+
         relay = Relay(self._pipe, self._call(label, count, rounds))
         try:
             first = relay.begin()
