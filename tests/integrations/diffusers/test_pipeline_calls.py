@@ -142,6 +142,7 @@ def test_text_encoders_answer_once(folder):
     assert len(count) == 2  # the prompt and the empty one
 
 
+@pytest.mark.slow
 def test_a_fitted_sampler_runs_in_the_pipeline(folder, tmp_path):
     pipe = load(folder("sd"))
     model = from_pipeline(pipe, calls=CALLS["sd"])
