@@ -1,8 +1,10 @@
 """A pipeline as a model by its own calls: the same latents, whatever the pipeline adds, and nothing left behind."""
 
+import gc
 import json
 import threading
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tests.integrations.diffusers.tiny_pipelines import load
 import fewstep
 from fewstep import FewstepError, FitConfig, ModelError, from_pipeline
 from fewstep.integrations.diffusers import FewstepScheduler
-from fewstep.integrations.diffusers.pipeline_calls import read_calls
+from fewstep.integrations.diffusers.pipeline_calls import _remembering, read_calls
 from fewstep.integrations.diffusers.relay import Relay
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
@@ -134,6 +136,26 @@ def test_an_interrupt_on_the_learners_side_ends_both(folder, monkeypatch):
     model.network.close()
 
 
+@pytest.mark.usefixtures("no_threads")
+def test_calls_that_wait_end_with_their_model(folder):
+    model = from_pipeline(load(folder("sd")), calls=CALLS["sd"])
+    fewstep.sample(model, "ddim", nfe=2, seeds=range(4))
+    waiting = [relay._thread for relay in model.network._open.values()]
+    assert waiting and all(thread.is_alive() for thread in waiting)
+    del model
+    gc.collect()
+    assert not any(thread.is_alive() for thread in waiting)
+
+
+def test_encodings_of_tensors_and_pictures_are_not_kept():
+    kept, asked = {}, []
+    encode = _remembering(lambda *args, **options: asked.append(1) or len(asked), kept)
+    one, two = torch.zeros(2000), torch.zeros(2000)
+    two[1000] = 1  # which the text of a tensor leaves out
+    assert [encode(["a cat"], device=torch.device("cpu"), embeds=[value]) for value in (one, two)] == [1, 2]
+    assert [encode(["a cat"], device=torch.device("cpu"), embeds=None) for _ in range(2)] == [3, 3]
+
+
 def test_text_encoders_answer_once(folder):
     pipe, count = load(folder("sd")), []
     pipe.text_encoder.register_forward_hook(lambda *_: count.append(1))
@@ -197,6 +219,20 @@ def test_guidance_that_ends_at_a_step_is_refused(folder):
     call = {**CALLS["sd-controlnet"][0], "control_guidance_end": 0.5}
     with pytest.raises(ModelError, match="answers otherwise at another step of its loop"):
         from_pipeline(load(folder("sd-controlnet")), calls=[call])
+
+
+def test_what_a_step_would_have_ignored_is_refused(folder):
+    with pytest.raises(FewstepError, match="'eta'.*option of the solver"):
+        from_pipeline(load(folder("sd")), calls=[{**CALLS["sd"][0], "eta": 0.5}])
+    clipping = load(folder("sd"))
+    clipping.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(clipping.scheduler.config, thresholding=True)
+    with pytest.raises(ModelError, match="clips its estimates"):
+        from_pipeline(clipping, calls=CALLS["sd"])
+    tokens = load(folder("ltx-condition"))
+    given = {"prompt_embeds": torch.zeros(1, 4, 32), "prompt_attention_mask": torch.ones(1, 4)}
+    call = given | {f"negative_{key}": value for key, value in given.items()}
+    with pytest.raises(FewstepError, match="per_token_timesteps"):
+        from_pipeline(tokens, calls=[{**call, "height": 32, "width": 32, "num_frames": 9}])
 
 
 def test_a_start_from_a_picture_is_refused(folder):

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.models.formats.diffusers_law import ROUNDING
 from fewstep.runtime.errors import FewstepError, GridError
 
-__all__ = ["check_generators", "check_states", "is_asked", "numbers", "one_time", "plain_time", "refuse_unknown"]
+__all__ = ["check_generators", "check_states", "numbers", "one_time", "plain_time", "refuse_asked", "refuse_unknown"]
 
 MEANT = {  # arguments of other schedulers -> what to do instead
     "eta": "how much noise is added is an option of the solver, as in solver='ddim:eta=0.5'",
@@ -49,7 +49,21 @@ def refuse_unknown(where: str, unknown: Mapping[str, Any]) -> None:
         raise FewstepError(f"{where} of a FewstepScheduler has no argument {' and no '.join(map(repr, unknown))}; {meant}")
 
 
-def is_asked(value: Any) -> bool:  # noqa: ANN401
+def refuse_asked(where: str, unknown: Mapping[str, Any], **known: Any) -> None:  # noqa: ANN401
+    """Refuse arguments that mean something to other schedulers, and those that pipelines pass to all, where they say anything but no.
+
+    Args:
+        where: the method that was called with them.
+        unknown: arguments that are refused whatever they say.
+        known: arguments that may be None, False or 0.
+
+    Raises:
+        FewstepError: there are some; the message names them.
+    """
+    refuse_unknown(where, {key: value for key, value in known.items() if _is_asked(value)} | dict(unknown))
+
+
+def _is_asked(value: Any) -> bool:  # noqa: ANN401
     """Return whether an argument of another scheduler says anything but no: neither None, nor False, nor 0."""
     try:
         return value is not None and bool(value)

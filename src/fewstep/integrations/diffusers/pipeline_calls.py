@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ def checked_calls(pipe: Any, calls: Any) -> list[dict[str, Any]]:  # noqa: ANN40
         calls = [calls]
     if isinstance(calls, str | bytes) or not isinstance(calls, Sequence) or not calls:
         raise ModelError(f"calls are the arguments of the pipeline, as calls=[dict(prompt='a red cat')], got {str(calls)[:80]!r}")
-    known = inspect.signature(type(pipe).__call__).parameters
+    known = _parameters(pipe)
     for k, call in enumerate(calls):
         if not isinstance(call, Mapping) or not all(isinstance(key, str) for key in call):
             raise ModelError(f"call {k} is a dict of arguments, as dict(prompt='a red cat'), got {str(call)[:80]!r}")
@@ -132,8 +133,9 @@ class PipelineLoop(nn.Module):
         self.register_buffer("about", torch.tensor(list(about.encode()), dtype=torch.uint8))  # a part of the model's fingerprint
         self._pipe, self._calls = pipe, list(calls)
         self._open: dict[tuple[int, int], Relay] = {}
+        weakref.finalize(self, _close, self._open)  # their threads end with the model, or with the process
         self._several = next((key for key in _parameters(pipe) if key == "batch_size" or _is_count(key)), None)
-        self._encoded: dict[Any, Any] = {}
+        self._encoded: dict[str, Any] = {}
         self._together: dict[int, int] = {}  # label -> samples that are evaluated together
         self._try_out()
 
@@ -154,8 +156,7 @@ class PipelineLoop(nn.Module):
 
     def close(self) -> None:
         """End all calls that wait for their next turn."""
-        while self._open:
-            self._open.popitem()[1].close()
+        _close(self._open)
 
     def _relay(self, label: int, count: int) -> Relay:
         """Return a call of ``count`` samples that has an evaluation left; it waits for its next turn, or begins."""
@@ -233,31 +234,17 @@ class PipelineLoop(nn.Module):
         if "output_type" in known:
             call["output_type"] = "latent"
 
+        pipe, encoded = self._pipe, self._encoded  # and not the loop itself, which could not end while a call of it waits
+
         def run() -> None:
-            pipe = self._pipe
             if hasattr(pipe, "encode_prompt"):
-                pipe.encode_prompt = self._remembering(type(pipe).encode_prompt.__get__(pipe))
+                pipe.encode_prompt = _remembering(type(pipe).encode_prompt.__get__(pipe), encoded)
             if hasattr(pipe, "set_progress_bar_config"):
                 pipe.set_progress_bar_config(disable=True)
             with torch.no_grad():
                 pipe(**call, num_inference_steps=rounds)
 
         return run
-
-    def _remembering(self, encode: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``encode_prompt`` with its answers to plain arguments kept, so that a call that begins anew does not wait for it."""
-
-        @functools.wraps(encode)
-        def remembering(*args: Any, **options: Any) -> Any:  # noqa: ANN401
-            key = repr((args, sorted(options.items())))
-            plain = str | int | float | bool | list | tuple | torch.device | torch.dtype | None
-            if not all(isinstance(value, plain) for value in (*args, *options.values())):
-                return encode(*args, **options)
-            if key not in self._encoded:
-                self._encoded[key] = encode(*args, **options)
-            return self._encoded[key]
-
-        return remembering
 
     def _try_out(self) -> None:
         """Lead the first call once: its loop has to follow, begin at pure noise, and answer by the state and the time alone."""
@@ -289,6 +276,34 @@ class PipelineLoop(nn.Module):
         size = float(first.output.float().square().mean().sqrt())
         if float((answer - first.output).float().abs().max()) > SAME * max(size, 1e-12):
             raise ModelError(f"the network of a {type(self._pipe).__name__} answers otherwise {where}: leave that out of the call")
+
+
+def _close(relays: dict[tuple[int, int], Relay]) -> None:
+    """End the calls that wait for their next turn."""
+    while relays:
+        relays.popitem()[1].close()
+
+
+def _remembering(encode: Callable[..., Any], kept: dict[str, Any]) -> Callable[..., Any]:
+    """Return ``encode_prompt`` with its answers to texts and numbers kept, so that a call that begins anew does not wait for it."""
+
+    @functools.wraps(encode)
+    def remembering(*args: Any, **options: Any) -> Any:  # noqa: ANN401
+        if not _is_text(list(args)) or not _is_text(list(options.values())):
+            return encode(*args, **options)
+        key = repr((args, sorted(options.items())))
+        if key not in kept:
+            kept[key] = encode(*args, **options)
+        return kept[key]
+
+    return remembering
+
+
+def _is_text(value: Any) -> bool:  # noqa: ANN401
+    """Return whether a value is told from all others by its `repr`: texts, numbers and lists of them, and no tensors or pictures."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_text, value))
+    return isinstance(value, str | int | float | bool | torch.device | torch.dtype | None)
 
 
 def _parameters(pipe: Any) -> Mapping[str, Any]:  # noqa: ANN401

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.integrations.diffusers.arguments import one_time
+from fewstep.integrations.diffusers.arguments import one_time, refuse_asked
 from fewstep.integrations.diffusers.scheduler import FewstepScheduler, FewstepSchedulerOutput
 from fewstep.models.formats.diffusers_law import NoiseLaw
 from fewstep.runtime.errors import ModelError
@@ -72,11 +72,20 @@ class _RelayScheduler(FewstepScheduler):
         model_output: Tensor,
         timestep: Any,  # noqa: ANN401
         sample: Tensor,
-        *args: Any,  # noqa: ANN401, ARG002 - a generator, for one: nothing is drawn here
+        generator: Any = None,  # noqa: ANN401, ARG002 - nothing is drawn here
+        variance_noise: Tensor | None = None,  # noqa: ARG002
         return_dict: bool = True,
-        **unknown: Any,  # noqa: ANN401, ARG002
+        *,
+        eta: float | None = 0.0,
+        use_clipped_model_output: bool | None = None,
+        **unknown: Any,  # noqa: ANN401
     ) -> FewstepSchedulerOutput | tuple[Tensor, Tensor]:
-        """Hand over the answer ``model_output [B, *D]`` at the state ``sample [B, *D]``, and return the next state."""
+        """Hand over the answer ``model_output [B, *D]`` at the state ``sample [B, *D]``, and return the next state.
+
+        Raises:
+            FewstepError: an argument that would change the step of another scheduler, as in `FewstepScheduler.step`.
+        """
+        refuse_asked("step", unknown, eta=eta, use_clipped_model_output=use_clipped_model_output)
         if model_output.shape != sample.shape:
             model_output = self._mean(model_output, sample)
         x = self._relay.answered(sample, timestep, model_output)
@@ -100,6 +109,8 @@ class Relay:
         self._call, self._asked, self._told = call, SimpleQueue[tuple[Tensor, float] | None](), SimpleQueue[Any]()
         scheduler = _RelayScheduler.from_config(pipe.scheduler.config, solver="ddim", grid=None, timestep_spacing="trailing")
         scheduler._relay = self  # noqa: SLF001 - its other half
+        if scheduler.config["thresholding"]:
+            raise ModelError("the scheduler of this pipeline clips its estimates (thresholding), unseen by a learner: switch it off")
         self._scheduler, self._theirs = scheduler, dict(vars(pipe))
         self._wanted: float | None = None
         self._thread = threading.Thread(target=self._run, name="fewstep-relay", daemon=True)

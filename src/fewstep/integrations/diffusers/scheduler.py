@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.core.schedule import RectifiedFlow
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Row, Solver, advance
-from fewstep.integrations.diffusers.arguments import check_generators, check_states, is_asked, one_time, plain_time, refuse_unknown
+from fewstep.integrations.diffusers.arguments import check_generators, check_states, one_time, plain_time, refuse_asked, refuse_unknown
 from fewstep.integrations.diffusers.chains import Chain, Chains, Plan
 from fewstep.integrations.diffusers.forward_process import NoisingScheduler
 from fewstep.integrations.diffusers.noise_levels import checked_times, default_sigmas_count, grid_from_config
@@ -356,8 +356,7 @@ class FewstepScheduler(NoisingScheduler):
             FewstepError: before `set_timesteps`, shapes that do not fit, several times in one batch or one that no network has, what are no
                 floating point numbers, or an argument that would change the step of another scheduler and means nothing here.
         """
-        asked = {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
-        refuse_unknown("step", {key: value for key, value in asked.items() if is_asked(value)} | unknown)
+        refuse_asked("step", unknown, eta=eta, use_clipped_model_output=use_clipped_model_output)
         if self.num_inference_steps is None:
             raise FewstepError("run set_timesteps before step: it chooses the times")
         check_states(model_output=model_output, sample=sample)
