@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
-from tests.integrations.diffusers.tiny_pipelines import latent_law, text_encoder, text_unet, tokenizer, vae
+from tests.integrations.diffusers.tiny_pipelines import flow_vae, flux_transformer, latent_law, text_encoder, text_unet, tokenizer, vae
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
 MASK = Image.fromarray(np.pad(np.full((8, 8), 255, np.uint8), 4))
@@ -27,29 +27,8 @@ def dynamic_flow() -> Any:
     return flow(shift=3.0, use_dynamic_shifting=True)
 
 
-def flow_vae(channels: int = 4) -> Any:
-    return vae(channels, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
-
-
 NO_TEXT = {"text_encoder": None, "tokenizer": None}
 NO_TEXTS = {**NO_TEXT, "text_encoder_2": None, "tokenizer_2": None}
-
-
-def flux_transformer(channels: int = 16, **options: Any) -> Any:
-    return diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=channels,
-        out_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-        **options,
-    )
 
 
 def flux(kind: str, channels: int = 16, **more: Any) -> Any:

@@ -60,6 +60,10 @@ def vae(channels: int = 4, **options: Any) -> Any:
     )
 
 
+def flow_vae(channels: int = 4) -> Any:
+    return vae(channels, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
+
+
 def text_unet(width: int = 32, *, channels: int = 4, **options: Any) -> Any:
     return diffusers.UNet2DConditionModel(
         block_out_channels=(16, 32),
@@ -154,7 +158,7 @@ def stable_diffusion_3(folder: Path) -> Any:
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        vae=flow_vae(),
         text_encoder=text_encoder(len(words), projected=True),
         tokenizer=words,
         text_encoder_2=text_encoder(len(words), projected=True),
@@ -164,11 +168,11 @@ def stable_diffusion_3(folder: Path) -> Any:
     )
 
 
-def flux(folder: Path) -> Any:
-    words = tokenizer(folder / "words")
-    transformer = diffusers.FluxTransformer2DModel(
+def flux_transformer(channels: int = 16, **options: Any) -> Any:
+    return diffusers.FluxTransformer2DModel(
         patch_size=1,
-        in_channels=16,
+        in_channels=channels,
+        out_channels=16,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
@@ -177,16 +181,21 @@ def flux(folder: Path) -> Any:
         pooled_projection_dim=32,
         axes_dims_rope=(4, 4, 8),
         guidance_embeds=True,
+        **options,
     )
+
+
+def flux(folder: Path) -> Any:
+    words = tokenizer(folder / "words")
     t5 = transformers.T5Config(vocab_size=len(words), d_model=32, d_ff=37, d_kv=8, num_heads=4, num_layers=1, decoder_start_token_id=0)
     return diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        vae=flow_vae(),
         text_encoder=text_encoder(len(words)),
         tokenizer=words,
         text_encoder_2=transformers.T5EncoderModel(t5),
         tokenizer_2=words,
-        transformer=transformer,
+        transformer=flux_transformer(),
     )
 
 
@@ -208,7 +217,7 @@ def dit(folder: Path) -> Any:
     return diffusers.DiTPipeline(transformer=transformer, vae=vae(), scheduler=latent_law(), id2label={0: "a", 1: "b"})
 
 
-def ltx_with_conditions(folder: Path) -> Any:  # noqa: ARG001 - its prompts are given as embeddings
+def ltx_parts() -> dict[str, Any]:
     transformer = diffusers.LTXVideoTransformer3DModel(
         in_channels=8,
         out_channels=8,
@@ -225,8 +234,12 @@ def ltx_with_conditions(folder: Path) -> Any:  # noqa: ARG001 - its prompts are 
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1, 1),
     )
+    return {"transformer": transformer, "vae": video_vae}
+
+
+def ltx_with_conditions(folder: Path) -> Any:  # noqa: ARG001 - its prompts are given as embeddings
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    return diffusers.LTXConditionPipeline(scheduler=scheduler, vae=video_vae, text_encoder=None, tokenizer=None, transformer=transformer)
+    return diffusers.LTXConditionPipeline(scheduler=scheduler, **ltx_parts(), text_encoder=None, tokenizer=None)
 
 
 def cogview4(folder: Path) -> Any:  # noqa: ARG001 - its prompts are given as embeddings

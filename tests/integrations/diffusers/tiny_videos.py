@@ -7,7 +7,7 @@ import diffusers
 import torch
 import transformers
 from tests.integrations.diffusers.tiny_pictures import NO_TEXT, NO_TEXTS, PICTURE, embeds, flow
-from tests.integrations.diffusers.tiny_pipelines import latent_law, text_encoder, text_unet, tokenizer, vae
+from tests.integrations.diffusers.tiny_pipelines import latent_law, ltx_parts, text_encoder, text_unet, tokenizer, vae
 
 CLIP = {"height": 16, "width": 16, "num_frames": 5}
 
@@ -111,24 +111,8 @@ def cogvideox(folder: Path) -> Any:
 
 
 def ltx(folder: Path) -> Any:
-    transformer = diffusers.LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        cross_attention_dim=16,
-        caption_channels=32,
-    )
-    video_vae = diffusers.AutoencoderKLLTXVideo(
-        latent_channels=8,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-    )
     scheduler = flow(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1)
-    return diffusers.LTXPipeline(vae=video_vae, scheduler=scheduler, transformer=transformer, **NO_TEXT)
+    return diffusers.LTXPipeline(scheduler=scheduler, **ltx_parts(), **NO_TEXT)
 
 
 def hunyuan(folder: Path) -> Any:
