@@ -20,6 +20,7 @@ from fewstep.core.statistics import ModelStatistics
 from fewstep.models.carried import OPTIMIZED, Carried
 from fewstep.models.guidance import Wrapped, classifier_free
 from fewstep.models.identity import Part, digest, parts, rounded, state_of
+from fewstep.models.networks.between_times import BetweenTimes
 from fewstep.models.networks.calls import (
     answer_of,
     computes,
@@ -30,6 +31,7 @@ from fewstep.models.networks.calls import (
     refusals,
     same_time,
     unwritten,
+    whole_times,
 )
 from fewstep.models.tuned import Tuned
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError
@@ -39,7 +41,7 @@ from fewstep.sampling.sampler import Sampler
 __all__ = ["Model"]
 
 WHOLE_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-WHOLE = 1e-3  # how far a whole time may be from one
+WEIGHTS = Path(__file__).parent / "weights"  # of the bundled models
 _FACTS: dict[str, tuple[Any, str]] = {  # plain fields: their type, and what it means
     "name": (str, "a word"),
     "identity": (str, "a word for its weights and code"),
@@ -73,6 +75,8 @@ class Model:
         data: the data set it was trained on, by the name `load_images` knows, or None.
         folder: the folder it was loaded from, with the artifacts below it.
         given: artifacts in memory, in place of those in the folder.
+        build: how the network is built again, so that the model and its students can be saved: its class or a function of a module of
+            yours, or ``functools.partial`` of one with plain keyword arguments; by default the class of the network without arguments.
         card: provenance and figures of the learner that made it.
 
     Raises:
@@ -103,6 +107,7 @@ class Model:
     data: str | None = None
     folder: Path | None = None
     given: Carried | None = None
+    build: Callable[..., nn.Module] | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -133,6 +138,8 @@ class Model:
             object.__setattr__(self, "folder", Path(self.folder))
         if not callable(self.time) or not (self.call is None or callable(self.call)):
             raise ModelError(f"time and call are functions, t -> time and (network, x, time, cond) -> output, got {self.time}, {self.call}")
+        if not (self.build is None or callable(self.build)) or isinstance(self.build, nn.Module):
+            raise ModelError(f"build is what builds the network again, as functools.partial(Net, width=64), got {str(self.build)[:80]!r}")
         if not isinstance(self.flow_map, FlowMap | None):
             raise ModelError(f"flow_map is a fewstep.FlowMap, got {type(self.flow_map).__name__}: subclass it")
         object.__setattr__(self, "prediction", prediction(self.prediction))
@@ -156,12 +163,12 @@ class Model:
         check_batch(cond, len(x))
         dtype = self.dtype or network_dtype(self.network, x.dtype)
         scaled = x if kind.input_scale is None else x * aligned(kind.input_scale(alpha, sigma), x)
-        time = self._network_time(t, x, dtype)
+        time = self.network_time(t, x, dtype)
         with refusals(x), unwritten(x):
             output = (self.call or plain_call)(self.network, scaled.to(dtype), time, cond)
         return to_x0(kind, answer_of(output, x), x, alpha, sigma)
 
-    def _network_time(self, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def network_time(self, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the network's own time of each sample of ``x [B, *D]``, ``[B]``.
 
         Raises:
@@ -171,21 +178,29 @@ class Model:
         if not isinstance(time, Tensor) or time.is_complex() or time.shape not in (t.shape, (len(x),)):
             what = f"{time.dtype} of shape {tuple(time.shape)}" if isinstance(time, Tensor) else f"a {type(time).__name__}"
             raise ModelError(f"time of {self.name} answers {what} to times of shape {tuple(t.shape)}: it is a function t [*] -> [*]")
-        if self.time_dtype is not None and not self.time_dtype.is_floating_point:
-            whole_time = time.round()
-            if bool(((time - whole_time).abs() > WHOLE).any()):
-                raise ModelError(
-                    f"{self.name} takes whole times, but is asked at {time.flatten()[0]:g}: use a law of its own times, as DiscreteVP, and "
-                    "a grid of them"
-                )
-            if bool((whole_time != whole_time.to(self.time_dtype)).any()):
-                kept = str(self.time_dtype).removeprefix("torch.")
-                raise ModelError(
-                    f"{self.name} is asked at {time.flatten()[0]:g}, which {kept} does not hold: make it with a larger time_dtype"
-                )
-            time = whole_time
+        if self.time_dtype is not None:
+            time = whole_times(time, self.time_dtype, self.name)
         kind = self.time_dtype or torch.promote_types(dtype, torch.float32)
         return time.to(kind).to(x.device).expand(len(x))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model as a folder that `load_model` reads, whole or not at all, and return the folder.
+
+        It holds the weights as safetensors and a description. A network of a class of one's own is built again by its name and `build`, so
+        `load_model` imports that code, and does so only with ``trust=True``; ``time`` and ``call`` are functions with a name too. The model
+        is built again once while it is saved, and compared.
+
+        Args:
+            folder: new or empty.
+
+        Raises:
+            ModelError: something that has no name to import it by (a lambda, a class inside a function or of the running script), a network
+                that is built again otherwise, or a student; each says how to mend it.
+            ArtifactError: the folder holds a model already, is in use, or cannot be written.
+        """
+        from fewstep.models.formats.folders import save_model  # which makes models
+
+        return save_model(self, folder)
 
     # -- how it is sampled ------------------------------------------------------------------------------------------
 
@@ -229,6 +244,27 @@ class Model:
             return guided(x, t, cond)
 
         return Wrapped(self.schedule, by_label)
+
+    def at_any_time(self) -> Model:
+        """Return the model for learners, which ask between the times of its network's table.
+
+        Where the network takes whole times, its output between two of them is interpolated linearly, at the price of two evaluations, so
+        that its trajectories are those of one smooth model; at its own times it answers as it is. Any other model is returned as it is.
+
+        Raises:
+            ModelError: it takes whole times, and its noise law has no table of times that are whole to it.
+        """
+        if self.time_dtype is None or self.time_dtype.is_floating_point:
+            return self
+        table, mend = self.schedule.times, "use the law of its table, as fewstep.DiscreteVP.from_betas(betas)"
+        if table is None:
+            raise ModelError(f"{self.name} takes whole times, and a {type(self.schedule).__name__} has others between them: {mend}")
+        try:
+            told = whole_times(self.time(table[table >= self.schedule.t_last]), self.time_dtype, self.name)
+        except ModelError as error:
+            raise ModelError(f"{error}; all times of its table have to be whole: {mend}, or another time=") from error
+        between = BetweenTimes(self.call or plain_call, self.time_dtype, float(told.min()), float(told.max()))
+        return replace(self, call=between, time_dtype=torch.float64)
 
     def condition(self, cond: Cond, count: int) -> Cond:
         """Return what the network of a model with classes is conditioned on: labels of any library as a tensor ``[B]``.
@@ -423,4 +459,10 @@ class Model:
 
     def command_name(self, guidance: float) -> str:
         """Return how a command names this model and a guidance scale."""
-        return f"{self.name if self.data or self.folder is None else self.folder}" + ("" if guidance == 1 else f" --guidance {guidance:g}")
+        return self.address + ("" if guidance == 1 else f" --guidance {guidance:g}")
+
+    @property
+    def address(self) -> str:
+        """How `load_model` finds it: its bundled name, or its folder; its name if it has none."""
+        bundled = self.folder is None or (self.data is not None and self.folder.parent == WEIGHTS)
+        return self.name if bundled else str(self.folder)

@@ -80,16 +80,17 @@ class Problem:
         """The model with its guidance; a student's flow map."""
         return self.model.guided(self.guidance)
 
-    @property
+    @cached_property
     def teacher(self) -> Denoiser:
-        """The denoiser, for learners, which need the clean image at any time.
+        """The denoiser, for learners, which need the clean image at any time, see `Model.at_any_time`.
 
         Raises:
-            ModelError: the model is a student.
+            ModelError: the model is a student, or cannot be asked at any time.
         """
-        self.model.need_denoiser()
-        assert not isinstance(self.denoiser, FlowMap)
-        return self.denoiser
+        model = self.model.need_denoiser().at_any_time()
+        denoiser = self.denoiser if model is self.model else model.guided(self.guidance)
+        assert not isinstance(denoiser, FlowMap)
+        return denoiser
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -10,7 +10,7 @@ from fewstep.runtime.artifact import Count, Number, Record, read_record, write_w
 
 __all__ = ["Tuned"]
 
-BESIDE = "../"
+BESIDE, BELOW = "../", "./"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Tuned:
     """The record of a student's teacher and of the sampler that it was tuned for: ``tuned.json`` in the model's folder.
 
     Attributes:
-        teacher: a bundled name or a folder. The file names a folder beside the model's own relative to it, so both can be moved together.
+        teacher: a bundled name or a folder. The file names one beside or in the model's own relative to it, so both can be moved together.
         fingerprint: the teacher's.
         guidance: the scale at which the teacher sampled; the tuned model itself is sampled without.
         solver: the solver that it was tuned for, on the grid of ``optimized/``.
@@ -52,6 +52,8 @@ class Tuned:
         meta = {"format": TunedRecord.FORMAT, "version": TunedRecord.VERSION, **asdict(self)}
         if Path(self.teacher).is_absolute() and Path(self.teacher).parent == folder.resolve().parent:
             meta["teacher"] = BESIDE + Path(self.teacher).name
+        elif Path(self.teacher).is_absolute() and Path(self.teacher).parent == folder.resolve():
+            meta["teacher"] = BELOW + Path(self.teacher).name
         write_whole(folder / "tuned.json", (json.dumps(meta, indent=1) + "\n").encode())
 
     @staticmethod
@@ -70,6 +72,6 @@ class Tuned:
         if not path.exists():
             return None
         meta = read_record(path, TunedRecord)
-        beside = meta.teacher.startswith(BESIDE)
-        teacher = str((folder / meta.teacher).resolve()) if beside else meta.teacher
+        near = meta.teacher.startswith((BESIDE, BELOW))
+        teacher = str((folder / meta.teacher).resolve()) if near else meta.teacher
         return cls(teacher, meta.fingerprint, meta.guidance, meta.solver, meta.nfe, meta.form)

@@ -9,14 +9,12 @@ from typing import Any
 
 from fewstep.models.formats.checkpoints import load_checkpoint
 from fewstep.models.formats.folders import load_folder
-from fewstep.models.model import Model
+from fewstep.models.model import WEIGHTS, Model
 from fewstep.runtime.artifact import named_path
 from fewstep.runtime.errors import ModelError, nearest
 from fewstep.runtime.front_door import checked
 
 __all__ = ["BUNDLED", "load_model"]
-
-WEIGHTS = Path(__file__).parent / "weights"
 
 BUNDLED = {  # name -> (what it is, the data it was trained on)
     "digits-edm": ("class-conditional, EDM preconditioning, continuous noise levels 0.002 to 80", "digits"),
@@ -38,10 +36,12 @@ def load_model(
 
     Args:
         name: the name, folder, hub id or file.
-        format, config, trust: of a file, see `load_checkpoint`.
+        format, config: of a file, see `load_checkpoint`.
+        trust: read a pickle (see `load_checkpoint`); import, and so run, the code that a folder of `Model.save` names.
 
     Raises:
-        ModelError: neither a bundled name nor a readable folder or file; options of a file for anything else.
+        ModelError: something that wants trust without it; neither a bundled name nor a readable folder or file; options of a file for
+            anything else.
     """
     if not isinstance(name, str | Path):
         raise ModelError(f"a model is loaded by a name, a folder or a file, got {type(name).__name__} {str(name)[:80]}")
@@ -54,4 +54,4 @@ def load_model(
         return replace(load_folder(WEIGHTS / str(name)), name=str(name), data=BUNDLED[str(name)][1])
     if "/" not in str(name) and not Path(name).exists():
         raise ModelError(f"no model {str(name)!r}: {nearest(str(name), BUNDLED)}")
-    return load_folder(name)
+    return load_folder(name, trust=trust)

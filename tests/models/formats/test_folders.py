@@ -176,7 +176,7 @@ def test_a_folder_with_another_network(tmp_path: Path) -> None:
         next(iter(model.network.parameters())).add_(1)
     save_like(model, model.network, tmp_path / "two")
     assert load_model(tmp_path / "two").fingerprint == model.fingerprint != load_model(tmp_path / "one").fingerprint
-    with pytest.raises(ModelError, match="an operator is made of a diffusers UNet2DModel, not of a SongUNet"):
+    with pytest.raises(ModelError, match="between the blocks of a diffusers UNet2DModel, which a SongUNet does not have"):
         OperatorStudent(model, make_grid("angle", model.schedule, 2).t, OperatorForm())
 
 

@@ -27,6 +27,7 @@ from fewstep.evaluate.metrics.confidence import rms, rmse_interval, sample_error
 from fewstep.evaluate.metrics.distances import rmse
 from fewstep.evaluate.metrics.quality import NO_METRICS, Quality
 from fewstep.evaluate.rows import REFERENCE, Key, Row, has_errors, picture_file, read_results, read_samples, save_samples
+from fewstep.models.formats.folders import imports_code
 from fewstep.models.model import Model
 from fewstep.models.networks.operator import OperatorStudent
 from fewstep.models.problem import Problem
@@ -113,7 +114,7 @@ def _teacher(model: Model) -> Model | None:
             )
         return None
     try:
-        teacher = load_model(model.tuned.teacher)
+        teacher = load_model(model.tuned.teacher, trust=imports_code(model))  # who trusts a student's code trusts its teacher's
     except ModelError as error:
         raise ModelError(f"{model.name} is measured against the teacher that it was tuned from: {error}") from error
     if teacher.fingerprint != model.tuned.fingerprint:
@@ -209,7 +210,7 @@ class _Bench:
         self.job.on_progress(0, "reference trajectory")
 
         def ends(sampler: Sampler, seeds: list[int], cond: Cond) -> Tensor:
-            return run(exact.denoiser, sampler.tableau, exact.start(seeds, sampler.tableau.nodes), cond, seeds=seeds).cpu()
+            return run(exact.teacher, sampler.tableau, exact.start(seeds, sampler.tableau.nodes), cond, seeds=seeds).cpu()
 
         fine, coarse = reference_sampler(exact.schedule), reference_sampler(exact.schedule, REFERENCE_NFE // 2)
         parts, error = [], 0.0

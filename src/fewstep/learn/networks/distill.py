@@ -15,7 +15,7 @@ from fewstep.core.grid import TimeGrid
 from fewstep.learn.networks.loop import check_checkpoint, forget_checkpoint
 from fewstep.learn.networks.objectives import OBJECTIVES, DistillConfig
 from fewstep.learn.networks.objectives.operator import OperatorObjective
-from fewstep.learn.networks.trainer import Trained, may_write_model, teacher_name, train_student
+from fewstep.learn.networks.trainer import Trained, dropout_as, may_write_model, teacher_name, train_student
 from fewstep.learn.teacher.batches import TeacherData
 from fewstep.learn.teacher.trajectories import Trajectories
 from fewstep.models.carried import OPTIMIZED, Carried
@@ -113,20 +113,22 @@ def _result(objective: OperatorObjective, trained: Trained, figures: dict[str, A
     """Return the student as a model that carries its passes, from its folder if it has one. ``tuned.json`` is written last."""
     model, config, student = objective.problem.model, objective.config, trained.student
     student.card.update(_facts(model, config, figures, job.command))
+    dropout_as(student.operator.network, model.network)
     if config.half:
         student.operator.half()
-    tuned = Tuned(teacher_name(model), model.fingerprint, config.guidance, "ddim", 1, "operator")
+    tuned = Tuned(teacher_name(model, None if job.in_memory else job.folder), model.fingerprint, config.guidance, "ddim", 1, "operator")
     if job.in_memory:
         made = replace(objective.model(student), name=f"{model.name}-student", data=model.data, folder=None)
         return replace(made, given=Carried(tuned=tuned, grids=[_passes(made, figures, job.command)]), card=figures)
-    out, network = job.folder, student.operator.unet
-    network.register_to_config(_name_or_path=out.name)  # not a folder of this machine
+    out, network = job.folder, student.operator.network
+    if hasattr(network, "register_to_config"):
+        network.register_to_config(_name_or_path=out.name)  # not a folder of this machine
     objective.save(student, out)
-    _passes(load_folder(out), figures, job.command).save(out / OPTIMIZED / "ddim")
+    _passes(load_folder(out, trust=True), figures, job.command).save(out / OPTIMIZED / "ddim")
     write_whole(out / "history.json", (json.dumps({"config": asdict(config), **figures}, indent=1) + "\n").encode())
     tuned.save(out)
     forget_checkpoint(out / "work")
-    return replace(load_folder(out), card=figures)
+    return replace(load_folder(out, trust=True), card=figures)
 
 
 def _passes(student: Model, figures: Mapping[str, Any], command: str) -> GridTable:

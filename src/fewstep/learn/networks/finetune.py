@@ -23,7 +23,7 @@ from fewstep.core.tableau import Nodes
 from fewstep.data.images import Images
 from fewstep.learn.networks.loop import LoopConfig, forget_checkpoint
 from fewstep.learn.networks.objectives.steps import LandingObjective, ScoreObjective, StepsObjective
-from fewstep.learn.networks.trainer import may_write_model, teacher_name, train_student
+from fewstep.learn.networks.trainer import dropout_as, may_write_model, teacher_name, train_student
 from fewstep.learn.search.bound import Bound
 from fewstep.learn.teacher.batches import TeacherData
 from fewstep.learn.teacher.gram import GramConfig, collect_gram, fine_grid
@@ -307,9 +307,12 @@ def _result(tuning: _Tuning, history: list[Round], job: Job) -> Model:
     grid = TimeGrid(torch.tensor(history[-1].next_times, dtype=torch.float64))
     objective = tuning.objective([0, -1])
     network.requires_grad_(False)
+    dropout_as(network, model.network)
     if config.half:
         network.half()
-    tuned = Tuned(teacher_name(model), model.fingerprint, config.guidance, "ddim", config.nfe, config.form)
+    tuned = Tuned(
+        teacher_name(model, None if job.in_memory else job.folder), model.fingerprint, config.guidance, "ddim", config.nfe, config.form
+    )
     figures: dict[str, Any] = {"history": [asdict(made) for made in history]}
 
     def grids(student: Model) -> tuple[GridTable, dict[str, Any]]:
@@ -325,14 +328,14 @@ def _result(tuning: _Tuning, history: list[Round], job: Job) -> Model:
     if hasattr(named, "register_to_config"):
         named.register_to_config(_name_or_path=out.name)  # not a folder of this machine
     objective.save(network, out)
-    student = load_folder(out)
+    student = load_folder(out, trust=True)
     table, card = grids(replace(student, name=out.name))
     Sampler.build(DDIM(), grid, student.schedule, card=card).save(out / "sampler")
     table.save(out / OPTIMIZED / "ddim")
     write_whole(out / "history.json", (json.dumps(figures["history"], indent=1) + "\n").encode())
     write_whole(out / "README.md", _card(model, config, history, out.name, job.command).encode())
     tuned.save(out)
-    return replace(load_folder(out), card=figures)
+    return replace(load_folder(out, trust=True), card=figures)
 
 
 def _card(model: Model, config: FinetuneConfig, history: list[Round], name: str, command: str) -> str:

@@ -122,7 +122,7 @@ def run_loop(
         loose: Any = network  # torch's types do not know this form of ``to``
         network = loose.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    bare = network
+    bare, own = network, set(vars(network))
     prepared: Any = accelerator.prepare(network, optimizer)
     network, optimizer = prepared
     if config.compile:
@@ -176,6 +176,8 @@ def run_loop(
     accelerator.wait_for_everyone()
     bare._compiled_call_impl = None
     trained = accelerator.unwrap_model(bare, keep_fp32_wrapper=False).eval()
+    for mark in set(vars(trained)) - own:  # accelerate's, which would tell the network from one that is loaded
+        delattr(trained, mark)
     return trained.to(memory_format=torch.contiguous_format) if config.channels_last else trained
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fewstep.core.prediction import aligned, from_x0, prediction
 from fewstep.data.images import Images
 from fewstep.models.model import Model
-from fewstep.models.networks.calls import network_device, unet_call
+from fewstep.models.networks.calls import answer_of, network_device, plain_call
 
 __all__ = ["score_matching"]
 
@@ -53,7 +53,7 @@ def score_matching(
         alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
         x = aligned(alpha, x0) * x0 + aligned(sigma, x0) * noise
         scale = 1.0 if kind.input_scale is None else aligned(kind.input_scale(alpha, sigma), x0)
-        output = unet_call(network, x * scale, model.time(t), cond)
+        output = answer_of((model.call or plain_call)(network, x * scale, model.network_time(t, x, x.dtype), cond), x)
         return (output.float() - from_x0(kind, x0, x, alpha, sigma)).square().mean()
 
     return loss

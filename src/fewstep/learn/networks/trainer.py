@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from fewstep.learn.networks.loop import LoopConfig, LossCurve, run_loop
 from fewstep.learn.networks.objectives.objective import Objective
 from fewstep.learn.teacher.batches import TeacherData
+from fewstep.models.formats.folders import check_savable, holds_model, write_model
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import network_device
 from fewstep.models.tuned import Tuned
+from fewstep.runtime.artifact import written_apart
 from fewstep.runtime.errors import FewstepError, ModelError
 from fewstep.runtime.job import folder_of
 
-__all__ = ["Trained", "may_write_model", "teacher_name", "train_student"]
+__all__ = ["Trained", "dropout_as", "may_write_model", "teacher_name", "train_student"]
+
+TEACHER = "teacher"  # the folder of a teacher that has none of its own, below its student's
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,13 @@ def train_student(
     return Trained(trained.requires_grad_(False), curve.points, curve.seconds)
 
 
+def dropout_as(student: nn.Module, teacher: Any) -> None:  # noqa: ANN401 - a network
+    """Give a trained network the dropout of its teacher's again, which objectives change: it is a setting that the network is known by."""
+    for ours, theirs in zip(student.modules(), teacher.modules(), strict=False):
+        if isinstance(ours, nn.Dropout) and isinstance(theirs, nn.Dropout):
+            ours.p = theirs.p
+
+
 def may_write_model(model: Model, out: str | Path | None, begun: str) -> None:
     """Refuse a student that could not be saved, or that would overwrite a model.
 
@@ -85,7 +96,7 @@ def may_write_model(model: Model, out: str | Path | None, begun: str) -> None:
         begun: a path below ``out`` that shows an unfinished run of the same kind.
 
     Raises:
-        ModelError: the teacher is a student itself or no module; or it was not loaded from a folder, whose format its student's would have.
+        ModelError: the teacher is a student itself or no module, or its student could not be saved (and how to mend it).
         FewstepError: the folder holds a finished model.
     """
     model = model.need_denoiser()
@@ -94,17 +105,32 @@ def may_write_model(model: Model, out: str | Path | None, begun: str) -> None:
     if out is None:
         return
     folder = folder_of(out)
-    if model.folder is None:
-        raise ModelError(
-            f"{model.name} was not loaded from a folder, so its student could not be saved as one: save it first, or leave out=... away to "
-            "keep the student in memory"
-        )
+    try:
+        check_savable(model)
+    except ModelError as error:
+        raise ModelError(f"{error}; or leave out=... away to keep the student in memory") from error
     if Tuned.in_folder(folder):
         raise FewstepError(f"{folder} already holds a finished student: choose another folder, or remove it")
-    if (folder / "unet").exists() and not (folder / begun).exists():  # with it, a run was killed while it saved
+    if holds_model(folder) and not (folder / begun).exists():  # with it, a run was killed while it saved
         raise FewstepError(f"{folder} already holds a model, which would be lost: choose another folder")
 
 
-def teacher_name(model: Model) -> str:
-    """Return how `load_model` finds a teacher again: its bundled name, or its folder."""
-    return model.name if model.data or model.folder is None else str(model.folder.resolve())
+def teacher_name(model: Model, folder: Path | None = None) -> str:
+    """Return how `load_model` finds a teacher again: its bundled name, or its folder.
+
+    Args:
+        model: the teacher. One that has no folder is saved below that of its student, where benchmarks find it.
+        folder: the student's; None if it stays in memory.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    if model.folder is not None:
+        return model.address if model.address == model.name else str(model.folder.resolve())
+    if folder is None:
+        return model.name
+    place = folder / TEACHER
+    if not place.exists():
+        with written_apart(folder, last=TEACHER) as scratch:
+            write_model(model, scratch / TEACHER)
+    return str(place.resolve())

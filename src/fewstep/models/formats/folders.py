@@ -1,6 +1,7 @@
 """Trained models from folders: ours (``fewstep.json``) and diffusers' (a ``UNet2DModel`` with a scheduler). Never a pickle.
 
-A folder of ours is of version 1 (a ``UNet2DModel`` with EDM preconditioning) or 2 (which describes a whole `Model`, see `describe`).
+A folder of ours is of version 1 (a ``UNet2DModel`` with EDM preconditioning), 2 (which describes a whole `Model`, see `describe`) or 3
+(whose network is of the caller's own code, see `own`).
 """
 
 from __future__ import annotations
@@ -21,17 +22,44 @@ from fewstep.core.schedule import NoiseSchedule, schedule_from_config
 from fewstep.models.flow_map import OperatorMap
 from fewstep.models.formats.description import description
 from fewstep.models.formats.diffusers_law import noise_law
+from fewstep.models.formats.own import OwnRecord, entries, own_files, own_model
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import NetworkTime, edm_time, image_size, same_time, unet_call
 from fewstep.models.networks.operator import OperatorStudent
 from fewstep.models.networks.unets import NETWORKS, build_network, empty_network
-from fewstep.runtime.artifact import Count, Record, Whole, check_file, named_path, read_json, read_record, write_whole
+from fewstep.runtime.artifact import (
+    Count,
+    Record,
+    Whole,
+    check_file,
+    named_path,
+    read_file,
+    read_json,
+    read_record,
+    write_whole,
+    written_apart,
+)
 from fewstep.runtime.errors import ArtifactError, FewstepError, ModelError, first_line
 from fewstep.runtime.front_door import check_fields
+from fewstep.runtime.job import Job
 
-__all__ = ["DESCRIPTION", "describe", "described", "load_folder", "read_tensors", "save_described", "save_like", "save_ours"]
+__all__ = [
+    "DESCRIPTION",
+    "check_savable",
+    "describe",
+    "described",
+    "holds_model",
+    "imports_code",
+    "load_folder",
+    "read_tensors",
+    "save_described",
+    "save_like",
+    "save_model",
+    "save_ours",
+    "write_model",
+]
 
-DESCRIPTION, WEIGHTS = "fewstep.json", "unet/model.safetensors"
+DESCRIPTION, WEIGHTS, OWN_WEIGHTS = "fewstep.json", "unet/model.safetensors", "network.safetensors"
 FORMAT = "fewstep-model"
 LARGEST = 1 << 31  # numbers in one sample
 
@@ -63,20 +91,22 @@ class ModelRecord(Record):
     null_label: Whole | None
 
 
-def load_folder(source: str | Path) -> Model:
+def load_folder(source: str | Path, *, trust: bool = False) -> Model:
     """Load a model from a folder with ``unet/`` and either ``fewstep.json`` (as `fewstep train` writes) or a diffusers ``scheduler/``.
 
     A name like ``owner/repository`` that is no folder is fetched from the hub by diffusers.
 
     Args:
         source: the folder or hub id.
+        trust: import, and so run, the code that a folder of `Model.save` names.
 
     Raises:
-        ModelError: no model there, unreadable weights, or a scheduler or prediction type that is not known.
+        ModelError: no model there, one whose code is not trusted (and what it names), unreadable weights, or a scheduler or prediction type
+            that is not known.
         ArtifactError: ``fewstep.json`` is damaged, or of another version.
     """
     path = named_path(source)
-    model = _load_network(path, source)
+    model = _load_network(path, source, trust)
     return _as_operator(model, path) if (path / "operator.json").is_file() else model
 
 
@@ -86,17 +116,20 @@ def _as_operator(model: Model, path: Path) -> Model:
     return model.with_network(student, flow_map=OperatorMap(student), null_label=None)  # the guidance is in the weights
 
 
-def _load_network(path: Path, source: str | Path) -> Model:
+def _load_network(path: Path, source: str | Path, trust: bool) -> Model:
     if (path / DESCRIPTION).is_file():
-        return _load_ours(path)
+        return _load_ours(path, trust)
     if not path.exists() and (str(source).count("/") != 1 or str(source).startswith((".", "/"))):
         raise ModelError(f"no model at {source}: name a bundled model (see 'fewstep models') or a folder with unet/ and scheduler/")
     return _load_diffusers(str(source))
 
 
-def _load_ours(path: Path) -> Model:
+def _load_ours(path: Path, trust: bool) -> Model:
     file = path / DESCRIPTION
-    if read_json(file).get("version") != PlainRecord.VERSION:
+    version = read_json(file).get("version")
+    if version == OwnRecord.VERSION:
+        return _load_own(path, trust)
+    if version != PlainRecord.VERSION:
         return replace(described(read_record(file, ModelRecord), read_tensors(path / WEIGHTS)[1], path.name, file), folder=path)
     meta = read_record(file, PlainRecord)
     if not meta.prediction.startswith("edm("):
@@ -104,6 +137,17 @@ def _load_ours(path: Path) -> Model:
     network, schedule = _unet(str(path)), schedule_from_config(meta.schedule)
     called = {"time": edm_time, "call": unet_call, "classes": meta.null_label, "null_label": meta.null_label}
     return Model(network, schedule, meta.prediction, shape=meta.shape, name=path.name, folder=path, **called)
+
+
+def _load_own(path: Path, trust: bool) -> Model:
+    file = path / DESCRIPTION
+    meta = read_record(file, OwnRecord)
+    if not trust:
+        raise ModelError(
+            f"{path} holds a network of someone's own code, {' and '.join(entries(meta))}, and importing that would run it: if you trust "
+            "it, load it by fewstep.load_model(folder, trust=True), or say --trust on the command line"
+        )
+    return replace(own_model(meta, read_file(path / OWN_WEIGHTS), path.name, file), folder=path)
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -193,6 +237,68 @@ def save_described(model: Model, path: Path, network: Any = None) -> None:  # no
         write_whole(path / DESCRIPTION, (json.dumps(json.loads(meta), indent=1) + "\n").encode())
 
 
+def imports_code(model: Model) -> bool:
+    """Return whether a folder of the model names code to import, so that loading it wants trust."""
+    if model.folder is not None and (model.folder / DESCRIPTION).is_file():
+        return read_json(model.folder / DESCRIPTION).get("version") == OwnRecord.VERSION
+    return model.folder is None and not _has_format(model)
+
+
+def _has_format(model: Model) -> bool:
+    """Return whether a description of version 2 says all of a model."""
+    network = model.network
+    ours = model.call is None if type(network).__name__ in NETWORKS else model.call is unet_call and hasattr(network, "config")
+    timed = isinstance(model.time, NetworkTime) or model.time in (edm_time, same_time)
+    plain = model.dtype is None and model.time_dtype is None and not model.identity and model.build is None
+    return ours and timed and plain and prediction(model.prediction).is_named
+
+
+def holds_model(folder: Path) -> bool:
+    """Return whether a folder holds a model, or part of one."""
+    return any((folder / name).exists() for name in (DESCRIPTION, OWN_WEIGHTS, "unet", "model_index.json"))
+
+
+def check_savable(model: Model) -> None:
+    """Refuse, before long work, a model whose student could not be saved.
+
+    Raises:
+        ModelError: see `save_model`.
+    """
+    if model.folder is not None and not imports_code(model):
+        return
+    if _has_format(model):
+        describe(model)
+    else:
+        own_files(model)
+
+
+def save_model(model: Model, folder: str | Path) -> Path:
+    """Write a model as a folder, whole or not at all: by its description where that says all, else with the names of its code.
+
+    Raises:
+        ModelError: it is a student, or cannot be described (see `describe`) nor built again (see `own_files`).
+        ArtifactError: the folder holds a model, is in use, or cannot be written.
+    """
+    folder, model = named_path(folder), model.need_denoiser()
+    check_savable(model)
+    with Job.open("save", folder, alone=True):
+        if holds_model(folder):
+            raise ArtifactError(f"{folder} already holds a model, which would be lost: choose another folder, or remove it")
+        with written_apart(folder, last=DESCRIPTION) as scratch:
+            write_model(model, scratch)
+    return folder
+
+
+def write_model(model: Model, folder: Path) -> None:
+    """Write the files of a model; the description is the last of them."""
+    if _has_format(model):
+        save_described(model, folder)
+        return
+    weights, about = own_files(model)
+    write_whole(folder / OWN_WEIGHTS, weights)
+    write_whole(folder / DESCRIPTION, about)
+
+
 def save_ours(
     folder: Path,
     network: Any,  # noqa: ANN401 - a diffusers network
@@ -222,14 +328,15 @@ def _save_network(network: Any, folder: Path) -> None:  # noqa: ANN401 - a diffu
 
 
 def save_like(model: Model, network: Any, folder: Path) -> None:  # noqa: ANN401 - a diffusers network
-    """Write another network of the same kind as ``model``'s, in the form of the model's own folder.
+    """Write another network of the same kind as ``model``'s, in the form of the model's own folder, or as `Model.save` would.
 
     Raises:
-        ModelError: the model was not loaded from a folder, or is an operator student.
+        ModelError: the model is an operator student, or cannot be saved.
     """
     model.need_denoiser()
-    if model.folder is None:
-        raise ModelError(f"{model.name} was not loaded from a folder: save it to one first")
+    if model.folder is None or imports_code(model):
+        write_model(model.with_network(network), folder)
+        return
     if isinstance(model.network, tuple(NETWORKS.values())):
         save_described(model, folder, network)
         return

@@ -34,7 +34,10 @@ __all__ = [
     "unet_call",
     "unwrapped",
     "unwritten",
+    "whole_times",
 ]
+
+WHOLE = 1e-3  # how far a whole time may be from one
 
 _DTYPES: WeakKeyDictionary[nn.Module, tuple[torch.dtype, torch.dtype | None]] = WeakKeyDictionary()  # of first weight, of most
 
@@ -75,6 +78,26 @@ class NetworkTime:
         if self.form == "log":
             return self.scale * torch.log(self.factor * t)
         return self.scale * (t if self.schedule is None else self.schedule.sigma(t))
+
+
+def whole_times(time: Tensor, dtype: torch.dtype, name: str = "the network") -> Tensor:
+    """Return whole times rounded, still as floats; times of a floating dtype as they are. ``[*] -> [*]``.
+
+    Raises:
+        ModelError: a fraction, or one that the dtype does not hold.
+    """
+    if dtype.is_floating_point:
+        return time
+    found = time.round()
+    if bool(((time - found).abs() > WHOLE).any()):
+        raise ModelError(
+            f"{name} takes whole times, but is asked at {time.flatten()[0]:g}: use a law of its own times, as DiscreteVP, a grid of "
+            "them, and a solver that evaluates at the times of its grid alone"
+        )
+    if bool((found != found.to(dtype)).any()):
+        kept = str(dtype).removeprefix("torch.")
+        raise ModelError(f"{name} is asked at {time.flatten()[0]:g}, which {kept} does not hold: make it with a larger time_dtype")
+    return found
 
 
 def plain_call(network: Callable[..., Tensor], x: Tensor, time: Tensor, cond: Cond) -> Tensor:

@@ -29,14 +29,16 @@ from fewstep.core.denoiser import Cond
 from fewstep.core.prediction import Prediction, aligned, prediction
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes
-from fewstep.models.networks.calls import image_size, network_device, network_dtype, refusals, unet_call
-from fewstep.models.networks.temporal_unet import Mixing, TemporalUNet
+from fewstep.models.networks.calls import image_size, network_device, network_dtype, plain_call, refusals, unet_call, whole_times
+from fewstep.models.networks.slot_rows import SlotRows
+from fewstep.models.networks.temporal_unet import Mixing, TemporalUNet, has_blocks
 from fewstep.runtime.artifact import ArtifactRecord, Number, load_artifact, named_path, save_artifact
 from fewstep.runtime.errors import ArtifactError, ModelError, look_up
 from fewstep.runtime.front_door import check_fields, checked_class
 
 __all__ = ["OperatorForm", "OperatorStudent"]
 
+NETWORK = ("operator.unet.", "operator.network.")  # its weights, which lie in a file of their own
 FEATURES = 16  # of a time that the network is given beside its own
 
 
@@ -84,7 +86,13 @@ class Teacher(Protocol):
     """The parts of a model that an operator student takes over."""
 
     @property
-    def network(self) -> Any: ...  # noqa: ANN401 - a UNet2DModel
+    def network(self) -> Any: ...  # noqa: ANN401 - a module
+    @property
+    def call(self) -> Callable[..., Any] | None: ...
+    @property
+    def dtype(self) -> torch.dtype | None: ...
+    @property
+    def time_dtype(self) -> torch.dtype | None: ...
     @property
     def schedule(self) -> NoiseSchedule: ...
     @property
@@ -103,8 +111,11 @@ class OperatorStudent(nn.Module):
         card: provenance, plain JSON values.
 
     Raises:
-        ModelError: fewer than two times, or one at which the network's own time is infinite.
+        ModelError: fewer than two times, or one that the network cannot be told; a form that wants the blocks of a ``UNet2DModel``, of any
+            other network.
     """
+
+    operator: TemporalUNet | SlotRows
 
     def __init__(self, teacher: Teacher, times: Tensor, form: OperatorForm, card: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -117,8 +128,16 @@ class OperatorStudent(nn.Module):
         if not bool(torch.isfinite(self.time(used)).all()):
             raise ModelError(f"the network's own time is not finite at all of the times {used.tolist()}: end the trajectories earlier")
         self.times = times  # no buffer: they stay float64 and on the CPU whatever the network does
-        features = FEATURES if form.time == "start" or form.anywhere else 0
-        self.operator = TemporalUNet(teacher.network, len(times) - 1, form.mixing, features)
+        self.dtype, self.time_dtype = teacher.dtype, teacher.time_dtype
+        if has_blocks(teacher.network):
+            features = FEATURES if form.time == "start" or form.anywhere else 0
+            self.operator = TemporalUNet(teacher.network, len(times) - 1, form.mixing, features)
+        else:
+            _check_rows(form, len(times) - 1, type(teacher.network).__name__)
+            self.operator = SlotRows(teacher.network, teacher.call or plain_call)
+        told = self._told(used)
+        if isinstance(self.operator, SlotRows) and form.time == "slot" and len(told.unique()) < len(told):
+            raise ModelError(f"two slots are one time to the network, {told.tolist()}: use fewer, or end the trajectories earlier")
 
     @property
     def slots(self) -> int:
@@ -138,6 +157,18 @@ class OperatorStudent(nn.Module):
             of_x, of_output = self.prediction.coefficients(nodes.alpha[0], nodes.sigma[0])
         return ratio + gain * of_x, gain * of_output
 
+    def _told(self, t: Tensor) -> Tensor:
+        """Return the network's own time at ``t [T]``; a network that is no ``UNet2DModel`` is told no time beyond its table.
+
+        Raises:
+            ModelError: a fraction, where it takes whole times.
+        """
+        if isinstance(self.operator, TemporalUNet):
+            return self.time(t)
+        return (
+            self.time(self.schedule.held(t)) if self.time_dtype is None else whole_times(self.time(self.schedule.held(t)), self.time_dtype)
+        )
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None, start: Tensor | None = None, last_only: bool = False) -> Tensor:
         """Return the states ``[B, T, *D]`` at the times ``t [T]``, or ``[B, 1, *D]`` at the last of them.
 
@@ -154,10 +185,10 @@ class OperatorStudent(nn.Module):
         start = self.times[0] if start is None else start
         a, b = (coefficient[-1:] if last_only else coefficient for coefficient in self.coefficients(start, t))
         alpha, sigma = self.schedule.alpha(start), self.schedule.sigma(start)
-        dtype = network_dtype(self.operator.unet, x.dtype)
+        dtype = self.dtype or network_dtype(self.operator.network, x.dtype)
         scaled = x if self.prediction.input_scale is None else x * aligned(self.prediction.input_scale(alpha, sigma), x)
         given, other = (start.expand(len(t)), t) if self.form.time == "start" else (t, start.expand(len(t)))
-        time = self.time(given).to(torch.promote_types(dtype, torch.float32)).to(x.device)
+        time = self._told(given).to(self.time_dtype or torch.promote_types(dtype, torch.float32)).to(x.device)
         features = None if self.operator.extra_embedding is None else _features(self.schedule, other).to(dtype).to(x.device)
         with refusals(x):
             output = self.operator(scaled.to(dtype), time, cond, features, last_only).to(x.dtype)
@@ -197,7 +228,10 @@ class OperatorStudent(nn.Module):
         """Return the cost of going through the times ``passes``, in evaluations of the network alone, by counting FLOPs."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        unet, times = self.operator.unet, torch.as_tensor(passes, dtype=torch.float64)
+        times = torch.as_tensor(passes, dtype=torch.float64)
+        if isinstance(self.operator, SlotRows):
+            return float(len(times) - 1)  # each pass computes one row, that of the slot it leads to
+        unet = self.operator.unet
         x = torch.zeros(1, unet.config.in_channels, *image_size(unet), device=network_device(unet))
         cond = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.int64, device=x.device)
 
@@ -220,7 +254,7 @@ class OperatorStudent(nn.Module):
             ArtifactError: the folder cannot be written, or the card is not JSON-able.
         """
         folder = named_path(folder)
-        tensors = {name: value for name, value in self.state_dict().items() if not name.startswith("operator.unet.")}
+        tensors = {name: value for name, value in self.state_dict().items() if not name.startswith(NETWORK)}
         meta = {"form": asdict(self.form), "times": self.times.tolist(), "card": self.card}
         return save_artifact(folder, "operator", meta, tensors, self._readme(folder.name))
 
@@ -247,7 +281,7 @@ class OperatorStudent(nn.Module):
                 missing, unexpected = student.load_state_dict(tensors, strict=False)
             except RuntimeError as error:  # torch's, for weights of another shape
                 raise ValueError(str(error).splitlines()[-1].strip()) from error
-            missing = [name for name in missing if not name.startswith("operator.unet.")]
+            missing = [name for name in missing if not name.startswith(NETWORK)]
             if missing or unexpected:
                 raise ValueError(f"the weights {', '.join([*missing, *unexpected][:3])} are missing or too many")
             return student.eval().requires_grad_(False)
@@ -267,6 +301,24 @@ fewstep sample {name} --out runs/sample
 fewstep bench {name} --out runs/bench
 ```
 """
+
+
+def _check_rows(form: OperatorForm, slots: int, kind: str) -> None:
+    """Refuse a form that a network other than a ``UNet2DModel`` cannot have: it is told one time, and has no known places for layers.
+
+    Raises:
+        ModelError: it is one (and which can be had).
+    """
+    if form.mixing.form != "none":
+        raise ModelError(
+            f"temporal layers (dsno) go between the blocks of a diffusers UNet2DModel, which a {kind} does not have: use the method kd "
+            "(one slot), or the method slots with time slot and one pass"
+        )
+    if slots > 1 and (form.time == "start" or form.anywhere):
+        raise ModelError(
+            f"a {kind} is told one time, and slots that start anywhere, or at the time start, want two: use time slot and one pass "
+            "(OperatorForm(time='slot', anywhere=False), or --time slot --one-pass), or one slot (the method kd)"
+        )
 
 
 def _features(schedule: NoiseSchedule, t: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from fewstep.models.networks.temporal_conv import FORMS, TemporalConv
 from fewstep.runtime.errors import ModelError, look_up
 from fewstep.runtime.front_door import check_fields, checked_class
 
-__all__ = ["Mixing", "TemporalUNet"]
+__all__ = ["Mixing", "TemporalUNet", "has_blocks"]
 
 
 @checked_class
@@ -140,8 +140,8 @@ class TemporalUNet(nn.Module):
 
     def __init__(self, unet: Any, slots: int, mixing: Mixing, features: int = 0) -> None:  # noqa: ANN401 - diffusers is not always there
         super().__init__()
-        if not all(hasattr(unet, name) for name in ("down_blocks", "mid_block", "up_blocks", "time_embedding")):
-            raise ModelError(f"an operator is made of a diffusers UNet2DModel, not of a {type(unet).__name__}")
+        if not has_blocks(unet):
+            raise ModelError(f"temporal layers go between the blocks of a diffusers UNet2DModel, not of a {type(unet).__name__}")
         self.unet, self.mixing, self._context = unet, mixing, ForwardContext()
         self.temporal, self.extra_embedding = nn.ModuleList(), None
         inner = _inner(unet)
@@ -163,6 +163,11 @@ class TemporalUNet(nn.Module):
             outer, encoder = block not in inner, block in set(unet.down_blocks)
             rows = SelectRows(self._context, outer and encoder and mixing.branch_at == "inner", outer and not encoder)
             block.register_forward_pre_hook(rows, with_kwargs=True)
+
+    @property
+    def network(self) -> Any:  # noqa: ANN401
+        """The network itself."""
+        return self.unet
 
     def forward(self, x: Tensor, time: Tensor, cond: Cond = None, features: Tensor | None = None, last_only: bool = False) -> Tensor:
         """Return the network's output ``[B, T, C, H, W]`` in each slot, or ``[B, 1, C, H, W]`` in the last.
@@ -186,6 +191,11 @@ class TemporalUNet(nn.Module):
         finally:
             context.count, context.embedding = 0, None
         return output[:, -1:] if last_only else output
+
+
+def has_blocks(network: object) -> bool:
+    """Return whether a network has the blocks of a ``UNet2DModel``, between which temporal layers go."""
+    return all(hasattr(network, name) for name in ("down_blocks", "mid_block", "up_blocks", "time_embedding"))
 
 
 def _blocks(unet: Any) -> list[Any]:  # noqa: ANN401

@@ -248,4 +248,4 @@ class OperatorObjective(Objective):
     def save(self, student: nn.Module, folder: Path) -> None:
         assert isinstance(student, OperatorStudent)
         student.save(folder)
-        save_like(self.problem.model, student.operator.unet, folder)
+        save_like(self.problem.model, student.operator.network, folder)
