@@ -11,7 +11,7 @@ from tests.apps import own_models
 from tests.apps.conftest import run, samples
 
 import fewstep
-from fewstep.apps.models import guidance_of, guidance_words, open_model
+from fewstep.apps.models import guidance_of, model_words, open_model
 from fewstep.apps.pipelines import PipelineOptions
 from fewstep.runtime.errors import ModelError
 
@@ -76,8 +76,8 @@ def test_the_guidance_scale_is_the_models_own_where_none_is_typed() -> None:
     plain, own = own_models.shrink(), own_models.shrink()
     object.__setattr__(own, "__class__", Guided)
     assert (guidance_of(plain, None), guidance_of(plain, 2.0), guidance_of(own, None), guidance_of(own, 1.0)) == (1.0, 2.0, 3.0, 1.0)
-    assert (guidance_words(plain, None), guidance_words(plain, 1.0), guidance_words(own, 3.0)) == ([], [], [])
-    assert guidance_words(plain, 2.5) == ["--guidance", "2.5"] and guidance_words(own, 1.0) == ["--guidance", "1"]
+    assert (model_words(plain, None), model_words(plain, 1.0), model_words(own, 3.0)) == ([], [], [])
+    assert model_words(plain, 2.5) == ["--guidance", "2.5"] and model_words(own, 1.0) == ["--guidance", "1"]
 
 
 def test_a_network_of_ones_own_is_sampled(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -16,18 +16,19 @@ from fewstep.runtime.artifact import named_path
 from fewstep.runtime.entry import imported, is_entry
 from fewstep.runtime.errors import FewstepError, ModelError, first_line
 
-__all__ = ["guidance_of", "guidance_words", "open_model", "said_guidance"]
+__all__ = ["guidance_of", "model_words", "open_model", "said_guidance"]
 
 HOW = "it should be a function without arguments that returns a fewstep.Model"
 
 
-def open_model(name: str, pipeline: PipelineOptions | None = None, guidance: float | None = None) -> Model:
+def open_model(name: str, pipeline: PipelineOptions | None = None, guidance: float | None = None, *, trust: bool = False) -> Model:
     """Load a model by the name of a bundled one, its folder, checkpoint file or hub id; or make it by a function.
 
     Args:
         name: or ``module:function``: a function without arguments that returns a `Model`; or the folder of a whole pipeline.
         pipeline: how that pipeline is called and held.
         guidance: the scale that was typed, for the calls of a pipeline that is led by them.
+        trust: of a folder or a file, see `load_model`.
 
     Raises:
         ModelError: no such model, options of pipelines for something else, a pipeline that cannot be led; a function that is none, takes
@@ -38,7 +39,7 @@ def open_model(name: str, pipeline: PipelineOptions | None = None, guidance: flo
         return open_pipeline(name, pipeline or PipelineOptions(), guidance)
     if pipeline is not None and pipeline.given:
         raise ModelError(f"{name} is not a pipeline: leave {' and '.join(pipeline.given)} out, or name the folder of one")
-    return _made(name) if is_entry(name) and not Path(name).exists() else load_model(name)
+    return _made(name) if is_entry(name) and not Path(name).exists() else load_model(name, trust=trust)
 
 
 def _made(entry: str) -> Model:
@@ -88,6 +89,7 @@ def said_guidance(model: Model, scale: float | None) -> float | None:
     return None if isinstance(model, PipelineModel) and model.led else scale
 
 
-def guidance_words(model: Model, scale: float | None) -> list[str]:
-    """Return the words that name a guidance scale on the command line, if it is not the one that the model has anyway."""
-    return [] if scale is None or scale == model.default_guidance else ["--guidance", f"{scale:g}"]
+def model_words(model: Model, scale: float | None = None) -> list[str]:
+    """Return the options that go with a model on the command line: trust in its code, and a guidance scale that it does not have anyway."""
+    scaled = [] if scale is None or scale == model.default_guidance else ["--guidance", f"{scale:g}"]
+    return [*(["--trust"] if model.needs_trust else []), *scaled]

@@ -38,6 +38,7 @@ __all__ = [
     "ModelName",
     "StatisticsFolder",
     "TeacherGuidance",
+    "Trust",
     "checked",
     "command",
     "documented",
@@ -56,6 +57,7 @@ ModelName = Annotated[
         "a function of your own that returns a fewstep.Model.",
     ),
 ]
+Trust = Annotated[bool, typer.Option("--trust", help="Import, and run, the code that the model's folder names; or read its pickle.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 STATISTICS = "For dpm-solver-v3: a folder of fewstep calibrate."
 ANY_STATISTICS = "Use the statistics though they are of another model or guidance."

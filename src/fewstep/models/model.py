@@ -459,7 +459,12 @@ class Model:
 
     def command_name(self, guidance: float) -> str:
         """Return how a command names this model and a guidance scale."""
-        return self.address + ("" if guidance == 1 else f" --guidance {guidance:g}")
+        return f"{self.address}{' --trust' if self.needs_trust else ''}" + ("" if guidance == 1 else f" --guidance {guidance:g}")
+
+    @property
+    def needs_trust(self) -> bool:
+        """Whether its folder names code to import, so that `load_model` wants ``trust=True``."""
+        return self.folder is not None and self.build is not None
 
     @property
     def address(self) -> str:

@@ -13,6 +13,7 @@ from fewstep.learn.networks import train as module
 from fewstep.learn.networks.loop import LoopConfig, identity_of
 from fewstep.learn.networks.score_matching import score_matching
 from fewstep.learn.networks.train import TrainConfig, train
+from fewstep.models.networks.calls import unet_call
 
 LOOP = LoopConfig(steps=12, batch=16, checkpoint_every=100)
 
@@ -129,7 +130,7 @@ def test_half_of_the_images_are_mirrored() -> None:
     given = []
     for flip in (False, True):
         network = Seen()
-        model = Model(network, VarianceExploding(), "sample")
+        model = Model(network, VarianceExploding(), "sample", call=unet_call)
         images = Images(ramp, None, 256, "ramps")
         loss = score_matching(model, images, lambda b, g: torch.full((b,), 1e-3), conditional=False, flip=flip)
         loss(network, 64, torch.Generator().manual_seed(0))

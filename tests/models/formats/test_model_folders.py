@@ -80,10 +80,10 @@ def test_a_network_like_another_is_saved_in_the_same_form(tmp_path: Path, ours: 
     assert before.schedule.to_config() == after.schedule.to_config()
 
 
-def test_a_model_from_nowhere_has_no_form_to_save_in(tmp_path: Path) -> None:
+def test_a_model_from_nowhere_is_saved_by_its_description(tmp_path: Path) -> None:
     model = replace(_ours(tmp_path / "one"), folder=None)
-    with pytest.raises(ModelError, match="was not loaded from a folder: save it to one first"):
-        save_like(model, model.network, tmp_path / "two")
+    save_like(model, model.network, tmp_path / "two")
+    assert load_model(tmp_path / "two").fingerprint == model.fingerprint
     assert model.tuned is None and model.statistics() is None
     with pytest.raises(GridError, match="there are none in its folder"):
         model.optimized("ddim", 3)

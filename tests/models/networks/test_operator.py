@@ -230,7 +230,7 @@ def test_what_cannot_be_a_student_is_refused() -> None:
     for bad in ({"output": "noise"}, {"time": "end"}, {"time": "slot", "mixing": Mixing(insert_after="inner", branch_at="inner")}):
         with pytest.raises(ModelError):
             OperatorForm(**bad)
-    with pytest.raises(ModelError, match="is made of a diffusers UNet2DModel"):
+    with pytest.raises(ModelError, match="between the blocks of a diffusers UNet2DModel, which a Linear does not have"):
         student(replace(teacher(), network=torch.nn.Linear(2, 2)))
 
 

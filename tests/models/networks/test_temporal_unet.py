@@ -304,7 +304,7 @@ def test_words_networks_and_numbers_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ModelError):
             Mixing(**bad)
-    with pytest.raises(ModelError, match="is made of a diffusers UNet2DModel, not of a Linear"):
+    with pytest.raises(ModelError, match="between the blocks of a diffusers UNet2DModel, not of a Linear"):
         TemporalUNet(nn.Linear(2, 2), SLOTS, Mixing())
     for slots, modes in ((4, 4), (1, 2), (4, 0)):
         with pytest.raises(ModelError, match="temporal frequencies"):

@@ -21,6 +21,7 @@ from fewstep.apps.options import (
     Flag,
     Guidance,
     ModelName,
+    Trust,
     command,
     integers,
     words,
@@ -70,6 +71,7 @@ def bench(
     guidance: Guidance = None,
     rest: Annotated[partial[BenchmarkConfig], Fields(FLAGS, ("solvers", "grids", "nfe", "guidance"))],
     report: Annotated[bool, typer.Option("--report", help="Also write report.html: the rows as plots, tables and pictures.")] = False,
+    trust: Trust = False,
     json: AsJson = False,
 ) -> None:
     """Compare samplers on the same noises.
@@ -79,7 +81,7 @@ def bench(
     if report:
         check_packages()
     typed = words(solver), words(grid), None if nfe is None else integers(nfe, "--nfe")
-    opened = open_model(model)
+    opened = open_model(model, trust=trust)
     alone = bool(rest.keywords["samplers"]) and solver is None and grid is None and not rest.keywords["peers"]
     solvers, grids, counts = (
         default if one is None else one for one, default in zip(typed, ((), (), ()) if alone else _rows(opened), strict=True)

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from fewstep.apps.console import NO_PLOTS, console, next_command, pipeline_line, print_json, progress
-from fewstep.apps.models import guidance_words, open_model, said_guidance
-from fewstep.apps.options import NUM, AsJson, Fields, Guidance, ModelName, command
+from fewstep.apps.models import model_words, open_model, said_guidance
+from fewstep.apps.options import NUM, AsJson, Fields, Guidance, ModelName, Trust, command
 from fewstep.apps.pipelines import PipelineOptions
 from fewstep.apps.plots import save_statistics
 from fewstep.data.images import load_images
@@ -31,13 +31,14 @@ def calibrate(
     data: Annotated[str | None, typer.Option(help="digits, an .npz or a folder of images; else the model's own trajectories.")] = None,
     unguided: Annotated[bool, typer.Option("--unguided", help="Measure the network without guidance, on guided trajectories.")] = False,
     pipeline: Annotated[PipelineOptions, Fields()],
+    trust: Trust = False,
     json: AsJson = False,
 ) -> None:
     """Estimate the statistics that dpm-solver-v3 needs.
 
     A killed run continues where it stopped, a larger --num adds data; the processes of torchrun share the work.
     """
-    opened, begin = open_model(model, pipeline, guidance), time.perf_counter()
+    opened, begin = open_model(model, pipeline, guidance, trust=trust), time.perf_counter()
     images = None if data is None else load_images(data)
     total = len(config.batches[process()[0] :: process()[1]]) * config.batch * (config.levels + 1)
     with progress(f"calibrating {opened.name}: {config.num} data x {config.levels + 1} levels", total) as report:
@@ -63,4 +64,4 @@ def calibrate(
     if pipeline.given:
         console.print(pipeline_line("from_config", out))
     else:
-        console.print(next_command("bench", model, *guidance_words(opened, guidance), "--statistics", out, "--out", "runs/bench"))
+        console.print(next_command("bench", model, *model_words(opened, guidance), "--statistics", out, "--out", "runs/bench"))

@@ -9,8 +9,8 @@ import torch
 import typer
 
 from fewstep.apps.console import console, next_command, print_json, progress, show_table
-from fewstep.apps.models import guidance_of, open_model
-from fewstep.apps.options import NUM, AsJson, Fields, Flag, ModelName, TeacherGuidance, checked, command
+from fewstep.apps.models import guidance_of, model_words, open_model
+from fewstep.apps.options import NUM, AsJson, Fields, Flag, ModelName, TeacherGuidance, Trust, checked, command
 from fewstep.evaluate.metrics.features import load_digits_features
 from fewstep.evaluate.pictures import save_comparison
 from fewstep.learn.networks.distill import distill as make_student
@@ -46,6 +46,7 @@ def distill(
     guidance: TeacherGuidance = None,
     trajectories: Annotated[Path | None, typer.Option(help="A folder of trajectories; by default they are made.")] = None,
     begin: Annotated[str | None, typer.Option("--from", help="A student to begin with; by default the teacher's weights.")] = None,
+    trust: Trust = False,
     json: AsJson = False,
 ) -> None:
     """Distil a model into a student that samples in one pass.
@@ -53,7 +54,7 @@ def distill(
     A killed run continues where it stopped; the processes of torchrun share trajectories and batches.
     """
     checked(method, tuple(OBJECTIVES), "--method")
-    opened, features = open_model(model), load_digits_features().smooth if config.loss == "features" else None
+    opened, features = open_model(model, trust=trust), load_digits_features().smooth if config.loss == "features" else None
     if features is not None and opened.shape != (1, 8, 8):
         raise FewstepError(f"the bundled features are of 8x8 digits, {opened.name} makes {opened.shape}: use another loss")
     stored = None if trajectories is None else Trajectories.load(trajectories)
@@ -65,7 +66,7 @@ def distill(
             out=out,
             config=config,
             trajectories=stored,
-            begin=None if begin is None else open_model(begin),
+            begin=None if begin is None else open_model(begin, trust=trust),
             features=features,
             device=default_device(),
             command=command(),
@@ -74,14 +75,16 @@ def distill(
     if student is None:
         return
     shown = Trajectories.load(out / "work" / "trajectories") if stored is None else stored
-    picture = _draw(student, shown, range(config.num, config.num + min(6, config.held_out)), out / "slots.png")
-    done = {"model": opened.name, "student": str(out), "picture": str(picture)} | {key: student.card[key] for key in FIGURES}
+    done = {"model": opened.name, "student": str(out)}
+    if len(opened.need_shape()) == 3:
+        done["picture"] = str(_draw(student, shown, range(config.num, config.num + min(6, config.held_out)), out / "slots.png"))
+    done |= {key: student.card[key] for key in FIGURES}
     if json:
         print_json(done)
         return
     _show(done)
-    console.print(f"student: {out}\npicture of its slots: {picture}")
-    console.print(next_command("bench", out, "--out", "runs/bench"))
+    console.print(f"student: {out}" + (f"\npicture of its slots: {done['picture']}" if "picture" in done else ""))
+    console.print(next_command("bench", out, *model_words(student), "--out", "runs/bench"))
 
 
 def _show(done: dict[str, Any]) -> None:

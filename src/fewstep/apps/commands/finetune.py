@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from fewstep.apps.console import console, next_command, print_json, progress, show_table
-from fewstep.apps.models import guidance_of, open_model
-from fewstep.apps.options import AsJson, Fields, Flag, ModelName, TeacherGuidance, command
+from fewstep.apps.models import guidance_of, model_words, open_model
+from fewstep.apps.options import AsJson, Fields, Flag, ModelName, TeacherGuidance, Trust, command
 from fewstep.data.images import load_images
 from fewstep.learn.networks.finetune import FinetuneConfig
 from fewstep.learn.networks.finetune import finetune as tune
@@ -26,13 +26,14 @@ def finetune(
     config: Annotated[FinetuneConfig, Fields({"num": Flag("--num", "-n")}, ("guidance",))],
     guidance: TeacherGuidance = None,
     data: Annotated[str | None, typer.Option(help="For the form score: digits, an .npz or a folder of images.")] = None,
+    trust: Trust = False,
     json: AsJson = False,
 ) -> None:
     """Tune a copy of a model for a few steps.
 
     Its schedule is tuned with it. A killed run continues where it stopped.
     """
-    opened, images = open_model(model), None if data is None else load_images(data)
+    opened, images = open_model(model, trust=trust), None if data is None else load_images(data)
     total = config.rounds * config.steps
     with progress(f"tuning {opened.name} for {config.nfe} evaluations", total) as report:
         tuned = tune(
@@ -52,7 +53,7 @@ def finetune(
         return
     _show(f"{opened.name} tuned for {config.nfe} evaluations", history)
     console.print(f"model: {out}")
-    console.print(next_command("bench", out, "--nfe", config.nfe, "--out", "runs/bench"))
+    console.print(next_command("bench", out, *model_words(tuned), "--nfe", config.nfe, "--out", "runs/bench"))
 
 
 def _show(title: str, history: Sequence[dict[str, Any]]) -> None:

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from fewstep.apps.console import console, next_command, pipeline_line, print_json, progress, show_table
-from fewstep.apps.models import guidance_words, open_model, said_guidance
-from fewstep.apps.options import INTEGERS, NUM, AsJson, Fields, Guidance, ModelName, command, integers
+from fewstep.apps.models import model_words, open_model, said_guidance
+from fewstep.apps.options import INTEGERS, NUM, AsJson, Fields, Guidance, ModelName, Trust, command, integers
 from fewstep.apps.pipelines import PipelineOptions
 from fewstep.learn.samplers.fit import FitConfig, nfe_folder
 from fewstep.learn.samplers.fit import fit as make_samplers
@@ -31,6 +31,7 @@ def fit(
     config: Annotated[FitConfig, Fields({"num": NUM})],
     trajectories: Annotated[Path | None, typer.Option(help="A folder of trajectories to fit to; by default they are made.")] = None,
     pipeline: Annotated[PipelineOptions, Fields()],
+    trust: Trust = False,
     json: AsJson = False,
 ) -> None:
     """Fit samplers of its own to a model.
@@ -38,7 +39,7 @@ def fit(
     Coefficients and noise levels are chosen by where the model's own samples end. A killed run continues after the last whole sampler; the
     processes of torchrun share the work.
     """
-    opened, counts, begin = open_model(model, pipeline, guidance), sorted(set(integers(nfe, "--nfe"))), time.perf_counter()
+    opened, counts, begin = open_model(model, pipeline, guidance, trust=trust), sorted(set(integers(nfe, "--nfe"))), time.perf_counter()
     stored = None if trajectories is None else Trajectories.load(trajectories)
     title = f"fitting {len(counts)} samplers of {opened.name}, about {config.evaluations(counts):,} network evaluations"
     with progress(title, len(counts)) as report:
@@ -65,7 +66,7 @@ def fit(
     if pipeline.given:
         console.print(pipeline_line("from_sampler", out))
         return
-    scale = guidance_words(opened, guidance)
+    scale = model_words(opened, guidance)
     console.print(next_command("sample", model, *scale, "--sampler", nfe_folder(out, counts[0]), "--out", "runs/sample"))
     console.print(next_command("bench", model, *scale, "--sampler", out, "--out", "runs/bench", begin="or"))
 

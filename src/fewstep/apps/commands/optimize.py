@@ -12,7 +12,7 @@ import torch
 import typer
 
 from fewstep.apps.console import NO_PLOTS, console, next_command, pipeline_line, print_json, progress, show_table
-from fewstep.apps.models import guidance_of, guidance_words, open_model, said_guidance
+from fewstep.apps.models import guidance_of, model_words, open_model, said_guidance
 from fewstep.apps.options import (
     INTEGERS,
     NAMES,
@@ -22,6 +22,7 @@ from fewstep.apps.options import (
     Guidance,
     ModelName,
     StatisticsFolder,
+    Trust,
     command,
     integers,
     words,
@@ -54,13 +55,14 @@ def optimize(
     config: Annotated[OptimizeConfig, Fields({"num": Flag("--num", "-n")})],
     statistics: StatisticsFolder = None,
     pipeline: Annotated[PipelineOptions, Fields()],
+    trust: Trust = False,
     json: AsJson = False,
 ) -> None:
     """Find the best noise levels for a solver on a model.
 
     A killed run continues after the last whole schedule.
     """
-    opened, names, counts = open_model(model, pipeline, guidance), words(solver) or (), sorted(set(integers(nfe, "--nfe")))
+    opened, names, counts = open_model(model, pipeline, guidance, trust=trust), words(solver) or (), sorted(set(integers(nfe, "--nfe")))
     if not names:
         raise FewstepError("optimize needs at least one solver")
     problem = Problem(opened, guidance_of(opened, guidance), default_device())
@@ -98,7 +100,7 @@ def optimize(
     if pipeline.given:
         console.print(pipeline_line("from_sampler", folders[0]))
     else:
-        console.print(next_command("bench", model, *guidance_words(opened, guidance), "--sampler", out, "--out", "runs/bench"))
+        console.print(next_command("bench", model, *model_words(opened, guidance), "--sampler", out, "--out", "runs/bench"))
 
 
 def _show(name: str, rows: list[dict[str, Any]]) -> None:

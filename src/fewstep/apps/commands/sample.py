@@ -13,8 +13,8 @@ import typer
 from torch import Tensor
 
 from fewstep.apps.console import console, next_command, print_json, progress
-from fewstep.apps.models import guidance_of, guidance_words, open_model
-from fewstep.apps.options import NUMBERS, AnyStatistics, AsJson, Guidance, ModelName, StatisticsFolder, numbers
+from fewstep.apps.models import guidance_of, model_words, open_model
+from fewstep.apps.options import NUMBERS, AnyStatistics, AsJson, Guidance, ModelName, StatisticsFolder, Trust, numbers
 from fewstep.core.grid import TimeGrid
 from fewstep.evaluate.pictures import save_grid, save_singles, to_uint8
 from fewstep.models.carried import FITTED, OPTIMIZED
@@ -56,6 +56,7 @@ def sample(
     npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz (float32, and uint8 pictures).")] = False,
     statistics: StatisticsFolder = None,
     any_statistics: AnyStatistics = False,
+    trust: Trust = False,
     json: AsJson = False,
 ) -> None:
     """Sample a model.
@@ -66,7 +67,7 @@ def sample(
     if num < 1 or batch < 1:
         raise FewstepError(f"num and batch must be at least 1, got {num} and {batch}")
     check_seeds(seed, num)
-    opened = open_model(model)
+    opened = open_model(model, trust=trust)
     scale = guidance_of(opened, guidance)
     chosen = _Choice(solver, grid, nfe, sampler, times, sigmas, statistics, any_statistics).sampler_for(opened, scale)
     if len(opened.need_shape()) != 3 and singles:
@@ -86,7 +87,7 @@ def sample(
         return
     console.print(f"sampler: {done['sampler']}")
     console.print(f"pictures: {done['grid']}" if "grid" in done else f"samples: {done['npz']}")
-    console.print(next_command("bench", model, *guidance_words(opened, guidance), "--out", "runs/bench"))
+    console.print(next_command("bench", model, *model_words(opened, guidance), "--out", "runs/bench"))
 
 
 @dataclass(frozen=True)

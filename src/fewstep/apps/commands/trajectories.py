@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from fewstep.apps.console import console, next_command, print_json, progress
-from fewstep.apps.models import guidance_of, guidance_words, open_model
-from fewstep.apps.options import NUM, AsJson, Fields, Flag, Guidance, ModelName, command
+from fewstep.apps.models import guidance_of, model_words, open_model
+from fewstep.apps.options import NUM, AsJson, Fields, Flag, Guidance, ModelName, Trust, command
 from fewstep.learn.networks.distill import DistillConfig
 from fewstep.learn.teacher.trajectories import TrajectoryConfig, generate_trajectories
 from fewstep.runtime.process import default_device
@@ -28,13 +28,14 @@ def trajectories(
     grid: Annotated[str, typer.Option(help="Their spacing; optimized is the model's own for ddim.")] = DISTILL.grid,
     config: Annotated[TrajectoryConfig, Fields(FLAGS, ("guidance",))],
     guidance: Guidance = None,
+    trust: Trust = False,
     json: AsJson = False,
 ) -> None:
     """Solve a model's sampling ODE, for students to learn from.
 
     A killed run continues where it stopped, a larger --num adds trajectories; the processes of torchrun share the work.
     """
-    opened = open_model(model)
+    opened = open_model(model, trust=trust)
     scale = guidance_of(opened, guidance)
     times = opened.trajectory_grid(grid, slots, scale)
     with progress(f"solving {config.num} trajectories of {opened.name}", config.num) as report:
@@ -54,4 +55,4 @@ def trajectories(
     held_out = min(DISTILL.held_out, config.num // 4)
     which = ["--grid", grid, "--slots", slots, "--num", config.num - held_out, "--held-out", held_out]
     which += ["--method", "kd"] if slots == 1 else []
-    console.print(next_command("distill", model, *guidance_words(opened, guidance), "--trajectories", out, *which, "--out", "runs/student"))
+    console.print(next_command("distill", model, *model_words(opened, guidance), "--trajectories", out, *which, "--out", "runs/student"))

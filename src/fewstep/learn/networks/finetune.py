@@ -29,7 +29,7 @@ from fewstep.learn.teacher.batches import TeacherData
 from fewstep.learn.teacher.gram import GramConfig, collect_gram, fine_grid
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.models.carried import OPTIMIZED, Carried
-from fewstep.models.formats.folders import load_folder
+from fewstep.models.formats.folders import imports_code, load_folder
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.models.tuned import Tuned
@@ -346,6 +346,7 @@ def _card(model: Model, config: FinetuneConfig, history: list[Round], name: str,
     )
     made_by = f" Made by\n\n```\n{command}\n```" if command else ""
     options = "\n".join(f"| {key} | {value} |" for key, value in asdict(config).items())
+    trust = " --trust" if imports_code(model) else ""
     return f"""# {name}
 
 `{model.name}` (fingerprint {model.fingerprint}) tuned to sample in {config.nfe} first-order steps: its network lands where the
@@ -362,7 +363,7 @@ RMSE on {config.held_out} held-out trajectories.
 {options}
 
 ```
-fewstep sample {name} --out runs/sample
-fewstep bench {name} --nfe {config.nfe} --out runs/bench
+fewstep sample {name}{trust} --out runs/sample
+fewstep bench {name}{trust} --nfe {config.nfe} --out runs/bench
 ```
 """

@@ -176,7 +176,7 @@ def run_loop(
     accelerator.wait_for_everyone()
     bare._compiled_call_impl = None
     trained = accelerator.unwrap_model(bare, keep_fp32_wrapper=False).eval()
-    for mark in set(vars(trained)) - own:  # accelerate's, which would tell the network from one that is loaded
+    for mark in {"_is_accelerate_prepared", "forward"} & set(vars(trained)) - own:  # they would tell it from a network that is loaded
         delattr(trained, mark)
     return trained.to(memory_format=torch.contiguous_format) if config.channels_last else trained
 

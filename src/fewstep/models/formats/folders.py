@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fewstep.core.prediction import Prediction, prediction
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
+from fewstep.models.carried import FITTED, OPTIMIZED, Carried
 from fewstep.models.flow_map import OperatorMap
 from fewstep.models.formats.description import description
 from fewstep.models.formats.diffusers_law import noise_law
@@ -238,10 +239,8 @@ def save_described(model: Model, path: Path, network: Any = None) -> None:  # no
 
 
 def imports_code(model: Model) -> bool:
-    """Return whether a folder of the model names code to import, so that loading it wants trust."""
-    if model.folder is not None and (model.folder / DESCRIPTION).is_file():
-        return read_json(model.folder / DESCRIPTION).get("version") == OwnRecord.VERSION
-    return model.folder is None and not _has_format(model)
+    """Return whether a folder of the model names code to import, or would if it were saved."""
+    return model.needs_trust or (model.folder is None and not _has_format(model))
 
 
 def _has_format(model: Model) -> bool:
@@ -286,7 +285,24 @@ def save_model(model: Model, folder: str | Path) -> Path:
             raise ArtifactError(f"{folder} already holds a model, which would be lost: choose another folder, or remove it")
         with written_apart(folder, last=DESCRIPTION) as scratch:
             write_model(model, scratch)
+            _write_carried(model.carried, scratch)
     return folder
+
+
+def _write_carried(carried: Carried, folder: Path) -> None:
+    """Write the artifacts of a model below its folder, where `Carried` finds them."""
+
+    def place(kind: str, guidance: object) -> Path:
+        return folder / (kind if guidance in (None, 1) else f"{kind}-guidance-{guidance:g}")
+
+    for table in carried.grids:
+        table.save(place(OPTIMIZED, table.guidance) / table.solver)
+    for sampler in carried.samplers:
+        sampler.save(place(FITTED, sampler.card.get("guidance")) / f"nfe-{sampler.nfe:02d}")
+    for one in carried.statistics:
+        one.save(place("statistics", one.guidance))
+    if carried.tuned is not None:
+        carried.tuned.save(folder)
 
 
 def write_model(model: Model, folder: Path) -> None:

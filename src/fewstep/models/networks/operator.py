@@ -32,6 +32,7 @@ from fewstep.core.tableau import Nodes
 from fewstep.models.networks.calls import image_size, network_device, network_dtype, plain_call, refusals, unet_call, whole_times
 from fewstep.models.networks.slot_rows import SlotRows
 from fewstep.models.networks.temporal_unet import Mixing, TemporalUNet, has_blocks
+from fewstep.models.networks.unets import NETWORKS
 from fewstep.runtime.artifact import ArtifactRecord, Number, load_artifact, named_path, save_artifact
 from fewstep.runtime.errors import ArtifactError, ModelError, look_up
 from fewstep.runtime.front_door import check_fields, checked_class
@@ -289,6 +290,8 @@ class OperatorStudent(nn.Module):
         return load_artifact(folder, "operator", OperatorRecord, build)
 
     def _readme(self, name: str) -> str:
+        own = isinstance(self.operator, SlotRows) and type(self.operator.network).__name__ not in NETWORKS
+        trust = " --trust" if own else ""
         facts = "\n".join(f"- {key}: {value}" for key, value in self.card.items())
         return f"""# {name}
 
@@ -297,8 +300,8 @@ An operator student: one pass of its network leads from noise to the image, by w
 {facts}
 
 ```
-fewstep sample {name} --out runs/sample
-fewstep bench {name} --out runs/bench
+fewstep sample {name}{trust} --out runs/sample
+fewstep bench {name}{trust} --out runs/bench
 ```
 """
 
