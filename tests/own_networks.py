@@ -21,6 +21,7 @@ class TableNet(nn.Module):
         self.time, self.label = nn.Embedding(TIMES, width), nn.Embedding(CLASSES + 1, width)
         self.first, self.last = nn.Linear(torch.Size(sides).numel(), width), nn.Linear(width, torch.Size(sides).numel())
         self.dropout = nn.Dropout(dropout)
+        nn.init.normal_(self.label.weight, std=4.0)  # so that guidance leads elsewhere
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         assert t.dtype == torch.int64

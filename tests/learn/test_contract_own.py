@@ -66,7 +66,6 @@ OWN = {
         total=12,
         **TRUSTED,
     ),
-    "optimize": replace(LEARNERS["optimize"], run=lambda model, **given: LEARNERS["optimize"].run(model, **{"nfe": [4, 1], **given})),
     "generate_trajectories": replace(
         LEARNERS["generate_trajectories"],
         run=lambda model, **given: LEARNERS["generate_trajectories"].run(model, **{"grid": fewstep.make_grid("angle", LAW, 2), **given}),
