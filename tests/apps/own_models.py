@@ -28,6 +28,10 @@ def points() -> fewstep.Model:
     return fewstep.Model(Shrink(), fewstep.VarianceExploding(0.05, 20.0), "sample", shape=(3,), name="points on a line")
 
 
+def nameless() -> fewstep.Model:
+    return fewstep.Model(Shrink(), fewstep.VarianceExploding(), "sample", shape=(1, 4, 4), call=lambda net, x, t, cond: net(x, t))
+
+
 def digits() -> fewstep.Model:
     return fewstep.load_model("digits-edm")
 

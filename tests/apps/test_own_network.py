@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests import own_networks
 from tests.apps import own_models
 from tests.apps.conftest import run, samples, without_plots
 
@@ -84,11 +85,62 @@ def test_trajectories_and_a_fit_to_them(typed: Callable[..., str]) -> None:
 
 
 @pytest.mark.parametrize("verb", ["finetune", "distill"])
-def test_a_student_of_a_network_without_a_folder_cannot_be_saved(monkeypatch, capsys, tmp_path: Path, verb: str) -> None:
-    assert run(monkeypatch, verb, OWN, "--out", tmp_path / "out") == 2
+def test_a_student_of_a_network_that_has_no_name_cannot_be_saved(monkeypatch, capsys, tmp_path: Path, verb: str) -> None:
+    assert run(monkeypatch, verb, "tests.apps.own_models:nameless", "--out", tmp_path / "out") == 2
     message = capsys.readouterr().err.strip()
-    assert message.startswith(f"fewstep: {OWN} ") and "save it first" in message and "\n" not in message
-    assert not (tmp_path / "out").exists()
+    assert "call is a lambda, which has no name to import it by: write it as a function" in message and "\n" not in message
+    assert "leave out=" in message and not (tmp_path / "out").exists()
+
+
+TABLE = "tests.own_networks:table"
+FEW = ("--steps", 2, "--batch", 4, "--num", 8, "--held-out", 8)
+
+
+def test_a_tuned_network_of_whole_times_is_sampled_and_compared_by_those_who_trust_it(
+    typed: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(finetune, "GramConfig", lambda num: GramConfig(levels=16, num=16))
+    printed = typed("finetune", TABLE, "--nfe", 2, "--rounds", 1, *FEW, "--levels", 8, "--teacher-nfe", 16, "--out", "tuned")
+    assert next_words(printed) == ["bench", "tuned", "--trust", "--nfe", "2", "--out", "runs/bench"]
+    typed(*next_words(printed), "--num", 4)  # measured against the teacher, which lies in the folder
+    (row,) = json.loads(Path("runs/bench/results.json").read_text())["rows"]
+    assert (row["solver"], row["grid"], row["nfe"]) == ("ddim", "optimized", 2) and row["failed"] is None
+    assert run(monkeypatch, "sample", "tuned", "--out", "no") == 2
+    assert "holds a network of someone's own code, tests.own_networks:TableNet," in capsys.readouterr().err and not Path("no").exists()
+    printed = typed("sample", "tuned", "--trust", "--num", 2, "--out", "pictures")
+    assert next_words(printed) == ["bench", "tuned", "--trust", "--out", "runs/bench"]
+    Path("tuned").rename("moved")
+    typed("bench", "moved", "--trust", "--num", 4, "--out", "elsewhere")
+    assert "tuned --trust --out runs/sample" in Path("moved/README.md").read_text()
+
+
+def test_a_network_of_whole_times_is_distilled(typed: Callable[..., str]) -> None:
+    printed = typed("distill", TABLE, "--method", "kd", *FEW, "--teacher-nfe", 4, "--out", "student")
+    assert next_words(printed) == ["bench", "student", "--trust", "--out", "runs/bench"] and Path("student/slots.png").exists()
+    typed(*next_words(printed), "--num", 4)
+    (row,) = json.loads(Path("runs/bench/results.json").read_text())["rows"]
+    assert (row["solver"], row["nfe"], row["arithmetic"]) == ("ddim", 1, 1.0)
+
+
+def test_samples_that_are_no_pictures_are_distilled_too(typed: Callable[..., str]) -> None:
+    typed("distill", "tests.apps.own_models:points", "--method", "kd", *FEW, "--teacher-nfe", 4, "--out", "student")
+    assert not Path("student/slots.png").exists()
+    typed("sample", "student", "--trust", "--num", 4, "--out", "points")
+    assert samples(Path("points")).shape == (4, 3)
+
+
+def test_a_saved_network_goes_through_every_verb(typed: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    own_networks.table().save("model")
+    for verb, *words in (
+        ("calibrate", "--levels", 4, "--num", 8, "--batch", 4),
+        ("fit", "--nfe", 2, "--num", 16, "--held-out", 16, "--iterations", 0, "--levels", 8, "--noises", 8, "--window", 8),
+        ("optimize", "--levels", 8, "--num", 8, "--noises", 8, "--held-out", 8, "--iterations", 0, "--solver", "unipc-2", "--nfe", 2),
+        ("trajectories", "--num", 8, "--slots", 2, "--nfe", 8),
+    ):
+        printed = typed(verb, "model", "--trust", *words, "--out", verb)
+        assert next_words(printed)[1:3] == ["model", "--trust"]
+        if verb != "trajectories":
+            typed(*next_words(printed), "--num", 4)
 
 
 UNET = "tests.apps.own_models:unet"
