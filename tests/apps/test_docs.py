@@ -26,6 +26,18 @@ QUICK = {
 }
 
 
+MY_NETWORKS = """import torch
+
+
+class Net(torch.nn.Linear):
+    def __init__(self, width):
+        super().__init__(8, 8)
+
+    def forward(self, x, t):
+        return super().forward(x)
+"""
+
+
 class Unet(torch.nn.Module):
     def forward(self, x: torch.Tensor, time: torch.Tensor, encoder_hidden_states: torch.Tensor) -> object:
         return type("Output", (), {"sample": 0.1 * x})
@@ -67,6 +79,9 @@ def test_the_guide_to_pipelines_runs_and_its_fit_pays(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("page", [*PAGES, *(pytest.param(page, marks=pytest.mark.slow) for page in LONG)])
 def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if page == "docs/own-network.md":
+        (tmp_path / "my_networks.py").write_text(MY_NETWORKS)
+        monkeypatch.syspath_prepend(tmp_path)
     schedule = fewstep.DiscreteVP.scaled_linear()
     names: dict[str, Any] = {
         "torch": torch,
@@ -113,7 +128,7 @@ def test_tables_are_what_their_rows_say(path: Path) -> None:
 
 def test_pages_with_measured_tables_say_how_they_are_made() -> None:
     """A table with figures of errors is printed by a command, or the page is filled by the study on CIFAR-10."""
-    assert len(WITH_TABLES) == 8
+    assert len(WITH_TABLES) == 9
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         bare = BLOCK.sub("", path.read_text(encoding="utf-8"))
         assert not re.search(r"^\|.*\b0\.\d{4}\b", bare, re.M), path.name
