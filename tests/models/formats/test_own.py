@@ -299,3 +299,15 @@ def test_a_changed_folder_is_refused(change: str, tmp_path: Path) -> None:
     with pytest.raises((ModelError, ArtifactError), match=CHANGED[change][1]) as error:
         load_model(tmp_path / "saved", trust=True)
     assert "fewstep.json" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["cut", "gone", "another number"])
+def test_changed_weights_are_refused(change: str, tmp_path: Path) -> None:
+    tied().save(tmp_path / "saved")
+    path = tmp_path / "saved" / "network.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    if change != "gone":
+        path.write_bytes(data[:-5] if change == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ModelError, match="cannot read .*network.safetensors|the weights beside .*fewstep.json are damaged"):
+        load_model(tmp_path / "saved", trust=True)

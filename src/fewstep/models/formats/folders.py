@@ -34,7 +34,6 @@ from fewstep.runtime.artifact import (
     Whole,
     check_file,
     named_path,
-    read_file,
     read_json,
     read_record,
     write_whole,
@@ -148,7 +147,7 @@ def _load_own(path: Path, trust: bool) -> Model:
             f"{path} holds a network of someone's own code, {' and '.join(entries(meta))}, and importing that would run it: if you trust "
             "it, load it by fewstep.load_model(folder, trust=True), or say --trust on the command line"
         )
-    return replace(own_model(meta, read_file(path / OWN_WEIGHTS), path.name, file), folder=path)
+    return replace(own_model(meta, read_tensors(path / OWN_WEIGHTS)[1], path.name, file), folder=path)
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -311,7 +310,7 @@ def write_model(model: Model, folder: Path) -> None:
         save_described(model, folder)
         return
     weights, about = own_files(model)
-    write_whole(folder / OWN_WEIGHTS, weights)
+    write_whole(folder / OWN_WEIGHTS, lambda target: save_file(weights, target, {"format": "pt"}))
     write_whole(folder / DESCRIPTION, about)
 
 

@@ -14,9 +14,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from fewstep.core.prediction import prediction
@@ -30,7 +27,7 @@ from fewstep.runtime.errors import FewstepError, ModelError, first_line
 
 __all__ = ["OwnRecord", "entries", "own_files", "own_model"]
 
-TIMES: dict[Any, NetworkTime] = {same_time: NetworkTime(), edm_time: NetworkTime("log", 0.25)}
+TIMES = ((same_time, NetworkTime()), (edm_time, NetworkTime("log", 0.25)))  # functions, and the same as data
 MEND = "make the Model with build=functools.partial(Net, ...) that makes the very network it holds, all arguments included"
 BAD = 3  # names of weights that an error shows
 
@@ -54,7 +51,7 @@ class OwnRecord(Record):
         own_time: what is imported for that.
         call: what is imported to call the network, or None for the usual call.
         dtype, time_dtype: names of dtypes, or None.
-        sha256: checksum of the file of weights.
+        sha256: checksum of the weights.
     """
 
     FORMAT, VERSION = "fewstep-model", 3
@@ -80,8 +77,8 @@ def entries(meta: OwnRecord) -> list[str]:
     return [one.name for one in (meta.network, meta.own_time, meta.call) if one is not None]
 
 
-def own_files(model: Model) -> tuple[bytes, bytes]:
-    """Return what the files of weights and of the description hold. The model is built again from them once, and compared.
+def own_files(model: Model) -> tuple[dict[str, Tensor], bytes]:
+    """Return the weights of a model, and what the file of its description holds. The model is built again from them once, and compared.
 
     Raises:
         ModelError: something of it cannot be written down, or what is built is another model (what differs, and how to mend it).
@@ -94,7 +91,7 @@ def own_files(model: Model) -> tuple[bytes, bytes]:
     network, kind = unwrapped(network), prediction(model.prediction)
     try:
         build = named(model.build or _plain_class(network), "build" if model.build else "its network's class")
-        known = model.time if isinstance(model.time, NetworkTime) else TIMES.get(model.time)
+        known = model.time if isinstance(model.time, NetworkTime) else next((data for one, data in TIMES if one is model.time), None)
         own_time = named(model.time, "time") if known is None else None
         call = None if model.call is None else named(model.call, "call")
     except FewstepError as error:
@@ -102,7 +99,6 @@ def own_files(model: Model) -> tuple[bytes, bytes]:
     if not kind.is_named:
         raise ModelError(f"{model.name} cannot be saved: its prediction type is your own; use one of the names")
     weights = _weights(network, model.name)
-    data = save_tensors(weights, {"format": "pt"})
     meta = {
         "network": asdict(build),
         "prediction": kind.name,
@@ -117,15 +113,15 @@ def own_files(model: Model) -> tuple[bytes, bytes]:
         "time_dtype": _word(model.time_dtype),
         "identity": model.identity,
         "data": model.data,
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": _checksum(weights),
     }
     text = json.dumps({"format": OwnRecord.FORMAT, "version": OwnRecord.VERSION, **meta}, indent=1) + "\n"
     try:
-        again = own_model(parse_record(text, OwnRecord, "its description"), data, model.name, "its description")
+        again = own_model(parse_record(text, OwnRecord, "its description"), weights, model.name, "its description")
     except FewstepError as error:
         raise ModelError(f"{model.name} cannot be saved, since it could not be loaded again: {error}; {MEND}") from error
     _compare(model, network, again)
-    return data, text.encode()
+    return weights, text.encode()
 
 
 def _plain_class(network: nn.Module) -> type[nn.Module]:
@@ -157,6 +153,15 @@ def _weights(network: nn.Module, name: str) -> dict[str, Tensor]:
     return {key: value.detach().cpu().clone().contiguous() for key, value in found.items()}
 
 
+def _checksum(weights: Mapping[str, Tensor]) -> str:
+    """Return the checksum of weights with their names, dtypes and shapes."""
+    sha = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
 def _word(dtype: torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
@@ -183,23 +188,22 @@ def _digests(network: Callable[..., Any]) -> list[tuple[str, str]]:
     return [(where, digest([(where, value)])) for where, value in parts(network, "network")]
 
 
-def own_model(meta: OwnRecord, data: bytes, name: str, where: object) -> Model:
+def own_model(meta: OwnRecord, weights: Mapping[str, Tensor], name: str, where: object) -> Model:
     """Make the model of a description and its weights. This imports, and runs, the code that the description names.
 
     Args:
         meta: the description.
-        data: the file of weights.
+        weights: by name.
         name: of the model.
         where: what errors call the description.
 
     Raises:
         ModelError: code that cannot be imported or raises, or weights that do not fit it.
     """
-    if hashlib.sha256(data).hexdigest() != meta.sha256:
+    if _checksum(weights) != meta.sha256:
         raise ModelError(f"the weights beside {where} are damaged: their checksum is not the one there; fetch or make them again")
     try:
         schedule = schedule_from_config(meta.schedule)
-        weights = load_tensors(data)
         facts: dict[str, Any] = {
             "shape": tuple(meta.shape),
             "classes": meta.classes,
@@ -219,7 +223,7 @@ def own_model(meta: OwnRecord, data: bytes, name: str, where: object) -> Model:
         return Model(_built(facts["build"], meta.network.name, weights), schedule, meta.prediction, **facts)
     except FewstepError as error:
         raise ModelError(f"{where}: {error}") from error
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{where} does not describe a model: {error!r}; make it again") from error
 
 
