@@ -277,6 +277,21 @@ def default_grid(rows: list[Row]) -> None:
         print(f"| {model} | " + " | ".join(bold) + f" | {size:.3g} |")
 
 
+def ten_minutes(results: Row, part: str) -> None:
+    """Print what the guide of ten minutes took: the ``steps`` with their wall times, or the ``errors`` that it reached."""
+    if part == "steps":
+        heading(["step"], ["seconds"])
+        for row in results["rows"]:
+            name = "save and load" if row["step"] == "python" else f"`{row['step']}`"
+            print(f"| {name} | {row['seconds']:.0f} |")
+        print(f"| all, in minutes | **{results['minutes']:.1f}** |")
+        return
+    heading([""], ["evaluations", "RMSE to the exact trajectory", "Frechet distance"])
+    for row in results["figures"]:
+        how = f": `{row['solver']}` on `{row['grid']}`" if row["what"] == "best by hand" else ""
+        print(f"| {row['what']}{how} | {row['nfe']} | {row['rmse']:.4f} | {row['fd']:.2f} |")
+
+
 def traffic(rows: list[Row]) -> None:
     """Print the bytes of a step against the least, eager and compiled."""
     print("| solver | least | eager | compiled | time, compiled : eager |\n|---|---|---|---|---|")
@@ -429,6 +444,7 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "dsno-study": lambda results, args: dsno_study(results[0]["rows"], args.part),
     "pipeline": lambda results, args: pipeline(results[0]),
     "default-grid": lambda results, args: default_grid(results[0]["rows"]),
+    "ten-minutes": lambda results, args: ten_minutes(results[0], args.part),
     "traffic": lambda results, args: traffic(results[0]["rows"]),
     "cost": lambda results, args: cost(results[0]),
     "states": lambda results, args: states(results[0]),
