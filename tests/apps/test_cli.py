@@ -136,7 +136,7 @@ def test_a_network_that_answers_nan_is_named_and_nothing_is_written(monkeypatch,
     model = load_model("digits-edm")
     with torch.no_grad():
         next(model.network.parameters()).fill_(torch.nan)
-    monkeypatch.setattr("fewstep.apps.models.load_model", lambda name: model)
+    monkeypatch.setattr("fewstep.apps.models.load_model", lambda name, **options: model)
     assert run(monkeypatch, *SAMPLE, "--out", tmp_path / "out") == 2
     assert "not finite (NaN or infinite) at evaluation 1 of 8, t = 80" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
