@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.processes import as_rank, together
 from torch import Tensor
 
 from fewstep import ArtifactError, FewstepError
 from fewstep.runtime import accumulate as module
-from fewstep.runtime.accumulate import Store, accumulate, seed_batches
+from fewstep.runtime.accumulate import Part, Store, accumulate, seed_batches
 
 
 class Sum:
@@ -85,10 +86,10 @@ def test_a_kill_between_two_saves_loses_only_what_came_after(tmp_path: Path, mon
     target, saves = store(tmp_path), []
     real = target.save
 
-    def save(total: Sum, batches: int, note: str) -> None:
+    def save(part: Part[Sum]) -> None:
         if len(saves) < 2:
-            real(total, batches, note)
-        saves.append(batches)
+            real(part)
+        saves.append(len(part.places))
 
     monkeypatch.setattr(target, "save", save)
     summed(target, stop=4)
@@ -99,22 +100,45 @@ def test_a_kill_between_two_saves_loses_only_what_came_after(tmp_path: Path, mon
 
 @pytest.mark.parametrize("world", [2, 7])  # there are five batches
 def test_processes_make_what_one_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
-    monkeypatch.setattr(module, "wait_for_all", lambda: None)
-    monkeypatch.setenv("WORLD_SIZE", str(world))
-    every = []
-    for rank in reversed(range(world)):
-        monkeypatch.setenv("RANK", str(rank))
-        if rank == 0:
-            summed(store(tmp_path), stop=0)  # killed, and run again
-        total, visited = summed(store(tmp_path))
-        every += [seeds for seeds, *_ in visited]
-        assert (total is None) == (rank != 0)
-    assert exact(total) and sorted(every, key=lambda seeds: seeds.start) == BATCHES
+    for found in (together(world, lambda: summed(store(tmp_path))), together(world, lambda: summed(store(tmp_path)))):
+        assert all(exact(total) for total, _ in found)  # all of them get it
+        every = [seeds for _, visited in found for seeds, *_ in visited]
+        if found[0][1]:
+            assert sorted(every, key=lambda seeds: seeds.start) == BATCHES and [seeds for seeds, *_ in found[1][1]] == BATCHES[1::world]
+    assert every == []  # a finished one is only read
+    as_rank(monkeypatch, 0, world)
     with pytest.raises(FewstepError, match="several processes can only add together with a folder to meet in: name one"):
         summed(None)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(ArtifactError, match=f"-of-{world}.safetensors was made by another number of processes: use as many again"):
+
+
+@pytest.mark.parametrize("worlds", [(2, 1), (1, 2), (3, 2, 4), (2, 1, 2, 1)])
+def test_another_number_of_processes_makes_the_rest(tmp_path: Path, worlds: tuple[int, ...]) -> None:
+    """Each run but the last is killed after some batches; what is done is not done again, whoever did it."""
+    batches, stops = seed_batches(10, 203, 5), (5, 2, 1)
+    done = list[range]()
+    for number, world in enumerate(worlds):
+        last = number == len(worlds) - 1
+        work = lambda number=number, last=last: summed(store(tmp_path), batches=batches, stop=-1 if last else stops[number])  # noqa: E731
+        found = together(world, work) if world > 1 else [work()]
+        done += [seeds for _, visited in found for seeds, *_ in visited]
+        assert last or all(total is None for total, _ in found)
+    assert all(exact(total, range(10, 213)) for total, _ in found)
+    assert sorted(done, key=lambda seeds: seeds.start) == batches
+    total, visited = summed(store(tmp_path), batches=batches)
+    assert exact(total, range(10, 213)) and visited == []
+    assert exact(store(tmp_path).total(len(batches)), range(10, 213))
+
+
+def test_a_file_with_the_batches_of_another_is_refused(tmp_path: Path) -> None:
+    summed(store(tmp_path))
+    (tmp_path / "sum-0-of-2.safetensors").write_bytes((tmp_path / "sum-0-of-1.safetensors").read_bytes())
+    with pytest.raises(ArtifactError, match="holds 23 data already: ask for at least as many"):  # its batches would be 0, 2, ..., 8
         summed(store(tmp_path))
+    with pytest.raises(ArtifactError, match=r"sum-0-of-2.safetensors is damaged \(another file holds some of its batches\)"):
+        summed(store(tmp_path), batches=seed_batches(10, 50, 5))
+    (tmp_path / "sum-0-of-2.safetensors").rename(tmp_path / "sum-2-of-2.safetensors")  # there is no such rank
+    (tmp_path / "sum-all-of-us.safetensors").write_text("mine")
+    assert exact(summed(store(tmp_path))[0])
 
 
 def test_only_the_same_work_is_continued(tmp_path: Path) -> None:

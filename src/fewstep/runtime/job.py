@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from fewstep.runtime.artifact import TEMPORARY, check_writable, named_path
 from fewstep.runtime.errors import ArtifactError, FewstepError
-from fewstep.runtime.process import process, usable_device, wait_for_all
+from fewstep.runtime.process import need_folder, process, usable_device, wait_for_all
 
 __all__ = ["Job", "Progress", "folder_of"]
 
@@ -103,8 +103,7 @@ class Job:
             raise FewstepError(f"on_progress is a function of the units done and a note, got {on_progress!r}")
         facts = (usable_device(device or "cpu"), on_progress or _silent, command)
         if out is None:
-            if world > 1:
-                raise FewstepError(f"several processes can only {work} together with a folder to meet in: name one")
+            need_folder(work)
             with TemporaryDirectory(prefix="fewstep-") as folder:
                 yield cls(work, Path(folder), *facts, in_memory=True, rank=rank, world=world)
             return

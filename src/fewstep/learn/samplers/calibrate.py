@@ -183,10 +183,9 @@ def calibrate(
         mean = 0 if images is None else float(images.x.double().mean())
         identity = f"{problem.fingerprint} {problem.guidance} {unguided} {source} {mean}"
         measured, along = (model.conditional, problem.teacher) if unguided else (problem.teacher, None)
-        made = collect(measured, problem.shape, config, states, along=along, job=job, identity=identity)
-        if made is None:
+        moments, method = collect(measured, problem.shape, config, states, along=along, job=job, identity=identity)
+        if job.rank:
             return None
-        moments, method = made
         card = {
             "of": model.name,
             "states": source,
@@ -214,12 +213,12 @@ def collect(
     along: Denoiser | None = None,
     job: Job | None = None,
     identity: str = "",
-) -> tuple[Moments, str] | None:
+) -> tuple[Moments, str]:
     """Collect the moments that `Moments.fit` makes statistics of, in one pass over ``config.num`` data.
 
     Each batch visits all levels with the same images, noise and probes. Memory does not grow with the data. With a ``job`` the moments are
     stored in its folder: a killed run continues and ends with the same numbers, a finished one can be given more data or fitted with
-    another pooling at no cost, and the processes of ``torchrun`` share the batches (all but the first get None).
+    another pooling at no cost, and the processes of ``torchrun`` share the batches.
 
     Args:
         denoiser: the denoiser to calibrate, with the guidance that it will be sampled with.
@@ -251,8 +250,7 @@ def collect(
         return Moments.of(pass_.batch(seeds, method, count * levels, on_progress), levels, shape)
 
     made = accumulate(config.batches, fresh, lambda: Moments(levels, shape), store, note=lambda: pass_.method(config), verb="calibrate")
-    if made is not None:
-        on_progress(made[0].count * levels, "")
+    on_progress(made[0].count * levels, "")
     return made
 
 

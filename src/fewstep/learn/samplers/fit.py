@@ -121,9 +121,7 @@ def _teach(problem: Problem, levels: TimeGrid, config: TrajectoryConfig, job: Jo
     """Solve the teacher's trajectories, one step from each level to the next, and read them in all processes."""
     config = replace(config, guidance=problem.guidance, nfe=levels.steps)
     with job.below("trajectories", lambda done, note: job.on_progress(0, f"{done} of {config.num} trajectories")) as part:
-        trajectories_of(problem, levels, config, part)
-        wait_for_all()
-    return Trajectories.load(part.folder)
+        return trajectories_of(problem, levels, config, part)
 
 
 def _check(trajectories: Trajectories, problem: Problem, config: FitConfig) -> None:

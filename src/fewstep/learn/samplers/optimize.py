@@ -190,7 +190,7 @@ def collected_gram(problem: Problem, config: OptimizeConfig, folder: Path) -> Gr
     with Job.open("optimize", folder) as job:
         store = gram_store(problem, config.gram, job)
         assert store is not None  # the job has a folder
-        return store.read(0)[0]
+        return store.total(len(config.gram.batches))
 
 
 class _Search:

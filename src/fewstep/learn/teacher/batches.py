@@ -15,7 +15,6 @@ from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, T
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import ArtifactError
 from fewstep.runtime.job import Job
-from fewstep.runtime.process import wait_for_all
 from fewstep.solvers import make_solver
 
 __all__ = ["Batch", "TeacherData"]
@@ -83,9 +82,7 @@ class TeacherData:
     def _made(self, job: Job) -> Trajectories:
         num = self.config.num
         with job.below("trajectories", lambda done, note: job.on_progress(0, f"{done} of {num} teacher trajectories")) as part:
-            trajectories_of(self.problem, self.grid, self.config, part)
-            wait_for_all()  # the first process writes the manifest last
-        return Trajectories.load(part.folder)
+            return trajectories_of(self.problem, self.grid, self.config, part)
 
     def draw(self, size: int, generator: torch.Generator) -> Batch:
         """Draw training trajectories, on the CPU; the fresh ones among them are solved now."""

@@ -148,6 +148,11 @@ class GramConfig:
         at_least(self, levels=4, num=1, batch=1, seed=0)
 
     @property
+    def batches(self) -> list[range]:
+        """The seeds of each batch."""
+        return seed_batches(self.seed, self.num, self.batch)
+
+    @property
     def identity(self) -> str:
         """The options that the matrix depends on; more trajectories may be added later, if the last batch is whole."""
         whole = self.num if self.num % self.batch else "any"
@@ -175,11 +180,11 @@ def fine_grid(schedule: NoiseSchedule, levels: int) -> TimeGrid:
     return TimeGrid(torch.cat([ends[:1], t, ends[1:]]))
 
 
-def collect_gram(problem: Problem, config: GramConfig, job: Job | None = None) -> Gram | None:
+def collect_gram(problem: Problem, config: GramConfig, job: Job | None = None) -> Gram:
     """Average the Gram matrix of a model along its own trajectories, solved by UniPC-3 with the very evaluations that it averages.
 
     Memory does not grow with ``num``. With a ``job`` it is stored in its folder (``gram-*.safetensors``): a killed pass continues, a
-    finished one can be given more trajectories, and the processes of ``torchrun`` share the work (all but the first get None).
+    finished one can be given more trajectories, and the processes of ``torchrun`` share the work.
 
     Args:
         problem: the model and its guidance.
@@ -202,13 +207,10 @@ def collect_gram(problem: Problem, config: GramConfig, job: Job | None = None) -
     def note() -> str:
         return _method(problem, nodes) if config.jacobian else "none"
 
-    batches = seed_batches(config.seed, config.num, config.batch)
     store = gram_store(problem, config, job)
-    made = accumulate(batches, fresh, lambda: Gram.empty(level), store, note=note, verb="make a Gram matrix")
-    if made is None:
-        return None
-    on_progress(made[0].count, "")
-    return made[0]
+    made, _ = accumulate(config.batches, fresh, lambda: Gram.empty(level), store, note=note, verb="make a Gram matrix")
+    on_progress(made.count, "")
+    return made
 
 
 def gram_store(problem: Problem, config: GramConfig, job: Job | None) -> Store[Gram] | None:

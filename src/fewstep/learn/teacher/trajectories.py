@@ -231,11 +231,12 @@ def generate_trajectories(
     config = config if guidance is None else replace(config, guidance=guidance)
     check_model(model)
     with Job.open("make trajectories", out, device=device or model.device, on_progress=on_progress, command=command) as job:
-        return trajectories_of(Problem(model, config.guidance, job.device), grid, config, job)
+        made = trajectories_of(Problem(model, config.guidance, job.device), grid, config, job)
+        return None if job.rank else made
 
 
-def trajectories_of(problem: Problem, grid: TimeGrid, config: TrajectoryConfig, job: Job) -> Trajectories | None:
-    """Make or complete the trajectories of a problem in a job's folder, see `generate_trajectories`."""
+def trajectories_of(problem: Problem, grid: TimeGrid, config: TrajectoryConfig, job: Job) -> Trajectories:
+    """Make or complete the trajectories of a problem in a job's folder, see `generate_trajectories`, and read them in all processes."""
     teacher = TrajectorySolver(problem.teacher, make_solver(config.solver), grid, config.nfe)
     about = {name: value for name, value in asdict(config).items() if name != "num"} | {
         "nfe": teacher.tableau.nodes.evaluations,
@@ -260,7 +261,10 @@ def trajectories_of(problem: Problem, grid: TimeGrid, config: TrajectoryConfig, 
         done = seeds[-1] + 1 - config.seed
         job.on_progress(done, f"shard {number + 1} of {len(wanted)}")
     wait_for_all()
-    return None if job.rank else _finish(job.folder, about, wanted, {"of": problem.name}, {"command": job.command})
+    if job.rank == 0:
+        _finish(job.folder, about, wanted, {"of": problem.name}, {"command": job.command})
+    wait_for_all()  # the first process writes the manifest last
+    return Trajectories.load(job.folder)
 
 
 @dataclass(frozen=True)
@@ -313,7 +317,7 @@ def _survey(folder: Path, identity: str, wanted: dict[Path, range]) -> set[Path]
     return found
 
 
-def _finish(folder: Path, about: dict[str, Any], wanted: dict[Path, range], of: dict[str, str], by: dict[str, str]) -> Trajectories:
+def _finish(folder: Path, about: dict[str, Any], wanted: dict[Path, range], of: dict[str, str], by: dict[str, str]) -> None:
     """Write the card, and the manifest last of all."""
     shards = {path.name: _read_shard(path, about["identity"])[0] for path in wanted}
     listed = [{"file": name, "count": shard.count, "sha256": shard.sha256} for name, shard in shards.items()]
@@ -332,7 +336,6 @@ def _finish(folder: Path, about: dict[str, Any], wanted: dict[Path, range], of: 
     readme += ["", "Read them with `fewstep.learn.teacher.trajectories.Trajectories.load`.", ""]
     write_whole(folder / "README.md", "\n".join(readme).encode())
     write_whole(folder / "manifest.json", (json.dumps(whole, indent=1) + "\n").encode())
-    return Trajectories.load(folder)
 
 
 class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
