@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.learn.teacher import problems
 from tests.learn.teacher.problems import LAW, calls
+from tests.processes import as_rank, together
 from torch import Tensor
 
 from fewstep import (
@@ -30,7 +31,6 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.learn.search.bound import Bound
 from fewstep.learn.teacher.gram import FINITE, PROBE, Gram, GramConfig, collect_gram, fine_grid, solve
 from fewstep.models.problem import Problem
-from fewstep.runtime import accumulate, job
 from fewstep.runtime.job import Job, Progress
 
 F64 = torch.float64
@@ -52,7 +52,7 @@ def toy(denoiser: MixtureDenoiser | None = None, **options: Any) -> Model:
 
 def gathered(
     model: Model, config: GramConfig = SMALL, folder: Path | None = None, guidance: float = 1.0, on_progress: Progress | None = None
-) -> Gram | None:
+) -> Gram:
     problem = Problem(model, guidance)
     if folder is None:
         return collect_gram(problem, config)
@@ -247,14 +247,10 @@ def test_a_killed_pass_continues_to_the_same_numbers(tmp_path: Path) -> None:
 
 def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = gathered(toy())
-    for module in (accumulate, job):  # the processes come one after the other
-        monkeypatch.setattr(module, "wait_for_all", lambda: None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("1", "0"):
-        monkeypatch.setenv("RANK", rank)
-        found = gathered(toy(), folder=tmp_path)
-        assert (found is None) == (rank == "1")
-    assert same(found, one)
+    first, second = together(2, lambda: gathered(toy(), folder=tmp_path))
+    assert same(first, one) and same(first, second, 0)
+    assert same(gathered(idle := toy(), folder=tmp_path), first, 0) and calls(idle) == 0  # one process reads what two have left
+    as_rank(monkeypatch, 0, 2)
     with pytest.raises(FewstepError, match="only make a Gram matrix together with a folder"):
         gathered(toy())
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from tests.learn.teacher import problems
 from tests.learn.teacher.problems import LAW, calls, column
+from tests.processes import together
 from torch import Tensor
 
 from fewstep import (
@@ -36,7 +37,6 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.learn.teacher import trajectories as module
 from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, _read_shard, generate_trajectories, teacher_grid
 from fewstep.models.problem import Problem
-from fewstep.runtime import job
 from fewstep.runtime.artifact import digest_of
 from fewstep.solvers import DDIM, UniPC
 
@@ -251,15 +251,14 @@ def test_a_finished_folder_is_only_read_and_more_can_be_added(tmp_path) -> None:
         made(tmp_path / "part", num=24)
 
 
-def test_two_processes_make_what_one_makes(tmp_path, monkeypatch) -> None:
+def test_two_processes_make_what_one_makes(tmp_path) -> None:
     made(tmp_path / "one")
-    for room in (module, job):  # the processes come one after the other
-        monkeypatch.setattr(room, "wait_for_all", lambda: None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, batches in (("1", 16), ("0", 16 + 16 + 8)):
-        monkeypatch.setenv("RANK", rank)
+
+    def work() -> tuple[bool, int]:
         found = generate_trajectories(model := toy(), GRID, tmp_path / "two", config=SMALL)
-        assert (found is None) == (rank == "1") and calls(model) == batches
+        return found is None, calls(model)
+
+    assert together(2, work) == [(False, 16 + 16 + 8), (True, 16)]
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
