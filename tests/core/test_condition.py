@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep import ModelError, VarianceExploding, classifier_free
-from fewstep.core.condition import check_batch, first_of, moved, repeated, with_null
+from fewstep.core.condition import check_batch, moved, repeated, with_null
 
 Pair = namedtuple("Pair", "text pooled")
 
@@ -144,12 +144,10 @@ def test_what_is_no_condition_is_refused_with_shapes_only(case):
 
 def test_what_learners_do_with_a_condition_reaches_every_leaf():
     cond = {"label": LABEL, "words": ["a", "b", "c"], "more": (LABEL.numpy(), 5)}
-    two = first_of(cond, 2)
-    assert two["label"].tolist() == [1, 2] and two["words"] == ["a", "b"] and two["more"][0].tolist() == [1, 2] and two["more"][1] == 5
     twice = repeated(cond, 2)
     assert twice["label"].tolist() == [1, 2, 3] * 2 and twice["words"] == ["a", "b", "c"] * 2 and len(twice["more"][0]) == 6
     assert moved(cond, torch.device("meta"))["label"].device.type == "meta"
-    assert first_of(None, 2) is None and isinstance(twice["more"][0], np.ndarray)
+    assert isinstance(twice["more"][0], np.ndarray)
 
 
 def test_what_a_condition_has_computed_of_its_parts_is_computed_again():

@@ -142,7 +142,7 @@ LEARNERS = {
         use=lambda model, found: pictures(model, found[2]),
         figures=SAMPLER | {"best_standard_grid", "calibration_noises", "candidates"},
         total=2,
-        together=False,
+        everywhere=True,
     ),
     "finetune": Learner(
         run=lambda model, **given: fewstep.finetune(model, **{"config": FINETUNE, **given}),
@@ -152,7 +152,6 @@ LEARNERS = {
         use=lambda model, found: pictures(found, None),
         figures={"history"},
         total=6,
-        together=False,
         reads=False,
     ),
     "distill": Learner(
@@ -526,7 +525,7 @@ def close(ours: Any, theirs: Any, tolerance: float) -> None:
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     elif isinstance(ours, Mapping):
         assert ours.keys() == theirs.keys()
-        for key in ours:
+        for key in set(ours) - {"seconds", "fingerprint"}:  # the clock, and a hash of weights that were rounded otherwise
             close(ours[key], theirs[key], tolerance)
     elif isinstance(ours, list | tuple):
         assert len(ours) == len(theirs)
@@ -549,12 +548,6 @@ def test_two_processes_give_the_result_of_one_or_refuse(
         assert f"several processes can only {name} together with a folder to meet in" in first[f"{name} in memory"]
     assert second[name] is None if not learner.everywhere else bits(second[name]) == bits(first[name])
     assert bits(learner.numbers(learner.load(folder / name))) == bits(first[name])
-    if name == "distill":  # each process draws batches of its own
-        ours, theirs = tidy(folder / name / "work" / "trajectories"), tidy(whole.out / "work" / "trajectories")
-        assert ours == theirs
-        errors = [card["passes"][1][1] for card in (first[name]["card"], whole.result.card)]
-        assert errors[0] == pytest.approx(errors[1], rel=0.2)
-        return
     if name == "generate_trajectories":
         assert tidy(folder / name) == whole.files
     close(first[name], learner.numbers(whole.result), SWEPT if name == "fit" else ORDER)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fewstep.core.denoiser import Cond
 from fewstep.runtime.errors import ModelError, first_line
 
-__all__ = ["check_batch", "first_of", "moved", "repeated", "with_null"]
+__all__ = ["check_batch", "moved", "repeated", "with_null"]
 
 OPTIONS = (type(None), bool, int, float, str, bytes, Enum, torch.dtype, torch.device)
 WHOLE = "the condition"
@@ -64,15 +64,6 @@ def check_batch(cond: Cond, count: int) -> None:
     """
     for leaf, where in _leaves(cond, WHOLE):
         _check_length(leaf, count, where)
-
-
-def first_of(cond: Cond, count: int) -> Cond:
-    """Return the condition of the first ``count`` samples."""
-
-    def part(leaf: Any, where: str) -> Any:  # noqa: ANN401
-        return leaf[:count]
-
-    return _walked(part, WHOLE, cond)
 
 
 def repeated(cond: Cond, times: int) -> Cond:

@@ -95,10 +95,6 @@ def test_the_error_is_that_of_the_sampler(solver: str) -> None:
     assert torch.equal(residual, end - error.exact)
     gap = (end - error.exact).square()
     assert error.rmse(grid) == rms(residual) == pytest.approx(float(gap.mean().sqrt()), rel=ROUNDING)
-    assert error.mean_error(grid) == pytest.approx(float(gap.mean(1).sqrt().mean()), rel=ROUNDING)
-    few = error.first(7)
-    torch.testing.assert_close(few.residual(grid)[0], residual[:7], rtol=0, atol=ROUNDING)
-    assert few.evaluations == 7 * Sampler.build(error.solver, grid, LAW).nfe
 
 
 @pytest.mark.parametrize("law, solver", [*product(["edm"], SOLVERS), ("table", "heun"), ("table", "unipc-3")])
@@ -135,7 +131,6 @@ def test_conditions_go_with_their_samples() -> None:
     error.cond = torch.arange(48, dtype=F64)
     moved = error.residual(grid)[0] - plain
     assert float(moved[0].abs().max()) == 0 < 3 < float(moved[40].abs().min())
-    torch.testing.assert_close(error.first(5).residual(grid)[0], (plain + moved)[:5], rtol=0, atol=ROUNDING)
 
 
 # -- refinement ------------------------------------------------------------------------------------------------------
@@ -151,7 +146,7 @@ def test_refinement_lowers_the_objective_from_the_worst_grid(law: str, solver: s
     grids = spacings(schedule, 5)
     start = max(grids.values(), key=error.rmse)
     value, shown = objective(error, start), []
-    found = refine(error, start, observe=lambda iteration, best: shown.append((iteration, best)))
+    found = refine([error], start, observe=lambda iteration, best: shown.append((iteration, best)))
     values = [value(start), *(best for _, best in shown)]
     assert [iteration for iteration, _ in shown] == list(range(1, len(shown) + 1)) and 1 < len(shown) <= 6
     assert all(after <= before for before, after in zip(values[:-1], values[1:], strict=True))
@@ -165,7 +160,7 @@ def test_refinement_lowers_the_objective_from_the_worst_grid(law: str, solver: s
 def test_a_flow_is_refined_between_its_infinite_ends(solver: str) -> None:
     flow = RectifiedFlow()
     error, start = problem(flow, solver), make_grid("quadratic", flow, 5)
-    found = refine(error, start)
+    found = refine([error], start)
     assert objective(error, start)(found) < 0.95 * objective(error, start)(start)
     assert found.t[0] == 1 and found.t[-1] == 0
 
@@ -179,7 +174,7 @@ def test_one_inner_level_is_put_where_a_scan_puts_it(solver: str) -> None:
     made = torch.stack([per_sample_rmse(error.residual(grid)[0]) for grid in scan])
     for spacing in ("uniform", "logsnr", "karras"):
         start = make_grid(spacing, LAW, 2)
-        found = refine(error, start, iterations=20)
+        found = refine([error], start, iterations=20)
         least = (made**2 + per_sample_rmse(error.residual(start)[0]).median() ** 2).sqrt().mean(1).min()
         assert objective(error, start)(found) < 1.02 * float(least), spacing
 
@@ -190,20 +185,20 @@ def test_what_cannot_be_better_is_given_back() -> None:
         (make_grid("karras", LAW, 1), {}),  # no level to move
         (make_grid("karras", LAW, 4), {"iterations": 0}),
     ]:
-        assert refine(error, start, observe=lambda iteration, best: pytest.fail("nothing to tell"), **options) is start
+        assert refine([error], start, observe=lambda iteration, best: pytest.fail("nothing to tell"), **options) is start
     table = DiscreteVP.linear(5)
     every = TimeGrid(torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0]))  # all the model's times: none can move
-    assert torch.equal(refine(problem(table), every).t, every.t)
+    assert torch.equal(refine([problem(table)], every).t, every.t)
     exact = error.residual(start)[0] + error.exact
     done = SolverEndpointError(error.denoiser, error.solver, error.x, exact)
-    assert torch.equal(refine(done, start).t, start.t)  # without an error
+    assert torch.equal(refine([done], start).t, start.t)  # without an error
 
 
 def test_refinement_stops_at_its_evaluations() -> None:
     start, counts = make_grid("uniform", LAW, 6), []
     for most in (0, 3000, 30_000):
         error, shown = problem(), []
-        refine(error, start, evaluations=most, observe=lambda iteration, best, shown=shown: shown.append(iteration))
+        refine([error], start, evaluations=most, observe=lambda iteration, best, shown=shown: shown.append(iteration))
         counts.append(len(shown))
         one = 48 * (6 + 15 + 5 * 6)  # a start, a Jacobian (5 + 4 + ... evaluations) and at most 5 moves
         assert error.evaluations <= 48 * 6 + most + one and error.evaluations == error.denoiser.samples
@@ -224,7 +219,7 @@ def test_infinite_ends_lie_beyond_their_neighbours() -> None:
 def test_mistakes_are_named() -> None:
     grid = make_grid("karras", LAW, 4)
     with pytest.raises(SolverError, match="DDIM adds noise, and has no exact ends to compare with: use a deterministic solver"):
-        refine(problem(solver="ddim:eta=1"), grid)
+        refine([problem(solver="ddim:eta=1")], grid)
     for bad in (1, 3, 7):
         with pytest.raises(ModelError, match=r"the network's output is not finite .*: check its weights"):
-            refine(problem(bad=bad), grid)
+            refine([problem(bad=bad)], grid)

@@ -47,7 +47,7 @@ GRIDS = ("logsnr", "karras", "angle")
 NFE = (5, 6, 8, 10)
 
 FLAGS = {
-    "num": Flag("--num", "-n", help="How many noises."),
+    "num": Flag("--num", "-n", help="How many noises. Under torchrun say -n."),
     "seed": Flag(help="Seed of the first noise; the next has the next seed."),
     "samplers": Flag("--sampler", help="Folders of saved samplers: of fewstep fit or optimize, for example."),
     "peers": Flag(help="Also: diffusers (its ODE solvers), module:function (a sampler of k-diffusion's signature)."),

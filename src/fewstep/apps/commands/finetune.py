@@ -10,7 +10,7 @@ import typer
 
 from fewstep.apps.console import console, next_command, print_json, progress, show_table
 from fewstep.apps.models import guidance_of, model_words, open_model
-from fewstep.apps.options import AsJson, Fields, Flag, ModelName, TeacherGuidance, Trust, command
+from fewstep.apps.options import NUM, AsJson, Fields, ModelName, TeacherGuidance, Trust, command
 from fewstep.data.images import load_images
 from fewstep.learn.networks.finetune import FinetuneConfig
 from fewstep.learn.networks.finetune import finetune as tune
@@ -23,7 +23,7 @@ def finetune(
     model: ModelName,
     *,
     out: Annotated[Path, typer.Option(help="Folder for the tuned model.")],
-    config: Annotated[FinetuneConfig, Fields({"num": Flag("--num", "-n")}, ("guidance",))],
+    config: Annotated[FinetuneConfig, Fields({"num": NUM}, ("guidance",))],
     guidance: TeacherGuidance = None,
     data: Annotated[str | None, typer.Option(help="For the form score: digits, an .npz or a folder of images.")] = None,
     trust: Trust = False,
@@ -31,7 +31,7 @@ def finetune(
 ) -> None:
     """Tune a copy of a model for a few steps.
 
-    Its schedule is tuned with it. A killed run continues where it stopped.
+    Its schedule is tuned with it. A killed run continues where it stopped; the processes of torchrun share trajectories and batches.
     """
     opened, images = open_model(model, trust=trust), None if data is None else load_images(data)
     total = config.rounds * config.steps
@@ -47,6 +47,8 @@ def finetune(
             on_progress=report,
         )
         report(total, "")
+    if tuned is None:
+        return
     history = tuned.card["history"]
     if json:
         print_json({"model": opened.name, "nfe": config.nfe, "folder": str(out), "history": history})

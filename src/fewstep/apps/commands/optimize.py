@@ -16,9 +16,9 @@ from fewstep.apps.models import guidance_of, model_words, open_model, said_guida
 from fewstep.apps.options import (
     INTEGERS,
     NAMES,
+    NUM,
     AsJson,
     Fields,
-    Flag,
     Guidance,
     ModelName,
     StatisticsFolder,
@@ -37,7 +37,7 @@ from fewstep.learn.teacher.gram import Gram
 from fewstep.models.generate import solver_for
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError, GridError
-from fewstep.runtime.process import default_device
+from fewstep.runtime.process import default_device, process
 from fewstep.sampling.sampler import Sampler
 
 __all__ = ["optimize"]
@@ -52,7 +52,7 @@ def optimize(
     nfe: Annotated[str, typer.Option(metavar=INTEGERS, help="Network evaluations.")] = "5,6,8,10",
     solver: Annotated[str, typer.Option(metavar=NAMES, help="Solvers.")] = "unipc-2",
     guidance: Guidance = None,
-    config: Annotated[OptimizeConfig, Fields({"num": Flag("--num", "-n")})],
+    config: Annotated[OptimizeConfig, Fields({"num": NUM})],
     statistics: StatisticsFolder = None,
     pipeline: Annotated[PipelineOptions, Fields()],
     trust: Trust = False,
@@ -60,7 +60,7 @@ def optimize(
 ) -> None:
     """Find the best noise levels for a solver on a model.
 
-    A killed run continues after the last whole schedule.
+    A killed run continues after the last whole schedule; the processes of torchrun share the work.
     """
     opened, names, counts = open_model(model, pipeline, guidance, trust=trust), words(solver) or (), sorted(set(integers(nfe, "--nfe")))
     if not names:
@@ -86,6 +86,8 @@ def optimize(
                 command=command(),
                 on_progress=lambda done, note, before=before: report(before + done, note),
             )
+    if process()[0]:
+        return
     plots = NO_PLOTS
     if find_spec("matplotlib"):
         gram = collected_gram(problem, config, out)

@@ -37,6 +37,7 @@ from fewstep.runtime.artifact import Number, digest_of, held_to, read_file, writ
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, first_line
 from fewstep.runtime.front_door import at_least, check_fields, checked, checked_class, config_of, scale_of
 from fewstep.runtime.job import Job, Progress
+from fewstep.runtime.process import from_first, share, wait_for_all
 from fewstep.sampling.grid_table import GridTable
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import DDIM
@@ -148,10 +149,11 @@ def finetune(
     device: torch.device | str | None = None,
     command: str = "",
     on_progress: Progress | None = None,
-) -> Model:
+) -> Model | None:
     """Tune a copy of a model's network, and its schedule, for a few first-order steps.
 
-    A killed run continues where it was. The teacher's own weights are never changed.
+    A killed run continues where it was; the processes of ``torchrun`` share trajectories and batches. The teacher's own weights are never
+    changed.
 
     Args:
         model: the teacher.
@@ -165,10 +167,11 @@ def finetune(
         on_progress: called with the number of training steps done in all rounds, and a note.
 
     Returns:
-        The tuned model, which carries its schedule; ``card["history"]`` has the rounds.
+        The tuned model, which carries its schedule; ``card["history"]`` has the rounds. None in all processes but the first.
 
     Raises:
-        FewstepError: ``out`` holds a finished model, there are no images to match scores on, or there are several processes.
+        FewstepError: ``out`` holds a finished model, there are no images to match scores on, or there are more processes than samples in a
+            batch.
         ModelError: a network that could not be saved, or a model without a shape.
         ArtifactError: the folder is in use, holds the work of another configuration, or cannot be written.
     """
@@ -179,10 +182,13 @@ def finetune(
         raise FewstepError("the form score matches scores on images: pass the data that the model was trained on, or use the form mean")
     if config.form == "score" and images is not None:
         _check_images(images, model)
-    with Job.open("finetune", out, device=device or model.device, on_progress=on_progress, command=command, alone=True) as job:
+    for count in (config.batch, config.held_out):
+        share(range(count))
+    with Job.open("finetune", out, device=device or model.device, on_progress=on_progress, command=command) as job:
         may_write_model(model, out, "work")  # in the job, which removes what a killed run left
         tuning = _Tuning(Problem(model, config.guidance, job.device), config, images, job)
-        return _result(tuning, tuning.alternate(), job)
+        history = tuning.alternate()
+        return None if job.rank else _result(tuning, history, job)
 
 
 def _check_images(images: Images, model: Model) -> None:
@@ -216,10 +222,9 @@ class _Tuning:
         fine = GramConfig(num=128)
         note = lambda done, text: self.job.on_progress(0, f"{done} of {fine.num} trajectories for the levels")  # noqa: E731
         gram = collect_gram(self.problem, fine, replace(self.work, on_progress=note))
-        assert gram is not None  # as in the only process
         levels = fine_grid(self.problem.schedule, fine.levels)
         count = min(self.config.levels, levels.steps)
-        return TimeGrid(levels.t[Bound(gram).best(count)[count]])
+        return TimeGrid(levels.t[from_first(Bound(gram).best(count)[count])])
 
     def objective(self, index: list[int]) -> StepsObjective:
         """Return the objective of a schedule, given by its places among the stored times."""
@@ -233,14 +238,16 @@ class _Tuning:
         config, nfe = self.config, self.config.nfe
         student = self.objective(list(range(len(self.grid.t)))).student()
         bound = self._bound(student)
-        index, history = bound.best(nfe)[nfe], list[Round]()
-        reached = bound(index)
+        index, history = from_first(bound.best(nfe)[nfe]), list[Round]()
+        reached = from_first(bound(index))
         for number in range(1, config.rounds + 1):
             folder, identity = self.work.folder / f"round-{number}", f"{self.identity} {number}"
             made = self._resumed(student, folder, identity)
             if made is None:
                 made, student = self._round(number, student, index, reached, folder)
-                self._store(student, folder, identity, made)
+                if self.job.rank == 0:
+                    self._store(student, folder, identity, made)
+                wait_for_all()
             history.append(made)
             index = self._places(made.next_times)
             if made.bound > reached and number > 1:  # worse than the round before: back to that
@@ -259,10 +266,10 @@ class _Tuning:
         identity = f"{self.identity} {index}"
         trained = train_student(objective, student, self.data, self.config.loop, folder, identity=identity, on_step=note).student
         bound = self._bound(trained)
-        best = bound.best(self.config.nfe)[self.config.nfe]
+        best = from_first(bound.best(self.config.nfe)[self.config.nfe])
         levels, rmse = torch.exp(-self.nodes.lam[index]).tolist(), self.objective(best).finish(trained, self.data)["rmse"]
         times, seconds = self.grid.t[best].tolist(), time.monotonic() - begin
-        return Round(number, levels, reached, bound(index), bound(best), rmse, times, seconds), trained
+        return from_first(Round(number, levels, reached, bound(index), bound(best), rmse, times, seconds)), trained
 
     def _bound(self, student: nn.Module) -> Bound:
         return Bound(self.objective([0, -1]).gram(student, self.data))
@@ -279,7 +286,7 @@ class _Tuning:
     def _resumed(self, student: nn.Module, folder: Path, identity: str) -> Round | None:
         """Return a round that was finished before, and load its weights; None if there is none."""
         path, weights = folder / "round.json", folder / "student.safetensors"
-        if not path.exists():
+        if not from_first(self.job.rank == 0 and path.exists()):
             return None
         meta = held_to(read_file(path), _Finished, path)
         if meta.identity != identity:

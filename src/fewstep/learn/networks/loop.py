@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fewstep.runtime.artifact import Number, Whole, check_file, held_to, read_file, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, first_line, look_up
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
+from fewstep.runtime.process import from_first, process, share
 
 __all__ = ["LoopConfig", "LossCurve", "check_checkpoint", "forget_checkpoint", "identity_of", "run_loop"]
 
@@ -99,13 +100,14 @@ def run_loop(
 ) -> N:
     """Train a network and return it with its averaged (EMA) weights.
 
-    Every step draws its data and noise from a generator seeded by ``(seed, step, process)``, so a run that was killed and
-    resumed ends with the same weights as one that was not. The checkpoint lies in ``folder/checkpoint``; `forget_checkpoint` removes it
-    when the result is saved.
+    Every step draws its data and noise from a generator seeded by ``(seed, step)``, so a run that was killed and resumed ends with the same
+    weights as one that was not. The processes of ``torchrun`` draw alike, each computes its share of the batch, and gradients are averaged:
+    any number of them makes the steps of one, up to rounding and dropout, and continues what another number began. The checkpoint lies in
+    ``folder/checkpoint``; `forget_checkpoint` removes it when the result is saved.
 
     Args:
         network: the module to train, in place.
-        loss: ``(network, batch size of this process, generator) -> scalar``.
+        loss: ``(network, batch size, generator) -> scalar``, the mean over this process's `share` of the batch.
         config: how to train.
         folder: where the checkpoint lies.
         identity: what is trained on what, beside the configuration; a checkpoint of anything else is refused.
@@ -113,10 +115,11 @@ def run_loop(
 
     Raises:
         ArtifactError: the folder holds a checkpoint of a run with another configuration.
-        FewstepError: this machine has no such precision.
+        FewstepError: this machine has no such precision; or there are more processes than samples in a batch.
     """
     from diffusers.training_utils import EMAModel
 
+    (rank, world), mine = process(), len(share(range(config.batch)))
     accelerator = _accelerator(config)
     if config.channels_last:
         loose: Any = network  # torch's types do not know this form of ``to``
@@ -133,7 +136,6 @@ def run_loop(
     accelerator.register_for_checkpointing(ema)
     identity = f"{identity} {identity_of(config)}".strip()
     first, resumed = _resume(accelerator, folder, identity, config.steps)
-    local_batch = max(1, config.batch // accelerator.num_processes)
     every, counted = max(1, config.steps // 100), first % max(1, config.steps // 100)
     total = torch.tensor(resumed, device=accelerator.device)
     if resumed and (not counted or first == config.steps):  # interrupted before the report of its last step was taken
@@ -145,11 +147,11 @@ def run_loop(
     done, whole = first, True
     try:
         for step in range(first, config.steps):
-            generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 4099 + accelerator.process_index)
-            torch.manual_seed(generator.initial_seed())  # dropout
+            generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 4099)
+            torch.manual_seed(generator.initial_seed() + rank)  # dropout
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
-            value = loss(network, local_batch, generator)
+            value = loss(network, config.batch, generator) * (mine * world / config.batch)  # whose mean over processes is that over samples
             accelerator.backward(value)
             accelerator.clip_grad_norm_(network.parameters(), config.clip)
             whole = False
@@ -169,7 +171,7 @@ def run_loop(
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 _checkpoint(accelerator, folder, identity, step + 1, total)
     except KeyboardInterrupt:
-        if whole:  # in the middle of a step the last checkpoint stands
+        if whole and world == 1:  # else the last checkpoint stands: others may be at another step, or gone
             _checkpoint(accelerator, folder, identity, done, total)
         raise
     ema.copy_to(bare.parameters())
@@ -281,7 +283,7 @@ def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int, total:
 def _resume(accelerator: Any, folder: Path, identity: str, steps: int) -> tuple[int, float]:  # noqa: ANN401
     """Return the step to continue with, and the sum of the losses since the last report."""
     current, old = folder / "checkpoint", folder / "checkpoint.old"
-    found = current if (current / "loop.json").exists() else old if (old / "loop.json").exists() else None
+    found = from_first(next((path for path in (current, old) if process()[0] == 0 and (path / "loop.json").exists()), None))
     if found is None:
         return 0, 0.0
     meta = _read_checkpoint(found)

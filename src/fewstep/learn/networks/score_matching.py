@@ -11,6 +11,7 @@ from fewstep.core.prediction import aligned, from_x0, prediction
 from fewstep.data.images import Images
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import answer_of, network_device, plain_call
+from fewstep.runtime.process import share
 
 __all__ = ["score_matching"]
 
@@ -26,6 +27,8 @@ def score_matching(
     flip: bool = False,
 ) -> Callable[[nn.Module, int, torch.Generator], Tensor]:
     """Return the loss of denoising score matching in the network's own output: for EDM its loss weighting, for epsilon the simple loss.
+
+    Every process draws the whole batch, and computes the loss of its `share`.
 
     Args:
         model: what the network predicts, and its noise law.
@@ -44,12 +47,13 @@ def score_matching(
         x0 = images.dequantised(index, generator)
         if flip:
             x0 = torch.where(torch.rand(batch, 1, 1, 1, generator=generator) < 0.5, x0.flip(-1), x0)
-        x0, t = _moved(x0, device), _moved(levels(batch, generator), device)
-        noise = _moved(torch.randn(x0.shape, generator=generator), device)
-        cond = None
+        t, noise, cond = levels(batch, generator), torch.randn(x0.shape, generator=generator), None
+        rows = share(range(batch))
+        mine = slice(rows.start, None, rows.step)
         if conditional and images.labels is not None:
             drop = torch.rand(batch, generator=generator) < (dropout if null is not None else 0.0)
-            cond = _moved(torch.where(drop, torch.tensor(null or 0), images.labels[index]), device)
+            cond = _moved(torch.where(drop, torch.tensor(null or 0), images.labels[index])[mine], device)
+        x0, t, noise = (_moved(of[mine], device) for of in (x0, t, noise))
         alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
         x = aligned(alpha, x0) * x0 + aligned(sigma, x0) * noise
         scale = 1.0 if kind.input_scale is None else aligned(kind.input_scale(alpha, sigma), x0)

@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.core.denoiser import Cond
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid
 from fewstep.core.schedule import VPLinear
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
 from fewstep.learn.search.bound import Bound
 from fewstep.learn.search.coefficients import FitForm, TeacherBatch, fit_in_sequence, sweep, widened
 from fewstep.learn.search.endpoint import EndpointError, mean_over_processes, per_sample_rmse
+from fewstep.learn.teacher.batches import stored_batches
 from fewstep.learn.teacher.gram import Gram
 from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig
 from fewstep.models.problem import Problem
-from fewstep.runtime.errors import FewstepError, GridError, ModelError, SolverError
+from fewstep.runtime.errors import GridError, ModelError, SolverError
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
-from fewstep.runtime.process import process, sum_over_processes
+from fewstep.runtime.process import process, share, sum_over_processes
 from fewstep.solvers import make_solver
 
 __all__ = ["FitConfig", "FitSearch", "SearchResult", "best_hand_made"]
@@ -232,7 +232,7 @@ class FitSearch:
     ) -> Tableau:
         """Fit a tableau on these levels, step by step; given ``start``, fit only its last step again."""
         batches, n = self._batches(rows, at), len(at) - 1
-        self.evaluations += len(self._share(rows)) * n
+        self.evaluations += len(share(rows)) * n
         if start is not None:
             return fit_in_sequence(self.denoiser, start, batches, form, rows=[n - 1], cache=cache)
         parent = make_solver(self.config.parent_with(n, form))
@@ -279,17 +279,9 @@ class FitSearch:
         self.evaluations += sum(batch.evaluations for batch in batches)
         return made
 
-    def _share(self, rows: range) -> range:
-        rank, world = process()
-        if len(rows) < world:
-            raise FewstepError(f"{world} processes cannot share {len(rows)} noises: use fewer processes")
-        return rows[rank::world]
-
-    def _batches(self, rows: range, at: Sequence[int]) -> list[TeacherBatch]:
+    def _batches(self, rows: range, at: Sequence[int]) -> Sequence[TeacherBatch]:
         """Return this process's share of some trajectories, at some of the stored levels."""
-        mine, size = self._share(rows), self.config.batch
-        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        return [_StoredBatch(self.trajectories, part, at, self.problem.device) for part in parts]
+        return stored_batches(self.trajectories, rows, at, self.config.batch, self.problem.device)
 
     def _endpoints(self, rows: range) -> list[EndpointError]:
         batches = self._batches(rows, [0, -1])
@@ -309,25 +301,6 @@ class FitSearch:
             total.merge(Gram.of(nodes, torch.stack(states), torch.stack(outputs)))
         count = sum_over_processes(torch.tensor(float(total.count)))
         return Gram(total.level, sum_over_processes(total.matrix * total.count) / count, total.slopes, int(count))
-
-
-@dataclass(frozen=True)
-class _StoredBatch:
-    """Some of the stored trajectories, at some of the stored times."""
-
-    trajectories: Trajectories
-    rows: range
-    at: Sequence[int]
-    device: torch.device
-
-    @property
-    def cond(self) -> Cond:
-        labels = self.trajectories.labels(list(self.rows))
-        return None if labels is None else labels.to(self.device)
-
-    def state(self, i: int) -> Tensor:
-        place = self.at[i] % len(self.trajectories.t)
-        return self.trajectories.states(list(self.rows), [place])[:, 0].to(self.device)
 
 
 class _OnDisk(MutableMapping[str, Tensor]):

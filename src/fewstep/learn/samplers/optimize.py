@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from itertools import product
@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, tabulate
 from fewstep.learn.search.bound import Bound
-from fewstep.learn.search.endpoint import per_sample_rmse
+from fewstep.learn.search.endpoint import mean_over_processes, per_sample_rmse
 from fewstep.learn.search.refine import SolverEndpointError, check_deterministic, refine
+from fewstep.learn.teacher.batches import stored_batches
 from fewstep.learn.teacher.gram import Gram, GramConfig, collect_gram, fine_grid, gram_store
 from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, trajectories_of
 from fewstep.models.generate import solver_for
@@ -28,6 +30,7 @@ from fewstep.runtime.artifact import Count, Number, facts_of, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError
 from fewstep.runtime.front_door import at_least, check_fields, checked, checked_class, config_of, scale_of, wholes
 from fewstep.runtime.job import Job, Progress
+from fewstep.runtime.process import from_first, process, sum_over_processes
 from fewstep.sampling.grid_table import GridTable
 from fewstep.sampling.reference import REFERENCE_NFE
 from fewstep.sampling.sampler import Sampler
@@ -38,6 +41,7 @@ __all__ = ["OptimizeConfig", "collected_gram", "name_of", "optimize", "solver_fo
 PROBE = 4  # steps on which a solver shows whether it adds noise
 EVALUATIONS = 1920  # network evaluations of one calibration run, about: fewer noises for more steps
 FEWEST = 64  # noises, though; as many rank the candidates
+GRAM_BATCH = 64  # trajectories of the Gram matrix at a time, at most: its derivatives take more memory
 MANY_STEPS = 8  # beyond them only the best candidate is refined, not the two best
 
 
@@ -53,6 +57,7 @@ class OptimizeConfig:
         held_out: held-out noises, used for model selection and for the reported figures.
         seed: seed of the first noise; far from those that benchmarks start with.
         iterations: iterations of the refinement, at most.
+        batch: noises processed at a time.
 
     Raises:
         FewstepError: a number out of range.
@@ -64,21 +69,27 @@ class OptimizeConfig:
     held_out: int = 1024
     seed: int = 3_000_000
     iterations: int = 6
+    batch: int = 128
 
     def __post_init__(self) -> None:
         check_fields(self)
-        at_least(self, noises=2, held_out=2, seed=0, iterations=0)
+        at_least(self, noises=2, held_out=2, seed=0, iterations=0, batch=1)
         _ = self.gram
 
     @property
     def gram(self) -> GramConfig:
         """The configuration of the Gram matrix."""
-        return GramConfig(self.levels, self.num, jacobian=True)
+        return GramConfig(self.levels, self.num, batch=min(self.batch, GRAM_BATCH), jacobian=True)
 
     @property
     def exact(self) -> TrajectoryConfig:
         """The configuration of the exact trajectories, of which only the endpoints are stored."""
-        return TrajectoryConfig(self.noises + self.held_out, REFERENCE_NFE, seed=self.seed, batch=128)
+        return TrajectoryConfig(self.noises + self.held_out, REFERENCE_NFE, seed=self.seed, batch=self.batch)
+
+    @property
+    def fewest(self) -> int:
+        """The fewest noises in any part of the work: as many processes can share it."""
+        return min(self.noises, self.held_out, FEWEST)
 
 
 def solver_folder(folder: Path, name: str) -> Path:
@@ -111,7 +122,8 @@ def optimize(
         nfe: network evaluations per sample, one number or several.
         guidance: the scale that the model will be sampled with; by default the model's own.
         out: a folder to save the samplers in (``out/SOLVER/nfe-NN``, with ``grids.json``), where a killed run continues after the last
-            whole schedule, and where other solvers share what is measured of the model; by default they stay in memory.
+            whole schedule, where other solvers share what is measured of the model, and where the processes of ``torchrun`` share the
+            noises; by default they stay in memory.
         config: how to search.
         statistics: statistics for ``dpm-solver-v3`` by name, or their folder; by default those that the model carries.
         device: where to compute; the model is moved there.
@@ -126,7 +138,7 @@ def optimize(
         GridError: more steps than cells between the levels.
         ModelError: something that is no `Model`, or a model without a shape.
         ArtifactError: the folder is in use, holds the work of another model or configuration, or cannot be written.
-        FewstepError: no number of evaluations, or several processes.
+        FewstepError: no number of evaluations, or more processes than noises.
 
     Example:
         >>> import fewstep
@@ -154,22 +166,24 @@ def optimize(
     most, cells = max(steps.values()), fine_grid(model.schedule, config.levels).steps
     if most > cells:
         raise GridError(f"{most} steps need at least as many cells between levels; {model.name} has {cells}: ask for more levels")
-    with Job.open("optimize", out, device=device or model.device, on_progress=on_progress, command=command, alone=True) as job:
+    if process()[1] > config.fewest:
+        raise FewstepError(f"{process()[1]} processes cannot share {config.fewest} noises: use fewer processes")
+    with Job.open("optimize", out, device=device or model.device, on_progress=on_progress, command=command) as job:
         problem = Problem(model, guidance, job.device)
         measuring = replace(job, on_progress=lambda done, note: job.on_progress(0, f"{done} of {config.num} trajectories"))
         gram = collect_gram(problem, config.gram, measuring)
         asked = replace(config.exact, guidance=guidance)
         with job.below("exact", lambda done, note: job.on_progress(0, f"{done} of {config.exact.num} exact endpoints")) as part:
             exact = trajectories_of(problem, TimeGrid(problem.schedule.ends), asked, part)
-        assert gram is not None and exact is not None  # as in the only process
         search, place = _Search(problem, gram, exact, config, most), solver_folder(job.folder, name)
         made: dict[int, Sampler] = {}
         for done, n in enumerate(counts):
             job.on_progress(done, f"{name}, {n} evaluations")
-            made[n] = search.stored(name, solver, n, place / f"nfe-{n:02d}", made, job.command)
-            table = _table(problem, name, made, place, job.command)
-            table.save(place)
-            write_whole(place / "README.md", _card(table, name).encode())
+            made[n] = search.stored(name, solver, n, place / f"nfe-{n:02d}", made, job)
+            if job.rank == 0:
+                table = _table(problem, name, made, place, job.command)
+                table.save(place)
+                write_whole(place / "README.md", _card(table, name).encode())
         job.on_progress(len(counts), "")
         return made
 
@@ -187,10 +201,7 @@ def collected_gram(problem: Problem, config: OptimizeConfig, folder: Path) -> Gr
     Raises:
         ArtifactError: it is not there, or of another model or configuration.
     """
-    with Job.open("optimize", folder) as job:
-        store = gram_store(problem, config.gram, job)
-        assert store is not None  # the job has a folder
-        return store.total(len(config.gram.batches))
+    return gram_store(problem, config.gram, folder).total(len(config.gram.batches))
 
 
 class _Search:
@@ -201,19 +212,25 @@ class _Search:
         self.denoiser, self.schedule = problem.teacher, problem.schedule
         self.exact, self.bound = exact, Bound(gram)
         self.levels = fine_grid(self.schedule, config.levels)
-        self.programs: dict[str, dict[int, list[int]]] = {}
-        totals: tuple[Literal["sum", "squares"], ...] = ("sum", "squares")
-        for amplification, total in product(("plain", "trace"), totals):
-            bound = Bound(gram, amplification, total)
-            self.programs[f"first-order program ({amplification}, {total})"] = bound.best(most)
-            self.programs[f"pair program ({amplification}, {total})"] = bound.best_pairs(most)
+        self.programs = from_first(self._programs(most) if process()[0] == 0 else {})
+        self.evaluations = 0
 
-    def stored(self, name: str, solver: Solver, nfe: int, place: Path, others: Mapping[int, Sampler], command: str) -> Sampler:
+    def _programs(self, most: int) -> dict[str, dict[int, list[int]]]:
+        """Return the optima of the dynamic programs."""
+        found, totals = dict[str, dict[int, list[int]]](), tuple[Literal["sum", "squares"], ...](("sum", "squares"))
+        for amplification, total in product(("plain", "trace"), totals):
+            bound = Bound(self.gram, amplification, total)
+            found[f"first-order program ({amplification}, {total})"] = bound.best(most)
+            found[f"pair program ({amplification}, {total})"] = bound.best_pairs(most)
+        return found
+
+    def stored(self, name: str, solver: Solver, nfe: int, place: Path, others: Mapping[int, Sampler], job: Job) -> Sampler:
         """Return the schedule for ``nfe`` evaluations, from its folder if it is there."""
         rebuilt = Sampler.build(solver, self.levels, self.schedule)  # for its options
-        about = (self.problem.fingerprint, self.problem.guidance, name, sorted(rebuilt.options.items()), nfe, asdict(self.config))
+        config = {key: value for key, value in asdict(self.config).items() if key != "batch"}  # which changes rounding alone
+        about = (self.problem.fingerprint, self.problem.guidance, name, sorted(rebuilt.options.items()), nfe, config)
         identity = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
-        if (place / "sampler.json").exists():
+        if from_first(job.rank == 0 and (place / "sampler.json").exists()):
             sampler = Sampler.load(place)
             if sampler.card.get("identity") != identity:
                 raise ArtifactError(f"{place} holds a schedule of another model, solver or configuration: remove it, or use another folder")
@@ -226,10 +243,11 @@ class _Search:
             "identity": identity,
             **card,
             "candidates": {key: list(value) for key, value in candidates.items()},
-            "command": command,
+            "command": job.command,
         }
         sampler = Sampler.build(solver, grid, self.schedule, card=card)
-        sampler.save(place)
+        if job.rank == 0:
+            sampler.save(place)
         return sampler
 
     def find(
@@ -238,20 +256,21 @@ class _Search:
         """Rank candidates, refine the best and choose on held-out noises: the grid, facts for the card, and error and bound of each."""
         steps = solver.steps_on(self.schedule, nfe)
         count = max(min(FEWEST, self.config.noises), min(self.config.noises, EVALUATIONS // nfe))
-        fit, check = self._error(solver, range(count)), self._error(solver, range(self.config.noises, len(self.exact)))
-        grids = self.candidates(steps, others)
-        few = fit.first(FEWEST)
-        measured = {name: few.mean_error(grid) for name, grid in grids.items()}
+        fit, few, check = range(count), range(min(FEWEST, count)), range(self.config.noises, self.config.noises + self.config.held_out)
+        self.evaluations, grids = 0, self.candidates(steps, others)
+        measured = {name: mean_over_processes(self.errors(solver, few, grid)) for name, grid in grids.items()}
         ranked = sorted(measured, key=measured.__getitem__)
         standards = [name for name in ranked if name in GRIDS][:2]
         finalists = {name: grids[name] for name in (ranked[0], *standards)}
         different = {tuple(grids[name].t.tolist()): name for name in reversed(ranked)}  # the dynamic programs often agree
+        batches = list(self._batches(solver, fit))
         for name in sorted(different.values(), key=ranked.index)[: 2 if nfe <= MANY_STEPS else 1]:
-            finalists[f"{name}, refined"] = refine(fit, grids[name], iterations=self.config.iterations)
-            measured[f"{name}, refined"] = few.mean_error(finalists[f"{name}, refined"])
-        held = {name: per_sample_rmse(check.residual(grid)[0]) for name, grid in finalists.items()}
-        error = {name: float(of.mean()) for name, of in held.items()}
-        rmse = {name: float(of.square().mean().sqrt()) for name, of in held.items()}
+            grid = finalists[f"{name}, refined"] = refine(batches, grids[name], iterations=self.config.iterations)
+            measured[f"{name}, refined"] = mean_over_processes(self.errors(solver, few, grid))
+        self.evaluations += sum(batch.evaluations for batch in batches)
+        held = {name: self.errors(solver, check, grid) for name, grid in finalists.items()}
+        error = {name: mean_over_processes(of) for name, of in held.items()}
+        rmse = {name: mean_over_processes(of.square()) ** 0.5 for name, of in held.items()}
         standard = min(standards, key=rmse.__getitem__)
         chosen = min((name for name in finalists if rmse[name] <= rmse[standard]), key=error.__getitem__)
         card = {
@@ -261,7 +280,7 @@ class _Search:
             "rmse": [rmse[name] for name in (chosen, standard)],
             "calibration_noises": count,
             "held_out_noises": self.config.held_out,
-            "network_evaluations": fit.evaluations + few.evaluations + check.evaluations,
+            "network_evaluations": int(sum_over_processes(torch.tensor(self.evaluations))),
         }
         bounds = {name: self.bound_of(grid) for name, grid in {**grids, **finalists}.items()}
         return finalists[chosen], card, {name: (measured[name], bounds[name]) for name in measured}
@@ -293,11 +312,17 @@ class _Search:
         ordered = all(a < b for a, b in zip(index[:-1], index[1:], strict=True))
         return self.bound(index) if ordered and index[0] == 0 and index[-1] == self.gram.cells else None
 
-    def _error(self, solver: Solver, which: range) -> SolverEndpointError:
-        states, labels = self.exact.states(list(which)), self.exact.labels(list(which))
-        cond = None if labels is None else labels.to(self.problem.device)
-        x, end = (states[:, k].to(self.problem.device) for k in (0, -1))
-        return SolverEndpointError(self.denoiser, solver, x, end, cond)
+    def errors(self, solver: Solver, rows: range, grid: TimeGrid) -> Tensor:
+        """Return the errors of this process's samples on a grid, ``[n]``; one batch at a time is in memory."""
+        found = []
+        for batch in self._batches(solver, rows):
+            found.append(per_sample_rmse(batch.residual(grid)[0]))
+            self.evaluations += batch.evaluations
+        return torch.cat(found)
+
+    def _batches(self, solver: Solver, rows: range) -> Iterator[SolverEndpointError]:
+        for batch in stored_batches(self.exact, rows, (0, -1), self.config.batch, self.problem.device):
+            yield SolverEndpointError(self.denoiser, solver, batch.state(0), batch.state(1), batch.cond)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.tableau import State, Tableau, advance
 from fewstep.runtime.errors import ModelError
-from fewstep.runtime.process import sum_over_processes
+from fewstep.runtime.process import gather, sum_over_processes
 from fewstep.sampling.loop import steps
 
 __all__ = [
@@ -211,7 +211,7 @@ def levenberg_marquardt(
 
     objective = _Objective(0.0)
     _, made, cached = measure(start, 0)
-    objective = _Objective(mean_over_processes(made.median().expand(len(made))) + 1e-30)  # without errors its weights are finite too
+    objective = _Objective(float(torch.cat(gather(made)).median()) + 1e-30)  # without errors its weights are finite too
     here, best, damping, limit = start, objective(made), DAMPING, spent() + evaluations
     past = list[float]()
     for iteration in range(iterations):

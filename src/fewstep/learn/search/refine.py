@@ -14,12 +14,11 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from fewstep.core.condition import first_of
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Solver, Tableau, tabulate
-from fewstep.learn.search.endpoint import CachedRun, EndpointError, Parameters, levenberg_marquardt, per_sample_rmse, rms
+from fewstep.learn.search.endpoint import CachedRun, EndpointError, Parameters, levenberg_marquardt, rms
 from fewstep.runtime.errors import GridError, SolverError
 
 __all__ = ["Levels", "SolverEndpointError", "check_deterministic", "refine"]
@@ -62,14 +61,6 @@ class SolverEndpointError(EndpointError):
     def rmse(self, grid: TimeGrid) -> float:
         """Return the root mean square error of all samples on a grid."""
         return rms(self.residual(grid)[0])
-
-    def mean_error(self, grid: TimeGrid) -> float:
-        """Return the mean over samples of each one's root mean square error."""
-        return float(per_sample_rmse(self.residual(grid)[0]).mean())
-
-    def first(self, count: int) -> SolverEndpointError:
-        """Return the same problem with its first noises only."""
-        return SolverEndpointError(self.denoiser, self.solver, self.x[:count], self.exact[:count], first_of(self.cond, count))
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,13 +145,16 @@ class _OnGrid:
 
 
 def refine(
-    error: SolverEndpointError,
+    batches: Sequence[SolverEndpointError],
     start: TimeGrid,
     *,
     iterations: int = 6,
     evaluations: int = 30_000,
     observe: Callable[[int, float], None] | None = None,
 ) -> TimeGrid:
-    """Refine a schedule by `levenberg_marquardt` on the noises of ``error``, starting from ``start``. Arguments as there."""
-    begin = _OnGrid.at(error, start)
-    return levenberg_marquardt([[error]], begin, iterations=iterations, evaluations=evaluations, observe=observe).levels.grid
+    """Refine a schedule by `levenberg_marquardt` on some batches of noises, starting from ``start``. Arguments as there.
+
+    The processes of ``torchrun`` have batches of their own, and get the same schedule.
+    """
+    begin = _OnGrid.at(batches[0], start)
+    return levenberg_marquardt([batches], begin, iterations=iterations, evaluations=evaluations, observe=observe).levels.grid

@@ -1,8 +1,9 @@
-"""A teacher's trajectories as training data: batches at the times of a grid, and the held-out ones that measure a student."""
+"""A teacher's trajectories as data: batches to train on, held-out ones that measure a student, and each process's share of some noises."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,9 +16,10 @@ from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, T
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import ArtifactError
 from fewstep.runtime.job import Job
+from fewstep.runtime.process import share
 from fewstep.solvers import make_solver
 
-__all__ = ["Batch", "TeacherData"]
+__all__ = ["Batch", "StoredBatch", "TeacherData", "stored_batches"]
 
 FIRST_FRESH = 2**40  # seeds of trajectories made while training; far from all others
 
@@ -36,6 +38,36 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         """Move the batch."""
         return Batch(self.x.to(device), None if self.cond is None else self.cond.to(device))
+
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """Some of the stored trajectories, at some of the stored times; read when they are asked for."""
+
+    trajectories: Trajectories
+    rows: range
+    at: Sequence[int]
+    device: torch.device
+
+    @property
+    def cond(self) -> Cond:
+        labels = self.trajectories.labels(list(self.rows))
+        return None if labels is None else labels.to(self.device)
+
+    def state(self, i: int) -> Tensor:
+        """Return the states ``[b, *D]`` at the time ``at[i]``, which counts from the end if it is negative."""
+        place = self.at[i] % len(self.trajectories.t)
+        return self.trajectories.states(list(self.rows), [place])[:, 0].to(self.device)
+
+
+def stored_batches(trajectories: Trajectories, rows: range, at: Sequence[int], size: int, device: torch.device) -> list[StoredBatch]:
+    """Return this process's share of some trajectories, at some of the stored times, in batches of ``size`` at most.
+
+    Raises:
+        FewstepError: there are more processes than trajectories.
+    """
+    mine = share(rows)
+    return [StoredBatch(trajectories, mine[start : start + size], at, device) for start in range(0, len(mine), size)]
 
 
 class TeacherData:
@@ -85,20 +117,27 @@ class TeacherData:
             return trajectories_of(self.problem, self.grid, self.config, part)
 
     def draw(self, size: int, generator: torch.Generator) -> Batch:
-        """Draw training trajectories, on the CPU; the fresh ones among them are solved now."""
-        made = round(size * self.fresh)
+        """Draw ``size`` training trajectories and return this process's share, on the CPU; the fresh ones among them are solved now."""
+        made, rows = round(size * self.fresh), torch.tensor(share(range(size)))
         index = torch.randint(self.num, (size - made,), generator=generator)
-        x, labels = self.trajectories.states(index, at=self.places), self.trajectories.labels(index)
         if not made:
-            return Batch(x, labels)
-        seeds = torch.randint(FIRST_FRESH, 2 * FIRST_FRESH, (made,), generator=generator).tolist()
-        fresh, theirs = self._solved(seeds)
-        mixed = torch.randperm(size, generator=generator)
-        return Batch(torch.cat([x, fresh])[mixed], None if labels is None or theirs is None else torch.cat([labels, theirs])[mixed])
+            return self._stored(index[rows])
+        seeds = torch.randint(FIRST_FRESH, 2 * FIRST_FRESH, (made,), generator=generator)
+        mixed = torch.randperm(size, generator=generator)[rows]
+        order = mixed.argsort()  # stored ones first
+        old, new = mixed[order][mixed[order] < len(index)], mixed[order][mixed[order] >= len(index)] - len(index)
+        parts = [self._stored(index[old])] if len(old) else []
+        parts += [self._solved(seeds[new].tolist())] if len(new) else []
+        labels = [part.cond for part in parts if part.cond is not None]
+        return Batch(torch.cat([part.x for part in parts])[order.argsort()], torch.cat(labels)[order.argsort()] if labels else None)
 
-    def batches_held_out(self, size: int) -> Iterator[Batch]:
-        """Yield the held-out trajectories, in order, on the problem's device."""
-        for part in torch.arange(self.num, self.num + self.held_out).split(size):
+    def _stored(self, index: Tensor) -> Batch:
+        return Batch(self.trajectories.states(index, at=self.places), self.trajectories.labels(index))
+
+    def batches_held_out(self, size: int, *, shared: bool = False) -> Iterator[Batch]:
+        """Yield the held-out trajectories, or this process's share of them, in order, on the problem's device."""
+        held_out = range(self.num, self.num + self.held_out)
+        for part in torch.tensor(share(held_out) if shared else held_out).split(size):
             x, labels = self.trajectories.states(part, at=self.places), self.trajectories.labels(part)
             yield Batch(x, labels).to(self.problem.device)
 
@@ -106,8 +145,8 @@ class TeacherData:
     def _solver(self) -> TrajectorySolver:
         return TrajectorySolver(self.problem.teacher, make_solver(self.config.solver), self.grid, self.config.nfe)
 
-    def _solved(self, seeds: list[int]) -> tuple[Tensor, Tensor | None]:
+    def _solved(self, seeds: list[int]) -> Batch:
         """Solve the trajectories of these seeds at the times of the grid; states and labels on the CPU."""
         start = self.problem.start(seeds, self._solver.tableau.nodes)
         states = self._solver.run(start, self.problem.cond(seeds))
-        return torch.cat([start[:, None].cpu(), states], 1), self.problem.labels(seeds)
+        return Batch(torch.cat([start[:, None].cpu(), states], 1), self.problem.labels(seeds))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -207,18 +208,16 @@ def collect_gram(problem: Problem, config: GramConfig, job: Job | None = None) -
     def note() -> str:
         return _method(problem, nodes) if config.jacobian else "none"
 
-    store = gram_store(problem, config, job)
+    store = None if job is None or job.in_memory else gram_store(problem, config, job.folder)
     made, _ = accumulate(config.batches, fresh, lambda: Gram.empty(level), store, note=note, verb="make a Gram matrix")
     on_progress(made.count, "")
     return made
 
 
-def gram_store(problem: Problem, config: GramConfig, job: Job | None) -> Store[Gram] | None:
-    """Return the store of a job's Gram matrix; None without a job, or for one in memory."""
-    if job is None or job.in_memory:
-        return None
+def gram_store(problem: Problem, config: GramConfig, folder: Path) -> Store[Gram]:
+    """Return the store of a Gram matrix in a folder."""
     empty = Gram.empty(torch.exp(-Nodes.at(problem.schedule, fine_grid(problem.schedule, config.levels).t).lam))
-    return Store(job.folder, "gram", f"{problem.identity} {config.identity}", empty, work="Gram matrix", again="run the command")
+    return Store(folder, "gram", f"{problem.identity} {config.identity}", empty, work="Gram matrix", again="run the command")
 
 
 def _quiet(done: int, note: str) -> None:

@@ -26,12 +26,15 @@ class Objective(ABC):
         """Return a new student that begins with the teacher's weights."""
 
     def batch(self, data: TeacherData, size: int, generator: torch.Generator) -> Batch:
-        """Draw the data of one training step; by default teacher trajectories."""
+        """Draw the data of one training step, and return this process's share; by default teacher trajectories."""
         return data.draw(size, generator)
 
     @abstractmethod
     def loss(self, student: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Return the loss ``[]`` of one batch; ``student`` may be wrapped (for several processes, or compiled), so only call it."""
+        """Return the mean loss ``[]`` over the samples of a batch.
+
+        ``student`` may be wrapped (for several processes, or compiled), so only call it.
+        """
 
     @abstractmethod
     def finish(self, student: nn.Module, data: TeacherData) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from fewstep.models.networks.operator import OperatorForm, OperatorStudent
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError, look_up
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
+from fewstep.runtime.process import process, share, sum_over_processes
 
 __all__ = ["DISTANCES", "WEIGHTS", "DistillConfig", "OperatorObjective"]
 
@@ -169,6 +170,7 @@ class OperatorObjective(Objective):
         self.grid = problem.model.trajectory_grid(config.grid, config.num_slots, problem.guidance)
         self.nodes = Nodes.at(problem.schedule, self.grid.t)
         self.weight = WEIGHTS[config.weights](torch.exp(self.nodes.lam))
+        _ = self._at_noise(config.batch)
         self.form = self.student()  # what cannot be made is refused before long work; knows the scale of each slot's output
 
     def student(self) -> OperatorStudent:
@@ -181,15 +183,32 @@ class OperatorObjective(Objective):
         return OperatorStudent(teacher, self.grid.t, self.config.form).to(self.problem.device)
 
     def loss(self, student: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        config, (x, cond) = self.config, batch
-        anywhere = config.form.anywhere and config.num_slots > 1
-        at_noise = max(1, round(len(x) * config.first)) if anywhere else len(x)
+        x, cond = batch
+        at_noise = self._at_noise(int(sum_over_processes(torch.tensor(len(x)))))
         total = at_noise / len(x) * self._from(student, x[:at_noise], None if cond is None else cond[:at_noise], 0)
         if at_noise < len(x):  # both in each step: one or the other in turn would shake the weights
-            j = int(torch.randint(1, config.num_slots, (), generator=generator))
+            j = int(torch.randint(1, self.config.num_slots, (), generator=generator))
             rest = self._from(student, x[at_noise:], None if cond is None else cond[at_noise:], j)
             total = total + (1 - at_noise / len(x)) * rest
         return total
+
+    def _at_noise(self, size: int) -> int:
+        """Return how many of this process's samples start at the noise: those among the first of the whole batch.
+
+        Raises:
+            FewstepError: there are more processes than samples of a kind.
+        """
+        config, rows = self.config, share(range(size))
+        if not (config.form.anywhere and config.num_slots > 1):
+            return len(rows)
+        first = max(1, round(size * config.first))
+        mine = sum(row < first for row in rows)
+        if process()[1] > 1 and (mine == 0 or mine == len(rows) and first < size):
+            raise FewstepError(
+                f"{process()[1]} processes cannot share a batch of {size}, of which {first} start at the noise: use fewer processes, or a "
+                "larger batch"
+            )
+        return mine
 
     def _from(self, student: nn.Module, x: Tensor, cond: Cond, j: int) -> Tensor:
         """Return the loss of the slots below the time ``t_j``, from the trajectories ``x [b, M+1, *D]``."""

@@ -31,6 +31,7 @@ from fewstep.learn.teacher.gram import Gram
 from fewstep.models.formats.folders import save_like
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem
+from fewstep.runtime.process import gather, sum_over_processes
 from fewstep.sampling.loop import run
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import DDIM
@@ -56,25 +57,28 @@ class StepsObjective(Objective):
 
     @torch.no_grad()
     def gram(self, student: nn.Module, data: TeacherData) -> Gram:
-        """Average the Gram matrix of the student's outputs over the teacher's held-out states."""
+        """Average the Gram matrix of the student's outputs over the teacher's held-out states, which the processes share."""
         student.eval()
         nodes, model = Nodes.at(self.problem.schedule, self.grid.t), self.model(student)
         total = Gram.empty(torch.exp(-nodes.lam))
-        for batch in data.batches_held_out(128):
+        for batch in data.batches_held_out(128, shared=True):
             x = batch.x.transpose(0, 1)
             outputs = torch.stack([model(state, t, batch.cond) for state, t in zip(x, nodes.t, strict=True)])
             total.merge(Gram.of(nodes, x, outputs))
-        return total
+        first, *others = gather(total)
+        for other in others:
+            first.merge(other)
+        return first
 
     @torch.no_grad()
     def finish(self, student: nn.Module, data: TeacherData) -> dict[str, Any]:
-        """Measure ``rmse``, the student's error to its teacher's endpoints."""
+        """Measure ``rmse``, the student's error to its teacher's endpoints, of which the processes share the noises."""
         student.eval()
         sampler, square = Sampler.build(DDIM(), TimeGrid(self.grid.t[self.index]), self.problem.schedule), 0.0
-        for x, cond in data.batches_held_out(128):
+        for x, cond in data.batches_held_out(128, shared=True):
             ends = run(self.model(student), sampler.tableau, x[:, 0], cond)
             square += float((ends - x[:, -1]).double().square().mean() * len(x))
-        return {"rmse": (square / data.held_out) ** 0.5}
+        return {"rmse": (float(sum_over_processes(torch.tensor(square, dtype=torch.float64))) / data.held_out) ** 0.5}
 
     def model(self, student: nn.Module) -> Model:
         return self.problem.model.with_network(student)
@@ -124,7 +128,7 @@ class ScoreObjective(StepsObjective):
         self.matching = score_matching(model, images, draw, conditional=model.classes is not None, null=model.null_label)
 
     def batch(self, data: TeacherData, size: int, generator: torch.Generator) -> Batch:
-        """Draw nothing: score matching draws its own images."""
+        """Draw nothing: score matching draws its own images, of the whole batch."""
         return Batch(torch.empty(size, 0), None)
 
     def loss(self, student: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
