@@ -270,10 +270,7 @@ def test_words_that_cannot_be_are_refused(words, says, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     "words",
     [
-        ("bench", "digits-edm"),
-        ("optimize", "digits-edm"),
-        ("finetune", "digits-edm", "--nfe", 3),
-        ("demo",),
+        ("report", "runs"),
         ("convert", "a.pkl"),
     ],
     ids=lambda words: words[0],

@@ -217,12 +217,12 @@ def test_the_processes_of_torchrun_share_a_job(tmp_path: Path, monkeypatch: pyte
             Job.open("fit"),
         ):
             pytest.fail("nowhere to meet")
-        alone = Job.open("compare", tmp_path / "a", alone=True)
-        with pytest.raises(FewstepError, match="compare runs in one process: start it without torchrun"), alone:
+        alone = Job.open("convert", tmp_path / "a", alone=True)
+        with pytest.raises(FewstepError, match="convert runs in one process: start it without torchrun"), alone:
             pytest.fail("not alone")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
-    with Job.open("compare", tmp_path / "a", alone=True):
+    with Job.open("convert", tmp_path / "a", alone=True):
         refused(tmp_path / "a")
 
 

@@ -75,6 +75,8 @@ class Row:
     peak_memory: Whole | None = None  # bytes
     levels: list[Number | None] | None = None  # sigma/alpha at each evaluation and at the end; None where alpha is 0
     failed: str | None = None  # why
+    processes: Count | None = None  # that were at work when it was timed, each on a row of its own
+    threads: Count | None = None  # of each
 
     @property
     def key(self) -> Key:

@@ -36,7 +36,7 @@ from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError
-from fewstep.runtime.process import default_device
+from fewstep.runtime.process import default_device, process
 from fewstep.sampling.reference import REFERENCE_NFE
 from fewstep.solvers import takes_statistics
 
@@ -76,7 +76,8 @@ def bench(
 ) -> None:
     """Compare samplers on the same noises.
 
-    Shown are the error to a tight trajectory, the Frechet distance to data, and the time. Rows that are there already are not run again.
+    Shown are the error to a tight trajectory, the Frechet distance to data, and the time. Rows that are there already are not run again;
+    the processes of torchrun share the others.
     """
     if report:
         check_packages()
@@ -91,6 +92,8 @@ def bench(
     if asked and not any(takes_statistics(one) for one in config.solvers if one != FITTED):
         raise FewstepError(f"none of {', '.join(config.solvers) or 'these samplers'} takes statistics: leave {' and '.join(asked)} out")
     compared = run_bench(opened, config, out, command(), report=report)
+    if process()[0]:
+        return
     if json:
         print_json(compared.results)
         return
@@ -115,6 +118,8 @@ def run_bench(model: Model, config: BenchmarkConfig, out: Path, typed: str, *, r
     title = f"{model.name}: {len(planned)} rows, {config.num} noises, at most {cost:,} network evaluations"
     with progress(title, len(planned)) as on_progress:
         compared = benchmark(model, config, out, command=typed, on_progress=on_progress)
+    if process()[0]:
+        return compared
     _draw(compared.results, out)
     if report:
         write_report([out], out)

@@ -14,6 +14,7 @@ from fewstep.apps.options import AsJson, command
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig
 from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.models.zoo import load_model
+from fewstep.runtime.process import process
 
 __all__ = ["demo"]
 
@@ -36,6 +37,8 @@ def demo(
     run_bench(model, BenchmarkConfig(HAND_MADE, ("karras", "angle"), NFE, num=num), out, command())
     shown = all(map(find_spec, ("jinja2", "matplotlib")))
     compared = run_bench(model, BenchmarkConfig(ITS_OWN, (OPTIMIZED,), NFE, num=num), out, command(), report=shown)
+    if process()[0]:
+        return
     if json:
         print_json(compared.results)
         return

@@ -32,6 +32,7 @@ from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.errors import FewstepError, GridError, SolverError
 from fewstep.runtime.front_door import checked, scale_of, whole, wholes
 from fewstep.runtime.job import Job, folder_of
+from fewstep.runtime.process import need_folder
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, spec_of
 
@@ -89,7 +90,7 @@ def compare(
         features: the network for that comparison: ``"pixels"``, ``"digits"``, ``"inception:PATH"``, ``"module:function"``, or a module.
         peers: also ``"diffusers"``, all its ODE schedulers, or third-party samplers as ``"module:function"``.
         out: a folder to write results into. Rows that are there already, and are still valid, are not run again; rows of other samplers
-            stay. By default nothing is left on disk.
+            stay. The processes of ``torchrun`` share the rows there. By default nothing is left on disk.
         on_progress: called with the number of rows done and the name of the next.
 
     Raises:
@@ -126,14 +127,13 @@ def compare(
     if not entries:
         raise FewstepError(f"nothing to compare: pass samplers, and at least one nfe and one grid; samplers are {KINDS}")
     if out is None:
+        need_folder("compare")
         temporary = TemporaryFolder()
         folder = temporary.path
     else:
         temporary, folder = None, folder_of(out)
     try:
-        with Job.open(
-            "compare", folder, device=problem.device, on_progress=on_progress, command=_call(problem, entries, setup), alone=True
-        ) as job:
+        with Job.open("compare", folder, device=problem.device, on_progress=on_progress, command=_call(problem, entries, setup)) as job:
             results = run_entries(problem, entries, setup, job)
         if temporary is not None:
             trim_reference(folder)

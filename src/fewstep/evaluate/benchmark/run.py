@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -35,7 +36,7 @@ from fewstep.models.zoo import load_model
 from fewstep.runtime.artifact import Number, held_to, read_file, write_whole
 from fewstep.runtime.errors import FewstepError, ModelError, SolverError
 from fewstep.runtime.job import Job
-from fewstep.runtime.process import default_device
+from fewstep.runtime.process import default_device, from_first, gather
 from fewstep.sampling.loop import run
 from fewstep.sampling.reference import REFERENCE_NFE, reference_sampler
 from fewstep.sampling.sampler import Sampler
@@ -57,7 +58,8 @@ def benchmark(
 ) -> Comparison:
     """Run all rows of a benchmark by names and write them to ``out/results.json``, after each row; rows already there are not run again.
 
-    A sampler that fails, by an exception or by samples that are not finite, is a row that says why; the others go on.
+    A sampler that fails, by an exception or by samples that are not finite, is a row that says why; the others go on. The processes of
+    ``torchrun`` share the rows, and all of them get the result.
 
     Args:
         command: the command line, for the results.
@@ -65,10 +67,9 @@ def benchmark(
         on_progress: called with the number of rows done and the name of the next.
 
     Raises:
-        FewstepError: as the solvers, grids and models it uses; no row could be run at all; or under ``torchrun``, since rows are timed, and
-            processes that share a machine would slow each other.
+        FewstepError: as the solvers, grids and models it uses; no row could be run at all; or processes on machines of different kinds.
     """
-    with Job.open(WORK, out, device=device or default_device(), on_progress=on_progress, command=command, alone=True) as job:
+    with Job.open(WORK, out, device=device or default_device(), on_progress=on_progress, command=command) as job:
         problem = Problem(model, config.guidance, job.device)
         return Comparison(run_entries(problem, planned_entries(problem, config), config.setup, job), job.folder)
 
@@ -76,24 +77,37 @@ def benchmark(
 def run_entries(problem: Problem, entries: Sequence[Entry], setup: Setup, job: Job) -> dict[str, Any]:
     """Run the entries of a benchmark, in their order, and return what ``results.json`` then holds.
 
+    Each process runs whole rows, so that its times are those of one process. The first one writes the table, after each round of rows.
+
     Raises:
         SolverError: none of them can run (and why).
-        FewstepError: the reference or the data cannot be had.
+        FewstepError: the reference or the data cannot be had, or the processes are on machines of different kinds.
     """
     skipped = {entry.key: why for entry in entries if (why := entry.why_not())}
     if len(skipped) == len(entries):
         raise SolverError("; ".join(dict.fromkeys(skipped.values())))
+    machine, *others = gather(_machine(problem.device))
+    if any(other != machine for other in others):
+        raise FewstepError(f"rows are timed, and processes of this run are on different machines: {_differences([machine, *others])}")
     bench = _Bench(problem, setup, job)
-    results = bench.results()
+    results = from_first(bench.results(machine) if job.rank == 0 else {})
     results["skipped"] = [{"key": list(key), "why": why} for key, why in skipped.items()]
     known = {field.name for field in fields(Row)}
     rows: dict[Key, Row] = {row.key: row for row in (Row(**{name: one[name] for name in known & set(one)}) for one in results["rows"])}
     bench.write(results)  # before any samples of another problem are overwritten
-    for number, entry in enumerate(entries):
-        job.on_progress(number, " ".join(map(str, entry.key[1:])))
-        if entry.key in skipped or (entry.key in rows and bench.is_up_to_date(entry, rows[entry.key])):
-            continue
-        rows[entry.key] = bench.row(entry)
+    left = [
+        number
+        for number, entry in enumerate(entries)
+        if job.rank == 0 and entry.key not in skipped and not (entry.key in rows and bench.is_up_to_date(entry, rows[entry.key]))
+    ]
+    left = from_first(left)
+    for begin in range(0, len(left), job.world):
+        found: list[tuple[Key, Row]] = []
+        for number in left[begin : begin + job.world][job.rank : job.rank + 1]:  # one, or none in the last round
+            job.on_progress(number, " ".join(map(str, entries[number].key[1:])))
+            found.append((entries[number].key, bench.row(entries[number])))
+        for made in gather(found):
+            rows |= made
         results["rows"] = [asdict(row) for row in rows.values()]
         bench.write(results)
     bench.write(results)
@@ -193,34 +207,43 @@ class _Bench:
 
     # -- samples ----------------------------------------------------------------------------------------------------
 
-    def _batches(self) -> Iterator[tuple[list[int], Cond]]:
-        for start in range(0, len(self.seeds), self.setup.batch):
+    def _batches(self, every: slice = slice(None)) -> Iterator[tuple[list[int], Cond]]:
+        """Yield the batches of noises, or some of them, with their conditions."""
+        for start in range(0, len(self.seeds), self.setup.batch)[every]:
             seeds = self.seeds[start : start + self.setup.batch]
             yield seeds, self.problem.cond(seeds)
 
     @torch.no_grad()
     def _reference(self, exact: Problem) -> tuple[Tensor, float]:
-        """Return the reference samples of a problem, and their distance to those of half as many evaluations; they are cached on disk."""
-        path, about = self.job.folder / REFERENCE, self.job.folder / "reference.json"
-        stamp = json.dumps(self.identity, sort_keys=True)
-        if path.exists() and about.exists():
+        """Return the reference samples of a problem, and their distance to those of half as many evaluations.
+
+        They are cached on disk; the processes share their batches, which are the same whatever the number of processes.
+        """
+        path, about, (rank, world) = self.job.folder / REFERENCE, self.job.folder / "reference.json", (self.job.rank, self.job.world)
+        stamp, known = json.dumps(self.identity, sort_keys=True), None
+        if rank == 0 and path.exists() and about.exists():
             meta = held_to(read_file(about), _Stamp, about)
-            if meta.stamp == stamp:
-                return read_samples(path), meta.error
+            known = meta.error if meta.stamp == stamp else None
+        known = from_first(known)
+        if known is not None:
+            return read_samples(path), known
         self.job.on_progress(0, "reference trajectory")
 
         def ends(sampler: Sampler, seeds: list[int], cond: Cond) -> Tensor:
             return run(exact.teacher, sampler.tableau, exact.start(seeds, sampler.tableau.nodes), cond, seeds=seeds).cpu()
 
         fine, coarse = reference_sampler(exact.schedule), reference_sampler(exact.schedule, REFERENCE_NFE // 2)
-        parts, error = [], 0.0
-        for k, (seeds, cond) in enumerate(self._batches()):
+        parts, error = list[Tensor](), 0.0
+        for seeds, cond in self._batches(slice(rank, None, world)):
             parts.append(ends(fine, seeds, cond))
-            if k == 0:
+            if seeds[0] == self.seeds[0]:
                 error = rmse(ends(coarse, seeds, cond), parts[0])
-        samples = torch.cat(parts).contiguous()
-        write_whole(path, lambda temporary: save_file({"x": samples}, temporary))
-        write_whole(about, json.dumps({"stamp": stamp, "error": error}).encode())
+        shares, error = gather(parts), from_first(error)
+        rounds = [part for round_ in itertools.zip_longest(*shares) for part in round_ if part is not None]
+        samples = torch.cat(rounds).contiguous()
+        if rank == 0:
+            write_whole(path, lambda temporary: save_file({"x": samples}, temporary))
+            write_whole(about, json.dumps({"stamp": stamp, "error": error}).encode())
         return samples, error
 
     @torch.no_grad()
@@ -273,6 +296,7 @@ class _Bench:
         errors = sample_errors(made.samples, self.exact)
         save_samples(path, made.samples, errors)
         cost = {"seconds": made.seconds, "solver_seconds": made.solver_seconds, "peak_memory": made.peak_memory, "levels": made.levels}
+        cost |= {"processes": self.job.world, "threads": torch.get_num_threads()}
         student = self.problem.model.network
         if isinstance(student, OperatorStudent) and isinstance(self.problem.denoiser, FlowMap):
             cost["arithmetic"] = student.arithmetic(entry.time_grid.t)
@@ -304,19 +328,23 @@ class _Bench:
 
     # -- results ----------------------------------------------------------------------------------------------------
 
-    def results(self) -> dict[str, Any]:
-        """Return the results on disk if they are of this very problem, version and machine, else an empty table; others are set aside."""
-        path, command, machine = self.job.folder / "results.json", self.job.command, _machine(self.problem.device)
+    def results(self, machine: dict[str, Any]) -> dict[str, Any]:
+        """Return the results on disk if they are of this very problem, version and machine, else an empty table; others are set aside.
+
+        A row says itself how many threads and processes there were, which follow from how a run was started.
+        """
+        path, command = self.job.folder / "results.json", self.job.command
         if path.exists():
             old = read_results(path)
-            if (old.get("problem"), old.get("version"), old.get("machine")) == (self.identity, version("fewstep"), machine):
+            theirs = {**(old.get("machine") or {}), "threads": machine["threads"]}
+            if (old.get("problem"), old.get("version"), theirs) == (self.identity, version("fewstep"), machine):
                 commands = [
                     one for one in dict.fromkeys([*str(old.get("command", "")).split(" && "), command]) if one
                 ]  # all that made its rows
                 reference, features = old.get("reference") or {}, None if self.quality is None else self.quality.name
                 if "recall" not in reference or reference.get("fd_features") != features:
                     reference = self.reference()
-                return {**old, "command": " && ".join(commands), "reference": reference}
+                return {**old, "machine": machine, "command": " && ".join(commands), "reference": reference}
             if old.get("rows"):
                 aside = path.with_name(f"results-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.json")
                 path.replace(aside)
@@ -338,7 +366,9 @@ class _Bench:
         return {**self.identity["reference"], "error": self.reference_error, **self.measure(self.exact), "fd_data_halves": halves}
 
     def write(self, results: dict[str, Any]) -> None:
-        """Write the results as they stand."""
+        """Write the results as they stand, in the first process."""
+        if self.job.rank:
+            return
         write_whole(self.job.folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
 
 
@@ -350,3 +380,9 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _differences(machines: Sequence[dict[str, Any]]) -> str:
+    """Return what is not the same on all machines."""
+    found = [f"{key} {' and '.join(sorted({str(one[key]) for one in machines}))}" for key in machines[0]]
+    return ", ".join(text for text in found if " and " in text) + "; use machines of one kind, and start all processes alike"

@@ -19,7 +19,7 @@ from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.runtime.errors import FewstepError
 
 __all__ = ["Change", "Format", "Name", "Need", "Number", "ResultsFolder", "RowGroup", "SamplerName", "Sentence", "described", "grouped"]
-__all__ += ["interval_of", "pivot", "read_folders", "reference_of", "sampler_of", "summary", "tie_limit", "title_of"]
+__all__ += ["interval_of", "pivot", "read_folders", "reference_of", "sampler_of", "summary", "tie_limit", "timed_by", "title_of"]
 
 SamplerName = tuple[str, str]  # library, solver
 DISTANCES = ("fd", "fd_ci", "fd_features", "kd", "kd_ci", "precision", "recall", "labels")
@@ -237,6 +237,22 @@ def tied(rows: Sequence[JsonRow]) -> list[JsonRow]:
 def tie_limit(errors: Iterable[float]) -> float:
     """Return the largest error that is equal to the least of these but for rounding."""
     return min(errors, default=0.0) * (1 + ROUNDING)
+
+
+def timed_by(rows: Iterable[JsonRow]) -> str | None:
+    """Say under what conditions rows were timed; None if by one process that was alone, or if it is not known."""
+    found: dict[tuple[int, int], int] = {}
+    for row in rows:
+        if row.get("processes") and row.get("threads"):
+            at = row["processes"], row["threads"]
+            found[at] = found.get(at, 0) + 1
+    if not found or [processes for processes, _ in found] == [1]:
+        return None
+    said = []
+    for (processes, threads), count in sorted(found.items()):
+        by = "1 process alone" if processes == 1 else f"1 of {processes} processes at work"
+        said.append(f"{count} row{'s' * (count > 1)} by {by}, with {threads} thread{'s' * (threads > 1)}")
+    return "; ".join(said) + ("; do not compare one kind with another" if len(said) > 1 else "")
 
 
 def prepared(row: JsonRow) -> bool:

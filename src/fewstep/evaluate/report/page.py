@@ -23,6 +23,7 @@ from fewstep.evaluate.report.findings import (
     reference_of,
     sampler_of,
     summary,
+    timed_by,
     title_of,
 )
 from fewstep.evaluate.report.verdict import JsonRow, has_error, key_of
@@ -315,7 +316,11 @@ def _provenance(run: ResultsFolder) -> dict[str, Any]:
     machine, reference = results.get("machine") or {}, results.get("reference") or {}
     facts: list[tuple[str, list[Any]]] = [("fewstep", [results.get("version")]), ("torch", [machine.get("torch")])]
     facts += [("Python", [machine.get("python")]), ("machine", [machine.get("device"), machine.get("processor")])]
-    facts += [("threads", [machine.get("threads")]), ("model", [results.get("model"), known.get("fingerprint")])]
+    facts += [
+        ("threads", [machine.get("threads")]),
+        ("times", [timed_by(results["rows"])]),
+        ("model", [results.get("model"), known.get("fingerprint")]),
+    ]
     facts += [("noises", [known.get("num")]), ("first seed", [known.get("seed")]), ("batch", [known.get("batch")])]
     facts += [
         ("reference", [reference.get("solver")]),

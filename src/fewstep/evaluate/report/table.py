@@ -14,6 +14,7 @@ from fewstep.evaluate.report.findings import (
     interval_of,
     sampler_of,
     tie_limit,
+    timed_by,
     title_of,
 )
 from fewstep.evaluate.report.page import sample_strips
@@ -76,6 +77,7 @@ def _notes(results: Mapping[str, Any], form: Format) -> list[str]:
     for nfe, work in {row["nfe"]: row["arithmetic"] for row in rows if row.get("arithmetic") is not None}.items():
         passes = "1 pass" if nfe == 1 else f"{nfe} passes"
         notes.append(f"{passes} of {results['model']}: the arithmetic of {work:.2f} evaluations of its network")
+    notes += [] if (said := timed_by(rows)) is None else [f"times: {said}"]
     for row in rows:
         if not has_error(row):
             why = row.get("failed") or "its samples are not finite"
