@@ -26,7 +26,7 @@ def free_port() -> int:
 def together(world: int, work: Callable[[], T]) -> list[T]:
     """What ``work`` returns in each of so many forks of this process, in the order of their ranks.
 
-    An exception in one of them ends it, and comes back as what it said.
+    An exception in one of them ends it, and comes back as what it said; None of one that was killed.
     """
     port, pipes, children = str(free_port()), [os.pipe() for _ in range(world)], []
     for rank in range(world):
@@ -42,9 +42,8 @@ def together(world: int, work: Callable[[], T]) -> list[T]:
     for (end, _), child in zip(pipes, children, strict=True):
         with os.fdopen(end, "rb") as pipe:
             data = pipe.read()
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert data, f"a process ended with {code}"
-        found.append(pickle.loads(data))
+        os.waitpid(child, 0)
+        found.append(pickle.loads(data) if data else None)
     return found
 
 
