@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from fewstep import Sampler
 
 pytestmark = pytest.mark.slow
 MINUTE = 60
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -184,3 +186,22 @@ def test_without_a_launcher_too_the_others_end(toy: Path, tmp_path: Path) -> Non
         _, said = one.communicate(timeout=MINUTE)
         assert one.returncode == 1 and "another process of this run has ended (see above for why); run the same command to continue" in said
     started[0].communicate()
+
+
+def test_the_recipe_for_a_cluster_runs_on_this_machine(toy: Path, tmp_path: Path) -> None:
+    """As the guide has it, but for the cluster, the machines, and what is made."""
+    pytest.importorskip("submitit")
+    (recipe,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "many-machines.md").read_text(encoding="utf-8"), re.S)
+    words = ", ".join(repr(str(word)) for word in ("bench", toy, "--solver", "ddim,unipc-2", "--grid", "angle", "--nfe", 3, "-n", 8))
+    for old, new in {
+        'folder="/shared/jobs"': f'folder={str(tmp_path / "jobs")!r}, cluster="local"',
+        "nodes=2, tasks_per_node=4, gpus_per_node=4, timeout_min=600": "nodes=1, tasks_per_node=2, timeout_min=5",
+        '"optimize", "digits-edm", "--nfe", "5,8"': words,
+        "/shared/grids": str(tmp_path / "out"),
+    }.items():
+        assert recipe.count(old) == 1
+        recipe = recipe.replace(old, new)
+    (tmp_path / "recipe.py").write_text(recipe)
+    done = subprocess.run([sys.executable, "recipe.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {row["processes"] for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]} == {2}

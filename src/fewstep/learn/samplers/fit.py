@@ -21,7 +21,7 @@ from fewstep.runtime.artifact import TEMPORARY, Number, facts_of, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError
 from fewstep.runtime.front_door import checked, config_of, scale_of, wholes
 from fewstep.runtime.job import Job, Progress
-from fewstep.runtime.process import process, wait_for_all
+from fewstep.runtime.process import from_first, process, wait_for_all
 from fewstep.sampling.sampler import Sampler
 
 __all__ = ["FitConfig", "fit", "nfe_folder"]
@@ -96,14 +96,15 @@ def fit(
     with Job.open("fit", out, device=device or model.device, on_progress=on_progress, command=command) as job:
         problem = Problem(model, guidance, job.device)
         identity = _identity(problem, config, trajectories)
-        _stored(job.folder, identity)  # the work of another fit is refused before any of this one
+        if job.rank == 0:
+            _stored(job.folder, identity)  # the work of another fit is refused before any of this one
         if trajectories is None:
             trajectories = _teach(problem, levels, config.trajectories, job)
         _check(trajectories, problem, config)
         search = FitSearch(problem, trajectories, config, counts[-1])
         for done, n in enumerate(counts):
             place = nfe_folder(job.folder, n)
-            if not (place / "sampler.json").exists():
+            if not from_first(job.rank == 0 and (place / "sampler.json").exists()):
                 with TemporaryDirectory(dir=job.folder, prefix=TEMPORARY) as scratch:
                     note = lambda text, done=done, n=n: job.on_progress(done, f"{n} evaluations: {text}")  # noqa: E731
                     found = search.find(n, Path(scratch), note)
@@ -113,7 +114,7 @@ def fit(
                 write_whole(job.folder / "README.md", _card(problem, _stored(job.folder, identity)).encode())
             wait_for_all()
         job.on_progress(len(counts), "")
-        stored = _stored(job.folder, identity)
+        stored = from_first(_stored(job.folder, identity) if job.rank == 0 else {})
         return {n: stored[n] for n in counts}
 
 
