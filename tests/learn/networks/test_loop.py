@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from tests.processes import as_rank, together
 from torch import Tensor, nn
 
 from fewstep import ArtifactError, FewstepError
 from fewstep.learn.networks.loop import LoopConfig, LossCurve, forget_checkpoint, run_loop
+from fewstep.runtime.process import share
 
 CONFIG = LoopConfig(steps=30, batch=8, lr=0.05, warmup=5, checkpoint_every=10, ema=0.9)
 
@@ -212,3 +215,57 @@ def test_a_damaged_loss_curve_is_named(tmp_path: Path, loss: str) -> None:
     (tmp_path / "curve.json").write_text(f'{{"identity": "mine", "seconds": 1.0, "loss": {loss}}}')
     with pytest.raises(ArtifactError, match="curve.json is damaged: loss"):
         LossCurve(tmp_path / "curve.json", "mine")
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def plain() -> nn.Module:
+    """A network without dropout, which draws otherwise in each process."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+
+def shared_loss(net: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
+    x = torch.randn(batch, 2, generator=generator).double()[list(share(range(batch)))]
+    return (net(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def trained(folder: Path, steps: int = 10**9) -> tuple[dict[str, Tensor], list[tuple[int, float]]]:
+    """Weights and losses; a run may be killed after some steps."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # a fork is another process than the tests before it
+    left, seen = iter(range(steps)), list[tuple[int, float]]()
+
+    def mortal(net: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
+        if next(left, None) is None:
+            raise KilledError
+        return shared_loss(net, batch, generator)
+
+    made = run_loop(plain(), mortal, CONFIG, folder, observe=lambda step, value: seen.append((step, value)))
+    return made.state_dict(), seen
+
+
+@pytest.mark.parametrize("world", [2, 3])  # of a batch of 8
+def test_processes_make_the_steps_of_one(tmp_path: Path, world: int) -> None:
+    weights, losses = trained(tmp_path / "one")
+    first, *others = together(world, lambda: trained(tmp_path / "many"))
+    for name, value in weights.items():
+        torch.testing.assert_close(first[0][name], value, rtol=0, atol=1e-12)
+        assert all(torch.equal(other[name], first[0][name]) for other, _ in others)
+    assert [step for step, _ in first[1]] == [step for step, _ in losses] and all(seen == [] for _, seen in others)
+    assert [value for _, value in first[1]] == pytest.approx([value for _, value in losses], rel=1e-6)  # summed in float32
+
+
+@pytest.mark.parametrize("worlds", [(2, 1), (1, 3)])
+def test_another_number_of_processes_continues(tmp_path: Path, worlds: tuple[int, int]) -> None:
+    weights, _ = trained(tmp_path / "one")
+    assert together(worlds[0], lambda: trained(tmp_path / "cut", 17)) == ["KilledError: "] * worlds[0]
+    for made, _ in together(worlds[1], lambda: trained(tmp_path / "cut")):
+        for name, value in weights.items():
+            torch.testing.assert_close(made[name], value, rtol=0, atol=1e-12)
+
+
+def test_more_processes_than_samples_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_rank(monkeypatch, 0, 9)
+    with pytest.raises(FewstepError, match="9 processes cannot share 8 noises: use fewer processes"):
+        run_loop(network(), loss, CONFIG, tmp_path)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.problems import LAW, contents, toy
+from tests.problems import LAW, Counted, contents, toy
+from tests.processes import as_rank, together
 from torch import Tensor
 
 from fewstep import (
@@ -278,3 +279,55 @@ def test_a_network_that_is_not_finite_is_named(tmp_path: Path, whole: tuple[dict
     for bad in (1, 5, 6, int(0.9 * whole[1])):  # a derivative, an output, a derivative, a schedule
         with pytest.raises(ModelError, match="not finite"):
             made(tmp_path / f"bad-{bad}", toy(bad=bad))
+
+
+# -- several processes, and batches ------------------------------------------------------------------------------------
+
+
+SHARED = replace(TINY, num=32, noises=64, held_out=64, iterations=6, batch=16)
+
+
+def same(ours: Sampler, theirs: Sampler) -> None:
+    """Up to the rounding of sums."""
+    torch.testing.assert_close(ours.grid.t, theirs.grid.t, rtol=1e-9, atol=0)
+    known = {**theirs.card, "candidates": None}
+    for key, value in {**ours.card, "candidates": None}.items():
+        assert value == (pytest.approx(known[key], rel=1e-9) if key in ("error", "rmse") else known[key])
+    assert ours.card["candidates"].keys() == theirs.card["candidates"].keys()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_find_the_schedules_of_one(tmp_path: Path, world: int) -> None:
+    def find(name: str) -> dict[int, Sampler]:
+        return made(tmp_path / name, None, "dpm-solver-pp-2m", (2, 5), SHARED)
+
+    one, (first, *others) = find("one"), together(world, lambda: find("many"))
+    for nfe, sampler in first.items():
+        same(sampler, one[nfe])
+        assert all(torch.equal(other[nfe].grid.t, sampler.grid.t) and other[nfe].card == sampler.card for other in others)
+    again = made(tmp_path / "many", model := toy(), "dpm-solver-pp-2m", (2, 3, 5), SHARED)  # one process goes on
+    assert again[2].card == first[2].card and calls(model) > 0 and set(again) == {2, 3, 5}
+    assert sorted(GridTable.load(solver_folder(tmp_path / "many", "dpm-solver-pp-2m")).grids) == [2, 3, 5]
+
+
+def test_noises_go_through_the_network_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, real = set[int](), Counted.__call__
+
+    def watched(network: Counted, x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        sizes.add(len(x))
+        return real(network, x, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Counted, "__call__", watched)
+        found = made(tmp_path / "few", config=replace(TINY, batch=3))
+    assert max(sizes) == 3
+    for nfe, whole in made(tmp_path / "all").items():
+        same(found[nfe], whole)
+    assert made(tmp_path / "few", config=replace(TINY, batch=3))[2].card == found[2].card
+
+
+def test_more_processes_than_noises_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_rank(monkeypatch, 3, 9)
+    with pytest.raises(FewstepError, match="9 processes cannot share 8 noises: use fewer processes"):
+        made(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import torch
 from tests.learn.teacher import problems
 from tests.learn.teacher.problems import calls
 from tests.learn.teacher.test_trajectories import GRID, SHAPE, made, toy
+from tests.processes import as_rank
 
 from fewstep import ArtifactError, Model, TimeGrid, VPLinear
 from fewstep.learn.teacher import batches as module
@@ -98,3 +99,14 @@ def test_what_cannot_be_learned_from_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match=says), taught(tmp_path / "work", **options):
             pytest.fail("learned from others")
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("fresh", [0.0, 0.25, 1.0])
+def test_processes_share_what_one_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: float) -> None:
+    with taught(tmp_path / "work", given=made(tmp_path / "given", toy(classes=2)), fresh=fresh) as data:
+        whole, held_out = data.draw(11, generator()), torch.cat([batch.x for batch in data.batches_held_out(4)])
+        for rank in range(3):
+            as_rank(monkeypatch, rank, 3)
+            part, theirs = data.draw(11, generator()), torch.cat([batch.x for batch in data.batches_held_out(4, shared=True)])
+            torch.testing.assert_close(part.x, whole.x[rank::3], rtol=1e-6, atol=1e-6)
+            assert torch.equal(part.cond, whole.cond[rank::3]) and torch.equal(theirs, held_out[rank::3])
