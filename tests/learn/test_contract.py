@@ -49,8 +49,7 @@ class Learner:
         figures: names of the figures that are documented to be on the card.
         total: the units done at the end, as ``on_progress`` counts them.
         in_memory: whether it works without a folder.
-        together: whether the processes of ``torchrun`` share the work.
-        everywhere: whether all of them get the result.
+        everywhere: whether all processes of ``torchrun`` get the result.
         reads: whether a finished folder is read, and not refused.
     """
 
@@ -62,7 +61,6 @@ class Learner:
     figures: set[str]
     total: int
     in_memory: bool = True
-    together: bool = True
     everywhere: bool = False
     reads: bool = True
 
@@ -483,20 +481,17 @@ def two_processes(folder: Path) -> None:
     model, found = fewstep.load_model(folder / "toy"), dict[str, Any]()
     for name, learner in LEARNERS.items():
         if learner.in_memory:
-            found[f"{name} in memory"] = refusal(learner, model, None)
-        if learner.together:
-            result = learner.run(model, out=folder / name)
-            found[name] = None if result is None else learner.numbers(result)
-        else:
-            found[name] = refusal(learner, model, folder / name)
+            found[f"{name} in memory"] = refusal(learner, model)
+        result = learner.run(model, out=folder / name)
+        found[name] = None if result is None else learner.numbers(result)
     torch.save(found, folder / f"found-{os.environ['RANK']}")
     if child:
         assert os.waitpid(child, 0)[1] == 0
 
 
-def refusal(learner: Learner, model: Model, out: Path | None) -> str:
+def refusal(learner: Learner, model: Model) -> str:
     try:
-        learner.run(model, out=out)
+        learner.run(model)
     except FewstepError as error:
         return str(error)
     return "not refused"
@@ -536,14 +531,10 @@ def close(ours: Any, theirs: Any, tolerance: float) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_result_of_one_or_refuse(
+def test_two_processes_give_the_result_of_one(
     request: pytest.FixtureRequest, learner: Learner, model: Model, whole: SimpleNamespace, together: tuple[Path, list[dict[str, Any]]]
 ) -> None:
     name, (folder, (first, second)) = request.node.callspec.params["learner"], together
-    if not learner.together:
-        assert first[name] == second[name] == f"{name} runs in one process: start it without torchrun"
-        assert not (folder / name).exists()
-        return
     if learner.in_memory:
         assert f"several processes can only {name} together with a folder to meet in" in first[f"{name} in memory"]
     assert second[name] is None if not learner.everywhere else bits(second[name]) == bits(first[name])

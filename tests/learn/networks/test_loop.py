@@ -265,6 +265,14 @@ def test_another_number_of_processes_continues(tmp_path: Path, worlds: tuple[int
             torch.testing.assert_close(made[name], value, rtol=0, atol=1e-12)
 
 
+def test_processes_that_accelerate_does_not_see_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU without LOCAL_RANK: each would train alone on its share. Here an earlier run has settled that there is one."""
+    run_loop(network(), loss, replace(CONFIG, steps=1), tmp_path / "before")
+    as_rank(monkeypatch, 0, 2)
+    with pytest.raises(FewstepError, match="2 processes were started, and accelerate knows of 1: start them with torchrun, or set LOCAL"):
+        run_loop(network(), loss, CONFIG, tmp_path / "after")
+
+
 def test_more_processes_than_samples_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     as_rank(monkeypatch, 0, 9)
     with pytest.raises(FewstepError, match="9 processes cannot share 8 noises: use fewer processes"):

@@ -115,7 +115,7 @@ def run_loop(
 
     Raises:
         ArtifactError: the folder holds a checkpoint of a run with another configuration.
-        FewstepError: this machine has no such precision; or there are more processes than samples in a batch.
+        FewstepError: this machine has no such precision; there are more processes than samples in a batch, or accelerate knows of others.
     """
     from diffusers.training_utils import EMAModel
 
@@ -194,6 +194,11 @@ def _accelerator(config: LoopConfig) -> Any:  # noqa: ANN401
         raise FewstepError(f"no training in {config.mixed_precision} on this machine: {first_line(error)}") from error
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in float32 and not say so
         raise FewstepError("no training in fp16 on this machine: it needs a GPU; use bf16, or no")
+    if accelerator.num_processes != process()[1]:  # each would train on its share, and nobody average
+        raise FewstepError(
+            f"{process()[1]} processes were started, and accelerate knows of {accelerator.num_processes}: start them with torchrun, or set "
+            "LOCAL_RANK in each"
+        )
     return accelerator
 
 
