@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # forward mode of some PyTorch releases says so
 ]
 
-FIT = ("--nfe", "3,2", "--num", 32, "--held-out", 16, "--iterations", 1, "--batch", 32, "--levels", 12, "--noises", 16, "--window", 8)
+FIT = ("--nfe", "3,2", "--num", 32, "--held-out", 16, "--iterations", 1, "--batch", 32, "--levels", 12, "--noises", 16)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def owner(tmp_path: Path, tiny: Path, fitted: Path) -> Path:
 
 
 def test_fit_writes_samplers(monkeypatch, capsys, tmp_path: Path, tiny: Path, fitted: Path) -> None:
-    assert {path.name for path in fitted.iterdir()} == {"README.md", "trajectories", "nfe-02", "nfe-03"}
+    assert {path.name for path in fitted.iterdir()} == {"README.md", "plan.json", "trajectories", "nfe-02", "nfe-03"}
     assert f"fewstep fit {tiny} --nfe 3,2" in (fitted / "README.md").read_text()
     calls, words = counted(monkeypatch), ("fit", tiny, *FIT, "--out", fitted)
     assert run(monkeypatch, *words, "--json") == 0  # again: all is there
@@ -59,6 +59,21 @@ def test_fit_writes_samplers(monkeypatch, capsys, tmp_path: Path, tiny: Path, fi
     assert run(monkeypatch, *shlex.split(line), "--num", 4) == 0
     rows = json.loads((tmp_path / "runs" / "bench" / "results.json").read_text())["rows"]
     assert [(row["solver"], row["grid"], row["nfe"]) for row in rows] == [("fitted", str(fitted), nfe) for nfe in (2, 3)]
+
+
+def test_the_plan_is_printed_before_anything_runs(monkeypatch, capsys, tmp_path: Path, tiny: Path) -> None:
+    stages = ("trajectories", "levels to begin with", "levels", "coefficients", "check on held-out noises", "in all, about")
+    assert run(monkeypatch, "fit", tiny, "--nfe", 2, "--budget", 400, "--out", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^ +{stage} +[\d,]+ +[\d.]+ (seconds|minutes) *$", out, re.M) for stage in stages), out
+    assert int(re.search(r"in all, about +([\d,]+)", out)[1]) <= 400 and "MiB of disk and" in out
+    assert out.index("plan for model") < out.index("mean error on held-out noises")
+    monkeypatch.setattr("fewstep.learn.samplers.fit_plan.available_memory", lambda: 2**20)
+    assert run(monkeypatch, "fit", tiny, "--nfe", 2, "--budget", 400, "--out", tmp_path / "other") == 2
+    assert "this fit needs about 0.3 GiB of memory, and 0.0 GiB are free: give it a smaller budget" in capsys.readouterr().err
+    assert run(monkeypatch, "fit", tiny, "--nfe", "2,8", "--budget", 50, "--out", tmp_path / "other") == 2
+    assert "a budget of 50 network evaluations is too small for samplers of 2, 8: the least fit takes" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_options_of_fit_reach_it(monkeypatch, capsys, tmp_path: Path, tiny: Path, fitted: Path) -> None:
@@ -130,16 +145,16 @@ def test_fitted_samplers_are_compared(monkeypatch, capsys, tmp_path: Path, owner
         (("MODEL", "--pool", "pixel"), "--pool is element or channel or scalar, got 'pixel'"),
         (("MODEL", "--nfe", "2,x"), "--nfe wants whole numbers separated by commas"),
         (("MODEL", "--nfe", ""), "--nfe wants whole numbers separated by commas"),
-        (("MODEL", "--nfe", "0"), "evaluations, got 0"),
-        (("MODEL", "--nfe", "65"), "1 to 64 evaluations, got 65"),
+        (("MODEL", "--nfe", "0"), "at least 1 evaluation, got 0"),
+        (("MODEL", "--nfe", "65", "--levels", "64"), "1 to 64 evaluations, got 65"),
         (("MODEL", "--parent", "dim"), "did you mean ddim"),
         (("MODEL", "--parent", "unipc-2"), "a fit starts from a solver that"),
         (("MODEL", "--parent", "ddim:eta=1"), "without noise"),
         (("MODEL", "--parent", "ddim:eta=x"), "eta"),
         (("MODEL", "--parent", "dpm-solver-v3"), "statistics"),
         (("MODEL", "--history", "0"), "history is at least 1, got 0"),
-        (("MODEL", "--ridge", "-1"), "ridge and shrink lie between 0 and 1e6"),
-        (("MODEL", "--shrink", "nan"), "ridge and shrink lie between 0 and 1e6"),
+        (("MODEL", "--ridge", "-1"), "ridge lies between 0 and 1e6"),
+        (("MODEL", "--shrink", "nan"), "shrink lies between 0 and 1e6"),
         (("MODEL", "--seed", "-1"), "seed is at least 0, got -1"),
         (("MODEL", "--iterations", "-1"), "iterations is at least 0, got -1"),
         (("MODEL", "--num", "1"), "num is at least 2, got 1"),

@@ -57,7 +57,7 @@ def test_calibrate(typed: Callable[..., str]) -> None:
 
 
 def test_fit(typed: Callable[..., str]) -> None:
-    words = ("--nfe", 2, "--num", 16, "--held-out", 16, "--iterations", 0, "--levels", 8, "--noises", 8, "--window", 8)
+    words = ("--nfe", 2, "--num", 16, "--held-out", 16, "--iterations", 0, "--levels", 8, "--noises", 8)
     printed = typed("fit", OWN, *words, "--out", "my fit")
     typed(*next_words(printed), "--npz", "--num", 4)
     expected = fewstep.sample(own_models.shrink(), fewstep.Sampler.load("my fit/nfe-02"), seeds=range(4))
@@ -79,7 +79,7 @@ def test_optimize(typed: Callable[..., str]) -> None:
 def test_trajectories_and_a_fit_to_them(typed: Callable[..., str]) -> None:
     printed = typed("trajectories", OWN, "--num", 24, "--slots", 4, "--nfe", 8, "--out", "stored")
     assert next_words(printed)[:4] == ["distill", OWN, "--trajectories", "stored"]
-    words = ("--nfe", 2, "--num", 16, "--held-out", 8, "--iterations", 0, "--noises", 8, "--window", 8)
+    words = ("--nfe", 2, "--num", 16, "--held-out", 8, "--iterations", 0, "--noises", 8)
     typed("fit", OWN, *words, "--trajectories", "stored", "--out", "fitted")
     assert fewstep.Sampler.load("fitted/nfe-02").nfe == 2
 
@@ -133,7 +133,7 @@ def test_a_saved_network_goes_through_every_verb(typed: Callable[..., str], monk
     own_networks.table().save("model")
     for verb, *words in (
         ("calibrate", "--levels", 4, "--num", 8, "--batch", 4),
-        ("fit", "--nfe", 2, "--num", 16, "--held-out", 16, "--iterations", 0, "--levels", 8, "--noises", 8, "--window", 8),
+        ("fit", "--nfe", 2, "--num", 16, "--held-out", 16, "--iterations", 0, "--levels", 8, "--noises", 8),
         ("optimize", "--levels", 8, "--num", 8, "--noises", 8, "--held-out", 8, "--iterations", 0, "--solver", "unipc-2", "--nfe", 2),
         ("trajectories", "--num", 8, "--slots", 2, "--nfe", 8),
     ):

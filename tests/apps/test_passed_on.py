@@ -39,6 +39,7 @@ def passed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tup
         if verb != "train":
             assert args[0].fingerprint == load_model("digits-edm").fingerprint
             assert isinstance(options.pop("device"), torch.device) and callable(options.pop("on_progress"))
+            assert callable(options.pop("on_plan", print))
             assert options.pop("out", tmp_path / "out") == tmp_path / "out"
         return args[1:], options
 
@@ -57,11 +58,29 @@ def test_calibrate(passed: Callable, capsys: pytest.CaptureFixture) -> None:
 
 def test_fit(passed: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.apps.commands.fit.Trajectories.load", lambda folder: f"those in {folder}")
-    words = ("--num", 9, "--held-out", 8, "--levels", 7, "--noises", 6, "--window", 5, "--iterations", 4, "--no-move", "--seed", 3)
-    form = ("--history", 2, "--pool", "channel", "--no-bias", "--ridge", 0.1, "--shrink", 0.2, "--parent", "ddim", "--batch", 2)
+    words = ("--num", 9, "--held-out", 8, "--levels", 7, "--noises", 6, "--iterations", 4, "--no-move", "--seed", 3)
+    form = (
+        "--history",
+        2,
+        "--pool",
+        "channel",
+        "--no-bias",
+        "--ridge",
+        0.1,
+        "--shrink",
+        0.2,
+        "--parent",
+        "ddim",
+        "--batch",
+        2,
+        "--budget",
+        5,
+        "--storage",
+        "float32",
+    )
     more = ("--nfe", "5,3,5", "--guidance", 2, "--trajectories", "stored")
     args, options = passed("make_samplers", "fit", "digits-edm", *words, *form, *more)
-    config = FitConfig(FitForm(2, "channel", False, 0.1, 0.2), 9, 8, 7, 6, 5, 4, False, 3, 2, "ddim")
+    config = FitConfig(FitForm(2, "channel", False, 0.1, 0.2), 5, 9, 8, 7, 6, 4, False, 3, 2, "ddim", "float32")
     assert args == ([3, 5],) and options == {"guidance": 2.0, "trajectories": "those in stored", "config": config}
     args, options = passed("make_samplers", "fit", "digits-edm")
     assert args == ([4, 5, 6, 8, 10],) and options == {"guidance": None, "trajectories": None, "config": FitConfig()}
@@ -120,7 +139,7 @@ def test_finetune(passed: Callable) -> None:
 
 
 def test_trajectories(passed: Callable) -> None:
-    words = ("-n", 9, "--nfe", 8, "--solver", "ddim", "--seed", 7, "--label", 6, "--batch", 5, "--dtype", "float16")
+    words = ("-n", 9, "--nfe", 8, "--solver", "ddim", "--seed", 7, "--label", 6, "--batch", 5, "--storage", "float16")
     args, options = passed("generate_trajectories", "trajectories", "digits-edm", *words, "--slots", 3, "--grid", "karras", "--guidance", 2)
     model = load_model("digits-edm")
     assert torch.equal(args[0].t, model.trajectory_grid("karras", 3).t)

@@ -105,8 +105,8 @@ def pictures(model: Model, what: Any, **options: Any) -> Tensor:
 
 
 CALIBRATION = fewstep.CalibrationConfig(levels=3, num=6, batch=2)
-FIT = fewstep.FitConfig(num=8, held_out=4, levels=6, noises=4, window=4, iterations=1, batch=4)
-OPTIMIZE = fewstep.OptimizeConfig(levels=8, num=2, noises=4, held_out=4, iterations=1)
+FIT = fewstep.FitConfig(num=8, held_out=4, levels=6, noises=4, iterations=1, batch=4)
+OPTIMIZE = fewstep.OptimizeConfig(levels=6, num=2, noises=8, held_out=8, iterations=4)
 FINETUNE = fewstep.FinetuneConfig(nfe=2, rounds=2, steps=3, batch=4, num=8, held_out=4, levels=6, teacher_nfe=8, enough=-1.0)
 DISTILL = fewstep.DistillConfig(slots=2, steps=4, batch=4, lr=1e-2, ema=0.5, num=8, held_out=4, teacher_nfe=4)
 TRAJECTORIES = fewstep.TrajectoryConfig(num=8, nfe=8, batch=2)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["NO_PLOTS", "console", "next_command", "pipeline_line", "print_json", "progress", "show_table"]
+__all__ = ["NO_PLOTS", "console", "duration", "next_command", "pipeline_line", "print_json", "progress", "show_table"]
 
 NO_PLOTS = "none: pip install 'fewstep[report]'"
 
@@ -51,6 +51,14 @@ def _lines(title: str, total: int) -> Report:
         print(f"{title}: {done}/{total} {note}{left}", file=sys.stderr, flush=True)  # noqa: T201
 
     return report
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words, in the unit that fits it."""
+    for size, unit in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds" if seconds >= 2 else f"{seconds:.1f} seconds"
 
 
 def print_json(value: Any) -> None:  # noqa: ANN401

@@ -27,7 +27,7 @@ def by_default(*quick):
 
 
 STEPS = 5
-SMALL = FitConfig(num=32, held_out=16, noises=16, window=16, levels=16, iterations=1, batch=16)
+SMALL = FitConfig(num=32, held_out=16, noises=16, levels=16, iterations=1, batch=16)
 ROUNDED = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")  # they round the time that the network is told, and not its level
 
 

@@ -13,7 +13,7 @@ from fewstep.integrations.diffusers import FewstepScheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode of some PyTorch releases says so
 
-FIT = FitConfig(num=32, held_out=16, noises=16, window=16, levels=16, iterations=1, batch=32)
+FIT = FitConfig(num=32, held_out=16, noises=16, levels=16, iterations=1, batch=32)
 
 
 def brought_back(pipe, model, scheduler, steps=3):

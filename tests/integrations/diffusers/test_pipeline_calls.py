@@ -168,7 +168,7 @@ def test_text_encoders_answer_once(folder):
 def test_a_fitted_sampler_runs_in_the_pipeline(folder, tmp_path):
     pipe = load(folder("sd"))
     model = from_pipeline(pipe, calls=CALLS["sd"])
-    small = FitConfig(num=16, held_out=8, noises=8, window=8, levels=8, iterations=1, batch=8)
+    small = FitConfig(num=16, held_out=8, noises=8, levels=8, iterations=1, batch=8)
     fewstep.fit(model, 3, config=small, out=tmp_path / "fitted")
     start = fewstep.seeded_noise([5], model.shape)
     sampler = fewstep.Sampler.load(tmp_path / "fitted" / "nfe-03")

@@ -1,6 +1,5 @@
 """A fitted solver: exact where the truth is in its form, least squares where it is not, its parent where nothing asks for more."""
 
-from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -26,7 +25,8 @@ from fewstep import (
     sample,
     tabulate,
 )
-from fewstep.learn.search.coefficients import NormalEquations, fit_in_sequence, widened
+from fewstep.learn.search.coefficients import FOLDS, NormalEquations, widened
+from fewstep.learn.search.sequence import fit_in_sequence
 
 F64 = torch.float64
 SHAPE = (2, 3, 3)
@@ -46,12 +46,18 @@ class Given:
 
     states: Tensor
     cond: object = None
+    first: int = 0
 
     def state(self, i: int) -> Tensor:
         return self.states[i]
 
+    @property
+    def places(self) -> range:
+        return range(self.first, self.first + self.states.shape[1])
+
     def split(self, count: int) -> list["Given"]:
-        return [Given(part) for part in self.states.chunk(count, dim=1)]
+        parts = self.states.chunk(count, dim=1)
+        return [Given(part, None, sum(one.shape[1] for one in parts[:k])) for k, part in enumerate(parts)]
 
 
 def noise(law: NoiseSchedule, seed: int, count: int = 48, shape: tuple[int, ...] = SHAPE) -> Tensor:
@@ -120,12 +126,12 @@ def test_the_steps_of_a_gaussian_are_found(law: str, pool: str) -> None:
     for history, bias in product((1, 2, None), (True, False)):
         form = FitForm(history, pool, bias, **PLAIN)
         begun = start(schedule, grid, form)
-        found = fit_in_sequence(denoiser, begun, [batch], form)
+        found = fit_in_sequence(denoiser, begun, [batch], form).tableau
         torch.testing.assert_close(sample(denoiser, found, other), ends, rtol=0, atol=EXACT)
         assert float((sample(denoiser, begun, other) - ends).abs().max()) > 0.03
     if pool != "scalar":  # and not with coefficients for all of them, unless the outputs tell them apart
         form = FitForm(1, "scalar", **PLAIN)
-        found = fit_in_sequence(denoiser, start(schedule, grid, form), [batch], form)
+        found = fit_in_sequence(denoiser, start(schedule, grid, form), [batch], form).tableau
         assert float((sample(denoiser, found, other) - ends).abs().max()) > 1e-4
 
 
@@ -139,7 +145,7 @@ def test_an_exact_parent_is_given_back(law: str, form: dict) -> None:
         begun = start(schedule, grid, one)
         for denoiser in (gaussian(schedule, 0.0), gaussian(schedule)):
             batch = path(denoiser, begun, x) if float(denoiser.stds.max()) else flow(denoiser, grid, x)
-            found = fit_in_sequence(denoiser, begun, [batch], one)
+            found = fit_in_sequence(denoiser, begun, [batch], one).tableau
             assert moved(found, begun) < COEFFICIENT, (pool, history)
             torch.testing.assert_close(sample(denoiser, found, other), sample(denoiser, begun, other), rtol=0, atol=ROUNDING)
 
@@ -164,10 +170,10 @@ def test_normal_equations_are_those_of_the_stacked_features(pool: str, bias: boo
     parent, groups = torch.tensor([0.5, -0.2, 1.0], dtype=F64), {"scalar": 1, "channel": 2, "element": 18}[pool]
     equations = NormalEquations(groups, 3)
     for part in range(0, 40, 10):
-        equations.add(features[:, part : part + 10], target[part : part + 10])
+        equations.add(features[:, part : part + 10], target[part : part + 10], range(part, part + 10))
     flat = torch.cat([features, torch.ones_like(features[:1])]).flatten(2).reshape(4, 40, groups, -1).permute(2, 1, 3, 0).flatten(1, 2)
     wanted, rows = target.flatten(1).reshape(40, groups, -1).transpose(0, 1).flatten(1), 40 * 18 // groups
-    assert int(equations.rows) == rows
+    assert int(equations.rows.sum()) == rows
     size = flat.square().mean((0, 1)).sqrt()
     for strength, shrink in ((0.0, 0.0), (1e-6, 1e-3), (0.3, 0.0), (0.0, 0.3), (2.0, 2.0)):
         common = ridge(flat.flatten(0, 1)[:, :3], wanted.flatten(), parent, size[:3], strength)
@@ -184,11 +190,30 @@ def test_normal_equations_are_those_of_the_stacked_features(pool: str, bias: boo
     torch.testing.assert_close(stiff, torch.cat([parent, torch.zeros(1)]).expand_as(stiff), rtol=0, atol=1e-5)
 
 
+def test_a_penalty_is_chosen_by_cross_validation() -> None:
+    """Elements that want other coefficients get them; where they want the same, noise is not taken for a wish."""
+    generator, groups = torch.Generator().manual_seed(4), 18
+    x, parent = torch.randn(2, 24, *SHAPE, generator=generator, dtype=F64), torch.tensor([0.5, 1.0], dtype=F64)
+    noise, tilt = torch.randn(24, *SHAPE, generator=generator, dtype=F64), torch.arange(18, dtype=F64).reshape(SHAPE) / 9
+    for size, spread in ((0.0, 1.0), (1.0, 0.0)):
+        equations = NormalEquations(groups, 2)
+        for part in range(0, 24, 6):
+            target = 0.5 * x[0] + (1 + spread * tilt) * x[1] + size * noise
+            equations.add(x[:, part : part + 6], target[part : part + 6], range(part, part + 6))
+        found = equations.solve(parent, FitForm())
+        own, common = (equations.solve(parent, FitForm(shrink=shrink)) for shrink in (1e-3, 9e5))
+        assert torch.equal(found, own) is bool(spread)
+        assert (float((found - common).abs().max()) < 0.05) is not bool(spread)
+    single = NormalEquations(groups, 2)
+    single.add(x[:, :1], noise[:1], [FOLDS])
+    torch.testing.assert_close(single.solve(parent, FitForm()), single.solve(parent, FitForm(shrink=9e5)), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("law, pool", [("edm", "scalar"), ("vp", "channel"), ("flow", "element"), ("flow", "scalar"), ("edm", "channel")])
 def test_each_row_is_the_optimum(law: str, pool: str) -> None:
     """The distance to the teacher's state has no slope in any coefficient, and grows along every one."""
     (denoiser, grid, batch), form = taught(LAWS[law]), FitForm(2, pool, **PLAIN)
-    found = fit_in_sequence(denoiser, start(LAWS[law], grid, form), [batch], form)
+    found = fit_in_sequence(denoiser, start(LAWS[law], grid, form), [batch], form).tableau
 
     def distance(i: int, update: Tensor, bias: Tensor) -> float:
         run = path(denoiser, Tableau(found.nodes, found.record, update, bias, found.noise), batch.state(0))
@@ -212,7 +237,7 @@ def test_a_longer_history_fits_better_where_it_begins_to_matter(law: str, pool: 
     left, ratios = {}, []
     for history in (1, 2, 3, 4):
         form = FitForm(history, pool, **PLAIN)
-        found = fit_in_sequence(denoiser, start(LAWS[law], grid, form, "ddim"), [batch], form)
+        found = fit_in_sequence(denoiser, start(LAWS[law], grid, form, "ddim"), [batch], form).tableau
         left[history] = (path(denoiser, found, batch.state(0)).states - batch.states).flatten(1).norm(dim=1)
     for history in (1, 2, 3):  # the first that reads one output more is step `history`
         short, long = left[history], left[history + 1]
@@ -233,74 +258,21 @@ def test_a_longer_history_fits_better_where_it_begins_to_matter(law: str, pool: 
 def test_batches_do_not_matter(law: str, form: FitForm) -> None:
     denoiser, grid, batch = taught(LAWS[law])
     begun = start(LAWS[law], grid, form)
-    one, many = (fit_in_sequence(denoiser, begun, batch.split(count), form) for count in (1, 16))
+    one, many = (fit_in_sequence(denoiser, begun, batch.split(count), form).tableau for count in (1, 16))
     assert moved(many, one) < BATCHES and moved(one, begun) > 1e-3
 
 
 def test_rows_that_are_not_asked_for_stay() -> None:
     (denoiser, grid, batch), form = taught(EDM), FitForm(pool="channel")
-    whole = fit_in_sequence(denoiser, start(EDM, grid, form), [batch], form)
+    whole = fit_in_sequence(denoiser, start(EDM, grid, form), [batch], form).tableau
     for begun in (start(EDM, grid, form), whole):
-        assert moved(fit_in_sequence(denoiser, begun, [batch], form, rows=[]), begun) == 0
+        assert moved(fit_in_sequence(denoiser, begun, [batch], form, rows=[]).tableau, begun) == 0
         for rows in ([3], [1, 2], {0}):
-            found = fit_in_sequence(denoiser, begun, [batch], form, rows=rows)
+            found = fit_in_sequence(denoiser, begun, [batch], form, rows=rows).tableau
             for i in range(4):
                 same = torch.equal(found.update[i], begun.update[i]) and torch.equal(found.bias[i], begun.bias[i])
                 assert same is (i not in rows)
     states = path(denoiser, start(EDM, grid, form), batch.state(0))  # the last row, from where the parent's lead
-    last, wanted = fit_in_sequence(denoiser, start(EDM, grid, form), [batch], form, rows=[3]), batch.state(4)
+    last, wanted = fit_in_sequence(denoiser, start(EDM, grid, form), [batch], form, rows=[3]).tableau, batch.state(4)
     before, after = states.state(4) - wanted, path(denoiser, last, batch.state(0)).state(4) - wanted
     assert float(after.norm()) < 0.85 * float(before.norm())
-
-
-class Elsewhere(MutableMapping[str, Tensor]):
-    """Tensors as bytes."""
-
-    def __init__(self) -> None:
-        self.stored: dict[str, tuple[bytes, torch.Size]] = {}
-
-    def __setitem__(self, name: str, value: Tensor) -> None:
-        self.stored[name] = (value.numpy().tobytes(), value.shape)
-
-    def __getitem__(self, name: str) -> Tensor:
-        data, shape = self.stored[name]
-        return torch.frombuffer(bytearray(data), dtype=F64).reshape(shape)
-
-    def __delitem__(self, name: str) -> None:
-        del self.stored[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-
-@pytest.mark.parametrize("history", [2, None])
-def test_the_states_of_the_students_are_cached(history: int | None) -> None:
-    (denoiser, grid, batch), form = taught(EDM), FitForm(history)
-    batches, cached, elsewhere = batch.split(3), {}, Elsewhere()
-    found = fit_in_sequence(denoiser, start(EDM, grid, form), batches, form, cache=cached)
-    assert moved(fit_in_sequence(denoiser, start(EDM, grid, form), batches, form, cache=elsewhere), found) == 0
-    assert set(elsewhere) == set(cached) and all(torch.equal(cached[name], elsewhere[name]) for name in cached)
-    assert moved(fit_in_sequence(denoiser, start(EDM, grid, form), batches, form, cache=elsewhere), found) == 0  # used before
-    for k, part in enumerate(batches):
-        outputs = []
-        end = sample(denoiser, found, part.state(0), observe=lambda step, outputs=outputs: outputs.append(step.x0))
-        torch.testing.assert_close(cached[f"x-{k}"], end, rtol=0, atol=ROUNDING)
-        for i, h in enumerate(outputs):
-            torch.testing.assert_close(cached[f"h-{i}-{k}"], h, rtol=0, atol=ROUNDING)
-
-
-def test_the_condition_goes_to_the_denoiser() -> None:
-    class Shifted:
-        schedule = EDM
-
-        def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-            return gaussian(EDM)(x, t) + cond[:, None, None, None]
-
-    grid, form, x, label = make_grid("angle", EDM, 3), FitForm(pool="scalar", **PLAIN), noise(EDM, 1), torch.arange(48, dtype=F64)
-    batch = flow(gaussian(EDM), grid, x)
-    batch.cond, cached = label, {}
-    fit_in_sequence(Shifted(), start(EDM, grid, form), [batch], form, cache=cached)
-    torch.testing.assert_close(cached["h-0-0"], gaussian(EDM)(x, grid.t[0]) + label[:, None, None, None], rtol=0, atol=ROUNDING)

@@ -41,8 +41,9 @@ from fewstep import (
     sample,
 )
 from fewstep.core import tableau as tableau_module
-from fewstep.learn.search.coefficients import fit_in_sequence, sweep, widened
+from fewstep.learn.search.coefficients import sweep, widened
 from fewstep.learn.search.endpoint import EndpointError, per_sample_rmse
+from fewstep.learn.search.sequence import fit_in_sequence
 from fewstep.sampling import sampler as sampler_module
 from fewstep.solvers import SOLVERS
 
@@ -124,14 +125,13 @@ def test_a_parent_with_numbers_of_its_own_is_refused() -> None:
 
 def problem(law: NoiseSchedule, form: FitForm, **options: int) -> tuple[Tableau, EndpointError]:
     denoiser, grid, lesson = taught(law, **options)
-    return fit_in_sequence(denoiser, start(law, grid, form), [lesson], form), EndpointError(denoiser, lesson.state(0), lesson.state(-1))
+    fitted = fit_in_sequence(denoiser, start(law, grid, form), [lesson], form).tableau
+    return fitted, EndpointError(denoiser, lesson.state(0), lesson.state(-1))
 
 
-def split(ends: EndpointError, windows: int, batches: int = 1) -> list[list[EndpointError]]:
-    """Every window another part of the noises."""
-    parts = zip(ends.x.chunk(windows * batches), ends.exact.chunk(windows * batches), strict=True)
-    each = [EndpointError(ends.denoiser, x, exact) for x, exact in parts]
-    return [each[k : k + batches] for k in range(0, len(each), batches)]
+def split(ends: EndpointError, count: int) -> list[EndpointError]:
+    parts = zip(ends.x.chunk(count), ends.exact.chunk(count), strict=True)
+    return [EndpointError(ends.denoiser, x, exact) for x, exact in parts]
 
 
 @pytest.mark.parametrize(("law", "pool"), [("edm", "element"), ("vp", "scalar"), ("flow", "element"), ("table", "scalar")])
@@ -165,7 +165,7 @@ def test_a_sweep_brings_the_ends_nearer(law: str, pool: str) -> None:
 @pytest.mark.every(2)
 def test_batches_of_a_sweep_do_not_matter(law: str) -> None:
     fitted, ends = problem(LAWS[law], FitForm(2, "scalar"))
-    one, many = (sweep(split(ends, 2, batches), fitted, LAWS[law], iterations=2) for batches in (1, 4))
+    one, many = (sweep(split(ends, count), fitted, LAWS[law], iterations=2) for count in (1, 4))
     assert moved(many, one) < BATCHES and moved(one, fitted) > 1e-4
     torch.testing.assert_close(one.nodes.t, many.nodes.t, rtol=0, atol=BATCHES)
 
@@ -177,7 +177,7 @@ def test_a_sweep_of_one_step(law: str) -> None:
     begun = widened(solved(LAWS[law], TimeGrid(fitted.nodes.t), "ddim"), FitForm(pool="scalar"), SHAPE)
     error = []
     for schedule in (None, LAWS[law]):
-        found = sweep([[ends]], begun, schedule, iterations=2)
+        found = sweep([ends], begun, schedule, iterations=2)
         assert torch.equal(found.nodes.t, begun.nodes.t)
         error.append(float(ends.run(found)[0].norm()))
     assert error[0] == error[1] < 0.99 * float(ends.run(begun)[0].norm())
@@ -188,9 +188,9 @@ def test_what_has_no_error_is_given_back(law: str) -> None:
     denoiser, grid, x = mixture(LAWS[law]), make_grid("angle", LAWS[law], 3), noise(LAWS[law], 1)
     begun = start(LAWS[law], grid, FitForm(pool="scalar"))
     for schedule in (None, LAWS[law]):
-        found = sweep([[EndpointError(denoiser, x, sample(denoiser, begun, x))]], begun, schedule, iterations=3)
+        found = sweep([EndpointError(denoiser, x, sample(denoiser, begun, x))], begun, schedule, iterations=3)
         assert moved(found, begun) == 0 and torch.equal(found.nodes.t, begun.nodes.t)
-    assert sweep([[EndpointError(denoiser, x, x)]], begun, None, iterations=0) is begun
+    assert sweep([EndpointError(denoiser, x, x)], begun, None, iterations=0) is begun
 
 
 # -- the result ------------------------------------------------------------------------------------------------------
@@ -198,8 +198,8 @@ def test_what_has_no_error_is_given_back(law: str) -> None:
 
 @pytest.mark.parametrize("pool", POOLS)
 def test_the_result_runs_without_a_solver(pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fitted, ends = problem(EDM, FitForm(3, pool))
-    swept, card = sweep([[ends]], fitted, EDM, iterations=1), {"of": "a mixture"}
+    fitted, ends = problem(EDM, FitForm(3, pool, shrink=1e-3))
+    swept, card = sweep([ends], fitted, EDM, iterations=1), {"of": "a mixture"}
     Sampler(swept, TimeGrid(swept.nodes.t), EDM, "fitted", {"pool": pool}, card).save(tmp_path)
     wanted = sample(ends.denoiser, swept, ends.x)
     monkeypatch.setattr("fewstep.solvers.SOLVERS", {})
@@ -223,10 +223,10 @@ def test_the_result_runs_without_a_solver(pool: str, tmp_path: Path, monkeypatch
     [
         ({"pool": "pixel"}, "coefficients are pooled by element, channel or scalar, got 'pixel'"),
         ({"history": 0}, "history is at least 1, got 0"),
-        ({"ridge": -1e-9}, "ridge and shrink lie between 0 and 1e6, got -1e-09 and 0.001"),
-        ({"shrink": -1.0}, "ridge and shrink lie between 0 and 1e6, got 1e-06 and -1"),
-        ({"ridge": float("nan")}, "ridge and shrink .* got nan and"),
-        ({"shrink": float("inf")}, "ridge and shrink .* got 1e-06 and inf"),
+        ({"ridge": -1e-9}, "ridge lies between 0 and 1e6, got -1e-09"),
+        ({"shrink": -1.0}, "shrink lies between 0 and 1e6, got -1"),
+        ({"ridge": float("nan")}, "ridge lies .* got nan"),
+        ({"shrink": float("inf")}, "shrink lies .* got inf"),
     ],
 )
 def test_forms_that_cannot_be_are_named(options: dict, said: str) -> None:
@@ -262,7 +262,7 @@ def test_what_is_not_finite_is_named(pool: str, bias: bool) -> None:
         with pytest.raises(FewstepError, match=said.format(k)):
             fit_in_sequence(Bad(), begun, [lesson], form)
         with pytest.raises(ModelError, match=f"not finite .* at evaluation {k + 1} of 4"):
-            sweep([[EndpointError(Bad(), lesson.state(0), lesson.state(-1))]], begun, None, iterations=1)
+            sweep([EndpointError(Bad(), lesson.state(0), lesson.state(-1))], begun, None, iterations=1)
 
 
 # -- processes -------------------------------------------------------------------------------------------------------
@@ -273,17 +273,18 @@ import torch
 from fewstep import FitForm
 from fewstep.runtime.process import process
 from fewstep.learn.search.endpoint import EndpointError
-from fewstep.learn.search.coefficients import fit_in_sequence, sweep
+from fewstep.learn.search.coefficients import sweep
+from fewstep.learn.search.sequence import fit_in_sequence
 from tests.learn.search.test_coefficients import EDM, start, taught
 
 rank, world = process()
 denoiser, grid, lesson = taught(EDM)
 form = FitForm(pool="channel")
-found = fit_in_sequence(denoiser, start(EDM, grid, form), lesson.split(4)[rank::world], form)
+found = fit_in_sequence(denoiser, start(EDM, grid, form), lesson.split(4)[rank::world], form).tableau
 parts = list(zip(lesson.state(0).chunk(4), lesson.state(-1).chunk(4)))
 windows = [[EndpointError(denoiser, *parts[k])] * (3 - world) for k in (0, 1)]  # the same in both: so have all errors one median
 swept = sweep(windows, found, EDM, iterations=2)
-other = sweep([[EndpointError(denoiser, *parts[k + rank])] for k in (0, 2)], found, EDM, iterations=2)
+other = sweep([EndpointError(denoiser, *parts[k + rank])] for k in (0, 2)], found, EDM, iterations=2)
 torch.save([found.update, found.bias, swept.update, swept.nodes.t, other.update, other.nodes.t], f"{sys.argv[1]}-{world}-{rank}")
 """
 

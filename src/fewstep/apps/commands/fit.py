@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fewstep.apps.console import console, next_command, pipeline_line, print_json, progress, show_table
+from fewstep.apps.console import console, duration, next_command, pipeline_line, print_json, progress, show_table
 from fewstep.apps.models import model_words, open_model, said_guidance
 from fewstep.apps.options import INTEGERS, NUM, AsJson, Fields, Guidance, ModelName, Trust, command, integers
 from fewstep.apps.pipelines import PipelineOptions
-from fewstep.learn.samplers.fit import FitConfig, nfe_folder
+from fewstep.learn.samplers.fit import FitConfig, FitPlan, nfe_folder
 from fewstep.learn.samplers.fit import fit as make_samplers
 from fewstep.learn.teacher.trajectories import Trajectories
 from fewstep.runtime.process import default_device, process
@@ -36,13 +37,12 @@ def fit(
 ) -> None:
     """Fit samplers of its own to a model.
 
-    Coefficients and noise levels are chosen by where the model's own samples end. A killed run continues after the last whole sampler; the
-    processes of torchrun share the work.
+    Coefficients and noise levels are chosen by where the model's own samples end. What it costs is printed first, and --budget says how
+    much that may be. A killed run continues after the last whole sampler; the processes of torchrun share the work.
     """
     opened, counts, begin = open_model(model, pipeline, guidance, trust=trust), sorted(set(integers(nfe, "--nfe"))), time.perf_counter()
     stored = None if trajectories is None else Trajectories.load(trajectories)
-    title = f"fitting {len(counts)} samplers of {opened.name}, about {config.evaluations(counts):,} network evaluations"
-    with progress(title, len(counts)) as report:
+    with progress(f"fitting {len(counts)} samplers of {opened.name}", len(counts)) as report:
         samplers = make_samplers(
             opened,
             counts,
@@ -53,6 +53,7 @@ def fit(
             device=default_device(),
             command=command(),
             on_progress=report,
+            on_plan=None if json else partial(_announce, opened.name),
         )
     if process()[0]:
         return
@@ -69,6 +70,17 @@ def fit(
     scale = model_words(opened, guidance)
     console.print(next_command("sample", model, *scale, "--sampler", nfe_folder(out, counts[0]), "--out", "runs/sample"))
     console.print(next_command("bench", model, *scale, "--sampler", out, "--out", "runs/bench", begin="or"))
+
+
+def _announce(name: str, plan: FitPlan, seconds: float) -> None:
+    """Print what the fit will do and cost."""
+    total = plan.evaluations
+    rows = [(stage, f"{count:,}", duration(count * seconds)) for stage, count in plan.stages().items() if count]
+    rows.append(("in all, about", f"{total:,}", duration(total * seconds)))
+    title = f"plan for {name}: {plan.num} trajectories and {plan.held_out} held out, {plan.levels} levels"
+    show_table(title, ("stage", "network evaluations", "time"), rows, left=("stage",))
+    disk, memory = (f"{size / 2**30:.1f} GiB" if size >= 2**28 else f"{size / 2**20:.0f} MiB" for size in (plan.disk, plan.memory))
+    console.print(f"{disk} of disk and {memory} of memory beside the network; times are from one call just now")
 
 
 def _show(done: dict[str, Any]) -> None:

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from fewstep.core.grid import TimeGrid
-from fewstep.learn.samplers.fit_search import FitConfig, FitSearch, SearchResult, best_hand_made
+from fewstep.learn.samplers.fit_plan import CHECKED, Effort, FitConfig, FitPlan, default_budget, plan_of
+from fewstep.learn.samplers.fit_search import FitSearch, SearchResult, best_hand_made
 from fewstep.learn.teacher.gram import fine_grid
-from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, trajectories_of
+from fewstep.learn.teacher.trajectories import Trajectories, trajectories_of
 from fewstep.models.carried import FITTED
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
-from fewstep.runtime.artifact import TEMPORARY, Number, facts_of, write_whole
+from fewstep.runtime.artifact import Count, Number, Record, Whole, facts_of, read_record, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError
 from fewstep.runtime.front_door import checked, config_of, scale_of, wholes
 from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import from_first, process, wait_for_all
 from fewstep.sampling.sampler import Sampler
 
-__all__ = ["FitConfig", "fit", "nfe_folder"]
+__all__ = ["FitConfig", "FitPlan", "fit", "nfe_folder", "plan_fit"]
+
+TIMED = 4  # samples of the call that is timed
 
 
 def nfe_folder(folder: Path, nfe: int) -> Path:
@@ -44,6 +48,7 @@ def fit(
     device: torch.device | str | None = None,
     command: str = "",
     on_progress: Progress | None = None,
+    on_plan: Callable[[FitPlan, float], None] | None = None,
 ) -> dict[int, Sampler]:
     """Fit one sampler to a model for each number of evaluations.
 
@@ -62,6 +67,7 @@ def fit(
         device: where to compute; the model is moved there.
         command: for the card.
         on_progress: called with the number of samplers done and a note.
+        on_plan: called before the work begins, in the first process, with its plan and the seconds that one network evaluation takes.
 
     Returns:
         The samplers by their number of evaluations.
@@ -82,34 +88,38 @@ def fit(
     """
     config, counts = config_of(config, FitConfig), sorted(wholes(nfe, "nfe", SolverError))
     check_model(model)
+    if on_plan is not None and not callable(on_plan):
+        raise FewstepError(f"on_plan is a function of a plan and the seconds of one evaluation, got {on_plan!r}")
     guidance = scale_of(guidance, model.default_guidance)
     if not isinstance(trajectories, Trajectories | None):
         raise FewstepError(
             f"trajectories are those of fewstep.generate_trajectories, got {trajectories!r}: Trajectories.load reads a folder"
         )
-    levels = fine_grid(model.schedule, config.levels) if trajectories is None else TimeGrid(trajectories.t)
-    if not counts or counts[0] < 1 or counts[-1] > levels.steps:
-        got = ", ".join(map(str, counts)) or "none"
-        raise SolverError(f"a fit on {levels.steps + 1} levels takes 1 to {levels.steps} evaluations, got {got}")
-    if process()[1] > config.fewest:
-        raise FewstepError(f"{process()[1]} processes cannot share {config.fewest} noises: use fewer processes")
+    plan = plan_fit(model, counts, config, trajectories=trajectories)
     with Job.open("fit", out, device=device or model.device, on_progress=on_progress, command=command) as job:
         problem = Problem(model, guidance, job.device)
         identity = _identity(problem, config, trajectories)
         if job.rank == 0:
             _stored(job.folder, identity)  # the work of another fit is refused before any of this one
+        plan = from_first(_begun(plan, job.folder, identity) if job.rank == 0 else plan)
+        if process()[1] > plan.fewest:
+            raise FewstepError(f"{process()[1]} processes cannot share {plan.fewest} noises: use fewer processes")
+        left = [n for n in counts if not (nfe_folder(job.folder, n) / "sampler.json").exists()]
+        if on_plan is not None and job.rank == 0 and left:
+            on_plan(plan, _seconds_per_evaluation(problem))
         if trajectories is None:
-            trajectories = _teach(problem, levels, config.trajectories, job)
-        _check(trajectories, problem, config)
-        search = FitSearch(problem, trajectories, config, counts[-1])
+            trajectories = _teach(problem, plan, job)
+        _check(trajectories, problem, plan)
+        search = FitSearch(problem, trajectories, plan)
         for done, n in enumerate(counts):
             place = nfe_folder(job.folder, n)
             if not from_first(job.rank == 0 and (place / "sampler.json").exists()):
-                with TemporaryDirectory(dir=job.folder, prefix=TEMPORARY) as scratch:
-                    note = lambda text, done=done, n=n: job.on_progress(done, f"{n} evaluations: {text}")  # noqa: E731
-                    found = search.find(n, Path(scratch), note)
+                note = lambda text, done=done, n=n: job.on_progress(done, f"{n} evaluations: {text}")  # noqa: E731
+                before = _stored(job.folder, identity) if job.rank == 0 else {}
+                found = search.find(n, from_first({m: one.grid for m, one in before.items() if m < n}), note)
                 if job.rank == 0:
-                    _sampler(found, problem, config, identity, job.command).save(place)
+                    write_whole(job.folder / PLAN, _planned(plan, identity))
+                    _sampler(found, problem, plan, identity, job.command).save(place)
             if job.rank == 0:
                 write_whole(job.folder / "README.md", _card(problem, _stored(job.folder, identity)).encode())
             wait_for_all()
@@ -118,14 +128,113 @@ def fit(
         return {n: stored[n] for n in counts}
 
 
-def _teach(problem: Problem, levels: TimeGrid, config: TrajectoryConfig, job: Job) -> Trajectories:
+def plan_fit(
+    model: Model, nfe: int | Sequence[int], config: FitConfig | None = None, *, trajectories: Trajectories | None = None
+) -> FitPlan:
+    """Plan a fit without running it: its network evaluations by stage, and the disk and memory that it takes.
+
+    Args:
+        model: the model to fit to.
+        nfe: network evaluations per sample, one number or several.
+        config: how to fit.
+        trajectories: stored ones to fit to.
+
+    Raises:
+        SolverError: fewer than one evaluation, or more than there are cells between levels.
+        FewstepError: a budget that is too small; fewer trajectories than are named.
+
+    Example:
+        >>> import fewstep
+        >>> from fewstep.learn.samplers.fit import plan_fit
+        >>> plan = plan_fit(fewstep.load_model("digits-edm"), [5, 8], fewstep.FitConfig(budget=3000))
+        >>> plan.evaluations <= 3000
+        True
+    """
+    config, counts = config_of(config, FitConfig), sorted(wholes(nfe, "nfe", SolverError))
+    if not counts or counts[0] < 1:
+        raise SolverError(f"a fit takes at least 1 evaluation, got {', '.join(map(str, counts)) or 'none'}")
+    shape, budget = model.need_shape(), default_budget(model)
+    if trajectories is not None:
+        cells = len(trajectories.t) - 1
+        if config.levels not in (None, cells):
+            raise FewstepError(f"{trajectories.folder} has {cells} cells between its levels, not {config.levels}: leave levels out")
+        config = replace(config, levels=cells)
+        plan, given = plan_of(config, counts, shape, budget), len(trajectories)
+        if config.num is None and config.held_out is None and plan.num + plan.held_out > given > 3:
+            held_out = max(2, given // 4)
+            plan = plan_of(replace(config, num=given - held_out, held_out=held_out, budget=None), counts, shape, budget)
+    else:
+        plan = plan_of(config, counts, shape, budget)
+    cells = fine_grid(model.schedule, plan.levels).steps if trajectories is None else plan.levels
+    if counts[-1] > cells:
+        got = ", ".join(map(str, counts))
+        raise SolverError(f"a fit on {cells + 1} levels takes 1 to {cells} evaluations, got {got}")
+    return plan
+
+
+@torch.no_grad()
+def _seconds_per_evaluation(problem: Problem) -> float:
+    """Time one call of the network on a few samples, after one that is not timed, and return the seconds for one of them."""
+    t, taken = problem.schedule.ends[0], 0.0
+    for seeds in (range(1), range(TIMED)):
+        begin = time.perf_counter()
+        float(problem.teacher(problem.start(seeds), t, problem.cond(seeds)).sum())  # read: a device computes behind our back
+        taken = (time.perf_counter() - begin) / len(seeds)
+    return taken
+
+
+@dataclass(frozen=True)
+class _PlanRecord(Record):
+    """The fields of ``plan.json``: the numbers that the first fit in a folder chose, which all samplers in it share."""
+
+    FORMAT = "fewstep-fit-plan"
+
+    identity: str
+    num: Count
+    held_out: Count
+    levels: Count
+    noises: Count
+    iterations: Whole
+    batch: Count
+    effort: Effort
+
+
+PLAN, NUMBERS = "plan.json", ("num", "held_out", "levels", "noises", "iterations", "batch")
+
+
+def _begun(plan: FitPlan, folder: Path, identity: str) -> FitPlan:
+    """Return the plan that the fits in a folder follow, or this one where there is none yet and this machine has room for it.
+
+    Raises:
+        ArtifactError: it is of another model or configuration.
+        FewstepError: there is too little disk or memory.
+    """
+    path = folder / PLAN
+    if not path.exists():
+        plan.check(folder)
+        return plan
+    record = read_record(path, _PlanRecord)
+    if record.identity != identity:
+        raise ArtifactError(f"{folder} holds a fit of another model or configuration: remove it, or use another folder")
+    return replace(plan, config=replace(plan.config, **{name: getattr(record, name) for name in NUMBERS}), effort=record.effort)
+
+
+def _planned(plan: FitPlan, identity: str) -> bytes:
+    """Return the text of ``plan.json``."""
+    numbers = {name: getattr(plan.config, name) for name in NUMBERS}
+    whole = {"format": _PlanRecord.FORMAT, "version": _PlanRecord.VERSION, "identity": identity, **numbers, "effort": list(plan.effort)}
+    return (json.dumps(whole, indent=1) + "\n").encode()
+
+
+def _teach(problem: Problem, plan: FitPlan, job: Job) -> Trajectories:
     """Solve the teacher's trajectories, one step from each level to the next, and read them in all processes."""
-    config = replace(config, guidance=problem.guidance, nfe=levels.steps)
+    levels = fine_grid(problem.schedule, plan.levels)
+    config = replace(plan.trajectories, guidance=problem.guidance, nfe=levels.steps)
     with job.below("trajectories", lambda done, note: job.on_progress(0, f"{done} of {config.num} trajectories")) as part:
-        return trajectories_of(problem, levels, config, part)
+        return trajectories_of(problem, levels, config, part, checked=CHECKED)
 
 
-def _check(trajectories: Trajectories, problem: Problem, config: FitConfig) -> None:
+def _check(trajectories: Trajectories, problem: Problem, plan: FitPlan) -> None:
     """Refuse trajectories that are too few, of another model, or do not run from the model's first time to its last."""
     schedule, ends = problem.schedule, (float(trajectories.t[0]), float(trajectories.t[-1]))
     trajectories.check(problem)
@@ -134,13 +243,13 @@ def _check(trajectories: Trajectories, problem: Problem, config: FitConfig) -> N
             f"{trajectories.folder} goes from t = {ends[0]:g} to {ends[1]:g}; a fit takes trajectories from {schedule.t_max:g} to "
             f"{schedule.t_min:g}, as hand-made samplers have it: make them again, or let the fit make its own"
         )
-    if len(trajectories) < config.num + config.held_out:
+    if len(trajectories) < plan.num + plan.held_out:
         raise FewstepError(
-            f"{len(trajectories)} trajectories are fewer than {config.num} to fit to and {config.held_out} held out: ask for fewer"
+            f"{len(trajectories)} trajectories are fewer than {plan.num} to fit to and {plan.held_out} held out: ask for fewer"
         )
 
 
-def _sampler(found: SearchResult, problem: Problem, config: FitConfig, identity: str, command: str) -> Sampler:
+def _sampler(found: SearchResult, problem: Problem, plan: FitPlan, identity: str, command: str) -> Sampler:
     best = best_hand_made(found.stages)
     card = {
         "name": FITTED,
@@ -152,13 +261,14 @@ def _sampler(found: SearchResult, problem: Problem, config: FitConfig, identity:
         "error": [found.stages[name][0] for name in (found.chosen, best)],
         "rmse": [found.stages[name][1] for name in (found.chosen, best)],
         "stages": {name: list(errors) for name, errors in found.stages.items()},
-        "noises": config.num,
-        "held_out_noises": config.held_out,
+        "noises": plan.num,
+        "held_out_noises": plan.held_out,
         "network_evaluations": found.evaluations,
+        "trajectory_evaluations": (plan.num + plan.held_out) * plan.levels,
         "command": command,
     }
     grid = TimeGrid(found.tableau.nodes.t)
-    options = {**asdict(config.form), "parent": config.parent_with(grid.steps)}
+    options = {**asdict(plan.form), "parent": plan.config.parent_with(grid.steps)}
     return Sampler(found.tableau, grid, problem.schedule, FITTED, options, card)
 
 

@@ -321,7 +321,7 @@ class _Search:
         return torch.cat(found)
 
     def _batches(self, solver: Solver, rows: range) -> Iterator[SolverEndpointError]:
-        for batch in stored_batches(self.exact, rows, (0, -1), self.config.batch, self.problem.device):
+        for batch in stored_batches(self.exact, rows, self.exact.t[[0, -1]], self.config.batch, self.problem.device):
             yield SolverEndpointError(self.denoiser, solver, batch.state(0), batch.state(1), batch.cond)
 
 

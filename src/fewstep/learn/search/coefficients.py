@@ -1,33 +1,29 @@
-r"""Fit the coefficients of a tableau to a model by least squares, first in closed form, then on the endpoints of its samples.
+r"""The coefficients of a fitted sampler: their form, the least squares that finds a row of them, and the sweep over all rows together.
 
-On a grid a solver is ``x_{i+1} = a_i x_i + sum_k c_ik h_{i-k} (+ b_i)`` with ``h_j = D(x_j, t_j)``. Hand-made coefficients are exact on
-polynomials. Over a few long steps a trajectory is not one, but a few hundred of a model's own show its shape. So `fit_in_sequence` chooses
-
-    (a_i, c_i) = argmin |F_i w - y_{i+1}|^2,     F_i = [x_i, h_i, h_{i-1}, ..., h_{i-K+1}],     y_{i+1} the teacher's state at t_{i+1},
-
-for one step after the other, from the student's own states, so that a step also corrects the errors of the steps before it. Only the
-endpoint counts in the end, so `sweep` then adjusts all coefficients and levels together (see `endpoint.py`).
+On a grid a solver is ``x_{i+1} = a_i x_i + sum_k c_ik h_{i-k} (+ b_i)`` with ``h_j = D(x_j, t_j)``. `sequence.py` fits one step after the
+other in closed form, by the `NormalEquations` of this file. Only the endpoint counts in the end, so `sweep` then adjusts all coefficients
+and levels together (see `endpoint.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.grid import TimeGrid
 from fewstep.core.pooling import Pool, pooled_shape
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.core.tableau import Nodes, State, Tableau, advance
+from fewstep.core.tableau import Nodes, Tableau
 from fewstep.learn.search.endpoint import (
     CachedRun,
     EndpointError,
     Parameters,
     Perturbation,
+    TableauPoint,
     levenberg_marquardt,
     mean_over_processes,
     per_sample_rmse,
@@ -37,12 +33,15 @@ from fewstep.runtime.errors import FewstepError, SolverError
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
 from fewstep.runtime.process import sum_over_processes
 
-__all__ = ["FitForm", "NormalEquations", "TeacherBatch", "fit_in_sequence", "sweep", "widened"]
+__all__ = ["FitForm", "NormalEquations", "sweep", "widened"]
 
-WEAKEST = 1e-2  # size of a direction of the features, relative to the features', below which a sweep does not move along it
+FOLDS = 4  # of cross-validation
+SHRINKS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e9)  # penalties that it chooses from; the last is none but the common solution
+RANK = 1e-14  # of the largest eigenvalue of normal equations: directions below it are left as they are
+WEAKEST = 1e-1  # size of a direction of the features, relative to the features', below which a sweep does not move along it
 DIFFERENCE = 0.5  # of the size of the errors: how far a coefficient moves a state for a difference
 FINEST = 1e-4  # of the size of the states, at least
-STEPS = 4  # with one Jacobian, see `levenberg_marquardt`
+STEPS = 8  # with one Jacobian, at most, see `levenberg_marquardt`
 
 
 @checked_class
@@ -56,7 +55,8 @@ class FitForm:
             are a token's features where the state is tokens), scalar (all do).
         bias: also fit a constant picture to each step (a number, if the pool is scalar).
         ridge: strength of the ridge penalty towards the parent's coefficients, relative to features of unit size.
-        shrink: strength of the penalty on differences between elements, and on the bias, likewise.
+        shrink: strength of the penalty on differences between elements, and on the bias, likewise; by default chosen for each step by
+            cross-validation.
 
     Raises:
         FewstepError: a number out of range, an unknown pool.
@@ -66,15 +66,16 @@ class FitForm:
     pool: Pool = "element"
     bias: bool = True
     ridge: float = 1e-6
-    shrink: float = 1e-3
+    shrink: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.pool not in get_args(Pool):
             raise FewstepError(f"coefficients are pooled by element, channel or scalar, got {self.pool!r}")
         at_least(self, history=1)
-        if not 0 <= self.ridge < 1e6 or not 0 <= self.shrink < 1e6:
-            raise FewstepError(f"ridge and shrink lie between 0 and 1e6, got {self.ridge:g} and {self.shrink:g}")
+        for name, value in (("ridge", self.ridge), ("shrink", self.shrink)):
+            if value is not None and not 0 <= value < 1e6:
+                raise FewstepError(f"{name} lies between 0 and 1e6, got {value:g}")
 
     def memory(self, steps: int) -> int:
         """Return the number ``K`` of past outputs in a tableau of ``steps`` steps."""
@@ -85,63 +86,79 @@ class FitForm:
         return pooled_shape(self.pool, sample)
 
 
-class TeacherBatch(Protocol):
-    """A batch of the teacher's trajectories at the times of a grid."""
-
-    @property
-    def cond(self) -> Cond: ...
-
-    def state(self, i: int) -> Tensor:
-        """Return the states ``[B, *D]`` at the ``i``-th time."""
-        ...
-
-
 class NormalEquations:
     """The normal equations ``F F'`` and ``F y``, summed over samples and over the elements that share coefficients; float64, additive.
 
-    The last feature is the constant 1, whose coefficient is the bias.
+    The last feature is the constant 1, whose coefficient is the bias. Samples are summed in `FOLDS` parts, so that a penalty can be chosen
+    by how well the other parts predict each.
     """
 
     def __init__(self, groups: int, features: int) -> None:
-        self.gram = torch.zeros(groups, features + 1, features + 1, dtype=torch.float64)
-        self.right = torch.zeros(groups, features + 1, dtype=torch.float64)
-        self.rows = torch.zeros((), dtype=torch.float64)
+        self.gram = torch.zeros(FOLDS, groups, features + 1, features + 1, dtype=torch.float64)
+        self.right = torch.zeros(FOLDS, groups, features + 1, dtype=torch.float64)
+        self.rows = torch.zeros(FOLDS, dtype=torch.float64)
 
-    def add(self, features: Tensor, target: Tensor) -> None:
-        """Add ``features [c, B, *D]`` and their ``target [B, *D]``."""
-        both = torch.cat([features, torch.ones_like(features[:1]), target[None]]).detach().cpu().double()
-        grouped = both.reshape(len(both), len(target), len(self.gram), -1).permute(2, 0, 1, 3).flatten(2)  # [groups, c+2, rows]
-        product = grouped[:, :-1] @ grouped.mT
-        self.gram += product[..., :-1]
-        self.right += product[..., -1]
-        self.rows += grouped.shape[2]
+    def add(self, features: Tensor, target: Tensor, places: Sequence[int]) -> None:
+        """Add ``features [c, B, *D]`` and their ``target [B, *D]``, of the samples at these ``places`` among all."""
+        fold = torch.tensor(places) % FOLDS
+        for k in fold.unique().tolist():
+            at = (fold == k).nonzero().flatten().to(target.device)
+            both = torch.cat([features[:, at], torch.ones_like(features[:1, at]), target[None, at]]).detach().cpu().double()
+            grouped = both.reshape(len(both), len(at), self.gram.shape[1], -1).permute(2, 0, 1, 3).flatten(2)  # [groups, c+2, rows]
+            product = grouped[:, :-1] @ grouped.mT
+            self.gram[k] += product[..., :-1]
+            self.right[k] += product[..., -1]
+            self.rows[k] += grouped.shape[2]
 
     def over_processes(self) -> NormalEquations:
         """Return the sum over all processes (all-reduce)."""
-        total = NormalEquations(len(self.gram), self.gram.shape[1] - 1)
+        total = NormalEquations(self.gram.shape[1], self.gram.shape[2] - 1)
         total.gram, total.right, total.rows = map(sum_over_processes, (self.gram, self.right, self.rows))
         return total
 
     def solve(self, parent: Tensor, form: FitForm) -> Tensor:
         """Return weights and bias ``[groups, c+1]``: the common solution near the ``parent [c]``, then each group's near that."""
-        gram, right = self.gram / self.rows, self.right / self.rows
+        everything = self.rows > 0
+        if form.pool == "scalar" and not form.bias:
+            return self._near(everything, parent, form, [0.0])[0]
+        if form.shrink is not None:
+            return self._near(everything, parent, form, [form.shrink])[0]
+        if int(everything.sum()) < 2:
+            return self._near(everything, parent, form, [max(SHRINKS)])[0]
+        error = torch.zeros(len(SHRINKS), dtype=torch.float64)
+        for fold in everything.nonzero().flatten().tolist():
+            others = everything.clone()
+            others[fold] = False
+            for k, found in enumerate(self._near(others, parent, form, SHRINKS)):
+                fit = torch.einsum("gi,gij,gj->", found, self.gram[fold], found)
+                error[k] += fit - 2 * (found * self.right[fold]).sum()
+        return self._near(everything, parent, form, [SHRINKS[int(error.argmin())]])[0]
+
+    def _near(self, folds: Tensor, parent: Tensor, form: FitForm, shrinks: Sequence[float]) -> list[Tensor]:
+        """Return the solution from some of the folds with each penalty."""
+        gram, right = (part[folds].sum(0) / self.rows[folds].sum() for part in (self.gram, self.right))
         size = gram.mean(0).diagonal().sqrt()
         size = torch.where(size > 0, size, 1.0)
         common = torch.cat([parent, torch.zeros(1, dtype=torch.float64)])
-        common[:-1] += _ridge(gram.mean(0)[:-1, :-1], right.mean(0)[:-1], common[:-1], size[:-1], form.ridge)
-        free = len(common) if form.bias else len(common) - 1
+        common[:-1] += _ridge(gram.mean(0)[:-1, :-1], right.mean(0)[:-1], common[:-1], size[:-1], [form.ridge])[0]
         if form.pool == "scalar" and not form.bias:
-            return common[None]
-        own = common.expand(len(gram), -1).clone()
-        own[:, :free] += _ridge(gram[:, :free, :free], right[:, :free], common[:free], size[:free], form.shrink)
-        return own
+            return [common[None]]
+        free, found = len(common) if form.bias else len(common) - 1, list[Tensor]()
+        for correction in _ridge(gram[:, :free, :free], right[:, :free], common[:free], size[:free], shrinks):
+            own = common.expand(len(gram), -1).clone()
+            own[:, :free] += correction
+            found.append(own)
+        return found
 
 
-def _ridge(gram: Tensor, right: Tensor, near: Tensor, size: Tensor, ridge: float) -> Tensor:
-    """Return the ridge-regularised correction to ``near [c]``, ``argmin |F w - y|^2 + ridge |size (w - near)|^2``, for each group."""
-    left = gram / size[:, None] / size + ridge * torch.eye(len(size), dtype=torch.float64)
-    missing = (right - (gram @ near[:, None]).squeeze(-1)) / size
-    return torch.linalg.lstsq(left, missing[..., None], driver="gelsd").solution.squeeze(-1) / size
+def _ridge(gram: Tensor, right: Tensor, near: Tensor, size: Tensor, ridges: Sequence[float]) -> list[Tensor]:
+    """Return the corrections to ``near [c]``, ``argmin |F w - y|^2 + ridge |size (w - near)|^2``, for each ridge and group."""
+    values, vectors = torch.linalg.eigh(gram / size[:, None] / size)
+    missing = vectors.mT @ ((right - (gram @ near[:, None]).squeeze(-1)) / size)[..., None]
+    values = values.clamp_min(0)[..., None]
+    least = values.amax(-2, keepdim=True) * RANK
+    inverse = (torch.where(values + ridge > least, 1 / (values + ridge), 0.0) for ridge in ridges)
+    return [(vectors @ (one * missing)).squeeze(-1) / size for one in inverse]
 
 
 def widened(parent: Tableau, form: FitForm, sample: Sequence[int]) -> Tableau:
@@ -168,79 +185,6 @@ def widened(parent: Tableau, form: FitForm, sample: Sequence[int]) -> Tableau:
     record = torch.zeros(n, 2, *(1,) * len(shape), dtype=torch.float64)
     record[:, 1] = 1
     return Tableau(parent.nodes, record, update, torch.zeros(n, 2, *shape, dtype=torch.float64), torch.zeros(n, dtype=torch.float64))
-
-
-def fit_in_sequence(
-    denoiser: Denoiser,
-    start: Tableau,
-    batches: Sequence[TeacherBatch],
-    form: FitForm,
-    *,
-    rows: Collection[int] | None = None,
-    cache: MutableMapping[str, Tensor] | None = None,
-) -> Tableau:
-    """Fit the rows of a tableau one after the other to the teacher's states, each from the states that the rows before it reach.
-
-    Sums over samples are in memory, the student's states and outputs in ``cache``, a mapping that may store them elsewhere. With several
-    processes each has batches of its own, and all get the same tableau.
-
-    Args:
-        denoiser: the model.
-        start: the tableau to begin with, see `widened`; the fit is shrunk to its rows.
-        batches: the teacher's states at the nodes of ``start``.
-        form: which coefficients are fitted.
-        rows: the rows to fit; by default all.
-        cache: where the student's states and outputs are stored, ``x-{batch}`` and ``h-{evaluation}-{batch}``; by default in memory.
-
-    Raises:
-        ModelError: the denoiser refuses its inputs.
-        FewstepError: no batches, a start without the coefficients of the form, or states that are not finite.
-    """
-    if not batches:
-        raise FewstepError("a fit needs at least one batch of trajectories")
-    sample = batches[0].state(0).shape[1:]
-    if start.memory != form.memory(len(start.update)) or start.update.shape[3:] != form.shape(sample):
-        raise FewstepError("the tableau to start from has not the coefficients of the form: make it with widened(parent, form, shape)")
-    cache, rows = {} if cache is None else cache, range(len(start.update)) if rows is None else rows
-    tableau, shape, device = start, start.update.shape[3:], batches[0].state(0).device
-    for i in range(len(start.update)):
-        equations = NormalEquations(shape.numel(), 1 + min(i + 1, start.memory))
-        for k, batch in enumerate(batches):
-            x = cache[f"x-{k}"].to(device) if i else batch.state(0)
-            with torch.no_grad():
-                cache[f"h-{i}-{k}"] = denoiser(x, start.nodes.t[i], batch.cond).to(x.dtype)
-            if i in rows:
-                equations.add(_features(x, _history(cache, i, k, start.memory)), batch.state(i + 1))
-        if i in rows:
-            tableau = _fitted(tableau, i, equations.over_processes(), form)
-        for k, batch in enumerate(batches):
-            x = cache[f"x-{k}"].to(device) if i else batch.state(0)
-            newest, *past = (h.to(device) for h in _history(cache, i, k, start.memory))
-            room = (torch.zeros_like(x) for _ in range(start.memory - len(past)))
-            cache[f"x-{k}"] = advance(tableau.rows(x)[i], State(x, None, (*past, *room)), newest).x
-    return tableau
-
-
-def _history(cache: MutableMapping[str, Tensor], i: int, k: int, memory: int) -> list[Tensor]:
-    """Return the outputs for one batch, newest first."""
-    return [cache[f"h-{j}-{k}"] for j in range(i, max(-1, i - memory), -1)]
-
-
-def _features(x: Tensor, history: Sequence[Tensor]) -> Tensor:
-    return torch.stack([x, *(h.to(x.device) for h in history)])
-
-
-def _fitted(tableau: Tableau, i: int, equations: NormalEquations, form: FitForm) -> Tableau:
-    """Return the tableau with row ``i`` solved."""
-    shape, count = tableau.update.shape[3:], equations.gram.shape[1] - 1
-    parent = tableau.update[i, 1, 1 : 1 + count].reshape(count, -1).mean(1)
-    if not all(bool(torch.isfinite(part).all()) for part in (equations.gram, equations.right)):  # lstsq crashes on these
-        raise FewstepError(f"the states for evaluation {i} of a fit are not finite: check the network and the trajectories")
-    solution = equations.solve(parent, form)
-    update, bias = tableau.update.clone(), tableau.bias.clone()
-    update[i, 1, 1 : 1 + count] = solution[:, :-1].T.reshape(count, *shape)
-    bias[i, 1] = solution[:, -1].reshape(shape)
-    return Tableau(tableau.nodes, tableau.record, update, bias, tableau.noise)
 
 
 # -- all coefficients and levels together, on the endpoints --------------------------------------------------------------
@@ -293,7 +237,7 @@ def _directions(runs: Sequence[CachedRun], i: int, count: int) -> list[Tensor]:
     """Return changes of the weights of row ``i``, each ``[1 + count]``, that move its next state by 1 (RMS), in orthogonal directions."""
     gram, rows = torch.zeros(1 + count, 1 + count, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for run in runs:
-        features = _features(run.states[i].x, run.states[i + 1].history[:count]).flatten(1).cpu().double()
+        features = torch.stack([run.states[i].x, *run.states[i + 1].history[:count]]).flatten(1).cpu().double()
         gram += features @ features.T
         rows += features.shape[1]
     gram = sum_over_processes(gram) / sum_over_processes(rows)
@@ -308,20 +252,25 @@ def _rms(runs: Sequence[CachedRun]) -> float:
 
 
 def sweep(
-    windows: Sequence[Sequence[EndpointError]],
+    batches: Sequence[EndpointError],
     tableau: Tableau,
     schedule: NoiseSchedule | None,
     *,
     iterations: int,
+    steps: int = STEPS,
     observe: Callable[[int, float], None] | None = None,
 ) -> Tableau:
     """Minimise the endpoint error over all coefficients of a tableau together, and over its inner levels if ``schedule`` is given.
 
     Args:
-        windows: batches of noises, see `levenberg_marquardt`.
+        batches: the noises.
         tableau: where to start.
         schedule: the noise law whose times the levels are; None to leave them where they are.
-        iterations: largest number of iterations.
+        iterations: largest number of Jacobians.
+        steps: largest number of steps with each.
         observe: called after each iteration with its number and the objective.
     """
-    return levenberg_marquardt(windows, _Free(tableau, schedule), iterations=iterations, steps_each=STEPS, observe=observe).tableau
+    if not iterations:
+        return tableau
+    begin = TableauPoint.at(batches, _Free(tableau, schedule))
+    return levenberg_marquardt(begin, iterations=iterations, steps_each=steps, observe=observe).here.tableau

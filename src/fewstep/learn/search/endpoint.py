@@ -1,14 +1,19 @@
-r"""Least squares on the endpoints of samples: Levenberg-Marquardt on any numbers of a tableau, its levels or its coefficients.
+r"""Least squares on the endpoints of samples: Levenberg-Marquardt on any numbers of a sampler, its levels or its coefficients.
 
 With ``R(theta) [B, *D]`` the samples from fixed noises minus the ends of their exact trajectories, Levenberg-Marquardt minimises the size
-of ``R`` over the free numbers ``theta``. A column of the Jacobian is a difference, and costs only the evaluations after the row that
-changed: half a run on average. Everything it stores is a sum over noises, so they may come in batches and from several processes.
+of ``R`` over the free numbers ``theta``. A column of the Jacobian ``J`` is a difference, and costs only the evaluations after the row that
+changed: half a run on average. A Jacobian serves several steps: each run corrects it by the change that it really saw,
+
+    J <- J + (R(theta + d) - R(theta) - J d) m' / (m' d),      m = diag(J'WJ) d       (Broyden, 1965),
+
+without an evaluation more. Least squares reads ``J'WJ`` and ``J'WR`` alone, sums over noises, which may come in batches and from several
+processes; of large samples it reads a random part of their numbers, so that memory does not grow with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -26,6 +31,8 @@ __all__ = [
     "EndpointError",
     "Parameters",
     "Perturbation",
+    "Point",
+    "TableauPoint",
     "levenberg_marquardt",
     "mean_over_processes",
     "per_sample_rmse",
@@ -33,8 +40,10 @@ __all__ = [
 ]
 
 DAMPING = 0.1  # to begin with, relative to the Jacobian; ten times more after a step that failed, less after one that did not
-TRIALS = 5  # lengths tried for a step with a new Jacobian
-ENOUGH = 0.003  # relative gain, of as many iterations as there are windows, below which they were the last
+LEAST = 1e-4  # damping
+FAILURES = 3  # steps in a row without a gain, after which a Jacobian is given up
+ENOUGH = 0.003  # relative gain of a Jacobian below which it was the last; of a step, below which it counts as a failure
+NUMBERS = 2**25  # of a Jacobian in memory, at most
 
 
 def per_sample_rmse(residual: Tensor) -> Tensor:
@@ -86,6 +95,7 @@ class EndpointError:
     exact: Tensor
     cond: Cond = None
     evaluations: int = 0
+    _first: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False)  # outputs at the start, by time: all runs share them
 
     @torch.no_grad()
     def run(self, tableau: Tableau, base: CachedRun | None = None) -> tuple[Tensor, CachedRun]:
@@ -98,15 +108,18 @@ class EndpointError:
         Raises:
             ModelError: an output of the network, or a sample, is not finite.
         """
-        done = 0 if base is None else base.shared(tableau)
+        begin, done = float(tableau.nodes.t[0]), 0 if base is None else base.shared(tableau)
         states = [tableau.start(self.x)] if base is None or not done else base.states[:done]
         outputs = [] if base is None else base.outputs[:done]
+        if not done and begin in self._first:
+            done, outputs = 1, [self._first[begin]]
         if done:  # the output at the last state that both have is known too
             states.append(advance(tableau.rows(self.x)[done - 1], states[-1], outputs[-1]))
         for step in steps(self.denoiser, tableau, self.x, self.cond, resume=(done, states[-1])):
             outputs.append(step.x0)
             states.append(step.state)
             self.evaluations += len(self.x)
+        self._first[begin] = outputs[0]
         end = states[-1].x
         if not bool(torch.isfinite(end).all()):
             grid = [round(t, 4) for t in tableau.nodes.t.tolist()]
@@ -127,9 +140,9 @@ class _Objective:
         """Return the mean over all processes, from the errors ``[B]`` of this one's samples."""
         return mean_over_processes((errors**2 + self.c**2).sqrt())
 
-    def weights(self, residual: Tensor) -> Tensor:
-        """Return the weight of each number of a residual, ``[B, *D] -> [B * dim]``."""
-        return ((per_sample_rmse(residual) ** 2 + self.c**2) ** -0.5).repeat_interleave(residual[0].numel())
+    def weights(self, errors: Tensor) -> Tensor:
+        """Return the weight of each sample, ``[B]``."""
+        return (errors**2 + self.c**2) ** -0.5
 
 
 def mean_over_processes(values: Tensor) -> float:
@@ -137,6 +150,145 @@ def mean_over_processes(values: Tensor) -> float:
     total, count = sum_over_processes(torch.stack([values.sum().double(), torch.tensor(len(values)).double()])).tolist()
     return total / count
 
+
+class Point(Protocol):
+    """Samples from fixed noises as a function of free numbers, each in a unit in which a step of 1 is a large one, at one value of them."""
+
+    @property
+    def residuals(self) -> Sequence[Tensor]:
+        """Samples minus exact endpoints of each batch of this process's noises, ``[b, *D]``."""
+        ...
+
+    @property
+    def evaluations(self) -> int:
+        """The network evaluations of this process so far, in samples, of all points that began with the same noises."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """The number of free numbers."""
+        ...
+
+    def columns(self) -> Iterator[Sequence[Tensor] | None]:
+        """Yield the derivative of the residuals by each free number; None for one that cannot change."""
+        ...
+
+    def moved(self, delta: Tensor) -> Any:  # noqa: ANN401 - a point of the same kind
+        """Return the point with all numbers changed by ``delta [size]``; None where that is infeasible.
+
+        Raises:
+            ModelError: its samples are not finite.
+        """
+        ...
+
+
+P = TypeVar("P", bound=Point)
+
+
+def levenberg_marquardt(
+    start: P,
+    *,
+    iterations: int,
+    steps_each: int = 1,
+    evaluations: int = 10**12,
+    observe: Callable[[int, float], None] | None = None,
+) -> P:
+    """Minimise the endpoint error by Levenberg-Marquardt, starting from ``start``.
+
+    Args:
+        start: the point to improve.
+        iterations: largest number of Jacobians.
+        steps_each: largest number of steps with one Jacobian, which each of them corrects.
+        evaluations: number of network evaluations, in samples, after which no iteration begins.
+        observe: called after each iteration with its number and the objective.
+
+    Raises:
+        ModelError: the network is not finite at the start.
+    """
+
+    def spent() -> float:
+        return float(sum_over_processes(torch.tensor(float(start.evaluations))))
+
+    errors = _errors(start)
+    objective = _Objective(float(torch.cat(gather(errors)).median()) + 1e-30)  # without errors its weights are finite too
+    here: P = start
+    best, damping, limit = objective(errors), DAMPING, spent() + evaluations
+    for iteration in range(iterations if start.size else 0):
+        before, origin, delta = best, here, torch.zeros(start.size, dtype=torch.float64)
+        jacobian, failures = _Jacobian(origin), 0
+        for _ in range(steps_each):
+            step, slope = jacobian.step(objective, _errors(here), damping)
+            trial, value = _tried(origin, delta + step, objective)
+            if trial is not None:
+                jacobian.correct(trial, step, slope, keep=value < best)
+            if trial is not None and value < best:
+                failures = 0 if value < best * (1 - ENOUGH) else failures + 1
+                here, best, delta, damping = trial, value, delta + step, max(damping / 10, LEAST)
+            else:
+                failures, damping = failures + 1, damping * 10
+            if failures >= FAILURES:
+                break
+        if observe is not None:
+            observe(iteration + 1, best)
+        if best > before * (1 - ENOUGH) or spent() > limit:
+            break
+    return here
+
+
+def _errors(point: Point) -> Tensor:
+    """Return the errors of this process's samples, ``[n]``."""
+    return torch.cat([per_sample_rmse(residual) for residual in point.residuals])
+
+
+def _tried(origin: P, delta: Tensor, objective: _Objective) -> tuple[P | None, float]:
+    """Return a trial and its objective; infinite in all processes where a sample of one is not finite or the step is infeasible."""
+    try:
+        trial = origin.moved(delta)
+        errors = None if trial is None else _errors(trial)
+    except ModelError:  # too far
+        trial = errors = None
+    failed = float(sum_over_processes(torch.tensor(float(errors is None))))
+    return (None, torch.inf) if failed or errors is None else (trial, objective(errors))
+
+
+class _Jacobian:
+    """The Jacobian of this process's residuals at some of their numbers, ``[n, m, P]``, and those residuals ``[n, m]``."""
+
+    def __init__(self, point: Point) -> None:
+        count, dim = sum(map(len, point.residuals)), point.residuals[0][0].numel()
+        most = NUMBERS // (point.size * int(sum_over_processes(torch.tensor(float(count))))) + 1
+        generator = torch.Generator().manual_seed(0)
+        self.places = None if most >= dim else torch.randperm(dim, generator=generator)[:most].sort().values
+        self.residual = self._at(point.residuals)
+        self.matrix = torch.zeros(*self.residual.shape, point.size, dtype=torch.float64)
+        for k, column in enumerate(point.columns()):
+            if column is not None:
+                self.matrix[..., k] = self._at(column)
+
+    def _at(self, values: Sequence[Tensor]) -> Tensor:
+        flat = [value.flatten(1) for value in values]
+        chosen = flat if self.places is None else [value[:, self.places.to(value.device)] for value in flat]
+        return torch.cat([value.double().cpu() for value in chosen])
+
+    def step(self, objective: _Objective, errors: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+        """Return the step of damped least squares ``[P]``, and the metric's product ``m [P]`` with it."""
+        weighted = objective.weights(errors)[:, None, None] * self.matrix
+        normal = sum_over_processes(torch.einsum("nmp,nmq->pq", weighted, self.matrix))
+        slope = sum_over_processes(torch.einsum("nmp,nm->p", weighted, self.residual))
+        scale = normal.diagonal().clamp_min(1e-12 * float(normal.diagonal().max()) + 1e-30)
+        step = torch.linalg.solve(normal + damping * torch.diag(scale), -slope)
+        return step, scale * step
+
+    def correct(self, trial: Point, step: Tensor, metric: Tensor, *, keep: bool) -> None:
+        """Correct the matrix by the residuals of a trial (Broyden), and go on from them if they are the better ones."""
+        residual, along = self._at(trial.residuals), float(metric @ step)
+        if along > 0:
+            self.matrix += (residual - self.residual - self.matrix @ step)[..., None] * (metric / along)
+        if keep:
+            self.residual = residual
+
+
+# -- the free numbers of a tableau ------------------------------------------------------------------------------------
 
 Perturbation = Callable[[], tuple[Tableau, float] | None]
 
@@ -165,110 +317,55 @@ class Adjustable(Protocol):
         ...
 
 
-A = TypeVar("A", bound=Adjustable)
+@dataclass(eq=False)
+class TableauPoint:
+    """An adjustable tableau as a `Point`, run on batches of noises."""
 
+    batches: Sequence[EndpointError]
+    here: Any  # an Adjustable
+    residuals: Sequence[Tensor]
+    runs: Sequence[CachedRun]
+    _free: Parameters | None = None
 
-def levenberg_marquardt(
-    windows: Sequence[Sequence[EndpointError]],
-    start: A,
-    *,
-    iterations: int,
-    evaluations: int = 10**12,
-    steps_each: int = 1,
-    observe: Callable[[int, float], None] | None = None,
-) -> A:
-    """Minimise the endpoint error by Levenberg-Marquardt, starting from ``start``.
+    @classmethod
+    def at(cls, batches: Sequence[EndpointError], here: Adjustable) -> TableauPoint:
+        """Run a tableau.
 
-    Args:
-        windows: groups of batches of noises: each iteration computes its Jacobian on the next group, and judges its trials on all.
-        start: the tableau to improve.
-        iterations: largest number of iterations.
-        evaluations: number of network evaluations, in samples, after which no iteration begins.
-        steps_each: number of steps with one Jacobian, each on the residuals that the one before it left.
-        observe: called after each iteration with its number and the objective.
+        Raises:
+            ModelError: an output of the network, or a sample, is not finite.
+        """
+        made = [batch.run(here.tableau) for batch in batches]
+        return cls(batches, here, [residual for residual, _ in made], [run for _, run in made])
 
-    Raises:
-        ModelError: the network is not finite at the start.
-    """
+    @property
+    def evaluations(self) -> int:
+        """The network evaluations so far, in samples."""
+        return sum(batch.evaluations for batch in self.batches)
 
-    def spent() -> float:
-        return float(sum_over_processes(torch.tensor(float(sum(batch.evaluations for window in windows for batch in window)))))
+    @property
+    def free(self) -> Parameters:
+        """The free numbers here."""
+        if self._free is None:
+            free: Parameters = self.here.parameters(self.runs, mean_over_processes(_errors(self).square()) ** 0.5)
+            self._free = free
+        return self._free
 
-    def measure(trial: Adjustable, window: int) -> tuple[float, Tensor, list[tuple[Tensor, CachedRun]]]:
-        """Return the objective, the errors of this process's samples, and the runs of one window."""
-        found, cached = [], []
-        try:
-            for number, group in enumerate(windows):
-                runs = [batch.run(trial.tableau) for batch in group]
-                found += [per_sample_rmse(residual) for residual, _ in runs]
-                cached = runs if number == window else cached
-        except ModelError:
-            if trial is start:
-                raise
-            found = [torch.full((len(batch.x),), torch.inf) for group in windows for batch in group]  # too far
-        made = torch.cat(found)
-        return objective(made), made, cached
+    @property
+    def size(self) -> int:
+        """The number of free numbers."""
+        return len(self.free.perturb)
 
-    objective = _Objective(0.0)
-    _, made, cached = measure(start, 0)
-    objective = _Objective(float(torch.cat(gather(made)).median()) + 1e-30)  # without errors its weights are finite too
-    here, best, damping, limit = start, objective(made), DAMPING, spent() + evaluations
-    past = list[float]()
-    for iteration in range(iterations):
-        past.append(best)
-        window = iteration % len(windows)
-        free, jacobians = _jacobians(windows[window], cached, here)
-        if not free.perturb:
-            break
-        delta = torch.zeros(len(free.perturb), dtype=torch.float64)
-        for number in range(steps_each):
-            normal, slope = _equations(jacobians, [residual for residual, _ in cached], objective)
-            scale = torch.diag(normal.diagonal().clamp_min(1e-12 * float(normal.diagonal().max()) + 1e-30))
-            before = best
-            for _ in range(TRIALS if number == 0 else 1):
-                step = torch.linalg.solve(normal + damping * scale, -slope)
-                trial = free.step(delta + step)
-                value, _, runs = (best, made, cached) if trial is None else measure(trial, window)
-                if trial is not None and value < best:
-                    here, best, cached, delta = trial, value, runs, delta + step
-                    damping /= 10
-                    break
-                damping *= 10
-            if best > before * (1 - ENOUGH):
-                break
-        if len(windows) > 1:
-            cached = [batch.run(here.tableau) for batch in windows[(iteration + 1) % len(windows)]]
-        if observe is not None:
-            observe(iteration + 1, best)
-        if (len(past) >= len(windows) and best > past[-len(windows)] * (1 - ENOUGH)) or spent() > limit:
-            break
-    return here
+    def columns(self) -> Iterator[Sequence[Tensor] | None]:
+        """Yield differences of the residuals, from runs that share their prefix with the one here."""
+        for perturb in self.free.perturb:
+            changed = perturb()
+            if changed is None:
+                yield None
+            else:
+                ends = [batch.run(changed[0], run)[0] for batch, run in zip(self.batches, self.runs, strict=True)]
+                yield [(end - residual) / changed[1] for end, residual in zip(ends, self.residuals, strict=True)]
 
-
-def _jacobians(
-    window: Sequence[EndpointError], cached: Sequence[tuple[Tensor, CachedRun]], here: Adjustable
-) -> tuple[Parameters, list[Tensor]]:
-    """Return the free numbers, and ``dR/dtheta [B * dim, P]`` of each batch, zero for a number that cannot change."""
-    size = mean_over_processes(torch.cat([per_sample_rmse(residual) for residual, _ in cached]).square()) ** 0.5
-    free = here.parameters([run for _, run in cached], size)
-    made = []
-    for batch, (residual, run) in zip(window, cached, strict=True):
-        jacobian = torch.zeros(residual.numel(), len(free.perturb), dtype=torch.float64)
-        for k, perturb in enumerate(free.perturb):
-            perturbed = perturb()
-            if perturbed is not None:
-                changed, _ = batch.run(perturbed[0], run)
-                jacobian[:, k] = ((changed - residual) / perturbed[1]).double().cpu().flatten()
-        made.append(jacobian)
-    return free, made
-
-
-def _equations(jacobians: Sequence[Tensor], residuals: Sequence[Tensor], objective: _Objective) -> tuple[Tensor, Tensor]:
-    """Return ``J' W J`` and ``J' W R``, summed over batches and processes."""
-    normal, slope = 0, 0
-    for jacobian, residual in zip(jacobians, residuals, strict=True):
-        weighted = objective.weights(residual)[:, None] * jacobian
-        normal = normal + weighted.T @ jacobian
-        slope = slope + weighted.T @ residual.double().cpu().flatten()
-    assert isinstance(normal, Tensor) and isinstance(slope, Tensor)  # a window has a batch
-    return sum_over_processes(normal), sum_over_processes(slope)
+    def moved(self, delta: Tensor) -> TableauPoint | None:
+        """Run the tableau with all numbers changed."""
+        moved = self.free.step(delta)
+        return None if moved is None else self.at(self.batches, moved)

@@ -18,12 +18,13 @@ from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Solver, Tableau, tabulate
-from fewstep.learn.search.endpoint import CachedRun, EndpointError, Parameters, levenberg_marquardt, rms
+from fewstep.learn.search.endpoint import CachedRun, EndpointError, Parameters, TableauPoint, levenberg_marquardt, rms
 from fewstep.runtime.errors import GridError, SolverError
 
 __all__ = ["Levels", "SolverEndpointError", "check_deterministic", "refine"]
 
 DIFFERENCE = 0.1  # of the smaller gap beside a level: how far it moves for a difference
+STEPS = 4  # with one Jacobian, at most
 REACH = 0.4  # of the gap: how far it may move in one iteration, so that no two levels meet
 
 
@@ -156,5 +157,6 @@ def refine(
 
     The processes of ``torchrun`` have batches of their own, and get the same schedule.
     """
-    begin = _OnGrid.at(batches[0], start)
-    return levenberg_marquardt([batches], begin, iterations=iterations, evaluations=evaluations, observe=observe).levels.grid
+    begin = TableauPoint.at(batches, _OnGrid.at(batches[0], start))
+    found = levenberg_marquardt(begin, iterations=iterations, steps_each=STEPS, evaluations=evaluations, observe=observe)
+    return found.here.levels.grid

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -42,32 +42,31 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredBatch:
-    """Some of the stored trajectories, at some of the stored times; read when they are asked for."""
+    """Some of the stored trajectories, at any times ``t [n]`` between their first and last; read when they are asked for."""
 
     trajectories: Trajectories
-    rows: range
-    at: Sequence[int]
+    places: range
+    t: Tensor
     device: torch.device
 
     @property
     def cond(self) -> Cond:
-        labels = self.trajectories.labels(list(self.rows))
+        labels = self.trajectories.labels(list(self.places))
         return None if labels is None else labels.to(self.device)
 
     def state(self, i: int) -> Tensor:
-        """Return the states ``[b, *D]`` at the time ``at[i]``, which counts from the end if it is negative."""
-        place = self.at[i] % len(self.trajectories.t)
-        return self.trajectories.states(list(self.rows), [place])[:, 0].to(self.device)
+        """Return the states ``[b, *D]`` at the time ``t[i]``, which counts from the end if ``i`` is negative."""
+        return self.trajectories.state(list(self.places), self.t[i]).to(self.device)
 
 
-def stored_batches(trajectories: Trajectories, rows: range, at: Sequence[int], size: int, device: torch.device) -> list[StoredBatch]:
-    """Return this process's share of some trajectories, at some of the stored times, in batches of ``size`` at most.
+def stored_batches(trajectories: Trajectories, rows: range, t: Tensor, size: int, device: torch.device) -> list[StoredBatch]:
+    """Return this process's share of some trajectories, at the times ``t [n]``, in batches of ``size`` at most.
 
     Raises:
         FewstepError: there are more processes than trajectories.
     """
     mine = share(rows)
-    return [StoredBatch(trajectories, mine[start : start + size], at, device) for start in range(0, len(mine), size)]
+    return [StoredBatch(trajectories, mine[start : start + size], t, device) for start in range(0, len(mine), size)]
 
 
 class TeacherData:

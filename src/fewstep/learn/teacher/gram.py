@@ -68,13 +68,24 @@ class Gram:
         """Average over one batch of trajectories: states and denoiser outputs at the levels, each ``[K+1, B, *D]``."""
         level = torch.exp(-nodes.lam)
         x, D = x.detach().cpu().double(), D.detach().cpu().double()  # noqa: N806
-        cells = []
-        for k in range(1, len(level)):
-            r = level[k] / level[k - 1]
-            cells.append((x[k] / nodes.alpha[k] - level[k] * x[k - 1] / nodes.sigma[k - 1]) / (1 - r))
-        pictures = torch.cat([D, torch.stack(cells)]).flatten(1)
+        pictures = torch.cat([D, torch.stack(_cell_means(nodes, level, x))]).flatten(1)
         if slopes is None:
             slopes = torch.full((len(level), 2), torch.nan, dtype=torch.float64)
+        return cls(level, pictures @ pictures.T / pictures.shape[1], slopes, x.shape[1])
+
+    @classmethod
+    def along(cls, nodes: Nodes, x: Tensor) -> Gram:
+        """Average over one batch of trajectories from their states ``[K+1, B, *D]`` alone: outputs are the slopes of ``x/sigma`` in
+        ``alpha/sigma`` of a parabola through neighbouring states, which the cell means are on average.
+        """
+        level = torch.exp(-nodes.lam)
+        means = _cell_means(nodes, level, x.detach().cpu().double())
+        width = torch.diff(1 / level)
+        width = torch.where(torch.isfinite(width), width, 1e30)  # a last cell to the clean image
+        inner = [torch.lerp(a, b, float(h / (h + g))) for a, b, h, g in zip(means, means[1:], width, width[1:], strict=False)]
+        first = means[0] if len(means) < 2 else torch.lerp(means[0], means[1], -float(width[0] / (width[0] + width[1])))
+        pictures = torch.stack([first, *inner, means[-1], *means]).flatten(1)
+        slopes = torch.full((len(level), 2), torch.nan, dtype=torch.float64)
         return cls(level, pictures @ pictures.T / pictures.shape[1], slopes, x.shape[1])
 
     @classmethod
@@ -120,6 +131,15 @@ class Gram:
         """Return ``r_jk = s_k/s_j``, ``[K+1, K+1]``; 1 unless ``j < k``."""
         r = self.level[None, :] / self.level[:, None]
         return torch.where(torch.ones_like(r).triu(1) > 0, r, 1.0)
+
+
+def _cell_means(nodes: Nodes, level: Tensor, x: Tensor) -> list[Tensor]:
+    """Return the mean of the denoiser over ``1/s`` in each cell, from the states ``[K+1, B, *D]`` at its ends."""
+    cells = []
+    for k in range(1, len(level)):
+        r = level[k] / level[k - 1]
+        cells.append((x[k] / nodes.alpha[k] - level[k] * x[k - 1] / nodes.sigma[k - 1]) / (1 - r))
+    return cells
 
 
 @checked_class

@@ -22,6 +22,7 @@ from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule, VPLinear, schedule_from_config
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
+from fewstep.learn.teacher.dense import interpolation
 from fewstep.models.analytic import GaussianDenoiser
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
@@ -235,8 +236,11 @@ def generate_trajectories(
         return None if job.rank else made
 
 
-def trajectories_of(problem: Problem, grid: TimeGrid, config: TrajectoryConfig, job: Job) -> Trajectories:
-    """Make or complete the trajectories of a problem in a job's folder, see `generate_trajectories`, and read them in all processes."""
+def trajectories_of(problem: Problem, grid: TimeGrid, config: TrajectoryConfig, job: Job, *, checked: int | None = None) -> Trajectories:
+    """Make or complete the trajectories of a problem in a job's folder, see `generate_trajectories`, and read them in all processes.
+
+    ``checked`` says of how many the error is estimated; by default of the first batch.
+    """
     teacher = TrajectorySolver(problem.teacher, make_solver(config.solver), grid, config.nfe)
     about = {name: value for name, value in asdict(config).items() if name != "num"} | {
         "nfe": teacher.tableau.nodes.evaluations,
@@ -255,7 +259,7 @@ def trajectories_of(problem: Problem, grid: TimeGrid, config: TrajectoryConfig, 
         if path not in present:
             x, cond = problem.start(seeds, teacher.tableau.nodes), problem.cond(seeds, config.label)
             states = teacher.run(x, cond, lambda level, done=done: job.on_progress(done, f"noise level {level:.3g}"))
-            error = {} if number else teacher.error(x, cond, states)
+            error = {} if number else teacher.error(x[:checked], problem.cond(seeds[:checked], config.label), states[:checked])
             labels = problem.labels(seeds, config.label)
             _write_shard(path, about["identity"], seeds, states.to(DTYPES[config.dtype]), labels, error)
         done = seeds[-1] + 1 - config.seed
@@ -401,6 +405,12 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
                 [self._gather("x", places, torch.float32, k - 1) if k else start_noise(self._nodes, seeds, self.shape) for k in times], 1
             )
         return torch.cat([start_noise(self._nodes, seeds, self.shape)[:, None], self._gather("x", places, torch.float32)], 1)
+
+    def state(self, index: Sequence[int] | Tensor | slice, t: Tensor) -> Tensor:
+        """Return the states ``[n, *D]``, float32, at any time ``t []`` between the first stored one and the last, by `interpolation`."""
+        places, weights = interpolation(self.schedule, self.t, t)
+        states = self.states(index, at=places)
+        return sum((weight * states[:, k] for k, weight in enumerate(weights)), torch.zeros_like(states[:, 0]))
 
     def seeds(self, index: Sequence[int] | Tensor | slice) -> Tensor:
         """Return the seeds ``[n]`` of the starts."""
