@@ -158,7 +158,9 @@ def _of_module(module: nn.Module, where: str, known: dict[int, tuple[str, Any]],
         replaced = name == "forward" and hook is None  # accelerate's hooks put one in its place
         if name in BARE or name in ("forward", "_hf_hook", "_old_forward") and not replaced:
             continue
-        if replaced or not library or (name in ADAPTED and _is_adapter(type(module))):
+        adapted = name in ADAPTED and _is_adapter(type(module))
+        if replaced or not library or adapted:
+            value = tuple(value) if adapted and isinstance(value, list) else value  # one scale for each IP-adapter
             yield from _of_attribute(value, f"{where}.{name}", known)
     fleeting = module._non_persistent_buffers_set  # noqa: SLF001 - a module computes these
     for name, value in sorted([*module._parameters.items(), *module._buffers.items()]):  # noqa: SLF001

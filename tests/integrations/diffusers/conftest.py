@@ -3,9 +3,11 @@
 import diffusers
 import pytest
 import transformers
-from tests.integrations.diffusers import tiny_pictures, tiny_pipelines, tiny_videos
+from tests.integrations.diffusers import tiny_adapted, tiny_pictures, tiny_pipelines, tiny_sounds, tiny_videos
 
-MAKERS = tiny_pipelines.MAKERS | tiny_pipelines.OTHERS | tiny_pictures.MAKERS | tiny_videos.MAKERS
+MAKERS = (
+    tiny_pipelines.MAKERS | tiny_pipelines.OTHERS | tiny_pictures.MAKERS | tiny_videos.MAKERS | tiny_sounds.MAKERS | tiny_adapted.MAKERS
+)
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,7 @@ def latent_law() -> Any:
     )
 
 
-def stable_diffusion(folder: Path, kind: str = "StableDiffusionPipeline", **more: Any) -> Any:
+def stable_diffusion(folder: Path, kind: str = "StableDiffusionPipeline", feature_extractor: Any = None, **more: Any) -> Any:
     words = tokenizer(folder / "words")
     channels = 9 if more.pop("nine_channels", False) else 4
     return getattr(diffusers, kind)(
@@ -96,7 +96,7 @@ def stable_diffusion(folder: Path, kind: str = "StableDiffusionPipeline", **more
         unet=text_unet(channels=channels),
         scheduler=latent_law(),
         safety_checker=None,
-        feature_extractor=None,
+        feature_extractor=feature_extractor,
         requires_safety_checker=False,
         **more,
     )
@@ -299,6 +299,9 @@ MAKERS = {
 }
 
 
+AFTER: dict[str, Any] = {}  # pipelines that are changed once they are loaded -> how, a function of the pipeline and its folder
+
+
 def make(name: str, folder: Path, makers: Any = None) -> Path:
     """A pipeline's folder."""
     with torch.random.fork_rng():
@@ -314,4 +317,4 @@ def load(folder: Path, **options: Any) -> Any:
     options |= {name: None for name, what in index.items() if what == [None, None]}
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return AFTER[folder.name](pipe, folder) if folder.name in AFTER else pipe

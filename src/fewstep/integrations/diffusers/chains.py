@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewstep.core.prediction import Prediction, aligned, x0_coefficients
@@ -26,6 +27,7 @@ class Plan:
         start: makes the state before the first evaluation from a sample ``[B, *D]``.
         rows: one for each evaluation.
         a, b: coefficients ``[]`` of ``x0 = a x + b output``, one for each evaluation.
+        alpha: signal scales ``[]`` at the nodes, one more, where the pipeline's state is ``x / alpha``; else None.
     """
 
     begin: int
@@ -33,9 +35,10 @@ class Plan:
     rows: list[Row]
     a: list[Tensor]
     b: list[Tensor]
+    alpha: list[Tensor] | None = None
 
     @classmethod
-    def of(cls, tableau: Tableau, prediction: Prediction, begin: int, *, like: Tensor) -> Plan:
+    def of(cls, tableau: Tableau, prediction: Prediction, begin: int, *, like: Tensor, grows: bool = False) -> Plan:
         """Return the plan of a tableau that begins at evaluation ``begin``, for a network of this prediction.
 
         Args:
@@ -43,10 +46,21 @@ class Plan:
             prediction: what the network answers.
             begin: the number of its first evaluation on the whole grid.
             like: a tensor of the dtype and on the device that it is for.
+            grows: whether the pipeline's state is ``x / alpha``.
         """
         alpha, sigma = tableau.nodes.alpha[:-1], tableau.nodes.sigma[:-1]
         a, b = (list(aligned(value, like).flatten().unbind()) for value in x0_coefficients(prediction, alpha, sigma))
-        return cls(begin, tableau.start, tableau.rows(like), a, b)
+        scales = list(aligned(tableau.nodes.alpha, like).flatten().unbind()) if grows else None
+        return cls(begin, tableau.start, tableau.rows(like), a, b, scales)
+
+    def entered(self, sample: Tensor, at: int) -> Tensor:
+        """Return the solver's state ``[B, *D]`` for a pipeline's ``sample [B, *D]`` before evaluation ``at``, in the plan's dtype."""
+        x = sample.to(self.a[0].dtype)
+        return x if self.alpha is None else x * self.alpha[at - self.begin]
+
+    def returned(self, x: Tensor, at: int, dtype: torch.dtype) -> Tensor:
+        """Return the pipeline's sample ``[B, *D]`` for a solver's state ``x [B, *D]`` before evaluation ``at``, in the pipeline's dtype."""
+        return (x if self.alpha is None else x / self.alpha[at - self.begin]).to(dtype)
 
 
 @dataclass(eq=False)
@@ -64,6 +78,13 @@ class Chain:
     at: int
     state: State
     output: Callable[[], Tensor | None] = lambda: None
+
+    def enter(self, sample: Tensor) -> Tensor:
+        """Return the state of the next evaluation for this sample ``[B, *D]``: what was lost by rounding comes back, changes stay."""
+        x = self.plan.entered(sample, self.at)
+        if x.dtype == sample.dtype and self.plan.alpha is None:
+            return x
+        return self.state.x + (x - self.plan.entered(self.plan.returned(self.state.x, self.at, sample.dtype), self.at))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "output": self.output()}  # a weak reference cannot be pickled, its tensor can
@@ -94,11 +115,11 @@ class Chains:
         fitting = [chain for chain in here if chain.state.x.shape == sample.shape and chain.state.x.device == sample.device]
         if same is not None or len(fitting) < 2:
             return same or (fitting[0] if fitting else None)
-        return min(fitting, key=lambda chain: float((chain.state.x - sample).abs().mean()))  # the only look at numbers
+        return min(fitting, key=lambda chain: float((chain.state.x - chain.plan.entered(sample, chain.at)).abs().mean()))  # the only look
 
     def begin(self, plan: Plan, sample: Tensor) -> Chain:
         """Begin a trajectory at this sample ``[B, *D]``."""
-        chain = Chain(plan, plan.begin, plan.start(sample.to(plan.a[0].dtype)))
+        chain = Chain(plan, plan.begin, plan.start(plan.entered(sample, plan.begin)))
         self.waiting = [*self.waiting, chain][-MOST:]
         return chain
 

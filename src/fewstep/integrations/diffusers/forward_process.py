@@ -57,6 +57,7 @@ class NoisingScheduler(StoredScheduler):
             FewstepError: images or noise of another shape, or that are no floating point numbers.
         """
         alpha, sigma = self._scales(timesteps, original_samples, noise, "original_samples")
+        alpha, sigma = (torch.ones_like(alpha), sigma / alpha) if self._law.grows else (alpha, sigma)
         return alpha * original_samples + sigma * noise
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:  # noqa: ANN401

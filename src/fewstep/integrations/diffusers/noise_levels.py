@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from fewstep.core.grid import RHO, TimeGrid, karras_roots, make_grid
-from fewstep.core.schedule import NoiseSchedule, RectifiedFlow
+from fewstep.core.schedule import NoiseSchedule, RectifiedFlow, VPCosine
 from fewstep.integrations.diffusers.arguments import numbers
 from fewstep.models.formats.diffusers_law import ROUNDING, NoiseLaw, ends_clean
 from fewstep.runtime.errors import FewstepError, GridError, look_up
 from fewstep.runtime.front_door import is_count
 
-__all__ = ["checked_times", "default_sigmas_count", "grid_from_config"]
+__all__ = ["all_times", "checked_times", "default_sigmas_count", "grid_from_config"]
 
 LARGEST = 2.0**12  # the noise level that spacings of levels begin at where the table ends without signal
 SHORTEST = 1e-6  # of the way to the clean image: the last step of levels that end where their last evaluation is
+CALLED = (1.0, 2.0, 3.0)  # shifts that a call of ACE-Step has
 LEVELS = ("karras", "exponential", "beta", "lu")  # use_{name}_sigmas
 
 
@@ -71,17 +72,26 @@ def grid_from_config(
         return make_grid(str(config["grid"]), law.schedule, int(steps or 0))
     if isinstance(law.schedule, RectifiedFlow):
         return _ended(config, law, _flow(config, law.schedule, steps, wanted))
-    if law.schedule.times is None:
+    of_angles = isinstance(law.schedule, VPCosine)
+    if law.schedule.times is None and not of_angles:
         raise GridError("timestep spacings are for discrete times and flows: make the scheduler with grid=, for example karras")
     if wanted is not None:
         wanted = wanted[:-1] if bool(wanted[-1] == 0) else wanted
         return _ended(config, law, law.schedule.t_of_lam(-torch.log(wanted)))
-    name = _named(config)
+    name = _named(config) or (str(config.get("sigma_schedule") or "exponential") if of_angles else None)
     if name is None:
         return _ended(config, law, _spaced(config, law.schedule, int(steps or 0)))
     ends = torch.exp(-law.schedule.lam(torch.tensor([law.schedule.t_max, 0.0], dtype=torch.float64))).clamp(max=LARGEST)
     high, low = _falling(*(float(config.get(key) or end) for key, end in zip(("sigma_max", "sigma_min"), ends, strict=True)))
-    return _ended(config, law, law.schedule.t_of_lam(-torch.log(_levels(name, high, low, int(steps or 0)))))
+    levels = _levels(name, high, low, int(steps or 0), float(config.get("rho", RHO)))
+    return _ended(config, law, law.schedule.t_of_lam(-torch.log(levels)))
+
+
+def all_times(count: int, law: NoiseLaw) -> Tensor:
+    """Return the times ``[count]`` of training, float32: ``count - 1 .. 0``, or angles from the first level's on."""
+    if isinstance(law.schedule, VPCosine):
+        return law.schedule.t_max * torch.arange(count, 0, -1, dtype=torch.float32) / count
+    return torch.arange(count - 1, -1, -1, dtype=torch.float32)
 
 
 def checked_times(config: Mapping[str, Any], law: NoiseLaw, timesteps: Any) -> Tensor:  # noqa: ANN401 - a number, a list, an array or a tensor
@@ -92,6 +102,7 @@ def checked_times(config: Mapping[str, Any], law: NoiseLaw, timesteps: Any) -> T
     """
     times = numbers(timesteps, "timesteps")
     most = float(config.get("num_train_timesteps", 1000)) - (law.schedule.times is not None)
+    most = 1.0 if isinstance(law.schedule, VPCosine) else most
     slack = 0.0 if law.schedule.times is not None else ROUNDING * most
     if not len(times) or not bool(((times >= 0) & (times <= most + slack)).all()):
         raise GridError(f"timesteps lie between 0 and {most:g}, got {times.tolist()}")
@@ -101,10 +112,11 @@ def checked_times(config: Mapping[str, Any], law: NoiseLaw, timesteps: Any) -> T
 def default_sigmas_count(sigmas: Any) -> int | None:  # noqa: ANN401 - a list, an array or a tensor
     """Return the number of a flow pipeline's default sigmas, None of other sigmas. Such pipelines always pass some.
 
-    They are uniform from 1, or Mochi's: linear over the first half of the steps, and quadratic over the rest.
+    They are uniform from 1, shifted by 1, 2 or 3 (ACE-Step), or Mochi's: linear over the first half of the steps, then quadratic.
     """
     given = numbers(sigmas, "sigmas")
-    usual = [torch.linspace(1, 1 / max(len(given), 1), len(given), dtype=torch.float64)]
+    uniform = torch.linspace(1, 1 / max(len(given), 1), len(given), dtype=torch.float64)
+    usual = [shift * uniform / (1 + (shift - 1) * uniform) for shift in CALLED]
     usual += [_linear_quadratic(len(given))] if len(given) > 1 else []
     return len(given) if len(given) and any(torch.allclose(given, sigmas, rtol=1e-5) for sigmas in usual) else None
 
@@ -144,12 +156,12 @@ def _falling(high: float, low: float) -> tuple[float, float]:
     return high, low
 
 
-def _levels(name: str, high: float, low: float, steps: int) -> Tensor:
+def _levels(name: str, high: float, low: float, steps: int, rho: float = RHO) -> Tensor:
     """Return ``steps`` noise levels from ``high`` to ``low``, both included."""
     if steps < 1:
         raise GridError(f"a grid needs at least 1 step, got {steps}")
     if name == "karras":
-        return karras_roots(*torch.tensor([high, low], dtype=torch.float64), count=steps) ** RHO
+        return karras_roots(*torch.tensor([high, low], dtype=torch.float64), count=steps, rho=rho) ** rho
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     if name == "beta":
         return low + _beta_quantiles(1 - ramp) * (high - low)

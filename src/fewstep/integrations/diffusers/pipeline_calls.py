@@ -129,7 +129,7 @@ class PipelineLoop(nn.Module):
             check_evaluating(part)
         self.components = nn.ModuleDict(modules)
         settings = {key: value for key, value in pipe.config.items() if isinstance(value, bool | int | float)}
-        about = digest(parts([type(pipe).__name__, settings, [_plain(call) for call in calls]], "calls"))
+        about = digest(parts([type(pipe).__name__, settings, [_plain(call) for call in calls], *_guider(pipe)], "calls"))
         self.register_buffer("about", torch.tensor(list(about.encode()), dtype=torch.uint8))  # a part of the model's fingerprint
         self._pipe, self._calls = pipe, list(calls)
         self._open: dict[tuple[int, int], Relay] = {}
@@ -231,8 +231,6 @@ class PipelineLoop(nn.Module):
             call[self._several] = count
         if "generator" in known:
             call["generator"] = torch.Generator().manual_seed(seed)
-        if "output_type" in known:
-            call["output_type"] = "latent"
 
         pipe, encoded = self._pipe, self._encoded  # and not the loop itself, which could not end while a call of it waits
 
@@ -306,7 +304,19 @@ def _is_text(value: Any) -> bool:  # noqa: ANN401
     return isinstance(value, str | int | float | bool | torch.device | torch.dtype | None)
 
 
+def _guider(pipe: Any) -> list[Any]:  # noqa: ANN401
+    """Return the class and the numbers of a modular pipeline's guider; an empty list where there is none."""
+    guider = pipe.components.get("guider")
+    if guider is None:
+        return []
+    return [type(guider).__name__, {key: value for key, value in guider.config.items() if isinstance(value, str | bool | int | float)}]
+
+
 def _parameters(pipe: Any) -> Mapping[str, Any]:  # noqa: ANN401
+    """Return the arguments of a pipeline's call by name; those of a modular pipeline are the inputs of its blocks."""
+    blocks: Any = getattr(pipe, "blocks", None)
+    if hasattr(blocks, "input_names"):
+        return dict.fromkeys(blocks.input_names)
     return inspect.signature(type(pipe).__call__).parameters
 
 

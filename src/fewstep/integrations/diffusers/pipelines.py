@@ -126,6 +126,8 @@ def from_pipeline(
         {"guidance_scale": guidance_scale} if guidance_scale != 1 else {}
     )
     if not hasattr(type(pipe), "components") or getattr(pipe, "scheduler", None) is None:
+        if hasattr(pipe, "load_components"):
+            raise ModelError(f"the scheduler of this {kind} is not loaded yet: run load_components() first")
         raise ModelError(f"a {kind} is no diffusers pipeline with a scheduler: make a fewstep.Model of a network of your own")
     if calls is not None:
         if texts or said or embedded_guidance != 3.5:

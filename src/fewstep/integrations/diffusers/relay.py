@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -50,6 +51,9 @@ class _RelayScheduler(FewstepScheduler):
     """
 
     _relay: Relay
+
+    def _law_of(self, mu: float | None) -> NoiseLaw:
+        return replace(super()._law_of(mu), grows=False)  # states are those that the network sees
 
     def set_timesteps(
         self,
@@ -108,7 +112,7 @@ class Relay:
         self.law: NoiseLaw | None = None
         self._call, self._asked, self._told = call, SimpleQueue[tuple[Tensor, float] | None](), SimpleQueue[Any]()
         scheduler = _RelayScheduler.from_config(pipe.scheduler.config, solver="ddim", grid=None, timestep_spacing="trailing")
-        scheduler._relay = self  # noqa: SLF001 - its other half
+        scheduler._relay, scheduler.init_noise_sigma = self, 1.0  # noqa: SLF001 - its other half
         if scheduler.config["thresholding"]:
             raise ModelError("the scheduler of this pipeline clips its estimates (thresholding), unseen by a learner: switch it off")
         self._scheduler, self._theirs = scheduler, dict(vars(pipe))

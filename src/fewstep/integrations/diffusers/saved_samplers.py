@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 
-from fewstep.core.schedule import NoiseSchedule, RectifiedFlow
+from fewstep.core.schedule import NoiseSchedule, RectifiedFlow, VPCosine
+from fewstep.models.formats.diffusers_law import ANGLE
 from fewstep.runtime.artifact import named_path
 from fewstep.runtime.errors import ArtifactError, GridError
 from fewstep.runtime.hub import HUB_ID, snapshot
@@ -124,4 +126,7 @@ class SavedSamplers:
             bar = law.alpha(law.times) ** 2  # from the clean image on
             betas = (1 - bar[1:] / bar[:-1]).tolist()
             return {"trained_betas": betas, "num_train_timesteps": len(betas), "prediction_type": kind}
+        if isinstance(law, VPCosine) and law.s == 0 and law.t_max < 1:  # Stable Audio's, whose times are angles
+            level = math.tan(math.pi / 2 * law.t_max)
+            return {"_class_name": ANGLE, "sigma_max": level, "sigma_data": 1.0, "prediction_type": kind}
         raise ArtifactError(f"diffusers' pipelines have discrete times or flows, and this sampler's law is {law}: use fewstep.sample")

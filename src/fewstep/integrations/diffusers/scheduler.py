@@ -21,7 +21,7 @@ from fewstep.core.tableau import Row, Solver, advance
 from fewstep.integrations.diffusers.arguments import check_generators, check_states, one_time, plain_time, refuse_asked, refuse_unknown
 from fewstep.integrations.diffusers.chains import Chain, Chains, Plan
 from fewstep.integrations.diffusers.forward_process import NoisingScheduler
-from fewstep.integrations.diffusers.noise_levels import checked_times, default_sigmas_count, grid_from_config
+from fewstep.integrations.diffusers.noise_levels import all_times, checked_times, default_sigmas_count, grid_from_config
 from fewstep.integrations.diffusers.saved_samplers import SavedSamplers
 from fewstep.integrations.diffusers.scheduler_files import (
     BaseOutput,
@@ -62,8 +62,8 @@ class FewstepSchedulerOutput(BaseOutput):
 class FewstepScheduler(NoisingScheduler):
     """A diffusers scheduler whose steps are this library's.
 
-    Its state is that of the network (variance preserving, or a flow), so `scale_model_input` does nothing. One instance can follow several
-    samples at once; a loop can be run again without `set_timesteps`.
+    Its state is that of the network (variance preserving, or a flow), so `scale_model_input` does nothing; but for Stable Audio's, which
+    grows with the noise. One instance can follow several samples at once; a loop can be run again without `set_timesteps`.
 
     Args:
         solver: a name of the registry with options (``unipc-3``, ``dpm-solver-pp-2m:form=taylor``); by default the solver that diffusers'
@@ -78,7 +78,8 @@ class FewstepScheduler(NoisingScheduler):
             prediction writes it down, beside the ``final_sigmas_type="sigma_min"`` without which diffusers refuses such solvers.
 
     All other arguments are those of diffusers' DPM-Solver and UniPC schedulers, with their meanings; ``invert_sigmas`` is that of its flow
-    scheduler, ``snr_shift_scale`` that of CogVideoX's.
+    scheduler, ``snr_shift_scale`` that of CogVideoX's. ``sigma_data`` marks the law of Stable Audio, whose levels ``sigma_schedule`` and
+    ``rho`` space.
 
     Raises:
         FewstepError: an unknown name or option, or artifacts of another model.
@@ -129,6 +130,9 @@ class FewstepScheduler(NoisingScheduler):
         rescale_betas_zero_snr: bool = False,
         snr_shift_scale: float = 1.0,
         invert_sigmas: bool = False,
+        sigma_data: float | None = None,
+        sigma_schedule: str = "exponential",
+        rho: float = 7.0,
     ) -> None:
         given = {key: self.config[key] for key in DESCRIPTIVE}
         name = solver_of(given) if solver is None else ALIASES.get(str(solver), str(solver))
@@ -144,7 +148,7 @@ class FewstepScheduler(NoisingScheduler):
             self._solver = self._made(name)
         unshifted = 0.0 if shift_kind(self.config) == "exponential" else 1.0
         self._law: NoiseLaw = noise_law(self.config, mu=unshifted, to_clean=ends_clean(self.config))
-        self.init_noise_sigma = 1.0
+        self.init_noise_sigma = 1 / float(self._law.schedule.alpha(self._law.schedule.ends[0])) if self._law.grows else 1.0
         known = self._law.schedule.times
         if self._law.betas is not None and known is not None:
             self.betas, self.alphas = self._law.betas, 1 - self._law.betas
@@ -152,7 +156,7 @@ class FewstepScheduler(NoisingScheduler):
         self._told_of_held = False
         self._held: list[tuple[int, float, float]] = []  # evaluations beyond the table: number, time that the network is told, t
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
+        self.timesteps = all_times(num_train_timesteps, self._law)
         self.sigmas = torch.exp(-self._law.schedule.lam(self._law.t_of_time(self.timesteps.double()))).float()
         self._begin_index: int | None = None
         self._forget()
@@ -305,13 +309,14 @@ class FewstepScheduler(NoisingScheduler):
         key = (begin, dtype, device)
         if key not in self._plans:
             tail = self._sampler.tail(begin, statistics=self._statistics).tableau
-            self._plans[key] = Plan.of(tail, self._law.prediction, begin, like=torch.empty(0, dtype=dtype, device=device))
+            like = torch.empty(0, dtype=dtype, device=device)
+            self._plans[key] = Plan.of(tail, self._law.prediction, begin, like=like, grows=self._law.grows)
         return self._plans[key]
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None, *args: Any) -> Tensor:  # noqa: ANN401, ARG002
-        """Return ``sample`` itself: the state is the network's input.
+        """Return ``sample`` itself, since the state is the network's input; of Stable Audio, scaled to what its network sees.
 
         Raises:
             FewstepError: a noise level in place of a sample, as a pipeline scales it whose state grows with the noise.
@@ -321,7 +326,10 @@ class FewstepScheduler(NoisingScheduler):
                 "a pipeline that scales a noise level (StableDiffusionLatentUpscalePipeline) works on a state that grows with the noise, "
                 "which a FewstepScheduler does not have: keep its EulerDiscreteScheduler"
             )
-        return sample
+        if not self._law.grows:
+            return sample
+        at = torch.as_tensor(plain_time(timestep, 1), dtype=torch.float64)
+        return sample * float(self._law.schedule.alpha(self._law.t_of_time(at)))
 
     @torch.compiler.disable
     def step(
@@ -365,15 +373,13 @@ class FewstepScheduler(NoisingScheduler):
             model_output = self._mean(model_output, sample)
         chain = self._chain(timestep, sample)
         plan, i = chain.plan, chain.at - chain.plan.begin
-        x = sample.to(chain.state.x.dtype)
-        if x.dtype != sample.dtype:  # what was lost by rounding comes back; a callback's changes stay
-            x = chain.state.x + (x - chain.state.x.to(sample.dtype).to(x.dtype))
+        x = chain.enter(sample)
         x0 = torch.addcmul(plan.a[i] * x, plan.b[i], model_output.to(x.dtype))
         if self.config["thresholding"]:
             x0 = thresholded(x0, self.config["dynamic_thresholding_ratio"], 1.0, self.config["sample_max_value"])
         noise = self._noise(plan.rows[i], x, generator, variance_noise)
         chain.state, chain.at = advance(plan.rows[i], chain.state._replace(x=x), x0, noise), chain.at + 1
-        result, self._last = chain.state.x.to(sample.dtype), chain.at
+        result, self._last = plan.returned(chain.state.x, chain.at, sample.dtype), chain.at
         self._chains.step_done(chain, result, last=chain.at == len(self._times))
         x0 = x0.clone() if x0.dtype == sample.dtype else x0.to(sample.dtype)  # the solver may remember it
         return FewstepSchedulerOutput(result, x0) if return_dict else (result, x0)

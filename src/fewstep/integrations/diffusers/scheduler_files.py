@@ -13,7 +13,7 @@ import torch
 from fewstep.core.statistics import ModelStatistics
 from fewstep.integrations.diffusers.saved_samplers import SavedSamplers
 from fewstep.integrations.diffusers.solver_names import DESCRIPTIVE, end_of, options_of
-from fewstep.models.formats.diffusers_law import ends_clean, is_edm, is_flow, noise_law, refuse_no_ode
+from fewstep.models.formats.diffusers_law import ends_clean, is_angle, is_edm, is_flow, noise_law, refuse_no_ode
 from fewstep.runtime.artifact import read_json
 from fewstep.runtime.errors import ArtifactError, ModelError
 from fewstep.runtime.hub import HUB_ID, snapshot
@@ -93,13 +93,15 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
             refuse_no_ode(changed)
             if "solver" not in changed:  # it was never ours
                 made = changed.pop("_use_default_values", None) is not None or of  # by a scheduler, rather than by hand
-                lawless = made and not is_flow(changed) and "beta_schedule" not in changed
+                lawless = made and not is_flow(changed) and not is_angle(changed) and "beta_schedule" not in changed
                 if str(changed.get("algorithm_type")).endswith("_prediction"):
                     del changed["algorithm_type"]  # SA-Solver has another meaning for it
                 if is_edm(changed):
                     raise ModelError(f"{of or 'a scheduler'} with sigma_data has a state that grows with the noise: keep that scheduler")
                 if lawless:
                     raise ModelError(f"{of or 'a scheduler'} has no beta_schedule and is no flow known here: keep that scheduler")
+                if is_angle(changed):
+                    changed["algorithm_type"] = "sde-dpmsolver++"  # the only one that it has
                 if changed.get("algorithm_type") == "deis":
                     changed.setdefault("final_sigmas_type", "sigma_min")  # where DEIS ends, which has no such option
                 if changed.get("use_flow_sigmas") and changed.get("use_karras_sigmas") and "sigma_max" in changed:

@@ -13,13 +13,26 @@ import torch
 from torch import Tensor
 
 from fewstep.core.prediction import EDM, Prediction, prediction
-from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding
+from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding, VPCosine
 from fewstep.models.networks.calls import NetworkTime, edm_time
 from fewstep.runtime.errors import ModelError
 
-__all__ = ["ROUNDING", "NoiseLaw", "ends_clean", "flow_shift", "is_edm", "is_flow", "noise_law", "refuse_no_ode", "shift_kind"]
+__all__ = [
+    "ANGLE",
+    "ROUNDING",
+    "NoiseLaw",
+    "ends_clean",
+    "flow_shift",
+    "is_angle",
+    "is_edm",
+    "is_flow",
+    "noise_law",
+    "refuse_no_ode",
+    "shift_kind",
+]
 
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+ANGLE = "CosineDPMSolverMultistepScheduler"  # Stable Audio's
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 OTHER_LAWS = ("CMStochasticIterativeScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler")
 DISTILLED = (
@@ -56,6 +69,7 @@ class NoiseLaw:
         time: the network's own time, diffusers' "timestep", from ``t``. ``[*] -> [*]``.
         t_of_time: its inverse. (Both are functions of a module, or made of one: a scheduler can be pickled.)
         betas: the variances ``[T]`` of a discrete law, float32 as diffusers has them.
+        grows: whether a pipeline's state is ``x / alpha``, which grows with the noise, and its scheduler scales it for the network.
     """
 
     schedule: NoiseSchedule
@@ -63,6 +77,7 @@ class NoiseLaw:
     time: Callable[[Tensor], Tensor]
     t_of_time: Callable[[Tensor], Tensor]
     betas: Tensor | None = None
+    grows: bool = False
 
     def held_time(self, t: Tensor) -> Tensor:
         """Return `time` held where the network knows it. ``[*] -> [*]``."""
@@ -96,6 +111,8 @@ def noise_law(config: Mapping[str, Any], *, mu: float | None = None, to_clean: b
                 raise ModelError(f"a flow with invert_sigmas predicts its velocity, not {kind!r}: leave prediction_type out")
             return NoiseLaw(law, prediction("reversed-flow"), partial(_inverted, law, steps), partial(_of_inverted, law, steps))
         return NoiseLaw(law, prediction(kind), NetworkTime("sigma", steps, schedule=law), partial(_of_flow, law, steps))
+    if is_angle(config):
+        return _angle(config, str(kind), to_clean)
     if is_edm(config):
         if kind != "epsilon":
             raise ModelError(f"an EDM scheduler with prediction type {kind!r} is not known here, only epsilon (EDM's own F)")
@@ -140,7 +157,25 @@ def is_flow(config: Mapping[str, Any]) -> bool:
 
 def is_edm(config: Mapping[str, Any]) -> bool:
     """Return whether a scheduler's configuration is that of one of the EDM schedulers."""
-    return str(config.get("_class_name", "")).startswith("EDM") or "sigma_data" in config
+    return str(config.get("_class_name", "")).startswith("EDM") or (config.get("sigma_data") is not None and not is_angle(config))
+
+
+def is_angle(config: Mapping[str, Any]) -> bool:
+    """Return whether a scheduler's configuration is Stable Audio's: its network is told the angle ``2/pi arctan(sigma/alpha)``."""
+    ours = "solver" in config and config.get("sigma_data") is not None  # which only a configuration of that scheduler brings in
+    return str(config.get("_class_name", "")) == ANGLE or ours
+
+
+def _angle(config: Mapping[str, Any], kind: str, to_clean: bool) -> NoiseLaw:
+    """Return the law of Stable Audio: its network sees ``cos x0 + sin eps``, is told the angle, and answers the velocity."""
+    scale = float(config.get("sigma_data", 1.0))
+    if prediction(kind).name != "v" or scale != 1:
+        raise ModelError(
+            f"{ANGLE} is known here with prediction_type='v_prediction' and sigma_data=1, as Stable Audio has it, got {kind!r} and "
+            f"{scale:g}: keep that scheduler"
+        )
+    low, high = (2 / math.pi * math.atan(float(config.get(key) or usual)) for key, usual in (("sigma_min", 0.3), ("sigma_max", 500.0)))
+    return NoiseLaw(VPCosine(s=0.0, t_min=0.0 if to_clean else low, t_max=high), prediction(kind), NetworkTime(), _of_table, grows=True)
 
 
 def _discrete(config: Mapping[str, Any], kind: Prediction, to_clean: bool) -> NoiseLaw:
