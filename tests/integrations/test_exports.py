@@ -8,9 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from fewstep import DiscreteVP, GridError, NoiseSchedule, RectifiedFlow, Sampler, SolverError, TimeGrid, VarianceExploding, VPLinear
+from fewstep import (
+    DiscreteVP,
+    GridError,
+    Model,
+    NoiseSchedule,
+    RectifiedFlow,
+    Sampler,
+    SolverError,
+    TimeGrid,
+    VarianceExploding,
+    VPLinear,
+    sample,
+)
 from fewstep.integrations.exports import (
     TARGETS,
     export,
@@ -20,6 +32,7 @@ from fewstep.integrations.exports import (
     to_kdiffusion,
     to_sdcpp,
     to_sigmas,
+    to_times,
     to_vllm_omni,
 )
 from fewstep.integrations.kdiffusion import Law, sample_fewstep, sigmas_for
@@ -146,6 +159,33 @@ def test_vllm_omni():
     assert f"num_inference_steps={sampler.grid.steps}" in done.use
 
 
+@pytest.mark.parametrize("schedule", [RectifiedFlow(), FLOW])
+def test_times(schedule):
+    """Euler's method from noise at 0 to data at 1, at the list's times: what text-to-speech flows integrate."""
+    sampler = made(schedule, nfe=6)
+    done = to_times(sampler)
+    times = torch.tensor(json.loads(done.text), dtype=torch.float64)
+    assert done.argument == "times" and done.solver == "euler" and times[0] == 0 and times[-1] == 1 and bool((times.diff() > 0).all())
+    velocity = lambda t, x: torch.tanh(x * (1 + t)) - x  # noqa: E731 - towards the data
+    x = start = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for now, after in zip(times, times[1:], strict=False):
+        x = x + (after - now) * velocity(now, x)
+    network = lambda x, t: velocity(t.reshape(-1, 1, 1), x)  # noqa: E731
+    model = Model(network, schedule, "reversed-flow", shape=(3, 4), time=schedule.alpha)
+    torch.testing.assert_close(sample(model, sampler, start), x, rtol=1e-6, atol=1e-6)
+
+
+def test_unipc_of_a_flow_stays():
+    """Diffusers' UniPC takes a flow's sigmas, but tells its network other times: cut, and never that of pure noise."""
+    theirs = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    theirs.set_timesteps(sigmas=np.array([1.0, 0.57, 0.25]))  # a list is a TypeError
+    assert theirs.timesteps.tolist() == [999, 569, 250]
+    sampler = made(FLOW, "unipc-2")
+    with pytest.raises(SolverError, match=r"cuts the times that its network is told .* 569 at 0.57.*FewstepScheduler.from_sampler"):
+        to_diffusers(sampler)
+    assert to_diffusers(sampler, levels_only=True).solver is None
+
+
 # -- a list is never altered --------------------------------------------------------------------------------------------
 
 
@@ -255,6 +295,7 @@ def test_coefficients_of_a_fitted_sampler_do_not_travel(target):
 
 def test_what_cannot_be_given_is_refused():
     unipc, flow = made(TABLE, "unipc-2"), made(FLOW)
+    late = made(RectifiedFlow(), grid=TimeGrid(torch.tensor([0.8, 0.5, 0.0])))
     short = made(RectifiedFlow(), grid=TimeGrid(torch.tensor([1.0, 0.5, 0.1])))
     for error, ask, message in (
         (FewstepError, lambda: export(flow, "a1111"), f"unknown target 'a1111': a list of levels is written for {', '.join(TARGETS)}"),
@@ -266,6 +307,9 @@ def test_what_cannot_be_given_is_refused():
         (GridError, lambda: export(flow, "vllm-omni", shift=0.0), "a shift is above 0"),
         (GridError, lambda: export(unipc, "vllm-omni", shift=1.0), "takes the sigmas of flows"),
         (GridError, lambda: export(short, "diffusers"), "appends a 0"),
+        (GridError, lambda: export(made(TABLE), "times"), "times are those of a flow"),
+        (GridError, lambda: export(late, "times"), "starts from noise at time 0, and this sampler at time 0.2"),
+        (SolverError, lambda: export(made(FLOW, "unipc-2"), "times"), "times has no solver that is unipc-2"),
         (GridError, lambda: export(made(TABLE), "diffusers", shift=3.0), "only a flow's levels are shifted"),
         (GridError, lambda: export(made(EDM), "diffusers"), "have a table of times or a flow"),
         (ArtifactError, lambda: saved_samplers(Path("nowhere")), "no sampler in nowhere"),

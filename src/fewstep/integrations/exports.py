@@ -38,6 +38,7 @@ __all__ = [
     "to_kdiffusion",
     "to_sdcpp",
     "to_sigmas",
+    "to_times",
     "to_vllm_omni",
 ]
 
@@ -68,7 +69,7 @@ class Export:
 
     Attributes:
         target: the program, one of `TARGETS`.
-        argument: what the list is there: ``sigmas`` or ``timesteps``.
+        argument: what the list is there: ``sigmas``, ``timesteps`` or ``times``.
         values: the numbers, float32; the end is among them where the program wants it.
         law: what they measure: ``eps`` for ``sigma/alpha``, ``flow`` for a flow's ``sigma``.
         solver: the name there of the solver that they are for; None where only the levels were asked for.
@@ -195,11 +196,35 @@ def to_sdcpp(sampler: Sampler, levels_only: bool = False) -> Export:
     return _exported("sdcpp", levels, law, name, _used(sampler, use, name), between=",")
 
 
+def to_times(sampler: Sampler, levels_only: bool = False) -> Export:
+    """Write the times ``[M+1]`` of a flow for an ODE solver that takes a list of them, from noise at 0 to the data at 1.
+
+    Text-to-speech models of the family of F5-TTS integrate ``dx/dt = v(x, t)`` from ``t = 0``, the noise, to ``t = 1``, the data, by
+    Euler's method at a list of times (github.com/SWivid/F5-TTS, f5_tts/model/cfm.py: ``odeint(fn, y0, t, method="euler")``; arXiv
+    2410.06885). A level ``sigma`` of a flow is the time ``1 - sigma`` there. A sway that a program adds to its times has to be off.
+
+    Raises:
+        SolverError: another solver than Euler's, without ``levels_only``.
+        GridError: a law that is no flow, or a start that is not pure noise.
+    """
+    if not isinstance(sampler.schedule, RectifiedFlow):
+        raise GridError(f"times are those of a flow from noise at 0 to data at 1, and this sampler's law is {str(sampler.schedule)[:80]}")
+    levels = sampler.schedule.sigma(sampler.grid.t.detach())
+    if levels[0] != 1:
+        raise GridError(f"such an ODE starts from noise at time 0, and this sampler at time {1 - float(levels[0]):.4g}: start it at noise")
+    otherwise = "run it with fewstep.sample, as a Model whose prediction is reversed-flow"
+    name = _named(sampler, "times", dict.fromkeys(FIRST_ORDER, "euler"), levels_only, otherwise, "flow")
+    use = "odeint(velocity, noise, torch.tensor(LIST), method='euler'), without a sway of its own (sway_sampling_coef=None)"
+    return _exported("times", 1 - levels, "flow", name, _used(sampler, use, name), between=", ", ends="[]", argument="times")
+
+
 # -- programs that change what they are given -----------------------------------------------------------------------------------------
 
 
 def to_diffusers(sampler: Sampler, shift: float | None = None, levels_only: bool = False) -> Export:
     """Write what ``set_timesteps`` of a scheduler of diffusers takes, and a pipeline's call with it.
+
+    UniPC of a flow is refused: diffusers' cuts the times that a network is told, which its levels do not follow.
 
     - A flow: ``sigmas [M]`` of ``FlowMatchEulerDiscreteScheduler``, which shifts them once more, by ``shift`` or by ``mu`` where
       ``use_dynamic_shifting`` is on, and appends the 0 itself (its ``set_timesteps``; github.com/huggingface/diffusers/issues/14461). By
@@ -221,6 +246,11 @@ def to_diffusers(sampler: Sampler, shift: float | None = None, levels_only: bool
         return _timesteps(sampler, spec)
     scheduler = "FlowMatchEulerDiscreteScheduler" if flow else "EulerDiscreteScheduler"
     others = "load it with fewstep.integrations.diffusers.FewstepScheduler.from_sampler"
+    if flow and spec is not None and spec.startswith("unipc") and not levels_only:
+        raise SolverError(
+            "UniPCMultistepScheduler cuts the times that its network is told to whole numbers (999 at sigma = 1, 569 at 0.57), so no list "
+            f"makes it ask where this sampler asks: {others}, or take the levels alone (--levels-only, levels_only=True)"
+        )
     name = _named(sampler, "diffusers", dict.fromkeys(FIRST_ORDER, scheduler), levels_only, others)
     if not flow:
         use = f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config); pipe(..., sigmas=LIST)"
@@ -261,9 +291,10 @@ PLAIN: Mapping[str, Callable[[Sampler, bool], Export]] = {
     "comfyui": to_comfyui,
     "kdiffusion": to_kdiffusion,
     "sdcpp": to_sdcpp,
+    "times": to_times,
 }
 SHIFTED: Mapping[str, Callable[[Sampler, float | None, bool], Export]] = {"diffusers": to_diffusers, "vllm-omni": to_vllm_omni}
-TARGETS = ("sigmas", "diffusers", "comfyui", "kdiffusion", "sdcpp", "vllm-omni")
+TARGETS = ("sigmas", "diffusers", "comfyui", "kdiffusion", "sdcpp", "vllm-omni", "times")
 
 
 # -- what they share ------------------------------------------------------------------------------------------------------------------
@@ -354,7 +385,9 @@ def _timesteps(sampler: Sampler, spec: str) -> Export:
 OPTIONS = ("solver_order", "algorithm_type", "solver_type", "lower_order_final", "euler_at_final")
 
 
-def _exported(target: str, levels: Tensor, law: Law, solver: str | None, use: str, *, between: str, ends: str = "") -> Export:
+def _exported(
+    target: str, levels: Tensor, law: Law, solver: str | None, use: str, *, between: str, ends: str = "", argument: str = "sigmas"
+) -> Export:
     words = [np.format_float_positional(level, unique=True, trim="0") for level in levels.to(torch.float32).numpy()]
     text = between.join(words)
-    return Export(target, "sigmas", tuple(map(float, words)), law, solver, f"{ends[:1]}{text}{ends[1:]}", use)
+    return Export(target, argument, tuple(map(float, words)), law, solver, f"{ends[:1]}{text}{ends[1:]}", use)

@@ -3,7 +3,7 @@
 import diffusers
 import pytest
 import torch
-from tests.integrations.diffusers.led import CALLS, last_state
+from tests.integrations.diffusers.led import CALLS, GUIDERS, last_state
 from tests.integrations.diffusers.test_scheduler import theirs_warn
 from tests.integrations.diffusers.tiny_pipelines import load
 
@@ -39,18 +39,10 @@ def test_the_strength_of_an_adapter_tells_models_apart(name, folder):
     assert from_pipeline(pipe, calls=CALLS[name]).fingerprint != before
 
 
-GUIDERS = {
-    "with momentum": (
-        diffusers.AdaptiveProjectedGuidance,
-        {"guidance_scale": 4.0, "adaptive_projected_guidance_momentum": -0.5, "adaptive_projected_guidance_rescale": 1.0},
-    ),
-    "that ends at a step": (diffusers.ClassifierFreeGuidance, {"guidance_scale": 4.0, "stop": 0.5}),
-}
-
-
 @pytest.mark.parametrize("kind", GUIDERS)
 def test_guiders_that_know_their_step_are_refused(kind, folder):
-    pipe = guided(load(folder("sdxl-modular")), GUIDERS[kind][0], **GUIDERS[kind][1])
+    guider, options = GUIDERS[kind]
+    pipe = guided(load(folder("sdxl-modular")), guider, guidance_scale=4.0, **options)
     with pytest.raises(ModelError, match="answers otherwise at another step of its loop"):
         from_pipeline(pipe, calls=CALLS["sdxl-modular"])
 
