@@ -261,6 +261,15 @@ def pipeline(results: dict[str, Any]) -> None:
         print(f"| {name} | " + " | ".join(line) + f" | {usual} |")
 
 
+def pipelines(results: dict[str, Any]) -> None:
+    """Print what each pipeline makes, whether DDIM on its own times is its own scheduler, what a fit gains, and what is refused."""
+    heading(["pipeline", "makes"], ["DDIM is its own scheduler", "error at 5 steps, own to fitted", "refused"])
+    for row in results["rows"]:
+        apart = row["ddim"]
+        same = "it adds noise" if apart is None else "yes" if apart < 1e-5 else f"to {apart:.0e}".replace("e-0", "e-")
+        print(f"| {row['class']} | {row['makes']} | {same} | {row['own'] / row['fitted']:.1f} | {'; '.join(row['refused'])} |")
+
+
 def default_grid(rows: list[Row]) -> None:
     """Print the error of unipc-2 at 8 evaluations on each grid, the least of each network in bold."""
     grids = list(dict.fromkeys(row["grid"] for row in rows))
@@ -443,6 +452,7 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "fit-study": lambda results, args: fit_study([row for row in results[0]["rows"] if row["table"] == args.part]),
     "dsno-study": lambda results, args: dsno_study(results[0]["rows"], args.part),
     "pipeline": lambda results, args: pipeline(results[0]),
+    "pipelines": lambda results, args: pipelines(results[0]),
     "default-grid": lambda results, args: default_grid(results[0]["rows"]),
     "ten-minutes": lambda results, args: ten_minutes(results[0], args.part),
     "traffic": lambda results, args: traffic(results[0]["rows"]),

@@ -178,10 +178,10 @@ def test_times(schedule):
 def test_unipc_of_a_flow_stays():
     """Diffusers' UniPC takes a flow's sigmas, but tells its network other times: cut, and never that of pure noise."""
     theirs = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
-    theirs.set_timesteps(sigmas=np.array([1.0, 0.57, 0.25]))  # a list is a TypeError
-    assert theirs.timesteps.tolist() == [999, 569, 250]
+    theirs.set_timesteps(sigmas=np.array([1.0, 0.5625, 0.25]))  # a list is a TypeError
+    assert theirs.timesteps.tolist() == [999, 562, 250]
     sampler = made(FLOW, "unipc-2")
-    with pytest.raises(SolverError, match=r"cuts the times that its network is told .* 569 at 0.57.*FewstepScheduler.from_sampler"):
+    with pytest.raises(SolverError, match=r"cuts the times that its network is told .* 562 at 0.5625.*FewstepScheduler.from_sampler"):
         to_diffusers(sampler)
     assert to_diffusers(sampler, levels_only=True).solver is None
 

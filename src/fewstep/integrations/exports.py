@@ -248,8 +248,8 @@ def to_diffusers(sampler: Sampler, shift: float | None = None, levels_only: bool
     others = "load it with fewstep.integrations.diffusers.FewstepScheduler.from_sampler"
     if flow and spec is not None and spec.startswith("unipc") and not levels_only:
         raise SolverError(
-            "UniPCMultistepScheduler cuts the times that its network is told to whole numbers (999 at sigma = 1, 569 at 0.57), so no list "
-            f"makes it ask where this sampler asks: {others}, or take the levels alone (--levels-only, levels_only=True)"
+            "UniPCMultistepScheduler cuts the times that its network is told to whole numbers (999 at sigma = 1, 562 at 0.5625), so no "
+            f"list makes it ask where this sampler asks: {others}, or take the levels alone (--levels-only, levels_only=True)"
         )
     name = _named(sampler, "diffusers", dict.fromkeys(FIRST_ORDER, scheduler), levels_only, others)
     if not flow:

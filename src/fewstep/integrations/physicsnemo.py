@@ -42,7 +42,8 @@ class FewstepSolver:
     """A sampler of this library as a solver of PhysicsNeMo's ``sample(..., time_steps=solver.time_steps, solver=solver)``.
 
     The states and times there are those of the sampler's noise law: `VarianceExploding` for its EDM and iDDPM schedulers, and for VP
-    ``VPLinear(scheduler.beta_min, scheduler.beta_min + scheduler.beta_d)``. A trajectory runs through the sampler's own times from the first on; it can be begun again at any time.
+    ``VPLinear(scheduler.beta_min, scheduler.beta_min + scheduler.beta_d)``. A trajectory runs through the sampler's own times from the
+    first on; it can be begun again at any time.
 
     Args:
         sampler: saved, fitted or just made (`Sampler.build`).

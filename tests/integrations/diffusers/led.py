@@ -1,5 +1,6 @@
 """What is measured of a pipeline that is led by its own calls: how far ours is from its own scheduler, and what a fit gains."""
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def last_state(pipe: Any, call: Any, scheduler: Any, steps: int = 4) -> Any:
     usual, pipe.scheduler, states = pipe.scheduler, scheduler, []
     step = scheduler.step
 
+    @wraps(step)  # pipelines look at its arguments
     def watched(*args: Any, **options: Any) -> Any:
         answer = step(*args, **options)
         states.append(answer[0])
@@ -59,13 +61,6 @@ def apart(ours: Any, theirs: Any) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def first_of(model: Any, label: int, steps: int) -> Any:
-    """The pipeline's own first state in a call of so many steps."""
-    relay, first = model.network._begun(label, 1, steps)
-    relay.close()
-    return first.x
-
-
 def steps_apart(pipe: Any, calls: Any) -> dict[str, float]:
     """How far `ddim` is from the pipeline's own scheduler on its own times (``own``), and from itself in the pipeline (``stepped``)."""
     model = from_pipeline(pipe, calls=calls)
@@ -74,14 +69,14 @@ def steps_apart(pipe: Any, calls: Any) -> dict[str, float]:
     for label, call in enumerate(calls):
         if not noisy:
             theirs = own(pipe)
-            expected, start = last_state(pipe, call, theirs), first_of(model, label, 4)
+            expected, start = last_state(pipe, call, theirs), model.own_start([label])
             ends = law.schedule.ends
             t = law.t_of_time(theirs.timesteps.double()).clamp(ends.min(), ends.max())
             sampler = Sampler.build(fewstep.make_solver("ddim"), TimeGrid(torch.cat([t, ends.min()[None]])), law.schedule)
             ours = fewstep.sample(model, sampler, start, torch.tensor([label]))
             found["own"] = max(found["own"], apart(ours, expected))
         stepped = FewstepScheduler.from_config(pipe.scheduler.config, solver="ddim")
-        expected, start = last_state(pipe, call, stepped), first_of(model, label, 4)
+        expected, start = last_state(pipe, call, stepped), model.own_start([label])
         ours = fewstep.sample(model, stepped._sampler, start, torch.tensor([label]))
         found["stepped"] = max(found["stepped"], apart(ours, expected))
         three = fewstep.sample(model, stepped._sampler, start.expand(3, *start.shape[1:]), torch.full((3,), label))
@@ -124,7 +119,7 @@ def fit_errors(pipe: Any, calls: Any, out: Path) -> dict[str, float]:
         "fitted": rmse(of_fit, all_made(smooth, 50) if usual.__name__ in NOISY else truth),
     }
     sampler = Sampler.load(out / f"nfe-{STEPS:02d}")
-    starts = torch.cat([first_of(model, label, STEPS) for label in range(len(calls))])
-    found["saved"] = apart(of_fit, fewstep.sample(model, sampler, starts, torch.arange(len(calls))))
+    labels = torch.arange(len(calls))
+    found["saved"] = apart(of_fit, fewstep.sample(model, sampler, model.own_start(labels), labels))
     model.network.close()
     return found

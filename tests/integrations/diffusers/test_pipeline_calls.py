@@ -209,6 +209,19 @@ def test_prompts_lead_pipelines_whose_network_is_not_known(folder):
     assert ours.prompts == direct.prompts and ours.default_guidance == 1 and float((one - two).abs().max()) < 1e-4 * float(two.abs().max())
 
 
+def test_the_pipelines_own_start_is_what_it_begins_with(folder):
+    pipe = load(folder("sd"))
+    model = from_pipeline(pipe, calls=[{**CALLS["sd"][0], "seed": 3}, CALLS["sd"][1]])
+    starts = model.own_start([1, 0])
+    for seed, start in zip((0, 3), starts, strict=True):
+        assert torch.equal(start, torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(seed))[0])
+    for labels, says in (([2], "0 to 1, got 2"), ([], "no labels"), ([0.5], "a label")):
+        with pytest.raises(ModelError, match=says):
+            model.own_start(labels)
+    with pytest.raises(ModelError, match="led by its calls"):
+        from_pipeline(pipe, "a cat").own_start([0])
+
+
 def test_what_stands_beside_calls_is_refused(folder):
     pipe = load(folder("sd"))
     with pytest.raises(ModelError, match="put prompts, guidance_scale into them"):

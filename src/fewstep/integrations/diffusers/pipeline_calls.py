@@ -154,6 +154,12 @@ class PipelineLoop(nn.Module):
                 answers[some] = self._relay(label, len(some)).ask(states, at).output[: len(some)].to(x.dtype).to(x.device)
         return answers
 
+    def start(self, label: int) -> Tensor:
+        """Return the state ``[1, *D]`` that a call of the pipeline itself begins with, drawn by the ``seed`` in the call."""
+        relay, first = self._begun(label, 1, ROUNDS)
+        relay.close()
+        return first.x[:1]
+
     def close(self) -> None:
         """End all calls that wait for their next turn."""
         _close(self._open)

@@ -6,7 +6,7 @@ everything that works on class-conditional models (calibrate, optimize, fit, ben
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fewstep.models.model import Model
 from fewstep.models.networks.calls import image_size, unwrapped
 from fewstep.runtime.artifact import named_path, read_file
 from fewstep.runtime.errors import ArtifactError, ModelError
+from fewstep.runtime.front_door import whole
 
 __all__ = ["PipelineModel", "from_pipeline", "read_prompts"]
 
@@ -44,6 +45,29 @@ class PipelineModel(Model):
     def led(self) -> bool:
         """Whether its pipeline's own calls answer, with their guidance."""
         return isinstance(self.network, PipelineLoop)
+
+    def own_start(self, labels: Iterable[int] | Tensor) -> Tensor:
+        """Return the states ``[B, *D]`` that the pipeline's own calls begin with, for ``fewstep.sample(model, ..., own_start, labels)``.
+
+        Each is drawn as the call draws it, by its ``seed`` (0 if it says none).
+
+        Args:
+            labels: numbers of calls, ``[B]``.
+
+        Raises:
+            ModelError: a pipeline that is not led by its calls, or a label that none of them has.
+        """
+        if not isinstance(self.network, PipelineLoop):
+            raise ModelError(
+                "only a pipeline that is led by its calls has states of its own to begin with: pass calls=[...] to from_pipeline"
+            )
+        wanted = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+        for label in wanted:
+            if whole(label, "a label", ModelError) not in range(len(self.prompts)):
+                raise ModelError(f"labels are the numbers of calls, 0 to {len(self.prompts) - 1}, got {label}")
+        if not wanted:
+            raise ModelError("no labels: say the number of a call, or several")
+        return torch.cat([self.network.start(label) for label in wanted])
 
     @property
     def default_guidance(self) -> float:
