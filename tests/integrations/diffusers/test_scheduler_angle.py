@@ -157,3 +157,17 @@ def test_a_saved_sampler_says_its_own_law(tmp_path):
     scheduler.save_pretrained(tmp_path / "scheduler")
     again = FewstepScheduler.from_pretrained(tmp_path / "scheduler")
     assert torch.equal(run(again, start, 4)[-1], run(scheduler, start, 4)[-1])
+
+
+def test_a_sound_is_gone_on_with_from_the_middle():
+    scheduler = FewstepScheduler.from_config(CONFIG, solver="unipc-2")
+    scheduler.set_timesteps(6)
+    scheduler.set_begin_index(2)
+    sound, noise = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(4)), torch.randn(2, 3, 8)
+    x = scheduler.add_noise(sound, noise, scheduler.timesteps[2:3])
+    law, nodes = scheduler._law.schedule, scheduler._sampler.tableau.nodes
+    start = nodes.alpha[2].float() * sound + nodes.sigma[2].float() * noise
+    expected = fewstep.sample(fewstep.Model(network, law, "v", shape=(3, 8)), scheduler._sampler.tail(2), start)
+    for time in scheduler.timesteps[2:]:
+        x = scheduler.step(network(scheduler.scale_model_input(x, time), time), time, x).prev_sample
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)

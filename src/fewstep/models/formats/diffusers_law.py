@@ -167,7 +167,10 @@ def is_angle(config: Mapping[str, Any]) -> bool:
 
 
 def _angle(config: Mapping[str, Any], kind: str, to_clean: bool) -> NoiseLaw:
-    """Return the law of Stable Audio: its network sees ``cos x0 + sin eps``, is told the angle, and answers the velocity."""
+    """Return the law of Stable Audio: its network sees ``cos x0 + sin eps``, is told the angle, and answers the velocity.
+
+    Its pipeline adds a sound to noise that its scheduler has scaled, so the state there has to stay ``x / alpha``.
+    """
     scale = float(config.get("sigma_data", 1.0))
     if prediction(kind).name != "v" or scale != 1:
         raise ModelError(
