@@ -51,7 +51,7 @@ def test_the_training_script_makes_a_model_that_is_saved_and_loaded(tmp_path: Pa
 
     try:
         digits_model.train(steps=2, batch=8)
-        config = fewstep.FitConfig(num=8, held_out=4, levels=6, noises=4, window=4, iterations=0, batch=4)
+        config = fewstep.FitConfig(num=8, held_out=4, levels=6, noises=4, iterations=0, batch=4)
         fewstep.fit(digits_model.model(), nfe=5, config=config, out="fitted")
         names: dict = {}
         for step in others:

@@ -24,6 +24,7 @@ from fewstep import (
     Solver,
     SolverError,
     VarianceExploding,
+    load_model,
     make_grid,
     make_solver,
     sample,
@@ -331,3 +332,33 @@ def test_more_processes_than_noises_are_refused_before_any_work(tmp_path: Path, 
     with pytest.raises(FewstepError, match="9 processes cannot share 8 noises: use fewer processes"):
         made(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# -- a budget --------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_is_kept_and_still_helps(tmp_path: Path) -> None:
+    """Everything the network is asked counts, and the trajectories that ends are measured against are those of the bound."""
+    for budget in (1000, 3000):
+        config = OptimizeConfig(budget=budget)
+        found = made(tmp_path / str(budget), model := toy(), nfe=(2, 4), config=config)
+        small = config.within(toy(), (2, 4))
+        assert model.network.samples <= small.evaluations((2, 4)) <= budget and model.network.samples > budget / 3
+        assert not (tmp_path / str(budget) / "gram-0.safetensors").exists()
+        for one in found.values():
+            assert one.card["error"][0] <= one.card["error"][1] and one.card["held_out_noises"] == small.held_out
+        assert found[4].card["error"][0] < 0.9 * found[4].card["error"][1]
+        gram = collected_gram(Problem(toy()), small, tmp_path / str(budget))
+        assert gram.count == small.noises and gram.cells <= small.levels
+
+
+def test_a_budget_goes_by_the_size_of_the_model() -> None:
+    config = OptimizeConfig()
+    assert config.within(load_model("digits-edm"), (5,)) is config  # small: no limit
+    assert replace(config, num=200).within(toy(), (5,)).budget is None  # a number is named
+    large = config.within(replace(load_model("digits-edm"), shape=(3, 64, 64)), (5, 8))
+    assert large.budget == 3000 and large.evaluations((5, 8)) <= 3000 and large.batch == 21
+    with pytest.raises(
+        FewstepError, match=r"a budget of 100 .* is too small for schedules of 5, 8 evaluations: the least search takes \d+"
+    ):
+        OptimizeConfig(budget=100).within(toy(), (5, 8))

@@ -84,7 +84,7 @@ def test_tied_weights_stay_tied_and_buffers_follow_the_dtype(tmp_path: Path) -> 
 
 def test_a_fitted_sampler_fits_the_loaded_model(tmp_path: Path) -> None:
     model = table_model()
-    config = fewstep.FitConfig(num=8, held_out=4, levels=6, noises=4, window=4, iterations=0, batch=4)
+    config = fewstep.FitConfig(num=8, held_out=4, levels=6, noises=4, iterations=0, batch=4)
     sampler = fewstep.fit(model, nfe=2, config=config)[2]
     model.save(tmp_path / "saved")
     assert fewstep.sample(load_model(tmp_path / "saved", trust=True), sampler, seeds=[0]).shape == (1, 1, 4, 4)

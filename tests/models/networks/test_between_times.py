@@ -147,5 +147,5 @@ def test_noise_levels_of_ones_own_are_moved_to_the_table() -> None:
 def test_other_ends_of_a_table(law: DiscreteVP) -> None:
     model = replace(counted(), schedule=law)
     assert bool(torch.isfinite(fewstep.sample(model, "unipc-2", nfe=4, seeds=[0])).all())
-    config = fewstep.FitConfig(num=8, held_out=4, levels=6, noises=4, window=4, iterations=1, batch=4)
+    config = fewstep.FitConfig(num=8, held_out=4, levels=6, noises=4, iterations=1, batch=4)
     assert bool(torch.isfinite(fewstep.sample(model, fewstep.fit(model, nfe=3, config=config)[3], seeds=[0])).all())

@@ -90,7 +90,7 @@ def optimize(
         return
     plots = NO_PLOTS
     if find_spec("matplotlib"):
-        gram = collected_gram(problem, config, out)
+        gram = collected_gram(problem, config.within(opened, counts), out)
         plots = str([_draw(problem, name, gram, found, solver_folder(out, name)) for name, found in made.items()][-1])
     rows = [{key: one.card[key] for key in FIGURES} | {"solver": name, "nfe": n} for name, of in made.items() for n, one in of.items()]
     folders = [str(solver_folder(out, name)) for name in made]

@@ -12,19 +12,18 @@ from torch import Tensor
 
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
+from fewstep.core.tableau import Solver, Tableau, tabulate
 from fewstep.learn.samplers.fit_plan import FEW_RIVALS, FitPlan
 from fewstep.learn.search.bound import Bound
 from fewstep.learn.search.coefficients import FitForm, sweep, widened
 from fewstep.learn.search.endpoint import EndpointError, levenberg_marquardt, mean_over_processes, per_sample_rmse
 from fewstep.learn.search.refine import Levels
 from fewstep.learn.search.sequence import LevelsInSequence, Sequenced, fit_in_sequence
-from fewstep.learn.teacher.batches import stored_batches
-from fewstep.learn.teacher.gram import Gram
+from fewstep.learn.teacher.batches import stored_batches, stored_gram
 from fewstep.learn.teacher.trajectories import Trajectories
 from fewstep.models.generate import default_grid
 from fewstep.models.problem import Problem
-from fewstep.runtime.errors import FewstepError, GridError, SolverError
+from fewstep.runtime.errors import GridError, SolverError
 from fewstep.runtime.process import sum_over_processes
 from fewstep.solvers import make_solver
 
@@ -141,7 +140,8 @@ class FitSearch:
     @cached_property
     def programs(self) -> dict[str, dict[int, list[int]]]:
         """The optima of the first-order dynamic programs, computed when first needed."""
-        gram, most = self._gram(), max(self.plan.counts)
+        rows, most = range(min(GRAM, self.plan.num)), max(self.plan.counts)
+        gram = stored_gram(self.trajectories, rows, self.plan.batch)
         return {f"first-order program ({total})": Bound(gram, "plain", total).best(most) for total in ("sum", "squares")}
 
     def find(self, nfe: int, others: Mapping[int, TimeGrid], note: Callable[[str], None]) -> SearchResult:
@@ -300,18 +300,6 @@ class FitSearch:
         """Return the evaluations of all processes in this search."""
         runs = sum(batch.evaluations for batches in self._runs.values() for batch in batches)
         return int(sum_over_processes(torch.tensor(self._counted + runs)))
-
-    def _gram(self) -> Gram:
-        """Average second moments along a few trajectories; the outputs are those that their states imply."""
-        nodes, rows = Nodes.at(self.schedule, self.levels.t), range(min(GRAM, self.plan.num))
-        total = Gram.empty(torch.exp(-nodes.lam))
-        for batch in stored_batches(self.trajectories, rows, self.levels.t, self.plan.batch, torch.device("cpu")):
-            states = torch.stack([batch.state(k) for k in range(len(nodes.t))])
-            if not bool(torch.isfinite(states).all()):
-                raise FewstepError(f"the trajectories in {self.trajectories.folder} are not finite: make them again")
-            total.merge(Gram.along(nodes, states))
-        count = sum_over_processes(torch.tensor(float(total.count)))
-        return Gram(total.level, sum_over_processes(total.matrix * total.count) / count, total.slopes, int(count))
 
 
 def _standard_grids(schedule: NoiseSchedule, nfe: int) -> dict[str, TimeGrid]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,10 +18,11 @@ from torch import Tensor
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, tabulate
+from fewstep.learn.samplers.fit_plan import CHECKED, LARGE, TOGETHER, default_budget
 from fewstep.learn.search.bound import Bound
 from fewstep.learn.search.endpoint import mean_over_processes, per_sample_rmse
-from fewstep.learn.search.refine import SolverEndpointError, check_deterministic, refine
-from fewstep.learn.teacher.batches import stored_batches
+from fewstep.learn.search.refine import STEPS, SolverEndpointError, check_deterministic, refine
+from fewstep.learn.teacher.batches import stored_batches, stored_gram
 from fewstep.learn.teacher.gram import Gram, GramConfig, collect_gram, fine_grid, gram_store
 from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, trajectories_of
 from fewstep.models.generate import solver_for
@@ -42,6 +44,9 @@ PROBE = 4  # steps on which a solver shows whether it adds noise
 EVALUATIONS = 1920  # network evaluations of one calibration run, about: fewer noises for more steps
 FEWEST = 64  # noises, though; as many rank the candidates
 GRAM_BATCH = 64  # trajectories of the Gram matrix at a time, at most: its derivatives take more memory
+RANKING = 8  # within a budget
+CANDIDATES = 12  # grids that are ranked, about
+BUDGETS = ((32, 3, 32), (24, 2, 16), (20, 1, 4))  # levels, iterations, and the fewest noises that they are for
 MANY_STEPS = 8  # beyond them only the best candidate is refined, not the two best
 
 
@@ -51,6 +56,8 @@ class OptimizeConfig:
     """Configure a search for schedules.
 
     Args:
+        budget: network evaluations, counted singly, for all schedules of a solver together: the numbers below become as small as it asks
+            for, and the error bound is that along the same trajectories. By default 3000 for a large network where no number is named.
         levels: cells between the noise levels that the dynamic programs choose from.
         num: trajectories that the error bound is averaged over.
         noises: noises that calibrate a schedule, at most; fewer for many steps.
@@ -70,10 +77,11 @@ class OptimizeConfig:
     seed: int = 3_000_000
     iterations: int = 6
     batch: int = 128
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        at_least(self, noises=2, held_out=2, seed=0, iterations=0, batch=1)
+        at_least(self, budget=1, noises=2, held_out=2, seed=0, iterations=0, batch=1)
         _ = self.gram
 
     @property
@@ -83,13 +91,53 @@ class OptimizeConfig:
 
     @property
     def exact(self) -> TrajectoryConfig:
-        """The configuration of the exact trajectories, of which only the endpoints are stored."""
-        return TrajectoryConfig(self.noises + self.held_out, REFERENCE_NFE, seed=self.seed, batch=self.batch)
+        """The configuration of the exact trajectories: of many evaluations with only the endpoints stored, within a budget of a few."""
+        evaluations, storage = (REFERENCE_NFE, "float32") if self.budget is None else (self.levels, "float16")
+        return TrajectoryConfig(self.noises + self.held_out, evaluations, seed=self.seed, batch=self.batch, dtype=storage)
+
+    def within(self, model: Model, counts: Sequence[int]) -> OptimizeConfig:
+        """Return the configuration for a model, with its numbers as small as the budget asks for.
+
+        Raises:
+            FewstepError: the budget is too small.
+        """
+        dim, usual, budget = math.prod(model.need_shape()), default_budget(model), self.budget
+        if budget is None and usual == LARGE and replace(self, seed=0, batch=1) == OptimizeConfig(seed=0, batch=1):
+            budget = usual
+        if budget is None:
+            return self
+        batch, small = min(self.batch, max(1, TOGETHER // dim)), self
+        for levels, iterations, least in BUDGETS:
+            for noises in range(min(self.noises, 512), least - 1, -1):
+                held_out = min(self.held_out, max(4, noises // 3))
+                small = replace(self, levels=min(self.levels, levels), num=noises, noises=noises, held_out=held_out, budget=budget)
+                small = replace(small, iterations=min(self.iterations, iterations), batch=batch)
+                if small.evaluations(counts) <= budget:
+                    return small
+        raise FewstepError(
+            f"a budget of {budget} network evaluations is too small for schedules of {', '.join(map(str, counts))} evaluations: the least "
+            f"search takes {small.evaluations(counts)}"
+        )
+
+    def evaluations(self, counts: Sequence[int]) -> int:
+        """Estimate the network evaluations of a search within a budget."""
+        total = (self.noises + self.held_out) * self.levels + min(CHECKED, self.noises) * self.levels // 2
+        for n in counts:
+            refined = 2 if n <= MANY_STEPS else 1
+            each = self.iterations * (n * (n - 1) // 2 + STEPS * (n - 1)) + (n - 1)
+            total += CANDIDATES * min(RANKING, self.noises) * n + refined * (self.noises * each + min(RANKING, self.noises) * n)
+            total += self.held_out * n * (3 + refined) + self.noises
+        return total
 
     @property
     def fewest(self) -> int:
         """The fewest noises in any part of the work: as many processes can share it."""
         return min(self.noises, self.held_out, FEWEST)
+
+    @property
+    def ranking(self) -> int:
+        """The noises that rank candidates, at most."""
+        return FEWEST if self.budget is None else RANKING
 
 
 def solver_folder(folder: Path, name: str) -> Path:
@@ -161,6 +209,7 @@ def optimize(
         name = name_of(solver)
         if statistics is not None:
             raise SolverError(f"a {type(solver).__name__} has its statistics already: leave statistics out")
+    config = config.within(model, counts)
     steps = {n: solver.steps_on(model.schedule, n) for n in counts}
     check_deterministic(tabulate(solver, solver.nodes(TimeGrid.uniform(model.schedule, PROBE), model.schedule)), name)
     most, cells = max(steps.values()), fine_grid(model.schedule, config.levels).steps
@@ -170,11 +219,17 @@ def optimize(
         raise FewstepError(f"{process()[1]} processes cannot share {config.fewest} noises: use fewer processes")
     with Job.open("optimize", out, device=device or model.device, on_progress=on_progress, command=command) as job:
         problem = Problem(model, guidance, job.device)
-        measuring = replace(job, on_progress=lambda done, note: job.on_progress(0, f"{done} of {config.num} trajectories"))
-        gram = collect_gram(problem, config.gram, measuring)
-        asked = replace(config.exact, guidance=guidance)
+        gram = None
+        if config.budget is None:
+            measuring = replace(job, on_progress=lambda done, note: job.on_progress(0, f"{done} of {config.num} trajectories"))
+            gram = collect_gram(problem, config.gram, measuring)
+        levels, asked = TimeGrid(problem.schedule.ends), replace(config.exact, guidance=guidance)
+        if gram is None:
+            levels = fine_grid(problem.schedule, config.levels)
+            asked = replace(asked, nfe=levels.steps)
         with job.below("exact", lambda done, note: job.on_progress(0, f"{done} of {config.exact.num} exact endpoints")) as part:
-            exact = trajectories_of(problem, TimeGrid(problem.schedule.ends), asked, part)
+            exact = trajectories_of(problem, levels, asked, part, checked=None if gram is not None else CHECKED)
+        gram = stored_gram(exact, range(config.noises), config.batch) if gram is None else gram
         search, place = _Search(problem, gram, exact, config, most), solver_folder(job.folder, name)
         made: dict[int, Sampler] = {}
         for done, n in enumerate(counts):
@@ -196,11 +251,13 @@ def name_of(solver: Solver) -> str:
 
 
 def collected_gram(problem: Problem, config: OptimizeConfig, folder: Path) -> Gram:
-    """Read the Gram matrix that `optimize` left in its folder.
+    """Read the Gram matrix that `optimize` left in its folder, for a configuration that is `OptimizeConfig.within` its budget.
 
     Raises:
         ArtifactError: it is not there, or of another model or configuration.
     """
+    if config.budget is not None:
+        return stored_gram(Trajectories.load(folder / "exact"), range(config.noises), config.batch)
     return gram_store(problem, config.gram, folder).total(len(config.gram.batches))
 
 
@@ -218,7 +275,7 @@ class _Search:
     def _programs(self, most: int) -> dict[str, dict[int, list[int]]]:
         """Return the optima of the dynamic programs."""
         found, totals = dict[str, dict[int, list[int]]](), tuple[Literal["sum", "squares"], ...](("sum", "squares"))
-        for amplification, total in product(("plain", "trace"), totals):
+        for amplification, total in product(("plain", "trace") if self.config.budget is None else ("plain",), totals):
             bound = Bound(self.gram, amplification, total)
             found[f"first-order program ({amplification}, {total})"] = bound.best(most)
             found[f"pair program ({amplification}, {total})"] = bound.best_pairs(most)
@@ -256,7 +313,11 @@ class _Search:
         """Rank candidates, refine the best and choose on held-out noises: the grid, facts for the card, and error and bound of each."""
         steps = solver.steps_on(self.schedule, nfe)
         count = max(min(FEWEST, self.config.noises), min(self.config.noises, EVALUATIONS // nfe))
-        fit, few, check = range(count), range(min(FEWEST, count)), range(self.config.noises, self.config.noises + self.config.held_out)
+        fit, few, check = (
+            range(count),
+            range(min(self.config.ranking, count)),
+            range(self.config.noises, self.config.noises + self.config.held_out),
+        )
         self.evaluations, grids = 0, self.candidates(steps, others)
         measured = {name: mean_over_processes(self.errors(solver, few, grid)) for name, grid in grids.items()}
         ranked = sorted(measured, key=measured.__getitem__)

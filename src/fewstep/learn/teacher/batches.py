@@ -12,14 +12,16 @@ from torch import Tensor
 
 from fewstep.core.denoiser import Cond
 from fewstep.core.grid import TimeGrid
+from fewstep.core.tableau import Nodes
+from fewstep.learn.teacher.gram import Gram
 from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, TrajectorySolver, trajectories_of
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import ArtifactError
 from fewstep.runtime.job import Job
-from fewstep.runtime.process import share
+from fewstep.runtime.process import share, sum_over_processes
 from fewstep.solvers import make_solver
 
-__all__ = ["Batch", "StoredBatch", "TeacherData", "stored_batches"]
+__all__ = ["Batch", "StoredBatch", "TeacherData", "stored_batches", "stored_gram"]
 
 FIRST_FRESH = 2**40  # seeds of trajectories made while training; far from all others
 
@@ -67,6 +69,23 @@ def stored_batches(trajectories: Trajectories, rows: range, t: Tensor, size: int
     """
     mine = share(rows)
     return [StoredBatch(trajectories, mine[start : start + size], t, device) for start in range(0, len(mine), size)]
+
+
+def stored_gram(trajectories: Trajectories, rows: range, size: int) -> Gram:
+    """Average second moments along some trajectories, over all processes; the denoiser's outputs are those that their states imply.
+
+    Raises:
+        ArtifactError: their states are not finite.
+    """
+    nodes = Nodes.at(trajectories.schedule, trajectories.t)
+    total = Gram.empty(torch.exp(-nodes.lam))
+    for batch in stored_batches(trajectories, rows, trajectories.t, size, torch.device("cpu")):
+        states = torch.stack([batch.state(k) for k in range(len(nodes.t))])
+        if not bool(torch.isfinite(states).all()):
+            raise ArtifactError(f"the trajectories in {trajectories.folder} are not finite: make them again")
+        total.merge(Gram.along(nodes, states))
+    count = sum_over_processes(torch.tensor(float(total.count)))
+    return Gram(total.level, sum_over_processes(total.matrix * total.count) / count, total.slopes, int(count))
 
 
 class TeacherData:
