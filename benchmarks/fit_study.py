@@ -23,18 +23,17 @@ from fewstep import Sampler, load_model, make_grid
 from fewstep.data.images import load_images
 from fewstep.evaluate.metrics.distances import frechet_distance, load_features
 from fewstep.learn.networks.finetune import FinetuneConfig, finetune
-from fewstep.learn.samplers.fit import fit
-from fewstep.learn.samplers.fit_search import FitConfig
+from fewstep.learn.samplers.fit import FitConfig, fit
 from fewstep.learn.search.coefficients import FitForm
 from fewstep.learn.search.endpoint import per_sample_rmse
 from fewstep.learn.teacher.gram import fine_grid
-from fewstep.learn.teacher.trajectories import Trajectories, generate_trajectories
+from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
 from fewstep.models.generate import sample, solver_for
 from fewstep.models.model import Model
 from fewstep.runtime.artifact import write_whole
 from fewstep.sampling.reference import reference_sampler
 
-SEEDS, NFE, PLAIN = range(1024), 5, FitConfig()
+SEEDS, NFE, PLAIN = range(1024), 5, FitConfig(num=1024, held_out=512, levels=64, noises=256, iterations=2, batch=128)
 SCALAR = FitForm(pool="scalar", bias=False)
 ONCE = replace(PLAIN, iterations=0)  # in sequence only
 Row = tuple[str, str, int, Callable[[], dict[str, Any]]]  # table, row, evaluations, and what makes the figures
@@ -56,8 +55,8 @@ class Study:
 
     @cached_property
     def trajectories(self) -> Trajectories:
-        config = replace(replace(PLAIN, seed=self.seed).trajectories, guidance=self.guidance)
-        made = generate_trajectories(self.model, fine_grid(self.model.schedule, PLAIN.levels), self.work / "trajectories", config=config)
+        config = TrajectoryConfig(1024 + 512, 64, seed=self.seed, guidance=self.guidance, batch=128)
+        made = generate_trajectories(self.model, fine_grid(self.model.schedule, config.nfe), self.work / "trajectories", config=config)
         assert made is not None
         return made
 
@@ -82,7 +81,7 @@ class Study:
 
     def sampler(self, config: FitConfig, nfe: int) -> Sampler:
         """Whatever stage the fit chose; the row says which."""
-        config = replace(config, seed=self.seed, noises=min(config.noises, config.num))
+        config = replace(config, seed=self.seed, noises=min(256, config.num or 256))
         folder = self.work / hashlib.sha256(repr(config).encode()).hexdigest()[:12]
         return fit(self.model, nfe, config=config, out=folder, guidance=self.guidance, trajectories=self.trajectories)[nfe]
 

@@ -270,6 +270,35 @@ def pipelines(results: dict[str, Any]) -> None:
         print(f"| {row['class']} | {row['makes']} | {same} | {row['own'] / row['fitted']:.1f} | {'; '.join(row['refused'])} |")
 
 
+def budget(results: dict[str, Any], part: str) -> None:
+    """Print for each problem the mean error (RMSE) of fits by budget, and the share of the largest budget's gain; or what fits cost."""
+    rows = results["summary"]
+    budgets = sorted({row["budget"] for row in rows})
+    heading(["model", "evaluations", "best by hand"], [f"{budget:,}" for budget in budgets])
+    for name, nfe in dict.fromkeys((row["problem"], row["nfe"]) for row in rows):
+        mine = {row["budget"]: row for row in rows if (row["problem"], row["nfe"]) == (name, nfe)}
+        first = next(iter(mine.values()))
+        rival = "{:.4f} ({:.4f})".format(*first["rival"]) + " " + " ".join(f"`{word}`" for word in first["hand_made"].split(" on "))
+        cells = []
+        for one in (mine.get(budget) for budget in budgets):
+            if one is None:
+                cells.append("")
+            elif part == "share":
+                cells.append("{:.0%} ({:.0%})".format(*one["share"]) if "share" in one else "")
+            else:
+                cells.append("{:.4f} ({:.4f})".format(*one["errors"]))
+        print(f"| {name} | {nfe} | {rival} | {' | '.join(cells)} |")
+
+
+def large(results: dict[str, Any]) -> None:
+    """Print what learners take beside the network, by the shape of a sample."""
+    heading(["sample", "verb", "evaluations"], ["minutes outside the network", "memory, GiB", "disk, GiB"])
+    for row in results["rows"]:
+        shape = ", ".join(map(str, row["shape"]))
+        cost = f"{row['outside'] / 60:.1f} | {row['memory'] / 2**30:.1f} | {row['disk'] / 2**30:.2f}"
+        print(f"| [{shape}] | `{row['verb']}` | {row['evaluations']:,} | {cost} |")
+
+
 def default_grid(rows: list[Row]) -> None:
     """Print the error of unipc-2 at 8 evaluations on each grid, the least of each network in bold."""
     grids = list(dict.fromkeys(row["grid"] for row in rows))
@@ -452,6 +481,8 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "fit-study": lambda results, args: fit_study([row for row in results[0]["rows"] if row["table"] == args.part]),
     "dsno-study": lambda results, args: dsno_study(results[0]["rows"], args.part),
     "pipeline": lambda results, args: pipeline(results[0]),
+    "large": lambda results, args: large(results[0]),
+    "budget": lambda results, args: budget(results[0], args.part or "errors"),
     "pipelines": lambda results, args: pipelines(results[0]),
     "default-grid": lambda results, args: default_grid(results[0]["rows"]),
     "ten-minutes": lambda results, args: ten_minutes(results[0], args.part),

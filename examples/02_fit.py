@@ -1,12 +1,12 @@
 """Fit a sampler of its own to a model: less error than any hand-made solver with as many evaluations.
 
-A fit needs no data and trains no network. The configuration here is a quick one; leave it out for your own model.
+A fit needs no data and trains no network. What it costs is a number of network evaluations that you name.
 """
 
 import fewstep
 
 model = fewstep.load_model("digits-edm")
-config = fewstep.FitConfig(num=64, held_out=64, noises=32, levels=20, iterations=1)  # by default 1024 trajectories and 512 held out
+config = fewstep.FitConfig(budget=3000)  # network evaluations in all; by default 30,000 for a network as small as this one
 samplers = fewstep.fit(model, nfe=5, config=config, out="fitted-digits")
 
 for nfe, sampler in samplers.items():

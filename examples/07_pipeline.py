@@ -15,8 +15,7 @@ pipe.set_progress_bar_config(disable=True)
 config = pipe.scheduler.config
 
 model = fewstep.from_pipeline(pipe)  # with prompts: from_pipeline(pipe, ["a red cat", ...], guidance_scale=5)
-quick = fewstep.FitConfig(num=64, held_out=64, noises=32, levels=24, iterations=0)
-fewstep.fit(model, nfe=5, config=quick, out="fitted-pipeline")
+fewstep.fit(model, nfe=5, config=fewstep.FitConfig(budget=3000), out="fitted-pipeline")
 
 
 def images(scheduler, steps, num=64):

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from fewstep.learn.networks.distill import DistillConfig, distill
     from fewstep.learn.networks.finetune import FinetuneConfig, finetune
     from fewstep.learn.samplers.calibrate import CalibrationConfig, calibrate
-    from fewstep.learn.samplers.fit import FitConfig, fit
+    from fewstep.learn.samplers.fit import FitConfig, fit, plan_fit
     from fewstep.learn.samplers.optimize import OptimizeConfig, optimize
     from fewstep.learn.search.coefficients import FitForm
     from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
@@ -57,6 +57,7 @@ _LAZY = {  # imported when first asked for, so that sampling does not wait for w
     "CalibrationConfig": "learn.samplers.calibrate",
     "calibrate": "learn.samplers.calibrate",
     "FitConfig": "learn.samplers.fit",
+    "plan_fit": "learn.samplers.fit",
     "fit": "learn.samplers.fit",
     "OptimizeConfig": "learn.samplers.optimize",
     "optimize": "learn.samplers.optimize",
@@ -104,6 +105,7 @@ __all__ = [
     "make_grid",
     "make_solver",
     "optimize",
+    "plan_fit",
     "sample",
     "steps",
 ]

@@ -46,6 +46,7 @@ PUBLIC = [
     "make_grid",
     "make_solver",
     "optimize",
+    "plan_fit",
     "sample",
     "steps",
 ]

@@ -26,7 +26,7 @@ from fewstep.solvers import make_solver
 __all__ = ["FitConfig", "FitPlan", "default_budget", "plan_of"]
 
 PROBE = 8  # steps on which a parent shows its form
-SMALL, LARGE = 150_000, 3000  # budgets by default: for a network of at most CHEAP weights and samples of as many numbers as ELEMENTS, else
+SMALL, LARGE = 30_000, 3000  # budgets by default: for a network of at most CHEAP weights and samples of as many numbers as ELEMENTS, else
 CHEAP, ELEMENTS = 10_000_000, 2**12
 POOLED = 2**14  # numbers of a sample, beyond which all share coefficients: as many for each of them would be larger than what they gain
 TOGETHER = 2**18  # numbers of the samples in one batch, about
@@ -88,7 +88,7 @@ class FitConfig:
 
     Args:
         form: which coefficients are fitted.
-        budget: network evaluations, counted singly, for all samplers together; by default 150,000 for a small network (10 million weights,
+        budget: network evaluations, counted singly, for all samplers together; by default 30,000 for a small network (10 million weights,
             samples of 4096 numbers), else 3000.
         num: trajectories to fit to.
         held_out: held-out trajectories used for model selection and for the reported figures.
