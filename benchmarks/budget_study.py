@@ -38,7 +38,7 @@ PROBLEMS = {
     "digits-ddpm": ("digits-ddpm", 1.0),
     "CIFAR-10 16x16": ("assets/cifar10-16", 1.0),
     "CIFAR-10 16x16, guidance 2": ("assets/cifar10-16", 2.0),
-    "small Stable Diffusion": ("runs/pipeline", pipeline_study.GUIDANCE),
+    "small Stable Diffusion": ("runs/pipeline/model", pipeline_study.GUIDANCE),
 }
 
 

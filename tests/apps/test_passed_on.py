@@ -139,7 +139,7 @@ def test_finetune(passed: Callable) -> None:
 
 
 def test_trajectories(passed: Callable) -> None:
-    words = ("-n", 9, "--nfe", 8, "--solver", "ddim", "--seed", 7, "--label", 6, "--batch", 5, "--storage", "float16")
+    words = ("-n", 9, "--nfe", 8, "--solver", "ddim", "--seed", 7, "--label", 6, "--batch", 5, "--dtype", "float16")
     args, options = passed("generate_trajectories", "trajectories", "digits-edm", *words, "--slots", 3, "--grid", "karras", "--guidance", 2)
     model = load_model("digits-edm")
     assert torch.equal(args[0].t, model.trajectory_grid("karras", 3).t)

@@ -312,7 +312,7 @@ def test_files_that_are_no_calls_are_refused(text, says, tmp_path):
 def test_the_command_line_fits_by_calls(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "calls.jsonl").write_text("\n".join(map(json.dumps, CALLS["sd"])))
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    small = ["--nfe", "2", "--num", "8", "--held-out", "4", "--noises", "4", "--window", "4", "--levels", "6", "--iterations", "1"]
+    small = ["--nfe", "2", "--num", "8", "--held-out", "4", "--noises", "4", "--levels", "6", "--iterations", "1"]
     words = ("fit", folder("sd"), *small, "--calls", tmp_path / "calls.jsonl", "--out", tmp_path / "fitted")
     assert command(monkeypatch, *words, "--dtype", "float32") == 0
     assert "FewstepScheduler.from_sampler" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What a fit will do and cost: how many network evaluations each of its stages makes, and the disk and memory that it takes."""
+"""Plan a fit within a budget: the network evaluations of each of its stages, and the disk and memory that it takes."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class FitPlan:
-    """What a fit will do.
+    """The plan of a fit: its numbers, and what they cost.
 
     Attributes:
         config: the configuration with nothing left out.
