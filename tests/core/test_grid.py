@@ -22,7 +22,7 @@ from fewstep import (
     make_grid,
     sample,
 )
-from fewstep.core.grid import GRIDS
+from fewstep.core.grid import GRIDS, standard_grids
 
 UNIFORM = 1e-8  # relative, of equal steps of a variable: times went through lam and back
 VARIABLES = {
@@ -290,3 +290,14 @@ LAW = VPLinear()
 def test_spacings_say_what_to_pass(make, says):
     with pytest.raises(FewstepError, match=says):
         make()
+
+
+def test_standard_grids_run_from_the_first_time_to_the_last() -> None:
+    for schedule in (VarianceExploding(0.1, 10.0), DiscreteVP.linear(60)):
+        found = standard_grids(schedule, 5)
+        assert {"angle", "karras", "logsnr", "uniform", "quadratic"} - {"karras"} <= set(found) <= set(GRIDS) - {"leading"}
+        for name, grid in found.items():
+            assert torch.equal(grid.t, make_grid(name, schedule, 5).t)
+            assert (float(grid.t[0]), float(grid.t[-1])) == (schedule.t_max, schedule.t_min)
+    assert "trailing" not in standard_grids(VarianceExploding(0.1, 10.0), 5)  # of a table alone
+    assert standard_grids(DiscreteVP.linear(4), 50) == {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from fewstep.runtime.errors import GridError, look_up
 from fewstep.runtime.front_door import checked, checked_class, is_count, number
 from fewstep.runtime.spec import check_options, merged, parse_spec
 
-__all__ = ["GRIDS", "RHO", "TimeGrid", "karras_roots", "make_grid"]
+__all__ = ["GRIDS", "RHO", "TimeGrid", "karras_roots", "make_grid", "standard_grids"]
 
 log = logging.getLogger("fewstep")
 ROUNDING = 1e-6  # of a time: a round trip through a noise level
@@ -283,6 +284,20 @@ def make_grid(name: str, schedule: NoiseSchedule, steps: int, **options: float) 
         raise GridError(f"grid {bare!r} cannot take {options}: {error}") from error
     grid = grid.known_to(schedule)
     return grid.to_clean(schedule) if to_clean else grid
+
+
+def standard_grids(schedule: NoiseSchedule, steps: int) -> dict[str, TimeGrid]:
+    """Return the grids by name that run from a schedule's first time to its last in so many steps.
+
+    Those that are not for this schedule, are too fine for a discrete one, or start elsewhere (``leading``) are left out.
+    """
+    found: dict[str, TimeGrid] = {}
+    for name in GRIDS:
+        with suppress(GridError):
+            grid = make_grid(name, schedule, steps)
+            if (float(grid.t[0]), float(grid.t[-1])) == (schedule.t_max, schedule.t_min):
+                found[name] = grid
+    return found
 
 
 def karras_roots(high: Tensor, low: Tensor, count: int, rho: float = RHO) -> Tensor:

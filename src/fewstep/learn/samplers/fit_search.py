@@ -10,8 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fewstep.core.grid import GRIDS, TimeGrid, make_grid
-from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.grid import GRIDS, TimeGrid, make_grid, standard_grids
 from fewstep.core.tableau import Solver, Tableau, tabulate
 from fewstep.learn.samplers.fit_plan import FEW_RIVALS, FitPlan
 from fewstep.learn.search.bound import Bound
@@ -199,7 +198,7 @@ class FitSearch:
 
     def candidates(self, nfe: int, others: Mapping[int, TimeGrid]) -> dict[str, Tensor]:
         """Return the times of standard grids, of the optima of the dynamic programs, and of levels found for other numbers of steps."""
-        found = {name: grid.t for name, grid in _standard_grids(self.schedule, nfe).items()}
+        found = {name: grid.t for name, grid in standard_grids(self.schedule, nfe).items()}
         if self.plan.few and self._usual & set(found):
             found = {name: t for name, t in found.items() if name in self._usual}
         if nfe <= self.levels.steps:
@@ -300,14 +299,3 @@ class FitSearch:
         """Return the evaluations of all processes in this search."""
         runs = sum(batch.evaluations for batches in self._runs.values() for batch in batches)
         return int(sum_over_processes(torch.tensor(self._counted + runs)))
-
-
-def _standard_grids(schedule: NoiseSchedule, nfe: int) -> dict[str, TimeGrid]:
-    """Return the standard grids that run from the first time of a schedule to its last."""
-    found: dict[str, TimeGrid] = {}
-    for name in GRIDS:
-        with suppress(GridError):  # not for this schedule, or too fine for a discrete one
-            grid = make_grid(name, schedule, nfe)
-            if (float(grid.t[0]), float(grid.t[-1])) == (schedule.t_max, schedule.t_min):
-                found[name] = grid
-    return found

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fewstep.core.grid import GRIDS, TimeGrid, make_grid
+from fewstep.core.grid import GRIDS, TimeGrid, standard_grids
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, tabulate
 from fewstep.learn.samplers.fit_plan import CHECKED, LARGE, TOGETHER, default_budget
@@ -348,14 +348,7 @@ class _Search:
 
     def candidates(self, steps: int, others: Mapping[int, Sampler]) -> dict[str, TimeGrid]:
         """Return standard grids, the optima of the dynamic programs, and stretched schedules of neighbouring numbers of steps."""
-        found: dict[str, TimeGrid] = {}
-        for name in GRIDS:
-            try:
-                grid = make_grid(name, self.schedule, steps)
-            except GridError:  # not for this schedule, or too fine for a discrete one
-                continue
-            if (float(grid.t[0]), float(grid.t[-1])) == (self.schedule.t_max, self.schedule.t_min):  # leading starts elsewhere
-                found[name] = grid
+        found = standard_grids(self.schedule, steps)
         for name, best in self.programs.items():
             found[name] = TimeGrid(self.levels.t[best[steps]])
         near = [made.grid for made in others.values() if abs(made.grid.steps - steps) <= 2 and made.grid.steps > 1]
