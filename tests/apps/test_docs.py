@@ -14,7 +14,7 @@ from tests.integrations.diffusers.tiny_pipelines import load, make
 import fewstep
 
 ROOT = Path(__file__).parents[2]
-PAGES = tuple(f"docs/{name}.md" for name in ("own-network", "migration", "comfyui", "export", "adapters", "manual-stepping"))
+PAGES = tuple(f"docs/{name}.md" for name in ("own-network", "migration", "comfyui", "export", "distilled", "adapters", "manual-stepping"))
 LONGER = ("index", "choose", "fitted", "schedules", "statistics", "dsno", "report", "extending")  # they learn or compare
 LONG = ("README.md", *(f"docs/{name}.md" for name in LONGER))
 ROWS = ROOT / "benchmarks" / "results"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from tests.apps.conftest import run
 
 from fewstep import (
     DiscreteVP,
@@ -25,6 +26,7 @@ from fewstep import (
 )
 from fewstep.integrations.exports import (
     TARGETS,
+    check_levels,
     export,
     saved_samplers,
     to_comfyui,
@@ -323,3 +325,26 @@ def test_saved_samplers(tmp_path):
     folder = sampler.save(tmp_path / "one")
     assert [one.fingerprint for one in saved_samplers(folder)] == [sampler.fingerprint]
     assert [one.nfe for one in saved_samplers(FITTED)] == list(range(3, 11))
+
+
+# -- a maker's list --------------------------------------------------------------------------------------------------
+
+
+def test_a_makers_list_is_not_altered(tmp_path, monkeypatch, capsys) -> None:
+    flow, table = RectifiedFlow(), DiscreteVP.scaled_linear()
+    for schedule, theirs in ((flow, [1.0, 0.75, 0.5, 0.25, 0.0]), (table, [14.6146, 2.9183, 0.9324, 0.3469, 0.0])):
+        flowing = TimeGrid(torch.tensor(theirs, dtype=torch.float64))  # without a shift its time is its sigma
+        sampler = Sampler.build("euler", flowing if schedule is flow else TimeGrid.from_sigmas(schedule, theirs), schedule)
+        check_levels(sampler, theirs)
+        check_levels(sampler, theirs[:-1])  # the end may be left out
+        with pytest.raises(GridError, match=r"level 1 of the sampler is .*, in the maker's list .*: a distilled network is sampled at"):
+            check_levels(sampler, [theirs[0], theirs[1] * 1.00001, *theirs[2:]])
+        with pytest.raises(GridError, match="the maker's list has 3 levels, and the sampler evaluates 4 times"):
+            check_levels(sampler, theirs[:3])
+        with pytest.raises(GridError, match="a maker's list is one of noise levels"):
+            check_levels(sampler, ["one", 0.5, 0.2, 0.1])
+    folder = sampler.save(tmp_path / "sampler")
+    listed = ",".join(map(str, theirs))
+    assert run(monkeypatch, "export", folder, "--to", "comfyui", "--maker", listed) == 0
+    assert run(monkeypatch, "export", folder, "--to", "comfyui", "--maker", listed.replace("2.9183", "2.9"), "--out", tmp_path / "no") == 2
+    assert "level 1 of the sampler" in capsys.readouterr().err and not (tmp_path / "no").exists()

@@ -10,7 +10,8 @@ written in the fewest decimals that give back its float32, without an exponent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from fewstep.solvers.stencil import NEVER
 __all__ = [
     "TARGETS",
     "Export",
+    "check_levels",
     "export",
     "saved_samplers",
     "to_comfyui",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 FEW = 15  # steps of a grid, below which diffusers ends with lower orders
+SAME = 1e-6  # of a level: what is as near to the maker's is it
 WHOLE = 1e-6  # of a time: what is as near to a whole number is one
 
 # Names of solvers, by the spec of ours (`spec_of`). The functions of k-diffusion are those that ComfyUI and stable-diffusion.cpp carry on.
@@ -107,6 +110,35 @@ def export(sampler: Sampler, to: str, *, shift: float | None = None, levels_only
     if shift is not None:
         raise GridError(f"{to} takes levels as they are: leave the shift out; it is for {' and '.join(SHIFTED)}")
     return PLAIN[to](sampler, levels_only)
+
+
+def check_levels(sampler: Sampler, levels: Sequence[float]) -> None:
+    """Refuse a sampler that evaluates elsewhere than at the levels that a distilled checkpoint was made for.
+
+    Args:
+        sampler: the sampler.
+        levels: the maker's list, ``sigma/alpha`` or a flow's ``sigma``; its end may be left out.
+
+    Raises:
+        GridError: they are no numbers, or other ones (the first that differs).
+    """
+    nodes, flow = sampler.tableau.nodes, _law(sampler) == "flow"
+    ours = (nodes.sigma if flow else torch.exp(-nodes.lam)).tolist()
+    try:
+        theirs = [float(level) for level in levels]
+    except (TypeError, ValueError):
+        raise GridError(f"a maker's list is one of noise levels, as [14.6, 2.9, 0.0], got {str(levels)[:80]!r}") from None
+    if len(theirs) not in (nodes.evaluations, nodes.evaluations + 1):
+        raise GridError(
+            f"the maker's list has {len(theirs)} levels, and the sampler evaluates {nodes.evaluations} times: a distilled network is "
+            "sampled at its maker's levels alone"
+        )
+    for k, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
+        if not math.isclose(mine, other, rel_tol=SAME, abs_tol=SAME):
+            raise GridError(
+                f"level {k} of the sampler is {mine:.8g}, in the maker's list {other:.8g}: a distilled network is sampled at its maker's "
+                "levels alone, so build the sampler on them"
+            )
 
 
 def saved_samplers(place: str | Path) -> list[Sampler]:

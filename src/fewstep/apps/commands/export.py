@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from fewstep.apps.console import print_json
-from fewstep.apps.options import AsJson
-from fewstep.integrations.exports import TARGETS, saved_samplers
+from fewstep.apps.options import NUMBERS, AsJson, numbers
+from fewstep.integrations.exports import TARGETS, check_levels, saved_samplers
 from fewstep.integrations.exports import export as exported
 from fewstep.runtime.artifact import write_whole
 from fewstep.runtime.errors import GridError
@@ -29,6 +29,10 @@ def export(
     levels_only: Annotated[
         bool, typer.Option("--levels-only", help="The levels alone, though the solver or its coefficients do not travel with them.")
     ] = False,
+    maker: Annotated[
+        str | None,
+        typer.Option(metavar=NUMBERS, help="The levels that a distilled checkpoint was made for; a sampler with others is refused."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A file for the list; by default it is printed.")] = None,
     json: AsJson = False,
 ) -> None:
@@ -40,6 +44,9 @@ def export(
     found = [one for one in samplers if nfe in (None, one.nfe)]
     if not found:
         raise GridError(f"no sampler of {nfe} evaluations in {sampler}, only of {', '.join(str(one.nfe) for one in samplers)}")
+    if maker is not None:
+        for one in found:
+            check_levels(one, numbers(maker, "--maker"))
     made = [(one, exported(one, to, shift=shift, levels_only=levels_only)) for one in found]
     if out is not None:
         write_whole(out, "".join(f"{export.text}\n" for _, export in made).encode())

@@ -30,6 +30,7 @@ __all__ = ["FitSearch", "SearchResult", "best_hand_made"]
 
 HAND_MADE = ("unipc-2", "dpm-solver-pp-2m", "ipndm")  # and dpm-solver-v3, if the model has statistics
 ABOUT = 1.5  # times the least mean error: levels that may begin a fit
+FEW = 4  # held-out noises, of which a difference counts half
 GRAM = 64  # trajectories that the dynamic programs for levels are averaged over, at most
 
 
@@ -60,9 +61,10 @@ def best_hand_made(stages: Mapping[str, tuple[float, float]]) -> str:
 
 def _worse(ours: Tensor, theirs: Tensor) -> bool:
     """Return whether our errors ``[n]`` of the same noises are clearly larger: their mean by more than its standard error, or their mean
-    square by more than twice its own.
+    square by more than twice its own; by more where there are few noises, whose standard error is itself uncertain.
     """
-    return any(_excess(ours**power - theirs**power) > times for power, times in ((1, 1), (2, 2)))
+    count = float(sum_over_processes(torch.tensor(float(len(ours)))))
+    return any(_excess(ours**power - theirs**power) > times * (1 + FEW / count) for power, times in ((1, 1), (2, 2)))
 
 
 def _excess(values: Tensor) -> float:
