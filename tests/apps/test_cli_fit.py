@@ -91,7 +91,7 @@ def test_the_options_of_fit_reach_it(monkeypatch, capsys, tmp_path: Path, tiny: 
 @pytest.mark.slow
 def test_a_killed_fit_continues(monkeypatch, capsys, tmp_path: Path, tiny: Path, fitted: Path) -> None:
     with monkeypatch.context() as mortal:
-        counted(mortal, stop=180)  # among the samplers
+        counted(mortal, stop=90)  # among the samplers
         assert run(mortal, "fit", tiny, *FIT, "--out", tmp_path / "cut") == 130
         assert "run the same command to continue" in capsys.readouterr().err
     assert (tmp_path / "cut" / "trajectories" / "manifest.json").exists() and not (tmp_path / "cut" / "nfe-03").exists()

@@ -282,9 +282,8 @@ denoiser, grid, lesson = taught(EDM)
 form = FitForm(pool="channel")
 found = fit_in_sequence(denoiser, start(EDM, grid, form), lesson.split(4)[rank::world], form).tableau
 parts = list(zip(lesson.state(0).chunk(4), lesson.state(-1).chunk(4)))
-windows = [[EndpointError(denoiser, *parts[k])] * (3 - world) for k in (0, 1)]  # the same in both: so have all errors one median
-swept = sweep(windows, found, EDM, iterations=2)
-other = sweep([EndpointError(denoiser, *parts[k + rank])] for k in (0, 2)], found, EDM, iterations=2)
+swept = sweep([EndpointError(denoiser, *part) for part in parts[rank::world]], found, EDM, iterations=2)
+other = sweep([EndpointError(denoiser, *parts[rank])], found, EDM, iterations=2)
 torch.save([found.update, found.bias, swept.update, swept.nodes.t, other.update, other.nodes.t], f"{sys.argv[1]}-{world}-{rank}")
 """
 
