@@ -89,7 +89,7 @@ def test_trajectories_of_another_fit_are_not_mixed_in(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         made(tmp_path, toy(stop=40))
     before = contents(tmp_path)
-    with pytest.raises(ArtifactError, match="another teacher or request .*: remove it .*or use another folder"):
+    with pytest.raises(ArtifactError, match="a fit of another model or configuration: remove it, or use another folder"):
         made(tmp_path, toy(), config=replace(TINY, levels=12))
     assert contents(tmp_path) == before and before
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fewstep.core.grid import TimeGrid
-from fewstep.learn.samplers.fit_plan import CHECKED, Effort, FitConfig, FitPlan, default_budget, plan_of
+from fewstep.learn.samplers.fit_plan import CHECKED, TIMED, Effort, FitConfig, FitPlan, default_budget, plan_more, plan_of
 from fewstep.learn.samplers.fit_search import FitSearch, SearchResult, best_hand_made
 from fewstep.learn.teacher.gram import fine_grid
 from fewstep.learn.teacher.trajectories import Trajectories, trajectories_of
@@ -27,8 +28,6 @@ from fewstep.runtime.process import from_first, process, wait_for_all
 from fewstep.sampling.sampler import Sampler
 
 __all__ = ["FitConfig", "FitPlan", "fit", "nfe_folder", "plan_fit"]
-
-TIMED = 4  # samples of the call that is timed
 
 
 def nfe_folder(folder: Path, nfe: int) -> Path:
@@ -101,28 +100,32 @@ def fit(
         identity = _identity(problem, config, trajectories)
         if job.rank == 0:
             _stored(job.folder, identity)  # the work of another fit is refused before any of this one
-        plan = from_first(_begun(plan, job.folder, identity) if job.rank == 0 else plan)
-        if process()[1] > plan.fewest:
-            raise FewstepError(f"{process()[1]} processes cannot share {plan.fewest} noises: use fewer processes")
+        plans: list[FitPlan] = from_first(_begun(plan, job.folder, identity) if job.rank == 0 else [])
+        fewest = min(one.fewest for one in plans)
+        if process()[1] > fewest:
+            raise FewstepError(f"{process()[1]} processes cannot share {fewest} noises: use fewer processes")
         left = [n for n in counts if not (nfe_folder(job.folder, n) / "sampler.json").exists()]
-        if on_plan is not None and job.rank == 0 and left:
-            on_plan(plan, _seconds_per_evaluation(problem))
-        if trajectories is None:
-            trajectories = _teach(problem, plan, job)
-        _check(trajectories, problem, plan)
-        search = FitSearch(problem, trajectories, plan)
-        for done, n in enumerate(counts):
-            place = nfe_folder(job.folder, n)
-            if not from_first(job.rank == 0 and (place / "sampler.json").exists()):
-                note = lambda text, done=done, n=n: job.on_progress(done, f"{n} evaluations: {text}")  # noqa: E731
-                before = _stored(job.folder, identity) if job.rank == 0 else {}
-                found = search.find(n, from_first({m: one.grid for m, one in before.items() if m < n}), note)
+        taught = trajectories is not None or (job.folder / "trajectories" / "manifest.json").exists()
+        for one in plans:
+            more = tuple(n for n in one.counts if n in left)
+            if more and on_plan is not None and job.rank == 0:
+                on_plan(replace(one, counts=more, cells=0 if taught else one.cells), _seconds_per_evaluation(problem))
+                taught = True
+        with _noted(job, plans, identity):
+            trajectories = _teach(problem, plans[0], job) if trajectories is None else trajectories
+            _check(trajectories, problem, plan)
+            searches = {n: search for one in plans for search in [FitSearch(problem, trajectories, one)] for n in one.counts}
+            for done, n in enumerate(counts):
+                place = nfe_folder(job.folder, n)
+                if not from_first(job.rank == 0 and (place / "sampler.json").exists()):
+                    note = lambda text, done=done, n=n: job.on_progress(done, f"{n} evaluations: {text}")  # noqa: E731
+                    before = _stored(job.folder, identity) if job.rank == 0 else {}
+                    found = searches[n].find(n, from_first({m: one.grid for m, one in before.items() if m < n}), note)
+                    if job.rank == 0:
+                        _sampler(found, problem, searches[n].plan, identity, job.command).save(place)
                 if job.rank == 0:
-                    write_whole(job.folder / PLAN, _planned(plan, identity))
-                    _sampler(found, problem, plan, identity, job.command).save(place)
-            if job.rank == 0:
-                write_whole(job.folder / "README.md", _card(problem, _stored(job.folder, identity)).encode())
-            wait_for_all()
+                    write_whole(job.folder / "README.md", _card(problem, _stored(job.folder, identity)).encode())
+                wait_for_all()
         job.on_progress(len(counts), "")
         stored = from_first(_stored(job.folder, identity) if job.rank == 0 else {})
         return {n: stored[n] for n in counts}
@@ -155,17 +158,19 @@ def plan_fit(
         raise SolverError(f"a fit takes at least 1 evaluation, got {', '.join(map(str, counts)) or 'none'}")
     shape, budget = model.need_shape(), default_budget(model)
     if trajectories is not None:
-        cells = len(trajectories.t) - 1
+        cells, given = len(trajectories.t) - 1, len(trajectories)
         if config.levels not in (None, cells):
             raise FewstepError(f"{trajectories.folder} has {cells} cells between its levels, not {config.levels}: leave levels out")
         config = replace(config, levels=cells)
-        plan, given = plan_of(config, counts, shape, budget), len(trajectories)
-        if config.num is None and config.held_out is None and plan.num + plan.held_out > given > 3:
-            held_out = max(2, given // 4)
-            plan = plan_of(replace(config, num=given - held_out, held_out=held_out, budget=None), counts, shape, budget)
+        plan = plan_of(config, counts, shape, budget, lambda levels: 0)
+        if config.num is None and plan.num + plan.held_out > given:
+            held_out = config.held_out or max(2, given // 4)
+            if given - held_out < 2:
+                raise FewstepError(f"{given} trajectories are too few to fit to with {held_out} held out")
+            plan = plan_of(replace(config, num=given - held_out, held_out=held_out), counts, shape, budget, lambda levels: 0)
     else:
-        plan = plan_of(config, counts, shape, budget)
-    cells = fine_grid(model.schedule, plan.levels).steps if trajectories is None else plan.levels
+        plan = plan_of(config, counts, shape, budget, lambda levels: fine_grid(model.schedule, levels).steps)
+        cells = plan.cells
     if counts[-1] > cells:
         got = ", ".join(map(str, counts))
         raise SolverError(f"a fit on {cells + 1} levels takes 1 to {cells} evaluations, got {got}")
@@ -184,8 +189,18 @@ def _seconds_per_evaluation(problem: Problem) -> float:
 
 
 @dataclass(frozen=True)
+class _SearchRecord:
+    """The search for the samplers of some numbers of evaluations in ``plan.json``."""
+
+    counts: list[Count]
+    noises: Count
+    iterations: Whole
+    effort: Effort
+
+
+@dataclass(frozen=True)
 class _PlanRecord(Record):
-    """The fields of ``plan.json``: the numbers that the first fit in a folder chose, which all samplers in it share."""
+    """The fields of ``plan.json``: the numbers of the trajectories in a folder, which all its samplers share, and each search for some."""
 
     FORMAT = "fewstep-fit-plan"
 
@@ -193,37 +208,63 @@ class _PlanRecord(Record):
     num: Count
     held_out: Count
     levels: Count
-    noises: Count
-    iterations: Whole
     batch: Count
-    effort: Effort
+    searches: list[_SearchRecord]
 
 
-PLAN, NUMBERS = "plan.json", ("num", "held_out", "levels", "noises", "iterations", "batch")
+PLAN, SHARED = "plan.json", ("num", "held_out", "levels", "batch")
 
 
-def _begun(plan: FitPlan, folder: Path, identity: str) -> FitPlan:
-    """Return the plan that the fits in a folder follow, or this one where there is none yet and this machine has room for it.
+def _begun(plan: FitPlan, folder: Path, identity: str) -> list[FitPlan]:
+    """Return the plans that a fit in a folder follows: those that were begun there, and one for the samplers that are new.
 
     Raises:
-        ArtifactError: it is of another model or configuration.
-        FewstepError: there is too little disk or memory.
+        ArtifactError: they are of another model or configuration.
+        FewstepError: there is too little disk or memory, or the budget is too small for what is new.
     """
     path = folder / PLAN
     if not path.exists():
         plan.check(folder)
-        return plan
+        return [plan]
     record = read_record(path, _PlanRecord)
     if record.identity != identity:
         raise ArtifactError(f"{folder} holds a fit of another model or configuration: remove it, or use another folder")
-    return replace(plan, config=replace(plan.config, **{name: getattr(record, name) for name in NUMBERS}), effort=record.effort)
+    shared = replace(plan.config, **{name: getattr(record, name) for name in SHARED})
+    plans = [
+        replace(
+            plan,
+            config=replace(shared, noises=one.noises, iterations=one.iterations),
+            counts=tuple(one.counts),
+            effort=one.effort,
+        )
+        for one in record.searches
+    ]
+    new = [n for n in plan.counts if not any(n in one.counts for one in plans)]
+    if new and (plan.config.budget is None and plan.config.num is not None):
+        plans.append(replace(plans[0], counts=tuple(new)))  # as many noises as are named, whatever it costs
+    elif new:
+        plans.append(plan_more(plans[0], new, plan.limit))
+    return plans
 
 
-def _planned(plan: FitPlan, identity: str) -> bytes:
-    """Return the text of ``plan.json``."""
-    numbers = {name: getattr(plan.config, name) for name in NUMBERS}
-    whole = {"format": _PlanRecord.FORMAT, "version": _PlanRecord.VERSION, "identity": identity, **numbers, "effort": list(plan.effort)}
-    return (json.dumps(whole, indent=1) + "\n").encode()
+@contextmanager
+def _noted(job: Job, plans: Sequence[FitPlan], identity: str) -> Generator[None, None, None]:
+    """Write ``plan.json``, and put back what was there if nothing is made that follows it."""
+    path = job.folder / PLAN
+    files, old = job.files, path.read_bytes() if path.exists() else None
+    searches = [
+        {"counts": one.counts, "noises": one.noises, "iterations": one.config.iterations, "effort": list(one.effort)} for one in plans
+    ]
+    numbers = {name: getattr(plans[0].config, name) for name in SHARED}
+    whole = {"format": _PlanRecord.FORMAT, "version": _PlanRecord.VERSION, "identity": identity, **numbers, "searches": searches}
+    if job.rank == 0:
+        write_whole(path, (json.dumps(whole, indent=1) + "\n").encode())
+    try:
+        yield
+    except BaseException:
+        if job.rank == 0 and job.files <= files | {PLAN}:
+            path.unlink() if old is None else write_whole(path, old)
+        raise
 
 
 def _teach(problem: Problem, plan: FitPlan, job: Job) -> Trajectories:
@@ -264,7 +305,7 @@ def _sampler(found: SearchResult, problem: Problem, plan: FitPlan, identity: str
         "noises": plan.num,
         "held_out_noises": plan.held_out,
         "network_evaluations": found.evaluations,
-        "trajectory_evaluations": (plan.num + plan.held_out) * plan.levels,
+        "trajectory_evaluations": (plan.num + plan.held_out) * plan.cells,
         "command": command,
     }
     grid = TimeGrid(found.tableau.nodes.t)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from fewstep.runtime.front_door import at_least, check_fields, checked_class
 from fewstep.runtime.memory import available_memory
 from fewstep.solvers import make_solver
 
-__all__ = ["FitConfig", "FitPlan", "default_budget", "plan_of"]
+__all__ = ["FitConfig", "FitPlan", "default_budget", "plan_more", "plan_of"]
 
 PROBE = 8  # steps on which a parent shows its form
 SMALL, LARGE = 30_000, 3000  # budgets by default: for a network of at most CHEAP weights and samples of as many numbers as ELEMENTS, else
@@ -32,7 +32,8 @@ POOLED = 2**14  # numbers of a sample, beyond which all share coefficients: as m
 TOGETHER = 2**18  # numbers of the samples in one batch, about
 CACHED = 2**30  # numbers that a fit in sequence keeps in memory, at most
 CHECKED = 4  # trajectories whose error is estimated
-CANDIDATES, FEW = 9, 5  # levels to begin with, about; where few noises rank them
+TIMED = 4  # samples of the call that is timed, after one of a single sample
+CANDIDATES, FEW = 10, 6  # levels to begin with, about; where few noises rank them
 FEW_NOISES = 8  # that rank levels
 FEW_RIVALS = 5  # hand-made samplers that a small budget compares with, at most
 NUMBER = 4  # bytes
@@ -88,8 +89,8 @@ class FitConfig:
 
     Args:
         form: which coefficients are fitted.
-        budget: network evaluations, counted singly, for all samplers together; by default 30,000 for a small network (10 million weights,
-            samples of 4096 numbers), else 3000.
+        budget: network evaluations, counted singly (a guided one is one), for all samplers together; by default 30,000 for a small network
+            (10 million weights, samples of 4096 numbers), else 3000.
         num: trajectories to fit to.
         held_out: held-out trajectories used for model selection and for the reported figures.
         levels: cells between the noise levels at which trajectories are stored, each one network evaluation.
@@ -141,15 +142,17 @@ class FitPlan:
         counts: network evaluations of each sampler.
         effort: what is done with each noise.
         shape: of a sample.
+        cells: network evaluations of a trajectory, which a discrete or infinite noise law makes another number than the levels that were
+            asked for; 0 where trajectories are there.
+        limit: the budget.
     """
 
     config: FitConfig
     counts: tuple[int, ...]
     effort: Effort
     shape: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        _ = self.trajectories
+    cells: int
+    limit: int
 
     def _number(self, name: str) -> int:
         value = getattr(self.config, name)
@@ -168,7 +171,7 @@ class FitPlan:
 
     @property
     def levels(self) -> int:
-        """The network evaluations of a trajectory."""
+        """The cells between the levels of a trajectory that are asked for."""
         return self._number("levels")
 
     @property
@@ -209,14 +212,13 @@ class FitPlan:
 
     def sweeps(self, nfe: int) -> int:
         """Return the Jacobians of all coefficients together, for a sampler of so many evaluations."""
-        iterations = self._number("iterations")
-        return iterations if self.config.iterations is not None and nfe <= max(self.effort.swept, 1) else 0
+        return self._number("iterations") if nfe <= self.effort.swept else 0
 
     def stages(self) -> dict[str, int]:
         """Return the network evaluations of each stage, at most or about, for all samplers together."""
         num, held_out, noises, effort = self.num, self.held_out, self.noises, self.effort
         of: dict[str, int] = dict.fromkeys(STAGES, 0)
-        of["trajectories"] = (num + held_out) * self.levels + min(CHECKED, num) * self.levels // 2
+        of["trajectories"] = (num + held_out) * self.cells + min(CHECKED, num) * -(-self.cells // 2) + TIMED + 1
         for n in self.counts:
             run = n - 1  # the answers at the start are shared
             of["levels to begin with"] += self.ranking + (FEW if self.few else CANDIDATES) * self.ranking * run
@@ -224,8 +226,8 @@ class FitPlan:
                 of["levels"] += noises * (1 + effort.starts * (run + effort.descents * (n * run // 2 + effort.steps * run)))
             of["coefficients"] += num + num * run
             if self.sweeps(n):
-                columns = 1.1 * (n * (n + 1) * (n + 2) / 6 + n * n) / 2  # evaluations for the Jacobian of one noise
-                of["sweep"] += noises + int(self.sweeps(n) * noises * (columns + STEPS * run)) + num * run
+                columns = sum((i + 2) * (run - i) for i in range(n)) + n * run // 2  # evaluations for the Jacobian of one noise, at most
+                of["sweep"] += noises + self.sweeps(n) * noises * (columns + STEPS * run) + num * run
             found = 2 if self.sweeps(n) else 1
             rivals = len(GRIDS) * 4 * effort.rivals if effort.rivals else FEW_RIVALS * min(2, num)
             of["check on held-out noises"] += held_out + held_out * run * (found + 1) + rivals * n
@@ -241,7 +243,7 @@ class FitPlan:
         """The bytes that it writes, about."""
         each = {"float32": 4}.get(self.config.storage, 2)
         coefficients = sum(n * 2 * (2 + n) * 8 for n in self.counts) * math.prod(self.form.shape(self.shape))
-        return (self.num + self.held_out) * self.levels * math.prod(self.shape) * each + coefficients + 2**20
+        return (self.num + self.held_out) * self.cells * math.prod(self.shape) * each + coefficients + 2**20
 
     @property
     def memory(self) -> int:
@@ -275,7 +277,9 @@ def default_budget(model: Model) -> int:
     return SMALL if weights <= CHEAP and math.prod(model.need_shape()) <= ELEMENTS else LARGE
 
 
-def plan_of(config: FitConfig, counts: Sequence[int], shape: Sequence[int], budget: int) -> FitPlan:
+def plan_of(
+    config: FitConfig, counts: Sequence[int], shape: Sequence[int], budget: int, cells: Callable[[int], int] = lambda levels: levels
+) -> FitPlan:
     """Plan a fit: the most thorough one within the budget, with the numbers that the configuration names as they are.
 
     Args:
@@ -283,41 +287,71 @@ def plan_of(config: FitConfig, counts: Sequence[int], shape: Sequence[int], budg
         counts: network evaluations of each sampler.
         shape: of a sample.
         budget: network evaluations, where the configuration names none.
+        cells: the network evaluations of a trajectory by the levels that are asked for.
 
     Raises:
-        FewstepError: the budget is too small, alone or for the numbers that are named.
+        FewstepError: the budget is too small, alone or for the numbers that are named; seeds beyond 2^63.
     """
     dim, counts, shape = math.prod(shape), tuple(counts), tuple(shape)
     room = max(8, CACHED // ((2 * max(counts) + 1) * dim))
     pool: Pool = config.form.pool if dim <= POOLED or config.form.pool != "element" else "scalar"
     config = replace(config, form=replace(config.form, pool=pool), batch=config.batch or max(1, min(128, TOGETHER // dim)))
-    if config.num is not None and config.budget is None:  # as many noises as are named, whatever it costs
-        effort = next((one for one in EFFORTS if one.least <= config.num), EFFORTS[-1])
-        return FitPlan(_whole(config, config.num, effort, max(counts)), counts, effort, shape)
     limit = budget if config.budget is None else config.budget
-    for effort in EFFORTS:
-        best = _most(config, counts, effort, shape, limit, room)
-        if best is not None:
-            return best
-    least = FitPlan(_whole(config, config.num or EFFORTS[-1].least, EFFORTS[-1], max(counts)), counts, EFFORTS[-1], shape)
+
+    def plan(effort: Effort, num: int) -> FitPlan:
+        whole = _whole(config, num, effort, max(counts))
+        swept = effort if config.iterations is None else effort._replace(swept=max(counts))  # as many as are named
+        return FitPlan(whole, counts, swept, shape, cells(whole.levels or 0), limit)
+
+    found = None
+    if config.num is not None and config.budget is None:  # as many noises as are named, whatever it costs
+        found = plan(next((one for one in EFFORTS if one.least <= config.num), EFFORTS[-1]), config.num)
+    for effort in EFFORTS if found is None else ():
+        sizes = _sizes(config, effort, room)
+        found = next((one for one in (plan(effort, num) for num in sizes) if one.evaluations <= limit), None)
+        if found is not None:
+            break
+    if found is not None:
+        _ = found.trajectories  # seeds beyond 2^63 are refused here
+        return found
     named = [name for name in ("num", "held_out", "levels", "noises") if getattr(config, name) is not None]
     with_these = f" with the {' and '.join(named)} that are named" if named else ""
     raise FewstepError(
         f"a budget of {limit} network evaluations is too small for samplers of {', '.join(map(str, counts))}{with_these}: the least fit "
-        f"takes {least.evaluations}"
+        f"takes {plan(EFFORTS[-1], config.num or EFFORTS[-1].least).evaluations}"
     )
 
 
-def _most(config: FitConfig, counts: tuple[int, ...], effort: Effort, shape: tuple[int, ...], limit: int, room: int) -> FitPlan | None:
-    """Return the plan of this effort with the most noises that the budget has; None if those are too few for it."""
+def plan_more(begun: FitPlan, counts: Sequence[int], limit: int) -> FitPlan:
+    """Plan further samplers from the trajectories of a plan that has been followed: the most thorough search within the budget.
+
+    Raises:
+        FewstepError: the budget is too small.
+    """
+    least = 0
+    for effort in EFFORTS:
+        if effort.least > begun.num and effort is not EFFORTS[-1]:
+            continue
+        noises = max(3, min(effort.noises, round(begun.num * effort.share)))
+        config = replace(begun.config, noises=noises, iterations=effort.sweeps)
+        plan = FitPlan(config, tuple(counts), effort, begun.shape, 0, limit)
+        if plan.evaluations <= limit:
+            return plan
+        least = plan.evaluations
+    raise FewstepError(
+        f"samplers of {', '.join(map(str, counts))} evaluations take {least} network evaluations with the {begun.num} trajectories in the "
+        f"folder, more than the budget of {limit}: ask for fewer at a time, or use another folder and a larger budget"
+    )
+
+
+def _sizes(config: FitConfig, effort: Effort, room: int) -> list[int]:
+    """Return the numbers of noises that are tried for an effort, the largest first."""
     if config.num is not None:
-        sizes = [config.num] if config.num >= effort.least or effort is EFFORTS[-1] else []
-    else:
-        sizes = [effort.least] if effort.least <= room else []
-        while sizes and sizes[-1] < min(2048, room):
-            sizes.append(min(room, 2048, sizes[-1] + max(1, sizes[-1] // 8)))
-    plans = (FitPlan(_whole(config, num, effort, max(counts)), counts, effort, shape) for num in reversed(sizes))
-    return next((plan for plan in plans if plan.evaluations <= limit), None)
+        return [config.num] if config.num >= effort.least or effort is EFFORTS[-1] else []
+    sizes = [effort.least] if effort.least <= room else []
+    while sizes and sizes[-1] < min(2048, room):
+        sizes.append(min(room, 2048, sizes[-1] + max(1, sizes[-1] // 8)))
+    return sizes[::-1]
 
 
 def _whole(config: FitConfig, num: int, effort: Effort, most: int) -> FitConfig:

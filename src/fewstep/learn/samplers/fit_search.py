@@ -205,7 +205,8 @@ class FitSearch:
             found = {name: t for name, t in found.items() if name in self._usual}
         if nfe <= self.levels.steps:
             found |= {name: self.levels.t[best[nfe]] for name, best in self.programs.items()}
-        for steps, grid in others.items():
+        for steps in sorted(others)[-1:]:  # the next fewer
+            grid = others[steps]
             with suppress(GridError):  # an infinite end, or too fine for a discrete schedule
                 found[f"those of {steps} evaluations, stretched"] = grid.stretched(self.schedule, nfe).t
         if not found:

@@ -45,7 +45,7 @@ EVALUATIONS = 1920  # network evaluations of one calibration run, about: fewer n
 FEWEST = 64  # noises, though; as many rank the candidates
 GRAM_BATCH = 64  # trajectories of the Gram matrix at a time, at most: its derivatives take more memory
 RANKING = 8  # within a budget
-CANDIDATES = 12  # grids that are ranked, about
+CANDIDATES = 14  # grids that are ranked, about
 BUDGETS = ((32, 3, 32), (24, 2, 16), (20, 1, 4))  # levels, iterations, and the fewest noises that they are for
 MANY_STEPS = 8  # beyond them only the best candidate is refined, not the two best
 
