@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewstep import (
     DiscreteVP,
+    FewstepError,
     Model,
     ModelError,
     RectifiedFlow,
@@ -140,6 +141,21 @@ def test_network_evaluations_are_counted_and_foreseen(tmp_path: Path) -> None:
         assert network(model).samples == on_cards + check
         assert network(model).samples <= plan.evaluations <= (config.budget or 10**9)
         assert network(model).samples > 0.6 * plan.evaluations  # measured 0.7 to 0.9
+
+
+@pytest.mark.parametrize("law", PROBLEMS)
+def test_no_budget_is_exceeded(tmp_path: Path, law: str) -> None:
+    """Whatever the noise law makes of the levels, and where samplers are added to a folder."""
+    for counts, budget in (((1,), 400), ((2, 3), 1500), ((1, 2, 3, 4, 5, 6), 4000)):
+        model, config = toy(PROBLEMS[law]()), FitConfig(budget=budget)
+        fit(model, counts, config=config)
+        assert network(model).samples <= plan_fit(model, counts, config).evaluations <= budget
+    for counts in ((2,), (2, 6), (3,)):
+        made(tmp_path, model := toy(PROBLEMS[law]()), counts, FitConfig(budget=2000))
+        assert network(model).samples <= 2000
+    with pytest.raises(FewstepError, match=r"samplers of 14 evaluations take \d+ network evaluations with the \d+ trajectories"):
+        made(tmp_path, toy(PROBLEMS[law]()), (14,), FitConfig(budget=2000))
+    assert names(tmp_path) == {"README.md", "plan.json", "trajectories", "nfe-02", "nfe-03", "nfe-06"}
 
 
 @pytest.mark.slow

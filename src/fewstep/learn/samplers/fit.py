@@ -113,7 +113,7 @@ def fit(
                 taught = True
         with _noted(job, plans, identity):
             trajectories = _teach(problem, plans[0], job) if trajectories is None else trajectories
-            _check(trajectories, problem, plan)
+            _check(trajectories, problem, plans[0])
             searches = {n: search for one in plans for search in [FitSearch(problem, trajectories, one)] for n in one.counts}
             for done, n in enumerate(counts):
                 place = nfe_folder(job.folder, n)
