@@ -18,6 +18,7 @@ from fewstep import (
     ModelError,
     RectifiedFlow,
     Sampler,
+    SolverError,
     make_grid,
     make_solver,
     sample,
@@ -153,9 +154,19 @@ def test_no_budget_is_exceeded(tmp_path: Path, law: str) -> None:
     for counts in ((2,), (2, 6), (3,)):
         made(tmp_path, model := toy(PROBLEMS[law]()), counts, FitConfig(budget=2000))
         assert network(model).samples <= 2000
-    with pytest.raises(FewstepError, match=r"samplers of 14 evaluations take \d+ network evaluations with the \d+ trajectories"):
+    with pytest.raises(FewstepError, match=r"too small for samplers of 14 with the num and held_out and levels of the folder"):
         made(tmp_path, toy(PROBLEMS[law]()), (14,), FitConfig(budget=2000))
     assert names(tmp_path) == {"README.md", "plan.json", "trajectories", "nfe-02", "nfe-03", "nfe-06"}
+
+
+def test_samplers_that_are_added_follow_what_was_named(tmp_path: Path) -> None:
+    config = FitConfig(budget=3000, iterations=0, held_out=5)
+    made(tmp_path, toy(), (2,), config)
+    added = made(tmp_path, toy(), (5,), config)[5].card
+    assert "swept" not in added["stages"] and added["held_out_noises"] == 5
+    with pytest.raises(SolverError, match="a fit on 19 levels takes 1 to 18 evaluations, got 19"):
+        made(tmp_path / "few", toy(), (2,), FitConfig(levels=18, num=8))
+        made(tmp_path / "few", toy(), (19,), FitConfig(levels=18, num=8))
 
 
 @pytest.mark.slow

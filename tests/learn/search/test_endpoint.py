@@ -248,6 +248,19 @@ def test_more_steps_with_one_jacobian_go_further() -> None:
     assert best[3] <= best[2] <= best[1] < best[0] and best[3] < best[1]
 
 
+def test_the_free_numbers_may_be_others_after_a_step() -> None:
+    """As many as there are then, where the features of a row have become independent; or none."""
+
+    @dataclass(frozen=True, eq=False)
+    class Fewer(Scaled):
+        def moved(self, far: Tensor) -> "Fewer":
+            return replace(super().moved(far), free=self.free[1:])
+
+    shown, begun = [], Fewer(solved("ddim"))
+    found = descended(batches(), begun, iterations=20, steps_each=2, observe=lambda i, best: shown.append(best))
+    assert len(shown) > 2 and len(found.free) < len(begun.free) - 1 and shown == sorted(shown, reverse=True)
+
+
 def test_a_step_corrects_the_jacobian() -> None:
     """Along itself it is right then; the rest stays, and so do the residuals unless they are to be gone on from."""
     point = TableauPoint.at(batches(2), Scaled(solved("ddim")))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fewstep.core.grid import TimeGrid
-from fewstep.learn.samplers.fit_plan import CHECKED, TIMED, Effort, FitConfig, FitPlan, default_budget, plan_more, plan_of
+from fewstep.learn.samplers.fit_plan import CHECKED, TIMED, Effort, FitConfig, FitPlan, default_budget, plan_of
 from fewstep.learn.samplers.fit_search import FitSearch, SearchResult, best_hand_made
 from fewstep.learn.teacher.gram import fine_grid
 from fewstep.learn.teacher.trajectories import Trajectories, trajectories_of
@@ -100,7 +100,7 @@ def fit(
         identity = _identity(problem, config, trajectories)
         if job.rank == 0:
             _stored(job.folder, identity)  # the work of another fit is refused before any of this one
-        plans: list[FitPlan] = from_first(_begun(plan, job.folder, identity) if job.rank == 0 else [])
+        plans: list[FitPlan] = from_first(_begun(plan, config, job.folder, identity) if job.rank == 0 else [])
         fewest = min(one.fewest for one in plans)
         if process()[1] > fewest:
             raise FewstepError(f"{process()[1]} processes cannot share {fewest} noises: use fewer processes")
@@ -113,8 +113,10 @@ def fit(
                 taught = True
         with _noted(job, plans, identity):
             trajectories = _teach(problem, plans[0], job) if trajectories is None else trajectories
-            _check(trajectories, problem, plans[0])
-            searches = {n: search for one in plans for search in [FitSearch(problem, trajectories, one)] for n in one.counts}
+            _check(trajectories, problem, plans[0], counts[-1])
+            searches = {}
+            for one in plans:
+                searches |= dict.fromkeys(one.counts, FitSearch(problem, trajectories, one))
             for done, n in enumerate(counts):
                 place = nfe_folder(job.folder, n)
                 if not from_first(job.rank == 0 and (place / "sampler.json").exists()):
@@ -159,6 +161,8 @@ def plan_fit(
     shape, budget = model.need_shape(), default_budget(model)
     if trajectories is not None:
         cells, given = len(trajectories.t) - 1, len(trajectories)
+        if config.storage != FitConfig.storage or config.seed not in (FitConfig.seed, trajectories.first):
+            raise FewstepError(f"{trajectories.folder} has its trajectories already: leave seed and storage out")
         if config.levels not in (None, cells):
             raise FewstepError(f"{trajectories.folder} has {cells} cells between its levels, not {config.levels}: leave levels out")
         config = replace(config, levels=cells)
@@ -171,10 +175,13 @@ def plan_fit(
     else:
         plan = plan_of(config, counts, shape, budget, lambda levels: fine_grid(model.schedule, levels).steps)
         cells = plan.cells
-    if counts[-1] > cells:
-        got = ", ".join(map(str, counts))
-        raise SolverError(f"a fit on {cells + 1} levels takes 1 to {cells} evaluations, got {got}")
+    _check_levels(counts[-1], cells)
     return plan
+
+
+def _check_levels(most: int, cells: int) -> None:
+    if most > cells:
+        raise SolverError(f"a fit on {cells + 1} levels takes 1 to {cells} evaluations, got {most}")
 
 
 @torch.no_grad()
@@ -215,7 +222,7 @@ class _PlanRecord(Record):
 PLAN, SHARED = "plan.json", ("num", "held_out", "levels", "batch")
 
 
-def _begun(plan: FitPlan, folder: Path, identity: str) -> list[FitPlan]:
+def _begun(plan: FitPlan, config: FitConfig, folder: Path, identity: str) -> list[FitPlan]:
     """Return the plans that a fit in a folder follows: those that were begun there, and one for the samplers that are new.
 
     Raises:
@@ -229,29 +236,28 @@ def _begun(plan: FitPlan, folder: Path, identity: str) -> list[FitPlan]:
     record = read_record(path, _PlanRecord)
     if record.identity != identity:
         raise ArtifactError(f"{folder} holds a fit of another model or configuration: remove it, or use another folder")
-    shared = replace(plan.config, **{name: getattr(record, name) for name in SHARED})
-    plans = [
+    shared = {name: getattr(record, name) for name in SHARED}
+    begun = [
         replace(
             plan,
-            config=replace(shared, noises=one.noises, iterations=one.iterations),
+            config=replace(plan.config, **shared, noises=one.noises, iterations=one.iterations),
             counts=tuple(one.counts),
             effort=one.effort,
         )
         for one in record.searches
     ]
-    new = [n for n in plan.counts if not any(n in one.counts for one in plans)]
-    if new and (plan.config.budget is None and plan.config.num is not None):
-        plans.append(replace(plans[0], counts=tuple(new)))  # as many noises as are named, whatever it costs
-    elif new:
-        plans.append(plan_more(plans[0], new, plan.limit))
-    return plans
+    new = [n for n in plan.counts if not any(n in one.counts for one in begun)]
+    if not new:
+        return begun
+    limit = None if config.budget is None and config.num is not None else plan.limit  # as many noises as are named, whatever it costs
+    return [*begun, plan_of(replace(config, **shared, budget=limit), new, plan.shape, plan.limit, lambda levels: 0, "of the folder")]
 
 
 @contextmanager
 def _noted(job: Job, plans: Sequence[FitPlan], identity: str) -> Generator[None, None, None]:
     """Write ``plan.json``, and put back what was there if nothing is made that follows it."""
-    path = job.folder / PLAN
-    files, old = job.files, path.read_bytes() if path.exists() else None
+    path, files = job.folder / PLAN, job.files
+    old = path.read_bytes() if job.rank == 0 and path.exists() else None
     searches = [
         {"counts": one.counts, "noises": one.noises, "iterations": one.config.iterations, "effort": list(one.effort)} for one in plans
     ]
@@ -275,8 +281,8 @@ def _teach(problem: Problem, plan: FitPlan, job: Job) -> Trajectories:
         return trajectories_of(problem, levels, config, part, checked=CHECKED)
 
 
-def _check(trajectories: Trajectories, problem: Problem, plan: FitPlan) -> None:
-    """Refuse trajectories that are too few, of another model, or do not run from the model's first time to its last."""
+def _check(trajectories: Trajectories, problem: Problem, plan: FitPlan, most: int) -> None:
+    """Refuse trajectories that are too few, at too few levels, of another model, or not from the model's first time to its last."""
     schedule, ends = problem.schedule, (float(trajectories.t[0]), float(trajectories.t[-1]))
     trajectories.check(problem)
     if ends != (schedule.t_max, schedule.t_min):
@@ -284,6 +290,7 @@ def _check(trajectories: Trajectories, problem: Problem, plan: FitPlan) -> None:
             f"{trajectories.folder} goes from t = {ends[0]:g} to {ends[1]:g}; a fit takes trajectories from {schedule.t_max:g} to "
             f"{schedule.t_min:g}, as hand-made samplers have it: make them again, or let the fit make its own"
         )
+    _check_levels(most, len(trajectories.t) - 1)
     if len(trajectories) < plan.num + plan.held_out:
         raise FewstepError(
             f"{len(trajectories)} trajectories are fewer than {plan.num} to fit to and {plan.held_out} held out: ask for fewer"

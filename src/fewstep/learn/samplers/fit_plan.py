@@ -23,7 +23,7 @@ from fewstep.runtime.front_door import at_least, check_fields, checked_class
 from fewstep.runtime.memory import available_memory
 from fewstep.solvers import make_solver
 
-__all__ = ["FitConfig", "FitPlan", "default_budget", "plan_more", "plan_of"]
+__all__ = ["FitConfig", "FitPlan", "default_budget", "plan_of"]
 
 PROBE = 8  # steps on which a parent shows its form
 SMALL, LARGE = 30_000, 3000  # budgets by default: for a network of at most CHEAP weights and samples of as many numbers as ELEMENTS, else
@@ -278,7 +278,12 @@ def default_budget(model: Model) -> int:
 
 
 def plan_of(
-    config: FitConfig, counts: Sequence[int], shape: Sequence[int], budget: int, cells: Callable[[int], int] = lambda levels: levels
+    config: FitConfig,
+    counts: Sequence[int],
+    shape: Sequence[int],
+    budget: int,
+    cells: Callable[[int], int] = lambda levels: levels,
+    named: str = "that are named",
 ) -> FitPlan:
     """Plan a fit: the most thorough one within the budget, with the numbers that the configuration names as they are.
 
@@ -288,6 +293,7 @@ def plan_of(
         shape: of a sample.
         budget: network evaluations, where the configuration names none.
         cells: the network evaluations of a trajectory by the levels that are asked for.
+        named: what an error calls the numbers of the configuration.
 
     Raises:
         FewstepError: the budget is too small, alone or for the numbers that are named; seeds beyond 2^63.
@@ -314,33 +320,11 @@ def plan_of(
     if found is not None:
         _ = found.trajectories  # seeds beyond 2^63 are refused here
         return found
-    named = [name for name in ("num", "held_out", "levels", "noises") if getattr(config, name) is not None]
-    with_these = f" with the {' and '.join(named)} that are named" if named else ""
+    fixed = " and ".join(name for name in ("num", "held_out", "levels", "noises") if getattr(config, name) is not None)
     raise FewstepError(
-        f"a budget of {limit} network evaluations is too small for samplers of {', '.join(map(str, counts))}{with_these}: the least fit "
-        f"takes {plan(EFFORTS[-1], config.num or EFFORTS[-1].least).evaluations}"
-    )
-
-
-def plan_more(begun: FitPlan, counts: Sequence[int], limit: int) -> FitPlan:
-    """Plan further samplers from the trajectories of a plan that has been followed: the most thorough search within the budget.
-
-    Raises:
-        FewstepError: the budget is too small.
-    """
-    least = 0
-    for effort in EFFORTS:
-        if effort.least > begun.num and effort is not EFFORTS[-1]:
-            continue
-        noises = max(3, min(effort.noises, round(begun.num * effort.share)))
-        config = replace(begun.config, noises=noises, iterations=effort.sweeps)
-        plan = FitPlan(config, tuple(counts), effort, begun.shape, 0, limit)
-        if plan.evaluations <= limit:
-            return plan
-        least = plan.evaluations
-    raise FewstepError(
-        f"samplers of {', '.join(map(str, counts))} evaluations take {least} network evaluations with the {begun.num} trajectories in the "
-        f"folder, more than the budget of {limit}: ask for fewer at a time, or use another folder and a larger budget"
+        f"a budget of {limit} network evaluations is too small for samplers of {', '.join(map(str, counts))}"
+        f"{f' with the {fixed} {named}' if fixed else ''}: the least fit takes "
+        f"{plan(EFFORTS[-1], config.num or EFFORTS[-1].least).evaluations}"
     )
 
 

@@ -213,8 +213,10 @@ def levenberg_marquardt(
     objective = _Objective(float(torch.cat(gather(errors)).median()) + 1e-30)  # without errors its weights are finite too
     here: P = start
     best, damping, limit = objective(errors), DAMPING, spent() + evaluations
-    for iteration in range(iterations if start.size else 0):
-        before, origin, delta = best, here, torch.zeros(start.size, dtype=torch.float64)
+    for iteration in range(iterations):
+        if not here.size:
+            break
+        before, origin, delta = best, here, torch.zeros(here.size, dtype=torch.float64)
         jacobian, failures = _Jacobian(origin), 0
         for _ in range(steps_each):
             step, slope = jacobian.step(objective, _errors(here), damping)
@@ -272,9 +274,9 @@ class _Jacobian:
 
     def step(self, objective: _Objective, errors: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         """Return the step of damped least squares ``[P]``, and the metric's product ``m [P]`` with it."""
-        weighted = objective.weights(errors)[:, None, None] * self.matrix
-        normal = sum_over_processes(torch.einsum("nmp,nmq->pq", weighted, self.matrix))
-        slope = sum_over_processes(torch.einsum("nmp,nm->p", weighted, self.residual))
+        weights, across = objective.weights(errors), self.matrix.mT
+        normal = sum_over_processes(torch.einsum("n,npq->pq", weights, across @ self.matrix))
+        slope = sum_over_processes(torch.einsum("n,np->p", weights, (across @ self.residual[..., None]).squeeze(-1)))
         scale = normal.diagonal().clamp_min(1e-12 * float(normal.diagonal().max()) + 1e-30)
         step = torch.linalg.solve(normal + damping * torch.diag(scale), -slope)
         return step, scale * step
@@ -283,7 +285,8 @@ class _Jacobian:
         """Correct the matrix by the residuals of a trial (Broyden), and go on from them if they are the better ones."""
         residual, along = self._at(trial.residuals), float(metric @ step)
         if along > 0:
-            self.matrix += (residual - self.residual - self.matrix @ step)[..., None] * (metric / along)
+            missed = residual - self.residual - self.matrix @ step
+            self.matrix.baddbmm_(missed[..., None], (metric / along).expand(len(missed), 1, -1))
         if keep:
             self.residual = residual
 
