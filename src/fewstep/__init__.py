@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from fewstep.learn.networks.finetune import FinetuneConfig, finetune
     from fewstep.learn.samplers.calibrate import CalibrationConfig, calibrate
     from fewstep.learn.samplers.fit import FitConfig, fit, plan_fit
-    from fewstep.learn.samplers.optimize import OptimizeConfig, optimize
+    from fewstep.learn.samplers.optimize import optimize
+    from fewstep.learn.samplers.optimize_plan import OptimizeConfig
     from fewstep.learn.search.coefficients import FitForm
     from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
 
@@ -59,7 +60,7 @@ _LAZY = {  # imported when first asked for, so that sampling does not wait for w
     "FitConfig": "learn.samplers.fit",
     "plan_fit": "learn.samplers.fit",
     "fit": "learn.samplers.fit",
-    "OptimizeConfig": "learn.samplers.optimize",
+    "OptimizeConfig": "learn.samplers.optimize_plan",
     "optimize": "learn.samplers.optimize",
     "FitForm": "learn.search.coefficients",
     "Trajectories": "learn.teacher.trajectories",

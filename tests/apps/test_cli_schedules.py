@@ -12,7 +12,7 @@ from tests.apps.conftest import counted, made_by, run, samples, without_plots
 
 from fewstep import Sampler, load_model
 from fewstep.learn.networks import finetune
-from fewstep.learn.samplers import optimize
+from fewstep.learn.samplers import optimize_plan
 from fewstep.learn.teacher.gram import GramConfig
 from fewstep.sampling.grid_table import GridTable
 
@@ -28,7 +28,7 @@ FINETUNE = ("--nfe", 2, "--rounds", 2, "--steps", 3, "--batch", 4, "--num", 8, "
 def hurry(monkeypatch) -> None:
     """Less work than finetune does to choose its levels, and than optimize does for exact endpoints."""
     monkeypatch.setattr(finetune, "GramConfig", lambda num: GramConfig(levels=16, num=16))
-    monkeypatch.setattr(optimize, "REFERENCE_NFE", 16)
+    monkeypatch.setattr(optimize_plan, "REFERENCE_NFE", 16)
 
 
 @pytest.fixture(autouse=True)

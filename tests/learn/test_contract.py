@@ -24,7 +24,7 @@ import fewstep
 from fewstep import ArtifactError, FewstepError, GaussianDenoiser, Model, ModelError, ModelStatistics, Sampler, Trajectories
 from fewstep.learn.networks import finetune as finetune_module
 from fewstep.learn.samplers import fit_search as fit_search_module
-from fewstep.learn.samplers import optimize as optimize_module
+from fewstep.learn.samplers import optimize_plan
 from fewstep.learn.teacher.gram import GramConfig
 from fewstep.models.flow_map import FirstOrderMap
 
@@ -196,7 +196,7 @@ def tidy(folder: Path) -> dict[str, Any]:
 def shorten(patch: pytest.MonkeyPatch) -> None:
     """Exact trajectories of few steps, one rival, and few levels to choose from."""
     patch.setattr(fit_search_module, "HAND_MADE", ("dpm-solver-pp-2m",))
-    patch.setattr(optimize_module, "REFERENCE_NFE", 12)
+    patch.setattr(optimize_plan, "REFERENCE_NFE", 12)
     patch.setattr(finetune_module, "GramConfig", lambda num: GramConfig(levels=8, num=2))
 
 

@@ -33,7 +33,9 @@ from fewstep import (
 from fewstep.core.grid import GRIDS
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.learn.samplers import optimize as module
-from fewstep.learn.samplers.optimize import OptimizeConfig, collected_gram, name_of, optimize, solver_folder
+from fewstep.learn.samplers import optimize_plan
+from fewstep.learn.samplers.optimize import collected_gram, name_of, optimize, solver_folder
+from fewstep.learn.samplers.optimize_plan import OptimizeConfig, plan_of
 from fewstep.learn.search.bound import Bound
 from fewstep.learn.teacher.trajectories import Trajectories
 from fewstep.models.problem import Problem
@@ -51,7 +53,7 @@ FLOAT32 = 1e-6  # of a number: rounding of one operation or two
 def few_evaluations() -> Iterator[None]:
     """Of the trajectories that all errors are measured against here: what is tested needs no better ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "REFERENCE_NFE", 24)
+        patch.setattr(optimize_plan, "REFERENCE_NFE", 24)
         yield
 
 
@@ -116,7 +118,7 @@ def test_a_schedule_is_chosen_from_many(tmp_path: Path) -> None:
     """All standard grids, four dynamic programs of each kind, the neighbours' schedules, and the best two refined."""
     config = replace(TINY, num=32, noises=64, held_out=64, iterations=6)
     found = made(tmp_path, model := toy(), "dpm-solver-pp-2m", (2, 3, 4), config)
-    gram = collected_gram(Problem(model), config, tmp_path)
+    gram = collected_gram(Problem(model), config, (2, 3), tmp_path)
     bound = Bound(gram)
     assert gram.count == 32
     for nfe, one in found.items():
@@ -132,9 +134,9 @@ def test_a_schedule_is_chosen_from_many(tmp_path: Path) -> None:
         assert all(value is None or value >= candidates[best][1] * (1 - 1e-9) for _, value in candidates.values())
         assert one.card["rmse"][0] < 0.95 * one.card["rmse"][1]  # measured 0.88, 0.79, 0.62
     with pytest.raises(ArtifactError, match="belongs to another Gram matrix"):
-        collected_gram(Problem(toy(RectifiedFlow())), config, tmp_path)
+        collected_gram(Problem(toy(RectifiedFlow())), config, (2, 3), tmp_path)
     with pytest.raises(ArtifactError, match="gram-0-of-1"):
-        collected_gram(Problem(model), config, tmp_path / "elsewhere")
+        collected_gram(Problem(model), config, (2, 3), tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -337,28 +339,33 @@ def test_more_processes_than_noises_are_refused_before_any_work(tmp_path: Path, 
 # -- a budget --------------------------------------------------------------------------------------------------------
 
 
-def test_a_budget_is_kept_and_still_helps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("law", PROBLEMS)
+def test_a_budget_is_kept_and_still_helps(tmp_path: Path, law: str) -> None:
     """Everything the network is asked counts, and the trajectories that ends are measured against are those of the bound."""
-    for budget in (1000, 3000):
-        config = OptimizeConfig(budget=budget)
-        found = made(tmp_path / str(budget), model := toy(), nfe=(2, 4), config=config)
-        small = config.within(toy(), (2, 4))
-        assert model.network.samples <= small.evaluations((2, 4)) <= budget and model.network.samples > budget / 3
-        assert not (tmp_path / str(budget) / "gram-0.safetensors").exists()
+    for budget in (1000, 4000):
+        config, folder, schedule = OptimizeConfig(budget=budget), tmp_path / str(budget), PROBLEMS[law]()
+        found = made(folder, model := toy(schedule), nfe=(2, 4), config=config)
+        plan = plan_of(config, toy(schedule), (2, 4))
+        assert model.network.samples <= plan.evaluations((2, 4)) <= budget and model.network.samples > budget / 4
+        assert not (folder / "gram-0.safetensors").exists()
         for one in found.values():
-            assert one.card["error"][0] <= one.card["error"][1] and one.card["held_out_noises"] == small.held_out
-        assert found[4].card["error"][0] < 0.9 * found[4].card["error"][1]
-        gram = collected_gram(Problem(toy()), small, tmp_path / str(budget))
-        assert gram.count == small.noises and gram.cells <= small.levels
+            assert one.card["error"][0] <= one.card["error"][1] and one.card["held_out_noises"] == plan.held_out
+        gram = collected_gram(Problem(toy(schedule)), config, (2, 4), folder)
+        assert gram.count == plan.noises and gram.cells == plan.cells
+        before = contents(folder / "exact")
+        made(folder, toy(schedule), nfe=(3,), config=config)  # more can be added: the trajectories follow from the budget
+        assert contents(folder / "exact") == before and (solver_folder(folder, "unipc-2") / "nfe-03").exists()
 
 
 def test_a_budget_goes_by_the_size_of_the_model() -> None:
-    config = OptimizeConfig()
-    assert config.within(load_model("digits-edm"), (5,)) is config  # small: no limit
-    assert replace(config, num=200).within(toy(), (5,)).budget is None  # a number is named
-    large = config.within(replace(load_model("digits-edm"), shape=(3, 64, 64)), (5, 8))
-    assert large.budget == 3000 and large.evaluations((5, 8)) <= 3000 and large.batch == 21
+    config, small = OptimizeConfig(), load_model("digits-edm")
+    large = replace(small, shape=(3, 64, 64))
+    assert not plan_of(config, small, (5,)).small and not plan_of(replace(config, num=200), large, (5,)).small  # a number is named
+    plan = plan_of(config, large, (5, 8))
+    assert plan.small and plan.evaluations((5, 8)) <= 3000 and plan.batch == 21
+    named = plan_of(replace(config, budget=3000, levels=9, num=7, held_out=4, iterations=0), small, (5,))
+    assert (named.levels, named.noises, named.held_out, named.iterations) == (9, 7, 4, 0)
     with pytest.raises(
-        FewstepError, match=r"a budget of 100 .* is too small for schedules of 5, 8 evaluations: the least search takes \d+"
+        FewstepError, match=r"a budget of 100 .* too small for schedules of 5, 8 .* the least search takes \d+"
     ):
-        OptimizeConfig(budget=100).within(toy(), (5, 8))
+        plan_of(OptimizeConfig(budget=100), toy(), (5, 8))

@@ -30,8 +30,9 @@ from fewstep.apps.options import (
 from fewstep.apps.pipelines import PipelineOptions
 from fewstep.apps.plots import STANDARD, save_schedules
 from fewstep.core.grid import make_grid
-from fewstep.learn.samplers.optimize import OptimizeConfig, collected_gram, solver_folder
+from fewstep.learn.samplers.optimize import collected_gram, solver_folder
 from fewstep.learn.samplers.optimize import optimize as find_schedules
+from fewstep.learn.samplers.optimize_plan import OptimizeConfig
 from fewstep.learn.search.bound import Bound
 from fewstep.learn.teacher.gram import Gram
 from fewstep.models.generate import solver_for
@@ -90,7 +91,7 @@ def optimize(
         return
     plots = NO_PLOTS
     if find_spec("matplotlib"):
-        gram = collected_gram(problem, config.within(opened, counts), out)
+        gram = collected_gram(problem, config, counts, out)
         plots = str([_draw(problem, name, gram, found, solver_folder(out, name)) for name, found in made.items()][-1])
     rows = [{key: one.card[key] for key in FIGURES} | {"solver": name, "nfe": n} for name, of in made.items() for n, one in of.items()]
     folders = [str(solver_folder(out, name)) for name in made]

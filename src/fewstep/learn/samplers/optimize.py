@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,126 +17,29 @@ from torch import Tensor
 from fewstep.core.grid import GRIDS, TimeGrid, standard_grids
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, tabulate
-from fewstep.learn.samplers.fit_plan import CHECKED, LARGE, TOGETHER, default_budget
+from fewstep.learn.samplers.fit_plan import CHECKED
+from fewstep.learn.samplers.optimize_plan import OptimizeConfig, OptimizePlan, plan_of
 from fewstep.learn.search.bound import Bound
 from fewstep.learn.search.endpoint import mean_over_processes, per_sample_rmse
-from fewstep.learn.search.refine import STEPS, SolverEndpointError, check_deterministic, refine
+from fewstep.learn.search.refine import SolverEndpointError, check_deterministic, refine
 from fewstep.learn.teacher.batches import stored_batches, stored_gram
-from fewstep.learn.teacher.gram import Gram, GramConfig, collect_gram, fine_grid, gram_store
-from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, trajectories_of
+from fewstep.learn.teacher.gram import Gram, collect_gram, fine_grid, gram_store
+from fewstep.learn.teacher.trajectories import Trajectories, trajectories_of
 from fewstep.models.generate import solver_for
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.artifact import Count, Number, facts_of, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError
-from fewstep.runtime.front_door import at_least, check_fields, checked, checked_class, config_of, scale_of, wholes
+from fewstep.runtime.front_door import checked, config_of, scale_of, wholes
 from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import from_first, process, sum_over_processes
 from fewstep.sampling.grid_table import GridTable
-from fewstep.sampling.reference import REFERENCE_NFE
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import spec_of
 
 __all__ = ["OptimizeConfig", "collected_gram", "name_of", "optimize", "solver_folder"]
 
 PROBE = 4  # steps on which a solver shows whether it adds noise
-EVALUATIONS = 1920  # network evaluations of one calibration run, about: fewer noises for more steps
-FEWEST = 64  # noises, though; as many rank the candidates
-GRAM_BATCH = 64  # trajectories of the Gram matrix at a time, at most: its derivatives take more memory
-RANKING = 8  # within a budget
-CANDIDATES = 14  # grids that are ranked, about
-BUDGETS = ((32, 3, 32), (24, 2, 16), (20, 1, 4))  # levels, iterations, and the fewest noises that they are for
-MANY_STEPS = 8  # beyond them only the best candidate is refined, not the two best
-
-
-@checked_class
-@dataclass(frozen=True)
-class OptimizeConfig:
-    """Configure a search for schedules.
-
-    Args:
-        budget: network evaluations, counted singly, for all schedules of a solver together: the numbers below become as small as it asks
-            for, and the error bound is that along the same trajectories. By default 3000 for a large network where no number is named.
-        levels: cells between the noise levels that the dynamic programs choose from.
-        num: trajectories that the error bound is averaged over.
-        noises: noises that calibrate a schedule, at most; fewer for many steps.
-        held_out: held-out noises, used for model selection and for the reported figures.
-        seed: seed of the first noise; far from those that benchmarks start with.
-        iterations: iterations of the refinement, at most.
-        batch: noises processed at a time.
-
-    Raises:
-        FewstepError: a number out of range.
-    """
-
-    levels: int = 128
-    num: int = 256
-    noises: int = 256
-    held_out: int = 1024
-    seed: int = 3_000_000
-    iterations: int = 6
-    batch: int = 128
-    budget: int | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        at_least(self, budget=1, noises=2, held_out=2, seed=0, iterations=0, batch=1)
-        _ = self.gram
-
-    @property
-    def gram(self) -> GramConfig:
-        """The configuration of the Gram matrix."""
-        return GramConfig(self.levels, self.num, batch=min(self.batch, GRAM_BATCH), jacobian=True)
-
-    @property
-    def exact(self) -> TrajectoryConfig:
-        """The configuration of the exact trajectories: of many evaluations with only the endpoints stored, within a budget of a few."""
-        evaluations, storage = (REFERENCE_NFE, "float32") if self.budget is None else (self.levels, "float16")
-        return TrajectoryConfig(self.noises + self.held_out, evaluations, seed=self.seed, batch=self.batch, dtype=storage)
-
-    def within(self, model: Model, counts: Sequence[int]) -> OptimizeConfig:
-        """Return the configuration for a model, with its numbers as small as the budget asks for.
-
-        Raises:
-            FewstepError: the budget is too small.
-        """
-        dim, usual, budget = math.prod(model.need_shape()), default_budget(model), self.budget
-        if budget is None and usual == LARGE and replace(self, seed=0, batch=1) == OptimizeConfig(seed=0, batch=1):
-            budget = usual
-        if budget is None:
-            return self
-        batch, small = min(self.batch, max(1, TOGETHER // dim)), self
-        for levels, iterations, least in BUDGETS:
-            for noises in range(min(self.noises, 512), least - 1, -1):
-                held_out = min(self.held_out, max(4, noises // 3))
-                small = replace(self, levels=min(self.levels, levels), num=noises, noises=noises, held_out=held_out, budget=budget)
-                small = replace(small, iterations=min(self.iterations, iterations), batch=batch)
-                if small.evaluations(counts) <= budget:
-                    return small
-        raise FewstepError(
-            f"a budget of {budget} network evaluations is too small for schedules of {', '.join(map(str, counts))} evaluations: the least "
-            f"search takes {small.evaluations(counts)}"
-        )
-
-    def evaluations(self, counts: Sequence[int]) -> int:
-        """Estimate the network evaluations of a search within a budget."""
-        total = (self.noises + self.held_out) * self.levels + min(CHECKED, self.noises) * self.levels // 2
-        for n in counts:
-            refined = 2 if n <= MANY_STEPS else 1
-            each = self.iterations * (n * (n - 1) // 2 + STEPS * (n - 1)) + (n - 1)
-            total += CANDIDATES * min(RANKING, self.noises) * n + refined * (self.noises * each + min(RANKING, self.noises) * n)
-            total += self.held_out * n * (3 + refined) + self.noises
-        return total
-
-    @property
-    def fewest(self) -> int:
-        """The fewest noises in any part of the work: as many processes can share it."""
-        return min(self.noises, self.held_out, FEWEST)
-
-    @property
-    def ranking(self) -> int:
-        """The noises that rank candidates, at most."""
-        return FEWEST if self.budget is None else RANKING
 
 
 def solver_folder(folder: Path, name: str) -> Path:
@@ -209,28 +111,18 @@ def optimize(
         name = name_of(solver)
         if statistics is not None:
             raise SolverError(f"a {type(solver).__name__} has its statistics already: leave statistics out")
-    config = config.within(model, counts)
+    plan = plan_of(config, model, counts)
     steps = {n: solver.steps_on(model.schedule, n) for n in counts}
     check_deterministic(tabulate(solver, solver.nodes(TimeGrid.uniform(model.schedule, PROBE), model.schedule)), name)
-    most, cells = max(steps.values()), fine_grid(model.schedule, config.levels).steps
+    most, cells = max(steps.values()), fine_grid(model.schedule, plan.levels).steps
     if most > cells:
         raise GridError(f"{most} steps need at least as many cells between levels; {model.name} has {cells}: ask for more levels")
-    if process()[1] > config.fewest:
-        raise FewstepError(f"{process()[1]} processes cannot share {config.fewest} noises: use fewer processes")
+    if process()[1] > plan.fewest:
+        raise FewstepError(f"{process()[1]} processes cannot share {plan.fewest} noises: use fewer processes")
     with Job.open("optimize", out, device=device or model.device, on_progress=on_progress, command=command) as job:
         problem = Problem(model, guidance, job.device)
-        gram = None
-        if config.budget is None:
-            measuring = replace(job, on_progress=lambda done, note: job.on_progress(0, f"{done} of {config.num} trajectories"))
-            gram = collect_gram(problem, config.gram, measuring)
-        levels, asked = TimeGrid(problem.schedule.ends), replace(config.exact, guidance=guidance)
-        if gram is None:
-            levels = fine_grid(problem.schedule, config.levels)
-            asked = replace(asked, nfe=levels.steps)
-        with job.below("exact", lambda done, note: job.on_progress(0, f"{done} of {config.exact.num} exact endpoints")) as part:
-            exact = trajectories_of(problem, levels, asked, part, checked=None if gram is not None else CHECKED)
-        gram = stored_gram(exact, range(config.noises), config.batch) if gram is None else gram
-        search, place = _Search(problem, gram, exact, config, most), solver_folder(job.folder, name)
+        gram, exact = _measured(problem, plan, job)
+        search, place = _Search(problem, gram, exact, plan, most), solver_folder(job.folder, name)
         made: dict[int, Sampler] = {}
         for done, n in enumerate(counts):
             job.on_progress(done, f"{name}, {n} evaluations")
@@ -243,6 +135,24 @@ def optimize(
         return made
 
 
+def _measured(problem: Problem, plan: OptimizePlan, job: Job) -> tuple[Gram, Trajectories]:
+    """Return the Gram matrix of the bound, and exact trajectories; of a small plan the matrix is along those."""
+    gram, levels, asked = None, TimeGrid(problem.schedule.ends), replace(plan.exact, guidance=problem.guidance)
+    if plan.small:
+        levels = fine_grid(problem.schedule, plan.levels)
+        asked = replace(asked, nfe=levels.steps)
+    else:
+        measuring = replace(job, on_progress=lambda done, note: job.on_progress(0, f"{done} of {plan.gram.num} trajectories"))
+        gram = collect_gram(problem, plan.gram, measuring)
+    with job.below("exact", lambda done, note: job.on_progress(0, f"{done} of {asked.num} exact endpoints")) as part:
+        exact = trajectories_of(problem, levels, asked, part, checked=CHECKED if plan.small else None)
+    return (_along(exact, plan) if gram is None else gram), exact
+
+
+def _along(exact: Trajectories, plan: OptimizePlan) -> Gram:
+    return stored_gram(exact, range(plan.noises), plan.batch)
+
+
 def name_of(solver: Solver) -> str:
     """Return the name that tables and folders give a solver: that of the registry with its options, else that of its class."""
     values = {one.name: getattr(solver, one.name) for one in fields(solver)} if is_dataclass(solver) else {}
@@ -250,32 +160,33 @@ def name_of(solver: Solver) -> str:
     return spec_of(type(solver).__name__, options) or type(solver).__name__
 
 
-def collected_gram(problem: Problem, config: OptimizeConfig, folder: Path) -> Gram:
-    """Read the Gram matrix that `optimize` left in its folder, for a configuration that is `OptimizeConfig.within` its budget.
+def collected_gram(problem: Problem, config: OptimizeConfig, counts: Sequence[int], folder: Path) -> Gram:
+    """Read the Gram matrix that `optimize` left in its folder, or make it anew of the trajectories there.
 
     Raises:
         ArtifactError: it is not there, or of another model or configuration.
     """
-    if config.budget is not None:
-        return stored_gram(Trajectories.load(folder / "exact"), range(config.noises), config.batch)
-    return gram_store(problem, config.gram, folder).total(len(config.gram.batches))
+    plan = plan_of(config, problem.model, counts)
+    if plan.small:
+        return _along(Trajectories.load(folder / "exact"), plan)
+    return gram_store(problem, plan.gram, folder).total(len(plan.gram.batches))
 
 
 class _Search:
     """The part of the search that all schedules of one model share."""
 
-    def __init__(self, problem: Problem, gram: Gram, exact: Trajectories, config: OptimizeConfig, most: int) -> None:
-        self.problem, self.config, self.gram = problem, config, gram
+    def __init__(self, problem: Problem, gram: Gram, exact: Trajectories, plan: OptimizePlan, most: int) -> None:
+        self.problem, self.plan, self.gram = problem, plan, gram
         self.denoiser, self.schedule = problem.teacher, problem.schedule
         self.exact, self.bound = exact, Bound(gram)
-        self.levels = fine_grid(self.schedule, config.levels)
+        self.levels = fine_grid(self.schedule, plan.levels)
         self.programs = from_first(self._programs(most) if process()[0] == 0 else {})
         self.evaluations = 0
 
     def _programs(self, most: int) -> dict[str, dict[int, list[int]]]:
         """Return the optima of the dynamic programs."""
         found, totals = dict[str, dict[int, list[int]]](), tuple[Literal["sum", "squares"], ...](("sum", "squares"))
-        for amplification, total in product(("plain", "trace") if self.config.budget is None else ("plain",), totals):
+        for amplification, total in product(("plain",) if self.plan.small else ("plain", "trace"), totals):
             bound = Bound(self.gram, amplification, total)
             found[f"first-order program ({amplification}, {total})"] = bound.best(most)
             found[f"pair program ({amplification}, {total})"] = bound.best_pairs(most)
@@ -284,7 +195,7 @@ class _Search:
     def stored(self, name: str, solver: Solver, nfe: int, place: Path, others: Mapping[int, Sampler], job: Job) -> Sampler:
         """Return the schedule for ``nfe`` evaluations, from its folder if it is there."""
         rebuilt = Sampler.build(solver, self.levels, self.schedule)  # for its options
-        config = {key: value for key, value in asdict(self.config).items() if key != "batch"}  # which changes rounding alone
+        config = {key: value for key, value in asdict(self.plan.config).items() if key != "batch"}  # which changes rounding alone
         about = (self.problem.fingerprint, self.problem.guidance, name, sorted(rebuilt.options.items()), nfe, config)
         identity = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
         if from_first(job.rank == 0 and (place / "sampler.json").exists()):
@@ -312,12 +223,8 @@ class _Search:
     ) -> tuple[TimeGrid, dict[str, Any], dict[str, tuple[float, float | None]]]:
         """Rank candidates, refine the best and choose on held-out noises: the grid, facts for the card, and error and bound of each."""
         steps = solver.steps_on(self.schedule, nfe)
-        count = max(min(FEWEST, self.config.noises), min(self.config.noises, EVALUATIONS // nfe))
-        fit, few, check = (
-            range(count),
-            range(min(self.config.ranking, count)),
-            range(self.config.noises, self.config.noises + self.config.held_out),
-        )
+        plan, count = self.plan, self.plan.calibrating(nfe)
+        fit, few, check = range(count), range(min(plan.ranking, count)), range(plan.noises, plan.noises + plan.held_out)
         self.evaluations, grids = 0, self.candidates(steps, others)
         measured = {name: mean_over_processes(self.errors(solver, few, grid)) for name, grid in grids.items()}
         ranked = sorted(measured, key=measured.__getitem__)
@@ -325,8 +232,8 @@ class _Search:
         finalists = {name: grids[name] for name in (ranked[0], *standards)}
         different = {tuple(grids[name].t.tolist()): name for name in reversed(ranked)}  # the dynamic programs often agree
         batches = list(self._batches(solver, fit))
-        for name in sorted(different.values(), key=ranked.index)[: 2 if nfe <= MANY_STEPS else 1]:
-            grid = finalists[f"{name}, refined"] = refine(batches, grids[name], iterations=self.config.iterations)
+        for name in sorted(different.values(), key=ranked.index)[: plan.refined(nfe)]:
+            grid = finalists[f"{name}, refined"] = refine(batches, grids[name], iterations=plan.iterations)
             measured[f"{name}, refined"] = mean_over_processes(self.errors(solver, few, grid))
         self.evaluations += sum(batch.evaluations for batch in batches)
         held = {name: self.errors(solver, check, grid) for name, grid in finalists.items()}
@@ -340,7 +247,7 @@ class _Search:
             "error": [error[name] for name in (chosen, standard)],
             "rmse": [rmse[name] for name in (chosen, standard)],
             "calibration_noises": count,
-            "held_out_noises": self.config.held_out,
+            "held_out_noises": plan.held_out,
             "network_evaluations": int(sum_over_processes(torch.tensor(self.evaluations))),
         }
         bounds = {name: self.bound_of(grid) for name, grid in {**grids, **finalists}.items()}
@@ -375,7 +282,7 @@ class _Search:
         return torch.cat(found)
 
     def _batches(self, solver: Solver, rows: range) -> Iterator[SolverEndpointError]:
-        for batch in stored_batches(self.exact, rows, self.exact.t[[0, -1]], self.config.batch, self.problem.device):
+        for batch in stored_batches(self.exact, rows, self.exact.t[[0, -1]], self.plan.batch, self.problem.device):
             yield SolverEndpointError(self.denoiser, solver, batch.state(0), batch.state(1), batch.cond)
 
 
