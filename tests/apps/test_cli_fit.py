@@ -84,7 +84,7 @@ def test_the_options_of_fit_reach_it(monkeypatch, capsys, tmp_path: Path, tiny: 
     sampler = Sampler.load(tmp_path / "out" / "nfe-03")
     form = {"history": 2, "pool": "channel", "bias": False, "ridge": 1e-4, "shrink": 0.5}
     assert sampler.options == {**form, "parent": "ddim"} and "swept" not in sampler.card["stages"]
-    assert run(monkeypatch, *words[:-2], "--seed", 5, "--out", tmp_path / "out") == 2  # of another configuration
+    assert run(monkeypatch, *words[:-2], "--noises", 8, "--out", tmp_path / "out") == 2  # of another configuration
     assert "remove it, or use another folder" in capsys.readouterr().err
 
 

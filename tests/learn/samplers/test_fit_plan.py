@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.problems import toy
 
-from fewstep import FewstepError, FitConfig, FitForm, SolverError, load_model
+from fewstep import FewstepError, FitConfig, FitForm, ModelError, SolverError, load_model
 from fewstep.learn.samplers import fit_plan
 from fewstep.learn.samplers.fit import plan_fit
 from fewstep.learn.samplers.fit_plan import EFFORTS, LARGE, SMALL, default_budget, plan_of
@@ -84,3 +84,7 @@ def test_mistakes_are_named() -> None:
     for nfe in ((), (0,), (3, -1)):
         with pytest.raises(SolverError, match="a fit takes at least 1 evaluation, got"):
             plan_fit(toy(), nfe)
+    with pytest.raises(FewstepError, match="unexpected keyword argument 'budget'"):
+        plan_fit(toy(), 5, budget=3000)
+    with pytest.raises(ModelError, match="this takes a fewstep.Model"):
+        plan_fit("digits-edm", 5)

@@ -365,7 +365,5 @@ def test_a_budget_goes_by_the_size_of_the_model() -> None:
     assert plan.small and plan.evaluations((5, 8)) <= 3000 and plan.batch == 21
     named = plan_of(replace(config, budget=3000, levels=9, num=7, held_out=4, iterations=0), small, (5,))
     assert (named.levels, named.noises, named.held_out, named.iterations) == (9, 7, 4, 0)
-    with pytest.raises(
-        FewstepError, match=r"a budget of 100 .* too small for schedules of 5, 8 .* the least search takes \d+"
-    ):
+    with pytest.raises(FewstepError, match=r"a budget of 100 .* too small for schedules of 5, 8 .* the least search takes \d+"):
         plan_of(OptimizeConfig(budget=100), toy(), (5, 8))

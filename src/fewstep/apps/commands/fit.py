@@ -20,7 +20,7 @@ from fewstep.runtime.process import default_device, process
 
 __all__ = ["fit"]
 
-FIGURES = ("chosen", "best_hand_made", "error", "rmse", "noises", "held_out_noises", "network_evaluations")
+FIGURES = ("chosen", "best_hand_made", "error", "rmse", "noises", "held_out_noises", "network_evaluations", "trajectory_evaluations")
 
 
 def fit(

@@ -133,6 +133,7 @@ def fit(
         return {n: stored[n] for n in counts}
 
 
+@checked
 def plan_fit(
     model: Model, nfe: int | Sequence[int], config: FitConfig | None = None, *, trajectories: Trajectories | None = None
 ) -> FitPlan:
@@ -150,12 +151,12 @@ def plan_fit(
 
     Example:
         >>> import fewstep
-        >>> from fewstep.learn.samplers.fit import plan_fit
-        >>> plan = plan_fit(fewstep.load_model("digits-edm"), [5, 8], fewstep.FitConfig(budget=3000))
+        >>> plan = fewstep.plan_fit(fewstep.load_model("digits-edm"), [5, 8], fewstep.FitConfig(budget=3000))
         >>> plan.evaluations <= 3000
         True
     """
     config, counts = config_of(config, FitConfig), sorted(wholes(nfe, "nfe", SolverError))
+    check_model(model)
     if not counts or counts[0] < 1:
         raise SolverError(f"a fit takes at least 1 evaluation, got {', '.join(map(str, counts)) or 'none'}")
     shape, budget = model.need_shape(), default_budget(model)
