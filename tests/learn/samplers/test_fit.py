@@ -99,7 +99,7 @@ def test_samplers_are_kept_with_figures_that_are_true_and_better(tmp_path: Path,
     for nfe, one in found.items():
         kept, card = Sampler.load(nfe_folder(tmp_path, nfe)), one.card
         assert same(kept.tableau, one.tableau) and kept.card == json.loads(json.dumps(dict(card))) and kept.nfe == nfe
-        assert (kept.solver, kept.options) == ("fitted", {**asdict(TINY.form), "parent": TINY.parent_with(nfe)})
+        assert (kept.solver, kept.options) == ("fitted", {**asdict(TINY.form), "pool": "element", "parent": TINY.parent_with(nfe)})
         assert (card["name"], card["of"], card["model"], card["guidance"]) == ("fitted", "toy", model.fingerprint, 1.0)
         assert (card["noises"], card["held_out_noises"], card["command"]) == (32, 16, "it")
         assert (float(kept.grid.t[0]), float(kept.grid.t[-1])) == (schedule.t_max, schedule.t_min)

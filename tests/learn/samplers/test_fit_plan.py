@@ -35,7 +35,9 @@ def test_memory_and_disk_do_not_grow_with_the_budget() -> None:
         assert plan.form.shape(SHAPES[shape]) == ()  # one coefficient for all
         large = plan_of(FitConfig(), (5, 8), SHAPES[shape], 10**6)
         assert large.memory < 24 * 2**30
-    assert plan_of(FitConfig(), (5, 8), SHAPES["digits"], 3000).form == FitForm()
+    assert plan_of(FitConfig(), (5, 8), SHAPES["digits"], 3000).form == FitForm(pool="element")
+    each = plan_of(FitConfig(FitForm(pool="element")), (5, 8), SHAPES["sdxl"], 3000)
+    assert each.form.shape(SHAPES["sdxl"]) == SHAPES["sdxl"] and each.memory > plan_of(FitConfig(), (5, 8), SHAPES["sdxl"], 3000).memory
     channel = FitForm(pool="channel")
     assert plan_of(FitConfig(channel), (5, 8), SHAPES["wan"], 3000).form == channel
 

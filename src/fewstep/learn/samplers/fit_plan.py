@@ -12,7 +12,6 @@ from typing import NamedTuple
 from torch import nn
 
 from fewstep.core.grid import GRIDS, TimeGrid
-from fewstep.core.pooling import Pool
 from fewstep.core.schedule import VPLinear
 from fewstep.core.tableau import tabulate
 from fewstep.learn.search.coefficients import STEPS, FitForm, widened
@@ -300,7 +299,7 @@ def plan_of(
     """
     dim, counts, shape = math.prod(shape), tuple(counts), tuple(shape)
     room = max(8, CACHED // ((2 * max(counts) + 1) * dim))
-    pool: Pool = config.form.pool if dim <= POOLED or config.form.pool != "element" else "scalar"
+    pool = config.form.pool or ("element" if dim <= POOLED else "scalar")
     config = replace(config, form=replace(config.form, pool=pool), batch=config.batch or max(1, min(128, TOGETHER // dim)))
     limit = budget if config.budget is None else config.budget
 

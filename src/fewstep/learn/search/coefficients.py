@@ -52,7 +52,8 @@ class FitForm:
     Args:
         history: number of past outputs that a step reads; by default all.
         pool: which elements share a coefficient: element (none do), channel (those at one index of dimension 1 of the state, which
-            are a token's features where the state is tokens), scalar (all do).
+            are a token's features where the state is tokens), scalar (all do); by default element, and in a fit scalar for samples of more
+            than 16,384 numbers.
         bias: also fit a constant picture to each step (a number, if the pool is scalar).
         ridge: strength of the ridge penalty towards the parent's coefficients, relative to features of unit size.
         shrink: strength of the penalty on differences between elements, and on the bias, likewise; by default chosen for each step by
@@ -63,14 +64,14 @@ class FitForm:
     """
 
     history: int | None = None
-    pool: Pool = "element"
+    pool: Pool | None = None
     bias: bool = True
     ridge: float = 1e-6
     shrink: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.pool not in get_args(Pool):
+        if self.pool not in (None, *get_args(Pool)):
             raise FewstepError(f"coefficients are pooled by element, channel or scalar, got {self.pool!r}")
         at_least(self, history=1)
         for name, value in (("ridge", self.ridge), ("shrink", self.shrink)):
@@ -83,7 +84,7 @@ class FitForm:
 
     def shape(self, sample: Sequence[int]) -> tuple[int, ...]:
         """Return the shape ``*E`` of one coefficient for samples ``*D``."""
-        return pooled_shape(self.pool, sample)
+        return pooled_shape(self.pool or "element", sample)
 
 
 class NormalEquations:
