@@ -17,7 +17,7 @@ RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "ten_minutes.jso
 SMALL = {
     "sample": "--num 4",
     "bench": "--num 8",
-    "fit": "--num 16 --held-out 8 --noises 8 --window 8 --levels 12 --iterations 0",
+    "fit": "--num 16 --held-out 8 --noises 8 --levels 12 --iterations 0",
     "finetune": "--rounds 1 --steps 2 --batch 4 --num 16 --held-out 8 --levels 8 --teacher-nfe 8",
     "distill": "--steps 2 --batch 4 --num 16 --held-out 8 --teacher-nfe 4",
 }

@@ -44,7 +44,7 @@ from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, g
 from fewstep.models.formats.checkpoints import convert, load_checkpoint
 from fewstep.models.model import Model
 from fewstep.models.zoo import WEIGHTS
-from fewstep.runtime.accumulate import Store, accumulate, seed_batches
+from fewstep.runtime.accumulate import Part, Store, accumulate, seed_batches
 from fewstep.sampling.grid_table import GridTable
 
 MUTATIONS = int(os.environ.get("FEWSTEP_MUTATIONS", "200"))
@@ -254,13 +254,13 @@ def _make_checkpoint_of_training(folder: Path) -> None:
 
 
 def _make_sums(folder: Path) -> None:
-    _store(folder).save(Gram(LEVELS, torch.eye(5).double(), torch.ones(3, 2).double(), 4), 2, "none")
+    _store(folder).save(Part(Gram(LEVELS, torch.eye(5).double(), torch.ones(3, 2).double(), 4), [0, 1], "none"))
 
 
 def _tuning(folder: Path) -> Any:  # noqa: ANN401 - as much of a tuning as rounds on disk need
     tuning = object.__new__(finetuning._Tuning)
     tuning.grid, tuning.config = make_grid("angle", LAW, 4), finetuning.FinetuneConfig(2)
-    tuning.problem, tuning.work = SimpleNamespace(device="cpu"), SimpleNamespace(folder=folder)
+    tuning.problem, tuning.work, tuning.job = SimpleNamespace(device="cpu"), SimpleNamespace(folder=folder), SimpleNamespace(rank=0)
     return tuning
 
 

@@ -55,7 +55,7 @@ def test_fit_from_the_command_line(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     place = folder("sd3")
     options = ["--nfe", "3", "--num", "32", "--held-out", "16", "--iterations", "1", "--guidance", "5"]
-    options += ["--levels", "16", "--noises", "16", "--window", "16"]
+    options += ["--levels", "16", "--noises", "16"]
     words = ("fit", place, "--prompts", tmp_path / "prompts.txt", *options)
     assert command(monkeypatch, *words, "--batch", 32, "--out", tmp_path / "out") == 0
     said = capsys.readouterr().out

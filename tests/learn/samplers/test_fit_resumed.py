@@ -34,6 +34,10 @@ def test_what_a_run_that_could_not_clean_up_left_is_removed(tmp_path: Path) -> N
     assert names(tmp_path) == {"README.md", "plan.json", "trajectories", "nfe-01"}
 
 
+def searches(plan: bytes) -> list[list[int]]:
+    return [one["counts"] for one in json.loads(plan)["searches"]]
+
+
 @pytest.mark.slow
 def test_more_evaluations_can_be_added(tmp_path: Path) -> None:
     whole, added, config = tmp_path / "whole", tmp_path / "added", replace(TINY, iterations=1)
@@ -42,7 +46,9 @@ def test_more_evaluations_can_be_added(tmp_path: Path) -> None:
     first, shards = contents(added / "nfe-02"), contents(added / "trajectories")
     made(added, model := toy(), (2, 3), config)
     assert contents(added / "nfe-02") == first and contents(added / "trajectories") == shards
-    assert contents(added) == contents(whole) and network(model).calls < 0.8 * network(at_once).calls
+    more, everything = contents(added), contents(whole)
+    assert searches(more.pop("plan.json")) == [[2], [3]] and searches(everything.pop("plan.json")) == [[2, 3]]
+    assert more == everything and network(model).calls < 0.8 * network(at_once).calls
     made(added, toy(), (1,), config)
     readme = (added / "README.md").read_text()
     assert re.findall(r"^\| (\d+) \|", readme, re.M) == ["1", "2", "3"]  # the card is of all that is there

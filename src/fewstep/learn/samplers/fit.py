@@ -100,7 +100,7 @@ def fit(
         identity = _identity(problem, config, trajectories)
         if job.rank == 0:
             _stored(job.folder, identity)  # the work of another fit is refused before any of this one
-        plans: list[FitPlan] = from_first(_begun(plan, config, job.folder, identity) if job.rank == 0 else [])
+        plans: list[FitPlan] = from_first(_begun(plan, config, problem, job.folder, identity) if job.rank == 0 else [])
         fewest = min(one.fewest for one in plans)
         if process()[1] > fewest:
             raise FewstepError(f"{process()[1]} processes cannot share {fewest} noises: use fewer processes")
@@ -223,7 +223,7 @@ class _PlanRecord(Record):
 PLAN, SHARED = "plan.json", ("num", "held_out", "levels", "batch")
 
 
-def _begun(plan: FitPlan, config: FitConfig, folder: Path, identity: str) -> list[FitPlan]:
+def _begun(plan: FitPlan, config: FitConfig, problem: Problem, folder: Path, identity: str) -> list[FitPlan]:
     """Return the plans that a fit in a folder follows: those that were begun there, and one for the samplers that are new.
 
     Raises:
@@ -238,12 +238,14 @@ def _begun(plan: FitPlan, config: FitConfig, folder: Path, identity: str) -> lis
     if record.identity != identity:
         raise ArtifactError(f"{folder} holds a fit of another model or configuration: remove it, or use another folder")
     shared = {name: getattr(record, name) for name in SHARED}
+    cells = fine_grid(problem.schedule, record.levels).steps if plan.cells else 0
     begun = [
         replace(
             plan,
             config=replace(plan.config, **shared, noises=one.noises, iterations=one.iterations),
             counts=tuple(one.counts),
             effort=one.effort,
+            cells=cells,
         )
         for one in record.searches
     ]
@@ -251,7 +253,8 @@ def _begun(plan: FitPlan, config: FitConfig, folder: Path, identity: str) -> lis
     if not new:
         return begun
     limit = None if config.budget is None and config.num is not None else plan.limit  # as many noises as are named, whatever it costs
-    return [*begun, plan_of(replace(config, **shared, budget=limit), new, plan.shape, plan.limit, lambda levels: 0, "of the folder")]
+    added = plan_of(replace(config, **shared, budget=limit), new, plan.shape, plan.limit, lambda levels: 0, "of the folder")
+    return [*begun, replace(added, cells=cells)]
 
 
 @contextmanager
