@@ -53,6 +53,9 @@ def test_what_is_named_stays() -> None:
         plan_of(FitConfig(num=1000, budget=3000), (5,), SHAPES["digits"], 3000)
     assert plan_of(FitConfig(), (30,), SHAPES["digits"], 30_000).levels >= 60  # at least two cells for each evaluation
     assert plan_of(FitConfig(num=16, iterations=0), (5,), SHAPES["digits"], 3000).sweeps(5) == 0
+    assert plan_of(FitConfig(noises=40), (5, 8), SHAPES["digits"], 30_000).num >= 40  # they are some of the trajectories
+    with pytest.raises(FewstepError, match=r"too small for samplers of 5, 8 with the noises that are named: the least fit takes \d{4}"):
+        plan_of(FitConfig(noises=200), (5, 8), SHAPES["digits"], 3000)
 
 
 def test_a_budget_that_is_too_small_says_what_the_least_is() -> None:

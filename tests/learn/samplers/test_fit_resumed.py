@@ -118,7 +118,7 @@ def test_mistakes_are_named_before_any_work(tmp_path: Path) -> None:
         assert network(asked["model"]).calls == 0 and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("config", [TINY, replace(TINY, noises=4), replace(TINY, held_out=4), replace(TINY, num=4)])
+@pytest.mark.parametrize("config", [TINY, replace(TINY, noises=4), replace(TINY, held_out=4), replace(TINY, num=4, noises=4)])
 def test_more_processes_than_noises_are_refused_before_any_work(tmp_path: Path, monkeypatch, config: FitConfig) -> None:
     least = plan_fit(toy(), 2, config).fewest
     monkeypatch.setattr(module, "process", lambda: (0, least + 1))
@@ -143,6 +143,7 @@ def test_a_network_that_is_not_finite_is_named_and_leaves_nothing_half_made(tmp_
         ({"num": 1}, FewstepError, "num is at least 2, got 1"),
         ({"held_out": 1}, FewstepError, "held_out is at least 2, got 1"),
         ({"noises": 1}, FewstepError, "noises is at least 2, got 1"),
+        ({"num": 8, "noises": 9}, FewstepError, "noises are some of the num trajectories: at most 8, got 9"),
         ({"budget": 0}, FewstepError, "budget is at least 1, got 0"),
         ({"storage": "float8"}, FewstepError, "unknown dtype of trajectories 'float8'"),
         ({"batch": 0}, FewstepError, "batch is at least 1, got 0"),

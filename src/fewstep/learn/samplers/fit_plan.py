@@ -102,7 +102,7 @@ class FitConfig:
         storage: dtype of the stored trajectories: float16, bfloat16 or float32.
 
     Raises:
-        FewstepError: a number out of range, an unknown dtype.
+        FewstepError: a number out of range, more noises than trajectories, an unknown dtype.
         SolverError: an unknown parent, or one that no fit can start from.
     """
 
@@ -122,6 +122,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         at_least(self, budget=1, num=2, held_out=2, noises=2, levels=1, batch=1, iterations=0, seed=0)
+        if self.noises is not None and self.num is not None and self.noises > self.num:
+            raise FewstepError(f"noises are some of the num trajectories: at most {self.num}, got {self.noises}")
         look_up(self.storage, DTYPES, "dtype of trajectories")
         parent, law = make_solver(self.parent), VPLinear()
         if self.form.memory(PROBE) > 1:
@@ -176,7 +178,7 @@ class FitPlan:
     @property
     def noises(self) -> int:
         """The trajectories on which levels and sweeps are chosen."""
-        return min(self._number("noises"), self.num)
+        return self._number("noises")
 
     @property
     def ranking(self) -> int:
@@ -323,7 +325,7 @@ def plan_of(
     raise FewstepError(
         f"a budget of {limit} network evaluations is too small for samplers of {', '.join(map(str, counts))}"
         f"{f' with the {fixed} {named}' if fixed else ''}: the least fit takes "
-        f"{plan(EFFORTS[-1], config.num or EFFORTS[-1].least).evaluations}"
+        f"{plan(EFFORTS[-1], config.num or max(EFFORTS[-1].least, config.noises or 0)).evaluations}"
     )
 
 
@@ -331,7 +333,8 @@ def _sizes(config: FitConfig, effort: Effort, room: int) -> list[int]:
     """Return the numbers of noises that are tried for an effort, the largest first."""
     if config.num is not None:
         return [config.num] if config.num >= effort.least or effort is EFFORTS[-1] else []
-    sizes = [effort.least] if effort.least <= room else []
+    least = max(effort.least, config.noises or 0)
+    sizes = [least] if least <= room else []
     while sizes and sizes[-1] < min(2048, room):
         sizes.append(min(room, 2048, sizes[-1] + max(1, sizes[-1] // 8)))
     return sizes[::-1]
@@ -343,7 +346,7 @@ def _whole(config: FitConfig, num: int, effort: Effort, most: int) -> FitConfig:
         "num": num,
         "held_out": max(3, round(num * effort.held_out)),
         "levels": max(effort.levels, 2 * most),
-        "noises": max(3, min(effort.noises, round(num * effort.share))),
+        "noises": min(num, max(3, min(effort.noises, round(num * effort.share)))),
         "iterations": effort.sweeps,
     }
     return replace(config, **{name: value for name, value in by_effort.items() if getattr(config, name) is None})
