@@ -31,6 +31,8 @@ from fewstep.models.zoo import load_model
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
 from fewstep.sampling.loop import Step, steps
 from fewstep.sampling.noise import seeded_noise, start_noise
+from fewstep.sampling.parallel import ParallelConfig, sample_in_parallel
+from fewstep.sampling.parareal import parareal
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import DPMSolverV3, make_solver
 
@@ -86,6 +88,7 @@ __all__ = [
     "ModelStatistics",
     "NoiseSchedule",
     "OptimizeConfig",
+    "ParallelConfig",
     "RectifiedFlow",
     "Sampler",
     "Solver",
@@ -106,8 +109,10 @@ __all__ = [
     "make_grid",
     "make_solver",
     "optimize",
+    "parareal",
     "plan_fit",
     "sample",
+    "sample_in_parallel",
     "steps",
 ]
 

@@ -9,7 +9,17 @@ import pytest
 import torch
 from tests.apps.conftest import run
 
-from fewstep import CalibrationConfig, DistillConfig, FinetuneConfig, FitConfig, FitForm, OptimizeConfig, TrajectoryConfig, load_model
+from fewstep import (
+    CalibrationConfig,
+    DistillConfig,
+    FinetuneConfig,
+    FitConfig,
+    FitForm,
+    OptimizeConfig,
+    ParallelConfig,
+    TrajectoryConfig,
+    load_model,
+)
 from fewstep.apps.commands import optimize
 from fewstep.learn.networks.loop import LoopConfig
 from fewstep.learn.networks.train import TrainConfig
@@ -143,10 +153,13 @@ def test_trajectories(passed: Callable) -> None:
     args, options = passed("generate_trajectories", "trajectories", "digits-edm", *words, "--slots", 3, "--grid", "karras", "--guidance", 2)
     model = load_model("digits-edm")
     assert torch.equal(args[0].t, model.trajectory_grid("karras", 3).t)
-    assert options == {"guidance": 2.0, "config": TrajectoryConfig(9, 8, "ddim", 7, 1.0, 6, 5, "float16")}
+    assert options == {"guidance": 2.0, "config": TrajectoryConfig(9, 8, "ddim", 7, 1.0, 6, 5, "float16"), "parallel": None}
+    together = ("--parallel", "--window", 4, "--tol", 0.1, "--memory", 2)
+    _, options = passed("generate_trajectories", "trajectories", "digits-edm", *words, *together)
+    assert options["parallel"] == ParallelConfig(0.1, 4, 2)
     args, options = passed("generate_trajectories", "trajectories", "digits-edm")
     assert torch.equal(args[0].t, model.trajectory_grid("angle", 16).t)
-    assert options == {"guidance": 1.0, "config": TrajectoryConfig(seed=DistillConfig().seed)}
+    assert options == {"guidance": 1.0, "config": TrajectoryConfig(seed=DistillConfig().seed), "parallel": None}
 
 
 def test_distill(passed: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ PUBLIC = [
     "ModelStatistics",
     "NoiseSchedule",
     "OptimizeConfig",
+    "ParallelConfig",
     "RectifiedFlow",
     "Sampler",
     "Solver",
@@ -46,8 +47,10 @@ PUBLIC = [
     "make_grid",
     "make_solver",
     "optimize",
+    "parareal",
     "plan_fit",
     "sample",
+    "sample_in_parallel",
     "steps",
 ]
 LOADED = "import sys, fewstep, fewstep.solvers; print(*sorted({name.partition('.')[0] for name in sys.modules}))"

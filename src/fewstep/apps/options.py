@@ -22,6 +22,7 @@ import typer
 
 from fewstep.runtime.artifact import named_path, parse_json, read_json
 from fewstep.runtime.errors import ArtifactError, FewstepError
+from fewstep.sampling.parallel import ParallelConfig
 
 __all__ = [
     "ANY_STATISTICS",
@@ -35,10 +36,14 @@ __all__ = [
     "Fields",
     "Flag",
     "Guidance",
+    "InParallel",
+    "Memory",
     "ModelName",
     "StatisticsFolder",
     "TeacherGuidance",
+    "Tolerance",
     "Trust",
+    "Window",
     "checked",
     "command",
     "documented",
@@ -46,6 +51,7 @@ __all__ = [
     "integers",
     "json_object",
     "numbers",
+    "parallel_config",
     "words",
 ]
 
@@ -68,6 +74,13 @@ TeacherGuidance = Annotated[
     float | None,
     typer.Option("--guidance", help="The teacher's guidance scale; its student is sampled without. Default: the model's own."),
 ]
+InParallel = Annotated[
+    bool,
+    typer.Option("--parallel", help="Evaluate several steps at once: the same samples to a tolerance, in fewer calls of larger batches."),
+]
+Window = Annotated[int | None, typer.Option(help="In parallel: steps at once. Default: 8.")]
+Tolerance = Annotated[float | None, typer.Option("--tol", help="In parallel: tolerance, relative to a state's size. Default: 0.001.")]
+Memory = Annotated[int | None, typer.Option(help="In parallel: rounds that Anderson mixing combines; 1 is none. Default: 1.")]
 
 PLAIN = (bool, int, float, str, Path)
 INTEGERS, NUMBERS, NAMES = "<int,...>", "<float,...>", "<str,...>"  # how lists are shown in help
@@ -90,6 +103,21 @@ def checked(word: str, words: tuple[str, ...], option: str) -> Any:  # noqa: ANN
 def words(text: str | None) -> tuple[str, ...] | None:
     """Read names separated by commas."""
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parallel_config(wanted: bool, *, devices: str | None = None, **typed: Any) -> ParallelConfig | None:  # noqa: ANN401
+    """Return how to sample in parallel, or None.
+
+    Raises:
+        FewstepError: options of it without ``--parallel``.
+        SolverError: a number out of range.
+    """
+    named: dict[str, Any] = {name: value for name, value in typed.items() if value is not None}
+    named |= {} if devices is None else {"devices": words(devices)}
+    if named and not wanted:
+        options = [f"--{name}" for name in named]
+        raise FewstepError(f"{' and '.join(options)} {'is' if len(options) == 1 else 'are'} for sampling in parallel: say --parallel too")
+    return ParallelConfig(**named) if wanted else None
 
 
 def integers(text: str, option: str) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fewstep.core.denoiser import Cond
 from fewstep.runtime.errors import ModelError, first_line
 
-__all__ = ["check_batch", "moved", "repeated", "with_null"]
+__all__ = ["check_batch", "moved", "part_of", "repeated", "with_null"]
 
 OPTIONS = (type(None), bool, int, float, str, bytes, Enum, torch.dtype, torch.device)
 WHOLE = "the condition"
@@ -75,6 +75,15 @@ def repeated(cond: Cond, times: int) -> Cond:
         return torch.cat([leaf] * times) if isinstance(leaf, Tensor) else np.concatenate([leaf] * times)
 
     return _walked(again, WHOLE, cond)
+
+
+def part_of(cond: Cond, rows: slice) -> Cond:
+    """Return the condition of some samples of the batch."""
+
+    def some(leaf: Any, where: str) -> Any:  # noqa: ANN401
+        return leaf[rows]
+
+    return _walked(some, WHOLE, cond)
 
 
 def moved(cond: Cond, device: torch.device) -> Cond:

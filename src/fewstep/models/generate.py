@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsInt
 
@@ -24,17 +24,29 @@ from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import check_evaluating
 from fewstep.models.problem import Problem
+from fewstep.models.spread import OverProcesses, over_devices
 from fewstep.runtime.artifact import Count, Record, Whole, check_file, check_writable, read_record, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
 from fewstep.runtime.front_door import checked, scale_of
-from fewstep.runtime.process import process, wait_for_all
+from fewstep.runtime.process import from_first, process, wait_for_all
 from fewstep.runtime.spec import parse_spec
-from fewstep.sampling.loop import Step, check_start, run
+from fewstep.sampling.loop import check_start, run
 from fewstep.sampling.noise import seed_list, start_noise
+from fewstep.sampling.parallel import ParallelConfig, Round, sample_in_parallel
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, takes_statistics
 
-__all__ = ["best_sampler", "check_made_for", "check_statistics", "default_grid", "generate_to", "sample", "sampler_for", "solver_for"]
+__all__ = [
+    "best_sampler",
+    "check_made_for",
+    "check_statistics",
+    "default_grid",
+    "generate_to",
+    "sample",
+    "sampler_for",
+    "solver_for",
+    "spread_of",
+]
 
 What = str | Solver | Sampler | Tableau
 log = logging.getLogger("fewstep")
@@ -52,7 +64,8 @@ def sample(
     seeds: Iterable[int] | Tensor | None = None,
     guidance: float | None = None,
     grid: str | TimeGrid | None = None,
-    observe: Callable[[Step], None] | None = None,
+    observe: Callable[[Any], None] | None = None,
+    parallel: ParallelConfig | None = None,
 ) -> Tensor:
     """Sample a model, without gradients (iterate over `steps` for those).
 
@@ -68,7 +81,9 @@ def sample(
         guidance: classifier-free guidance scale; by default the model's own, which is 1 but for pipelines.
         grid: where to evaluate: the name of a spacing (``"karras"``), ``"optimized"`` for the model's own, or a `TimeGrid`; by default
             that of `default_grid`. A sampler or tableau has its own.
-        observe: called with each `Step`.
+        observe: called with each `Step`; in parallel, with each `Round`.
+        parallel: evaluate several steps at once, for the same samples to a tolerance in less time, see `ParallelConfig`. The processes of
+            ``torchrun`` then call this together, with the same arguments, and share each round.
 
     Returns:
         The samples ``[B, *D]`` on the model's device.
@@ -89,6 +104,8 @@ def sample(
     check_denoiser(model, "sample")
     if observe is not None and not callable(observe):
         raise FewstepError(f"observe is a function that is called with each Step, got {observe!r}")
+    if not isinstance(parallel, ParallelConfig | None):
+        raise FewstepError(f"parallel is a fewstep.ParallelConfig, got {str(parallel)[:80]!r}: pass parallel=fewstep.ParallelConfig()")
     if isinstance(model, Model):
         check_evaluating(model.network)
         guidance = scale_of(guidance, model.default_guidance)
@@ -117,7 +134,25 @@ def sample(
     elif isinstance(model, Model):
         cond = model.condition(cond, len(x))
         cond = cond.to(x.device) if isinstance(cond, Tensor) else cond
-    return run(denoiser, tableau, x, cond, seeds=seeds, observe=observe)
+    if parallel is None:
+        return run(denoiser, tableau, x, cond, seeds=seeds, observe=observe)
+    spread = spread_of(model, denoiser, guidance, parallel)
+    return sample_in_parallel(spread, tableau, x, cond, seeds=seeds, config=replace(parallel, devices=()), observe=observe)
+
+
+def spread_of(model: Model | Denoiser | FlowMap, denoiser: Denoiser | FlowMap, guidance: float, config: ParallelConfig) -> Denoiser:
+    """Return the denoiser whose batch the devices of a configuration and the processes of ``torchrun`` share.
+
+    Raises:
+        ModelError: a flow map; devices for something that is no model of a network.
+    """
+    if isinstance(denoiser, FlowMap):
+        raise ModelError("a student makes each of its few jumps by one call, and there is nothing to run in parallel: leave parallel out")
+    if config.devices:
+        if not isinstance(model, Model):
+            raise ModelError("devices are for a Model, whose network can be copied: leave them out, or make a Model of the denoiser")
+        denoiser = over_devices(model, guidance, config.devices)
+    return OverProcesses(denoiser) if process()[1] > 1 else denoiser
 
 
 _SEEDS = "say which samples: pass seeds=, as in seeds=range(4), or x=, the start"
@@ -335,11 +370,13 @@ def generate_to(
     *,
     label: int | None = None,
     batch: int = 256,
+    parallel: ParallelConfig | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_round: Callable[[Round], None] | None = None,
 ) -> tuple[Tensor, Path] | None:
     """Sample all seeds batch by batch into ``folder``, so that a killed run continues and processes share the work.
 
-    Batches are the same whatever the number of processes, so are the pictures.
+    Batches are the same whatever the number of processes, so are the pictures. Processes share the batches; in parallel, each round.
 
     Returns:
         The samples ``[len(seeds), *D]`` on the CPU and the folder of their batches, for the caller to remove once they are kept elsewhere;
@@ -352,6 +389,10 @@ def generate_to(
     rank, world = process()
     tableau = sampler.tableau
     facts: tuple[Any, ...] = (problem.fingerprint, tableau.fingerprint, problem.guidance, label, list(seeds), batch)
+    spread, config = None, ParallelConfig()
+    if parallel is not None:
+        spread, config = spread_of(problem.model, problem.denoiser, problem.guidance, parallel), replace(parallel, devices=())
+        facts = (*facts, config)  # the samples are those of any devices
     request = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     parts, finished = folder / f"parts-{request}", folder / "samples.json"
     others = [path for path in folder.glob("parts-*") if path != parts]
@@ -364,13 +405,17 @@ def generate_to(
         raise ArtifactError(f"{folder} holds {held[0]}, and nothing says what made it: choose another folder, or remove it")
     starts = range(0, len(seeds), batch)
     for number, first in enumerate(starts):
-        path = parts / f"{first:08d}.safetensors"
-        if number % world == rank and not path.exists():
+        path, mine = parts / f"{first:08d}.safetensors", spread is not None or number % world == rank
+        if mine and not (path.exists() if spread is None else from_first(path.exists())):
             part = seeds[first : first + batch]
-            x = problem.start(part, tableau.nodes)
-            images = run(problem.denoiser, tableau, x, problem.cond(part, label), seeds=part).cpu()
-            write_whole(path, lambda temporary, images=images: save_file({"x": images.contiguous()}, temporary))
-        if on_progress is not None and number % world == rank:
+            x, cond = problem.start(part, tableau.nodes), problem.cond(part, label)
+            if spread is None:
+                images = run(problem.denoiser, tableau, x, cond, seeds=part).cpu()
+            else:
+                images = sample_in_parallel(spread, tableau, x, cond, seeds=part, config=config, observe=on_round).cpu()
+            if spread is None or rank == 0:
+                write_whole(path, lambda temporary, images=images: save_file({"x": images.contiguous()}, temporary))
+        if on_progress is not None and mine:
             on_progress(min(first + batch, len(seeds)))
     wait_for_all()
     if rank != 0:

@@ -19,7 +19,7 @@ from fewstep.runtime.errors import ModelError, SolverError
 from fewstep.runtime.front_door import checked, whole
 from fewstep.sampling.noise import seed_list, seeded_noise
 
-__all__ = ["Edit", "Step", "check_start", "jumps", "run", "steps"]
+__all__ = ["NETWORK", "Edit", "FiniteCheck", "Step", "check_schedule", "check_start", "jumps", "run", "steps"]
 
 
 class Step(NamedTuple):
@@ -92,7 +92,7 @@ def steps(
         raise SolverError(f"the loop runs a Tableau, as sampler.tableau, not a {type(tableau).__name__}")
     check_start(x)
     nodes = tableau.nodes
-    _check_schedule(nodes, denoiser)
+    check_schedule(nodes, denoiser)
     seeds = None if seeds is None else seed_list(seeds)
     for name, function, form in (("noise", noise, "i -> standard normal [B, *D]"), ("edit", edit, "step -> [B, *D] or None")):
         if function is not None and not callable(function):
@@ -107,7 +107,7 @@ def steps(
             "this solver steps from a state before the one that it evaluates (UniPC's corrector, Heun), so an edit would be undone: use "
             "ddim, dpm-solver-pp-2m, deis-3, ipndm or unipc-2:corrector=false"
         )
-    finite = _FiniteCheck(nodes)
+    finite = FiniteCheck(nodes)
     finite.note("the start x has entries that are", first, state.x)
     for i, row in enumerate(tableau.rows(x)[first:], first):
         x0 = answer(state.x, nodes.t[i], cond)
@@ -249,15 +249,16 @@ class _Jumps:
 NETWORK = "the network's output is"
 
 
-class _FiniteCheck:
+class FiniteCheck:
     """A check that all numbers from outside are finite: recorded as they come, read once at the end, so that no step waits for the device.
 
     Args:
         nodes: where the evaluations are made.
+        during: more of when, for the error.
     """
 
-    def __init__(self, nodes: Nodes) -> None:
-        self.nodes, self.noted, self.extremes = nodes, list[tuple[str, int]](), list[Tensor]()
+    def __init__(self, nodes: Nodes, during: str = "") -> None:
+        self.nodes, self.during, self.noted, self.extremes = nodes, during, list[tuple[str, int]](), list[Tensor]()
 
     def note(self, what: str, i: int, values: Tensor) -> None:
         """Record values ``[B, *D]`` by their least and greatest, which reads them once where ``isfinite`` writes three copies.
@@ -285,11 +286,16 @@ class _FiniteCheck:
             mend = ": check its weights and dtype, or clip its inputs" if what == NETWORK else ""
             raise ModelError(
                 f"{what} not finite (NaN or infinite) at evaluation {i + 1} of {self.nodes.evaluations}, "
-                f"t = {self.nodes.t[i]:g}, sigma = {self.nodes.sigma[i]:g}{mend}"
+                f"t = {self.nodes.t[i]:g}, sigma = {self.nodes.sigma[i]:g}{self.during}{mend}"
             )
 
 
-def _check_schedule(nodes: Nodes, denoiser: Denoiser | FlowMap) -> None:
+def check_schedule(nodes: Nodes, denoiser: Denoiser | FlowMap) -> None:
+    """Refuse nodes of another noise schedule than the denoiser's.
+
+    Raises:
+        ModelError: they are (where they differ), or its schedule is no noise law.
+    """
     t, schedule = nodes.t.detach(), getattr(denoiser, "schedule", None)
     if not isinstance(schedule, NoiseSchedule):
         raise ModelError(f"a {type(denoiser).__name__} is no denoiser, since its schedule is no noise law: make a fewstep.Model of it")

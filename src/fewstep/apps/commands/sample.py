@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import rmtree
 from typing import Annotated, Any
@@ -12,19 +12,35 @@ import torch
 import typer
 from torch import Tensor
 
-from fewstep.apps.console import console, next_command, print_json, progress
+from fewstep.apps.console import Report, console, next_command, print_json, progress
 from fewstep.apps.models import guidance_of, model_words, open_model
-from fewstep.apps.options import NUMBERS, AnyStatistics, AsJson, Guidance, ModelName, StatisticsFolder, Trust, numbers
+from fewstep.apps.options import (
+    NUMBERS,
+    AnyStatistics,
+    AsJson,
+    Guidance,
+    InParallel,
+    Memory,
+    ModelName,
+    StatisticsFolder,
+    Tolerance,
+    Trust,
+    Window,
+    numbers,
+    parallel_config,
+)
 from fewstep.core.grid import TimeGrid
 from fewstep.evaluate.pictures import save_grid, save_singles, to_uint8
 from fewstep.models.carried import FITTED, OPTIMIZED
-from fewstep.models.generate import check_made_for, default_grid, generate_to, sampler_for
+from fewstep.models.generate import check_made_for, default_grid, generate_to, sampler_for, spread_of
 from fewstep.models.model import Model
+from fewstep.models.parallel_plan import plan_parallel
 from fewstep.models.problem import Problem, check_seeds
 from fewstep.runtime.artifact import write_whole
 from fewstep.runtime.errors import FewstepError, GridError
 from fewstep.runtime.job import Job
-from fewstep.runtime.process import default_device
+from fewstep.runtime.process import default_device, process
+from fewstep.sampling.parallel import ParallelConfig, Round
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import takes_statistics
 
@@ -56,17 +72,26 @@ def sample(
     npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz (float32, and uint8 pictures).")] = False,
     statistics: StatisticsFolder = None,
     any_statistics: AnyStatistics = False,
+    parallel: InParallel = False,
+    window: Window = None,
+    tol: Tolerance = None,
+    memory: Memory = None,
+    rounds: Annotated[int | None, typer.Option(help="In parallel: calls after which to stop, with the samples as they stand.")] = None,
+    devices: Annotated[
+        str | None, typer.Option(metavar="<device,...>", help="In parallel: devices that share each call: cuda:0,cuda:1.")
+    ] = None,
     trust: Trust = False,
     json: AsJson = False,
 ) -> None:
     """Sample a model.
 
     A killed run continues where it stopped when the same command is typed again; the processes of torchrun share the seeds. Samples of
-    another command in the folder are never replaced.
+    another command in the folder are never replaced. With --parallel the processes share each call instead.
     """
     if num < 1 or batch < 1:
         raise FewstepError(f"num and batch must be at least 1, got {num} and {batch}")
     check_seeds(seed, num)
+    config = parallel_config(parallel, window=window, tol=tol, memory=memory, rounds=rounds, devices=devices)
     opened = open_model(model, trust=trust)
     scale = guidance_of(opened, guidance)
     chosen = _Choice(solver, grid, nfe, sampler, times, sigmas, statistics, any_statistics).sampler_for(opened, scale)
@@ -74,20 +99,59 @@ def sample(
         raise FewstepError(f"samples of shape {opened.shape} are no pictures: leave --singles out; they are written to samples.npz")
     seeds = range(seed, seed + num)
     with Job.open("sample", out):
+        problem = Problem(opened, scale, default_device())
+        meter = None if config is None else _Meter(problem, chosen, config, seeds[:batch], label, quiet=json)
         with progress(f"sampling {num} x {chosen.nfe} evaluations", num) as report:
-            problem = Problem(opened, scale, default_device())
-            made = generate_to(out, problem, chosen, seeds, label=label, batch=batch, on_progress=report)
+            if meter is not None:
+                meter.report = report
+            options = {"label": label, "batch": batch, "parallel": config, "on_progress": report, "on_round": meter}
+            made = generate_to(out, problem, chosen, seeds, **options)
         if made is None:
             return
         images, parts = made
         done = {"num": num, "nfe": chosen.nfe, "sampler": _described(chosen), **_written(images, opened, seeds, label, out, singles, npz)}
+        done |= {} if meter is None else {"parallel": meter.figures()}
         rmtree(parts)
     if json:
         print_json(done)
         return
     console.print(f"sampler: {done['sampler']}")
+    if meter is not None:
+        console.print(f"in parallel: {meter}")
     console.print(f"pictures: {done['grid']}" if "grid" in done else f"samples: {done['npz']}")
     console.print(next_command("bench", model, *model_words(opened, guidance), "--out", "runs/bench"))
+
+
+class _Meter:
+    """The rounds of a run in parallel: what they were expected to take, and took. It is called with each `Round`."""
+
+    def __init__(self, problem: Problem, sampler: Sampler, config: ParallelConfig, seeds: range, label: int | None, *, quiet: bool) -> None:
+        denoiser = spread_of(problem.model, problem.denoiser, problem.guidance, config)
+        x = problem.start(seeds, sampler.tableau.nodes)
+        self.plan = plan_parallel(denoiser, sampler, x, problem.cond(seeds, label), replace(config, devices=()))
+        self.nfe, self.batches, self.rounds, self.evaluations = sampler.nfe, 0, 0, 0
+        self.report: Report = lambda done, note="": None
+        self.done = 0
+        if not quiet and process()[0] == 0:
+            console.print(f"expected for {len(seeds)} samples: {self.plan}")
+
+    def __call__(self, made: Round) -> None:
+        self.batches += made.i == 1
+        self.rounds, self.evaluations = self.rounds + 1, self.evaluations + made.last - made.first
+        self.done += made.accepted == self.nfe
+        self.report(self.done, f"round {made.i}, {made.accepted} of {self.nfe} evaluations")
+
+    def figures(self) -> dict[str, Any]:
+        """Return what it took and was expected to take, for each batch."""
+        batches = max(self.batches, 1)
+        took = {"rounds": self.rounds / batches, "evaluations": self.evaluations / batches}
+        return {**took, "expected": {"rounds": self.plan.rounds, "seconds": self.plan.seconds, "sequential": self.plan.sequential}}
+
+    def __str__(self) -> str:
+        if not self.batches:
+            return "all batches were there"
+        rounds, evaluations = self.rounds / self.batches, self.evaluations / self.batches
+        return f"{rounds:g} rounds instead of {self.nfe} calls, {evaluations:g} evaluations of each sample instead of {self.nfe}"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,21 @@ import typer
 
 from fewstep.apps.console import console, next_command, print_json, progress
 from fewstep.apps.models import guidance_of, model_words, open_model
-from fewstep.apps.options import NUM, AsJson, Fields, Flag, Guidance, ModelName, Trust, command
+from fewstep.apps.options import (
+    NUM,
+    AsJson,
+    Fields,
+    Flag,
+    Guidance,
+    InParallel,
+    Memory,
+    ModelName,
+    Tolerance,
+    Trust,
+    Window,
+    command,
+    parallel_config,
+)
 from fewstep.learn.networks.distill import DistillConfig
 from fewstep.learn.teacher.trajectories import TrajectoryConfig, generate_trajectories
 from fewstep.runtime.process import default_device
@@ -28,6 +42,10 @@ def trajectories(
     grid: Annotated[str, typer.Option(help="Their spacing; optimized is the model's own for ddim.")] = DISTILL.grid,
     config: Annotated[TrajectoryConfig, Fields(FLAGS, ("guidance",))],
     guidance: Guidance = None,
+    parallel: InParallel = False,
+    window: Window = None,
+    tol: Tolerance = None,
+    memory: Memory = None,
     trust: Trust = False,
     json: AsJson = False,
 ) -> None:
@@ -35,13 +53,13 @@ def trajectories(
 
     A killed run continues where it stopped, a larger --num adds trajectories; the processes of torchrun share the work.
     """
+    together = parallel_config(parallel, window=window, tol=tol, memory=memory)
     opened = open_model(model, trust=trust)
     scale = guidance_of(opened, guidance)
     times = opened.trajectory_grid(grid, slots, scale)
     with progress(f"solving {config.num} trajectories of {opened.name}", config.num) as report:
-        made = generate_trajectories(
-            opened, times, out, guidance=scale, config=config, device=default_device(), command=command(), on_progress=report
-        )
+        about = {"guidance": scale, "config": config, "parallel": together, "device": default_device(), "command": command()}
+        made = generate_trajectories(opened, times, out, **about, on_progress=report)
     if made is None:
         return
     size = sum(path.stat().st_size for path in out.glob("shard-*.safetensors"))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError, loo
 from fewstep.runtime.front_door import at_least, check_fields, checked, checked_class, config_of
 from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import wait_for_all
-from fewstep.sampling.loop import steps
+from fewstep.sampling.loop import Step, steps
 from fewstep.sampling.noise import start_noise
+from fewstep.sampling.parallel import ParallelConfig, rounds
 from fewstep.solvers import make_solver, takes_statistics
 
 __all__ = ["Trajectories", "TrajectoryConfig", "TrajectorySolver", "generate_trajectories", "teacher_grid"]
@@ -143,7 +145,8 @@ def teacher_grid(schedule: NoiseSchedule, grid: TimeGrid, nfe: int, evaluations_
 class TrajectorySolver:
     """A solver on the fine grid that returns its states at the stored times: of a predictor-corrector the corrected ones."""
 
-    def __init__(self, denoiser: Denoiser, solver: Solver, grid: TimeGrid, nfe: int) -> None:
+    def __init__(self, denoiser: Denoiser, solver: Solver, grid: TimeGrid, nfe: int, parallel: ParallelConfig | None = None) -> None:
+        self.parallel = parallel
         fine = teacher_grid(denoiser.schedule, grid, nfe, solver.stages)
         self.denoiser, self.solver, self.grid, self.parts = denoiser, solver, grid, fine.steps // grid.steps
         self.tableau, stride = tabulate(solver, solver.nodes(fine, denoiser.schedule)), self.parts * solver.stages
@@ -162,7 +165,7 @@ class TrajectorySolver:
             observe: called with the noise level of each stored time.
         """
         stored, end = [], x
-        for step in steps(self.denoiser, self.tableau, x, cond):
+        for step in self._steps(x, cond):
             if step.i in self.from_anchor:
                 corrected = step.state.anchor if self.from_anchor[step.i] else None
                 stored.append((step.x if corrected is None else corrected).cpu())
@@ -170,6 +173,12 @@ class TrajectorySolver:
                     observe(float(torch.exp(-self.tableau.nodes.lam[step.i])))
             end = step.x_next
         return torch.stack([*stored, end.cpu()], 1)
+
+    def _steps(self, x: Tensor, cond: Cond) -> Iterator[Step]:
+        if self.parallel is None:
+            return steps(self.denoiser, self.tableau, x, cond)
+        made = rounds(self.denoiser, self.tableau, x, cond, config=self.parallel)
+        return chain.from_iterable(one.steps for one in made)
 
     def error(self, start: Tensor, cond: Cond, states: Tensor) -> dict[str, float | None]:
         """Return the RMSE between ``states`` and a solution with half the steps: at the last time, and the largest at any stored time.
@@ -204,6 +213,7 @@ def generate_trajectories(
     *,
     guidance: float | None = None,
     config: TrajectoryConfig | None = None,
+    parallel: ParallelConfig | None = None,
     device: torch.device | str | None = None,
     command: str = "",
     on_progress: Progress | None = None,
@@ -220,6 +230,7 @@ def generate_trajectories(
         out: the folder.
         guidance: scale at which the teacher samples; by default the configuration's.
         config: how to solve, and how many.
+        parallel: evaluate several steps of each trajectory at once, to a tolerance: for batches that leave the device idle.
         device: where to compute; the model is moved there.
         command: the command line, for the card.
         on_progress: called with the number of trajectories done and a note.
@@ -231,17 +242,29 @@ def generate_trajectories(
     config = config_of(config, TrajectoryConfig)
     config = config if guidance is None else replace(config, guidance=guidance)
     check_model(model)
+    if not isinstance(parallel, ParallelConfig | None):
+        raise FewstepError(f"parallel is a fewstep.ParallelConfig, got {str(parallel)[:80]!r}")
+    if parallel is not None and (parallel.rounds is not None or parallel.devices):
+        raise FewstepError("trajectories are solved to their end, on the model's device: leave rounds and devices out")
     with Job.open("make trajectories", out, device=device or model.device, on_progress=on_progress, command=command) as job:
-        made = trajectories_of(Problem(model, config.guidance, job.device), grid, config, job)
+        made = trajectories_of(Problem(model, config.guidance, job.device), grid, config, job, parallel=parallel)
         return None if job.rank else made
 
 
-def trajectories_of(problem: Problem, grid: TimeGrid, config: TrajectoryConfig, job: Job, *, checked: int | None = None) -> Trajectories:
+def trajectories_of(
+    problem: Problem,
+    grid: TimeGrid,
+    config: TrajectoryConfig,
+    job: Job,
+    *,
+    checked: int | None = None,
+    parallel: ParallelConfig | None = None,
+) -> Trajectories:
     """Make or complete the trajectories of a problem in a job's folder, see `generate_trajectories`, and read them in all processes.
 
     ``checked`` says of how many the error is estimated; by default of the first batch.
     """
-    teacher = TrajectorySolver(problem.teacher, make_solver(config.solver), grid, config.nfe)
+    teacher = TrajectorySolver(problem.teacher, make_solver(config.solver), grid, config.nfe, parallel)
     about = {name: value for name, value in asdict(config).items() if name != "num"} | {
         "nfe": teacher.tableau.nodes.evaluations,
         "guidance": problem.guidance,
@@ -251,7 +274,8 @@ def trajectories_of(problem: Problem, grid: TimeGrid, config: TrajectoryConfig, 
         "schedule": problem.schedule.to_config(),
         "model": problem.fingerprint,
     }
-    about["identity"] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    how = {} if parallel is None else {"parallel": asdict(parallel)}
+    about["identity"] = hashlib.sha256(json.dumps(about | how).encode()).hexdigest()[:16]
     wanted, done = config.shards(job.folder), 0
     problem.labels([config.seed], config.label)  # an unknown label is refused before anything else
     present = _survey(job.folder, about["identity"], wanted)
@@ -266,7 +290,7 @@ def trajectories_of(problem: Problem, grid: TimeGrid, config: TrajectoryConfig, 
         job.on_progress(done, f"shard {number + 1} of {len(wanted)}")
     wait_for_all()
     if job.rank == 0:
-        _finish(job.folder, about, wanted, {"of": problem.name}, {"command": job.command})
+        _finish(job.folder, about, wanted, {"of": problem.name, **how}, {"command": job.command})
     wait_for_all()  # the first process writes the manifest last
     return Trajectories.load(job.folder)
 
@@ -321,7 +345,7 @@ def _survey(folder: Path, identity: str, wanted: dict[Path, range]) -> set[Path]
     return found
 
 
-def _finish(folder: Path, about: dict[str, Any], wanted: dict[Path, range], of: dict[str, str], by: dict[str, str]) -> None:
+def _finish(folder: Path, about: dict[str, Any], wanted: dict[Path, range], of: dict[str, Any], by: dict[str, str]) -> None:
     """Write the card, and the manifest last of all."""
     shards = {path.name: _read_shard(path, about["identity"])[0] for path in wanted}
     listed = [{"file": name, "count": shard.count, "sha256": shard.sha256} for name, shard in shards.items()]
