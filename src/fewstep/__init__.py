@@ -34,6 +34,7 @@ from fewstep.sampling.noise import seeded_noise, start_noise
 from fewstep.sampling.parallel import ParallelConfig, sample_in_parallel
 from fewstep.sampling.parareal import parareal
 from fewstep.sampling.sampler import Sampler
+from fewstep.sampling.splitting import Splitting, sample_split
 from fewstep.solvers import DPMSolverV3, make_solver
 
 if TYPE_CHECKING:
@@ -93,12 +94,14 @@ __all__ = [
     "Sampler",
     "Solver",
     "SolverError",
+    "Splitting",
     "TimeGrid",
     "VPCosine",
     "VPLinear",
     "VarianceExploding",
     "calibrate",
     "classifier_free",
+    "classifier_guided",
     "compare",
     "distill",
     "finetune",
@@ -113,6 +116,7 @@ __all__ = [
     "plan_fit",
     "sample",
     "sample_in_parallel",
+    "sample_split",
     "steps",
 ]
 

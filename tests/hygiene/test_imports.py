@@ -31,12 +31,14 @@ PUBLIC = [
     "Sampler",
     "Solver",
     "SolverError",
+    "Splitting",
     "TimeGrid",
     "VPCosine",
     "VPLinear",
     "VarianceExploding",
     "calibrate",
     "classifier_free",
+    "classifier_guided",
     "compare",
     "distill",
     "finetune",
@@ -51,6 +53,7 @@ PUBLIC = [
     "plan_fit",
     "sample",
     "sample_in_parallel",
+    "sample_split",
     "steps",
 ]
 LOADED = "import sys, fewstep, fewstep.solvers; print(*sorted({name.partition('.')[0] for name in sys.modules}))"

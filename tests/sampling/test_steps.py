@@ -115,13 +115,28 @@ def test_an_edit_is_felt_by_the_rest_of_the_run():
 @pytest.mark.parametrize("name", WHOLE_REGISTRY)
 def test_solvers_that_an_edit_does_not_reach_are_refused(name):
     denoiser, table = Tanh(), tableau(name)
-    anchored = name.startswith("unipc") or name in ("heun", "dpm-solver-2s", "dpm-solver-3s", "dpm-solver-v3")
-    if anchored:
+    stages = {"heun": 2, "dpm-solver-2s": 2, "dpm-solver-3s": 3}
+    if name.startswith("unipc") or name == "dpm-solver-v3":
         with pytest.raises(SolverError, match="an edit would be undone: use ddim, dpm-solver-pp-2m, .* or unipc-2:corrector=false"):
             list(steps(denoiser, table, start(), seeds=SEEDS, edit=lambda step: None))
         assert not denoiser.calls
-    else:
-        assert len(list(steps(denoiser, table, start(), seeds=SEEDS, edit=lambda step: None))) == 5
+    else:  # after the last stage of each step
+        asked = list[int]()
+        made = list(steps(denoiser, table, start(), seeds=SEEDS, edit=lambda step: asked.append(step.i)))
+        assert asked == list(range(stages.get(name, 1) - 1, 5 * stages.get(name, 1), stages.get(name, 1))) and len(made) == asked[-1] + 1
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm-solver-3s"])
+def test_an_edit_moves_what_a_solver_of_several_stages_steps_from(name):
+    """The rest of the run is one that begins at the edited state."""
+    table = tableau(name)
+    shift = lambda step: step.x_next + 1 if step.i < 3 else None  # noqa: E731 - after the first step
+    edited = list(steps(Tanh(), table, start(), edit=shift))
+    first = next(step for step, whole in zip(edited, table.whole_steps, strict=True) if whole)
+    assert first.state.anchor is not None and torch.equal(first.state.anchor, first.x_next)
+    fresh = table.start(first.x_next)._replace(history=first.state.history)
+    rest = list(steps(Tanh(), table, start(), resume=(first.i + 1, fresh)))
+    torch.testing.assert_close(rest[-1].x_next, edited[-1].x_next)
 
 
 def test_an_edit_of_another_shape_is_refused():

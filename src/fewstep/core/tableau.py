@@ -258,6 +258,19 @@ class Tableau:
 
         return used(self.record, 1), used(self.update, 2), used(self.bias, 1), self.stochastic
 
+    @cached_property
+    def whole_steps(self) -> tuple[bool, ...]:
+        """Whether a step is complete after each evaluation, so that the next one begins at the state ``x`` alone: always where no row reads
+        the anchor, after the last stage of Heun's, and never where a corrector returns to the anchor (UniPC's).
+        """
+        reads_anchor = self._used[1][0][0] or self._used[1][1][0]
+        if not reads_anchor:
+            return (True,) * len(self.record)
+        pairs = torch.cat([self.update, self.bias[:, :, None]], 2).detach().flatten(2)
+        same = torch.isclose(pairs[:, 0], pairs[:, 1], rtol=1e-9, atol=1e-12).all(1) & (self.noise.detach() == 0)
+        same[-1] |= bool(same.any()) or len(same) == 1  # where a last step to the clean image has fewer stages, nothing reads the anchor
+        return tuple(same.tolist())
+
     def rows(self, x: Tensor) -> list[Row]:
         """Return all rows in the dtype and on the device of ``x [B, *D]``: one transfer, and nothing left to do in the loop."""
 

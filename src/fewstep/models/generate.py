@@ -21,6 +21,7 @@ from fewstep.core.prediction import prediction
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, Tableau
 from fewstep.models.carried import FITTED, OPTIMIZED
+from fewstep.models.gradient_guidance import GradientGuidance
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import check_evaluating
 from fewstep.models.problem import Problem
@@ -371,6 +372,7 @@ def generate_to(
     label: int | None = None,
     batch: int = 256,
     parallel: ParallelConfig | None = None,
+    guided_by: GradientGuidance | None = None,
     on_progress: Callable[[int], None] | None = None,
     on_round: Callable[[Round], None] | None = None,
 ) -> tuple[Tensor, Path] | None:
@@ -389,6 +391,8 @@ def generate_to(
     rank, world = process()
     tableau = sampler.tableau
     facts: tuple[Any, ...] = (problem.fingerprint, tableau.fingerprint, problem.guidance, label, list(seeds), batch)
+    if guided_by is not None:
+        facts = (*facts, guided_by.identity)
     spread, config = None, ParallelConfig()
     if parallel is not None:
         spread, config = spread_of(problem.model, problem.denoiser, problem.guidance, parallel), replace(parallel, devices=())
@@ -408,8 +412,10 @@ def generate_to(
         path, mine = parts / f"{first:08d}.safetensors", spread is not None or number % world == rank
         if mine and not (path.exists() if spread is None else from_first(path.exists())):
             part = seeds[first : first + batch]
-            x, cond = problem.start(part, tableau.nodes), problem.cond(part, label)
-            if spread is None:
+            x, cond = problem.start(part, tableau.nodes), None if guided_by is not None else problem.cond(part, label)
+            if guided_by is not None:
+                images = guided_by.run(problem, tableau, part, label).cpu()
+            elif spread is None:
                 images = run(problem.denoiser, tableau, x, cond, seeds=part).cpu()
             else:
                 images = sample_in_parallel(spread, tableau, x, cond, seeds=part, config=config, observe=on_round).cpu()

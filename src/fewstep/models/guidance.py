@@ -15,6 +15,7 @@ from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import ModelError
 from fewstep.runtime.front_door import number
+from fewstep.sampling.splitting import log_gradient
 
 __all__ = ["Wrapped", "classifier_free", "classifier_guided", "dynamic_threshold", "static_threshold", "thresholded"]
 
@@ -90,7 +91,7 @@ def classifier_guided(denoiser: Denoiser, log_prob: Callable[[Tensor, Tensor, Co
         scale: guidance scale.
 
     Raises:
-        ModelError: something that is no denoiser, function or number.
+        ModelError: something that is no denoiser, function or number; later, a ``log_prob`` without a finite gradient for each sample.
     """
     check_denoiser(denoiser, "classifier_guided")
     scale = number(scale, "the scale of guidance", ModelError)
@@ -100,9 +101,7 @@ def classifier_guided(denoiser: Denoiser, log_prob: Callable[[Tensor, Tensor, Co
     def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         x0 = denoiser(x, t, cond)
         alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(log_prob(leaf, t, cond).sum(), leaf)
+        gradient = log_gradient(log_prob, x, t, cond)
         gain = torch.where(alpha > 0, scale * sigma**2 / alpha, torch.zeros_like(alpha))
         return x0 + aligned(gain, x) * gradient
 

@@ -131,6 +131,13 @@ class Problem:
         labels = self.labels(seeds, label)
         return None if labels is None else labels.to(self.device)
 
+    def unconditional(self, seeds: Sequence[int]) -> Cond:
+        """Return the null label of each sample on the device; the class labels of a model that has none."""
+        model = self.model
+        if model.classes is None or model.null_label is None:
+            return self.cond(seeds)
+        return torch.full((len(seeds),), model.null_label, dtype=torch.int64, device=self.device)
+
     def card(self) -> dict[str, object]:
         """Return whose an artifact is, for its card."""
         return {

@@ -77,7 +77,8 @@ def steps(
         seeds: one per sample, for tableaux that add noise.
         noise: the same by evaluation, ``i -> standard normal [B, *D]``.
         resume: begin at this evaluation with this state instead of at 0 with ``x``, which then only says the shape and dtype.
-        edit: may change the state after each evaluation, ``step -> [B, *D]`` or None: guidance by projection, constraints, inpainting.
+        edit: may change the state after each step, ``step -> [B, *D]`` or None: guidance by projection, constraints, inpainting. A solver
+            of several stages is asked after the last one of each step.
 
     Yields:
         A `Step` after each evaluation.
@@ -102,9 +103,10 @@ def steps(
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     answer = jumps(denoiser, tableau) if isinstance(denoiser, FlowMap) else denoiser
     first, state = (0, tableau.start(x)) if resume is None else _resumed(resume, x, tableau)
-    if edit is not None and state.anchor is not None:
+    whole_steps = tableau.whole_steps
+    if edit is not None and not whole_steps[-1]:
         raise SolverError(
-            "this solver steps from a state before the one that it evaluates (UniPC's corrector, Heun), so an edit would be undone: use "
+            "this solver steps from a state before the one that it evaluates (UniPC's corrector), so an edit would be undone: use "
             "ddim, dpm-solver-pp-2m, deis-3, ipndm or unipc-2:corrector=false"
         )
     finite = FiniteCheck(nodes)
@@ -124,10 +126,11 @@ def steps(
                 finite.note("the noise has entries that are", i, xi)
         before, state = state, advance(row, state, x0, xi)
         step = Step(i, nodes.t[i], before.x, x0, state)
-        edited = None if edit is None else edit(step)
+        edited = None if edit is None or not whole_steps[i] else edit(step)
         if edited is not None:
             _check_like(edited, x, "edit")
-            state = state._replace(x=edited.to(x.dtype))
+            edited = edited.to(x.dtype)
+            state = state._replace(x=edited, anchor=None if state.anchor is None else edited.clone())
             finite.note("edit answered entries that are", i, state.x)
             step = step._replace(state=state)
         yield step

@@ -12,6 +12,7 @@ import torch
 import typer
 from torch import Tensor
 
+from fewstep.apps.classifiers import classifier_of
 from fewstep.apps.console import Report, console, next_command, print_json, progress
 from fewstep.apps.models import guidance_of, model_words, open_model
 from fewstep.apps.options import (
@@ -80,6 +81,15 @@ def sample(
     devices: Annotated[
         str | None, typer.Option(metavar="<device,...>", help="In parallel: devices that share each call: cuda:0,cuda:1.")
     ] = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option(help="Guide by the gradient of digits, a classifier that is bundled, or of module:function, log p(x, t, labels) [B]."),
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="With --classifier: how far. Default: 1.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="With --classifier: lie, strang, or joint (none). Default: lie, kicks between the solver's steps.")
+    ] = None,
+    kick: Annotated[str | None, typer.Option(help="With --classifier, split: euler or heun. Default: euler.")] = None,
     trust: Trust = False,
     json: AsJson = False,
 ) -> None:
@@ -93,23 +103,27 @@ def sample(
     check_seeds(seed, num)
     config = parallel_config(parallel, window=window, tol=tol, memory=memory, rounds=rounds, devices=devices)
     opened = open_model(model, trust=trust)
-    scale = guidance_of(opened, guidance)
-    chosen = _Choice(solver, grid, nfe, sampler, times, sigmas, statistics, any_statistics).sampler_for(opened, scale)
+    guided_by = classifier_of(classifier, opened, scale=scale, split=split, kick=kick)
+    if guided_by is not None and (guidance is not None or config is not None):
+        raise FewstepError(f"--classifier guides step by step: leave {'--parallel' if guidance is None else '--guidance'} out")
+    cfg = guidance_of(opened, guidance)
+    chosen = _Choice(solver, grid, nfe, sampler, times, sigmas, statistics, any_statistics).sampler_for(opened, cfg)
     if len(opened.need_shape()) != 3 and singles:
         raise FewstepError(f"samples of shape {opened.shape} are no pictures: leave --singles out; they are written to samples.npz")
     seeds = range(seed, seed + num)
     with Job.open("sample", out):
-        problem = Problem(opened, scale, default_device())
+        problem = Problem(opened, cfg, default_device())
         meter = None if config is None else _Meter(problem, chosen, config, seeds[:batch], label, quiet=json)
         with progress(f"sampling {num} x {chosen.nfe} evaluations", num) as report:
             if meter is not None:
                 meter.report = report
-            options = {"label": label, "batch": batch, "parallel": config, "on_progress": report, "on_round": meter}
+            options = {"label": label, "batch": batch, "parallel": config, "guided_by": guided_by, "on_progress": report, "on_round": meter}
             made = generate_to(out, problem, chosen, seeds, **options)
         if made is None:
             return
         images, parts = made
-        done = {"num": num, "nfe": chosen.nfe, "sampler": _described(chosen), **_written(images, opened, seeds, label, out, singles, npz)}
+        labels = opened.labels(seeds, label) if guided_by is None else guided_by.labels(seeds, label)
+        done = {"num": num, "nfe": chosen.nfe, "sampler": _described(chosen), **_written(images, labels, seeds, out, singles, npz)}
         done |= {} if meter is None else {"parallel": meter.figures()}
         rmtree(parts)
     if json:
@@ -221,7 +235,7 @@ def _described(sampler: Sampler) -> str:
     return f"{sampler.name}{where}, {sampler.nfe} evaluations, noise levels {first:.3g} to {last:.3g}"
 
 
-def _written(images: Tensor, model: Model, seeds: range, label: int | None, out: Path, singles: bool, npz: bool) -> dict[str, Any]:
+def _written(images: Tensor, labels: Tensor | None, seeds: range, out: Path, singles: bool, npz: bool) -> dict[str, Any]:
     """Write samples as pictures and arrays, those that are no pictures as arrays alone, and return where."""
     places = dict[str, str]()
     if images.ndim == 4:
@@ -232,7 +246,6 @@ def _written(images: Tensor, model: Model, seeds: range, label: int | None, out:
         arrays: dict[str, Any] = {"x": images.numpy(), "seeds": np.array(seeds)}
         if images.ndim == 4:
             arrays["images"] = to_uint8(images)
-        labels = model.labels(seeds, label)
         if labels is not None:
             arrays["labels"] = labels.numpy()
         write_whole(out / "samples.npz", lambda temporary: np.savez(temporary, **arrays))
