@@ -16,6 +16,7 @@ from fewstep.apps.commands.distill import distill
 from fewstep.apps.commands.export import export
 from fewstep.apps.commands.finetune import finetune
 from fewstep.apps.commands.fit import fit
+from fewstep.apps.commands.inspect import inspect
 from fewstep.apps.commands.models import models
 from fewstep.apps.commands.optimize import optimize
 from fewstep.apps.commands.push import push
@@ -29,7 +30,24 @@ from fewstep.runtime.process import lost_another
 
 __all__ = ["VERBS", "main"]
 
-VERBS = (models, sample, bench, report, fit, calibrate, optimize, finetune, trajectories, distill, train, convert, export, push, demo)
+VERBS = (
+    models,
+    sample,
+    bench,
+    report,
+    inspect,
+    fit,
+    calibrate,
+    optimize,
+    finetune,
+    trajectories,
+    distill,
+    train,
+    convert,
+    export,
+    push,
+    demo,
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for verb in VERBS:

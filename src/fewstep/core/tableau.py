@@ -25,7 +25,7 @@ from torch import Tensor
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import SolverError
-from fewstep.runtime.front_door import is_count
+from fewstep.runtime.front_door import is_count, whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -312,6 +312,34 @@ class Tableau:
             )
         reads_anchor = self._used[1][0][0] or self._used[1][1][0]
         return State(x, x.clone() if reads_anchor else None, tuple(torch.zeros_like(x) for _ in range(self.memory)))
+
+    def stopped(self, evaluations: int, schedule: NoiseSchedule) -> Tableau:
+        """Return the tableau that stops after some evaluations, and returns the denoiser's last answer: a step to the clean image.
+
+        It is of first order (the ODE-jump of Chen et al., arXiv 2305.19947), and saves the rest. The last noise is dropped.
+
+        Args:
+            evaluations: how many are made, 1 to ``N``.
+            schedule: the noise law, whose clean image is the end.
+
+        Raises:
+            SolverError: another number, or a solver that does not record the answer there.
+        """
+        count = whole(evaluations, "the evaluations to stop after", SolverError)
+        if not 1 <= count <= self.nodes.evaluations:
+            raise SolverError(
+                f"this sampler makes {self.nodes.evaluations} evaluations: stop after 1 to {self.nodes.evaluations}, not {count}"
+            )
+        last = count - 1
+        by_x, by_x0 = self.record[last]
+        if not bool((by_x0 != 0).all()) or not self.memory:
+            raise SolverError(f"this solver does not record the denoiser's answer at evaluation {last}, so there is nothing to return")
+        answer = torch.zeros_like(self.update[last, 0])  # x0 = (h - by_x x) / by_x0, of what is kept
+        answer[1], answer[2] = -by_x / by_x0, 1 / by_x0
+        update, bias, noise = self.update[:count].clone(), self.bias[:count].clone(), self.noise[:count].clone()
+        update[last], bias[last], noise[last] = answer, 0, 0
+        clean = torch.tensor([schedule.t_clean], dtype=torch.float64)
+        return Tableau(Nodes.at(schedule, torch.cat([self.nodes.t[:count], clean])), self.record[:count], update, bias, noise)
 
     def unrolled(self) -> Unrolled:
         """Return every state as a linear function of the start, of the denoiser's answers and of the noise, in float64.

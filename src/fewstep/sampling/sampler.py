@@ -190,6 +190,19 @@ class Sampler(Shared):
             )
         return self.tail(int(below[0]) * self.stages, statistics=statistics)
 
+    def stopped(self, evaluations: int) -> Sampler:
+        """Return the sampler that stops after some evaluations and returns the denoiser's last answer, see `Tableau.stopped`.
+
+        It saves the others, which pays where the grid has spent evaluations at levels where the image is decided already.
+
+        Raises:
+            SolverError: fewer than 1 evaluation or more than there are, or a solver that does not record the answer.
+        """
+        made = self.tableau.stopped(evaluations, self.schedule)
+        grid = TimeGrid(torch.unique_consecutive(made.nodes.t))  # a solver of several stages evaluates some times twice
+        name = f"{self.name} stopped after {made.nodes.evaluations}"
+        return Sampler(made, grid, self.schedule, "stopped", {"of": self.solver, **self.options}, {**self.card, "name": name})
+
     def _rebuilt(self, statistics: ModelStatistics | None) -> Solver:
         """Return the solver that can be put on the rest of the grid: its own, or the hand-made one that a fitted sampler began with."""
         names = [

@@ -335,7 +335,7 @@ def test_folders_that_hold_no_benchmark_are_named(tmp_path: Path, monkeypatch: p
             write_report([put(tmp_path / "wrong", wrong, None)], tmp_path)
     with pytest.raises(FewstepError, match="at least one folder"):
         write_report([], tmp_path)
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr("fewstep.evaluate.report.template.find_spec", lambda name: None)
     with pytest.raises(FewstepError, match=r"needs jinja2 and matplotlib: pip install 'fewstep\[report\]'"):
         write_report([tmp_path], tmp_path)
 

@@ -23,7 +23,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["DARK", "LIGHT", "Point", "data_uri", "histograms", "png", "schedules", "strip", "svg", "svg_file", "work_precision"]
+__all__ = [
+    "COLOURS",
+    "DARK",
+    "LIGHT",
+    "MARKS",
+    "Point",
+    "data_uri",
+    "figure_of",
+    "histograms",
+    "log_ticks",
+    "new_axes",
+    "png",
+    "schedules",
+    "strip",
+    "style",
+    "svg",
+    "svg_file",
+    "work_precision",
+]
 
 LIGHT = {"ink": "#1b1f24", "muted": "#667079", "rule": "#e2e5e9", "paper": "#ffffff"}
 LIGHT |= {"c1": "#0072b2", "c2": "#d55e00", "c3": "#009e73", "c4": "#cc79a7", "c5": "#e69f00", "rest": "#b4bbc3"}  # Okabe and Ito's
@@ -55,8 +73,8 @@ def work_precision(series: Mapping[str, Sequence[Point]], *, floor: float | None
     """
     counts = sorted({point.nfe for points in series.values() for point in points})
     dodge = np.log(counts[-1] / counts[0] or 1) * 0.012  # intervals beside each other
-    with _style():
-        axes = _axes(300, left=48, right=132, bottom=40, top=12)
+    with style():
+        axes = new_axes(300, left=48, right=132, bottom=40, top=12)
         ends, edges = [], [] if floor is None else [floor]
         for rank, (name, points) in reversed(list(enumerate(series.items()))):
             front = rank < len(COLOURS)
@@ -77,12 +95,12 @@ def work_precision(series: Mapping[str, Sequence[Point]], *, floor: float | None
             shown.append((Point(counts[-1], floor, None), "exact samples", "muted"))
         _name_lines(axes, shown, counts[-1])
         axes.set_xlabel("network evaluations")
-    return _figure(axes)
+    return figure_of(axes)
 
 
 def histograms(errors: Mapping[str, np.ndarray], nfe: int) -> Figure:
     """Draw the distribution of the errors of single samples: one row per sampler, on one axis."""
-    with _style():
+    with style():
         rows = len(errors)
         figure = _new(34 * rows + 46)
         low, high = (float(bound(values[values > 0])) for bound, values in ((np.min, _together(errors)), (np.max, _together(errors))))
@@ -97,7 +115,7 @@ def histograms(errors: Mapping[str, np.ndarray], nfe: int) -> Figure:
             axes.set_yticks([])
             axes.spines[["left", "top", "right"]].set_visible(False)
             axes.text(-0.04, 0.3, _short(name, 21), transform=axes.transAxes, ha="right", va="center", color=LIGHT["ink"], size=10)
-            _log_ticks(axes.xaxis, edges[0], edges[-1], 6)
+            log_ticks(axes.xaxis, edges[0], edges[-1], 6)
             if rank < rows - 1:
                 axes.tick_params(axis="x", length=0, labelbottom=False)
             else:
@@ -107,9 +125,9 @@ def histograms(errors: Mapping[str, np.ndarray], nfe: int) -> Figure:
 
 def schedules(levels: Mapping[str, Sequence[float]], nfe: int) -> Figure:
     """Draw the noise levels ``sigma/alpha`` at which grids evaluate, one row per grid. Pure noise and the clean image have no place."""
-    with _style():
+    with style():
         height = 24 * len(levels) + 52
-        axes = _axes(height, left=134, right=10, bottom=44, top=6)
+        axes = new_axes(height, left=134, right=10, bottom=44, top=6)
         for row, values in enumerate(levels.values()):
             inside = [value for value in values if 0 < value < float("inf")]
             colour = LIGHT[COLOURS[row] if row < len(COLOURS) else "muted"]
@@ -122,9 +140,9 @@ def schedules(levels: Mapping[str, Sequence[float]], nfe: int) -> Figure:
         axes.tick_params(axis="y", length=0, labelcolor=LIGHT["ink"])
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
-        _log_ticks(axes.xaxis, min(every), max(every), 6)
+        log_ticks(axes.xaxis, min(every), max(every), 6)
         axes.set_xlabel(f"noise level sigma/alpha, {nfe} evaluations")
-    return _figure(axes)
+    return figure_of(axes)
 
 
 def _together(errors: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -137,7 +155,8 @@ def _new(height: float) -> Figure:
     return Figure(figsize=(WIDTH / 72, height / 72))
 
 
-def _figure(axes: Axes) -> Figure:
+def figure_of(axes: Axes) -> Figure:
+    """Return the figure of axes."""
     from matplotlib.figure import Figure
 
     figure = axes.figure
@@ -145,7 +164,7 @@ def _figure(axes: Axes) -> Figure:
     return figure
 
 
-def _axes(height: float, *, left: float, right: float, bottom: float, top: float) -> Axes:
+def new_axes(height: float, *, left: float, right: float, bottom: float, top: float) -> Axes:
     """Make axes in a new figure, with margins in pixels."""
     box = (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (bottom + top) / height)
     return _new(height).add_axes(box)
@@ -168,10 +187,10 @@ def _limits(axes: Axes, counts: Sequence[int], values: Sequence[float]) -> None:
     inside = [value for value in values if value > 0]
     if inside:
         axes.set_ylim(min(inside) / 1.25, max(inside) * 1.25)
-        _log_ticks(axes.yaxis, min(inside), max(inside), 7)
+        log_ticks(axes.yaxis, min(inside), max(inside), 7)
 
 
-def _log_ticks(axis: Any, low: float, high: float, most: int) -> None:  # noqa: ANN401 - matplotlib's
+def log_ticks(axis: Any, low: float, high: float, most: int) -> None:  # noqa: ANN401 - matplotlib's
     """Set ticks at 1, 2, 5 in each decade, or fewer, so that there are no more than ``most``."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -190,7 +209,7 @@ def _log_ticks(axis: Any, low: float, high: float, most: int) -> None:  # noqa: 
 def _name_lines(axes: Axes, ends: Sequence[tuple[Point, str, str]], last: int) -> None:
     """Write names to the right of the lines' ends, moved apart where they would overlap."""
     to_pixels, box = axes.transData.transform, axes.bbox
-    scale = 72 / _figure(axes).dpi
+    scale = 72 / figure_of(axes).dpi
     wanted = sorted((float(to_pixels((last, point.value))[1] - box.y0) * scale, name, colour, point) for point, name, colour in ends)
     gap, places = 13.0, [height for height, *_ in wanted]
     for _ in range(200):  # relax: push neighbours apart, keep all beside the axes
@@ -215,7 +234,7 @@ def _pixels(axes: Axes) -> Any:  # noqa: ANN401 - a transform of matplotlib's
     """Return the transform to CSS pixels from the lower left corner of the axes."""
     from matplotlib.transforms import Affine2D, ScaledTranslation
 
-    figure, corner = _figure(axes), axes.get_position()
+    figure, corner = figure_of(axes), axes.get_position()
     width, height = figure.get_size_inches()
     to_corner = ScaledTranslation(corner.x0 * width, corner.y0 * height, figure.dpi_scale_trans)
     return Affine2D().scale(1 / 72) + figure.dpi_scale_trans + to_corner
@@ -230,7 +249,7 @@ def _short(name: str, most: int) -> str:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """Set matplotlib up: the same figure gives the same bytes, and names are never formulas."""
     from matplotlib import rc_context
 
@@ -253,7 +272,7 @@ def _style() -> Iterator[None]:
 def png(figure: Figure) -> bytes:
     """Return the plot on white as a PNG."""
     made = io.BytesIO()
-    with _style():
+    with style():
         figure.savefig(made, format="png", dpi=160, metadata={"Software": None})
     return made.getvalue()
 
@@ -261,7 +280,7 @@ def png(figure: Figure) -> bytes:
 def svg(figure: Figure, name: str) -> str:
     """Return the plot for the inside of a page: no outer references, colours from CSS variables, ids that begin with ``name``."""
     made = io.StringIO()
-    with _style():
+    with style():
         figure.savefig(made, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = made.getvalue()
     text = text[text.index("<svg") :]

@@ -10,17 +10,15 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fewstep.evaluate.report import plots
-from fewstep.evaluate.report.findings import Format, Name, Number, ResultsFolder, RowGroup, grouped, pivot, read_folders
+from fewstep.evaluate.report.findings import Format, ResultsFolder, RowGroup, grouped, pivot, read_folders
 from fewstep.evaluate.report.page import group_view
+from fewstep.evaluate.report.template import check_packages, rendered
 from fewstep.evaluate.report.verdict import JsonRow
 from fewstep.runtime.artifact import check_writable, write_whole
-from fewstep.runtime.errors import FewstepError
 
 __all__ = ["check_packages", "report_page", "to_csv", "to_markdown", "write_report"]
 
@@ -29,17 +27,6 @@ FIELDS += ("fd_ci", "fd_features", "kd", "kd_ci", "precision", "recall", "labels
 FIELDS += ("statistics", "artifact", "arithmetic", "planned", "levels", "failed")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a spreadsheet's formulas begin
 INTERVALS = ("rmse_ci", "fd_ci", "kd_ci")
-
-
-def check_packages() -> None:
-    """Check that reports can be made, before long work that is to end with one.
-
-    Raises:
-        FewstepError: matplotlib or jinja2 is missing.
-    """
-    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise FewstepError(f"a report needs {' and '.join(missing)}: pip install 'fewstep[report]'")
 
 
 class _Report(NamedTuple):
@@ -65,7 +52,7 @@ def _report(runs: Sequence[ResultsFolder], title: str | None) -> _Report:
     for run in runs:
         name = "results.json" if len(runs) == 1 else f"{run.name.replace('/', '-')}.json"
         files_within.append((name, plots.data_uri(json.dumps(run.results, indent=1).encode(), "application/json")))
-    page = _render({"title": title, "names": names, "groups": views, "files": files_within, "light": plots.LIGHT, "dark": plots.DARK})
+    page = rendered("report.html.j2", {"title": title, "names": names, "groups": views, "files": files_within})
     return _Report(page, table, "\n".join(_markdown(group) for group in groups), drawn)
 
 
@@ -111,15 +98,6 @@ def _merged(group: RowGroup, *, several: bool) -> list[dict[str, Any]]:
     return [
         {**({"model": group.homes[key].model, "run": group.homes[key].name} if several else {}), **row} for key, row in group.rows.items()
     ]
-
-
-def _render(page: Mapping[str, Any]) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.tests |= {"number": lambda value: isinstance(value, Number), "name": lambda value: isinstance(value, Name)}
-    text = (files("fewstep.evaluate.report") / "report.html.j2").read_text(encoding="utf-8")
-    return made.from_string(text).render(page)
 
 
 # -- tables as text ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,105 @@
+"""Draw what an inspection shows: curves over the noise level, from much noise to little."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from fewstep.evaluate.report.plots import COLOURS, LIGHT, MARKS, figure_of, log_ticks, new_axes, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["change_along", "distances", "stops"]
+
+SIDES = ((6, "bottom", "left"), (-6, "top", "right"))  # of a curve, where its name is
+HEIGHT, MARGINS = 280, {"left": 52, "right": 12, "bottom": 44, "top": 12}
+
+
+def distances(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+    """Draw distances to the end over the noise level, log-log, each named beside its line.
+
+    Args:
+        curves: levels and distances by name.
+    """
+    with style():
+        axes = new_axes(HEIGHT, **MARGINS)
+        for (name, (levels, values)), colour, (apart, vertical, horizontal) in zip(curves.items(), COLOURS, SIDES, strict=False):
+            x, y = _positive(levels, values)
+            axes.plot(x, y, color=LIGHT[colour], linewidth=1.8)
+            place, look = len(x) * 2 // 5, {"color": LIGHT[colour], "size": 10, "va": vertical, "ha": horizontal}
+            axes.annotate(name, (x[place], y[place]), (apart, apart), textcoords="offset points", **look)  # type: ignore[arg-type]
+        axes.set_yscale("log")
+        _over_levels(axes)
+        low, high = axes.get_ylim()
+        log_ticks(axes.yaxis, low, high, 6)
+        axes.set_ylabel("RMS distance to the end")
+    return figure_of(axes)
+
+
+def change_along(levels: Sequence[float], change: Sequence[float], grids: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw how much the denoised image changes along the way, and above it where samplers evaluate.
+
+    Args:
+        levels: noise levels.
+        change: of the image, for a factor e in the level.
+        grids: levels at which samplers evaluate, by name.
+    """
+    with style():
+        axes = new_axes(HEIGHT + 22 * len(grids), **{**MARGINS, "top": 14 + 22 * len(grids)})
+        x, y = _positive(levels, change)
+        axes.fill_between(x, 0, y, color=LIGHT["c1"], alpha=0.25, linewidth=0)
+        axes.plot(x, y, color=LIGHT["c1"], linewidth=1.8)
+        _over_levels(axes)
+        top = max(y) * 1.06
+        axes.set_ylim(0, top)
+        axes.set_ylabel("change of the image")
+        for row, (name, values) in enumerate(grids.items()):
+            inside, _ = _positive(values, values)
+            height, colour = 1 + (len(grids) - row - 0.5) * 22 / (HEIGHT - MARGINS["bottom"] - 14), LIGHT[COLOURS[row + 1]]
+            axes.plot(
+                inside,
+                [height] * len(inside),
+                transform=axes.get_xaxis_transform(),
+                clip_on=False,
+                color=colour,
+                marker=MARKS[row + 1],
+                markersize=5,
+                linewidth=0.7,
+            )
+            axes.text(0, height + 0.035, name, transform=axes.transAxes, color=colour, size=9, va="bottom", clip_on=False)
+    return figure_of(axes)
+
+
+def stops(errors: Sequence[float]) -> Figure:
+    """Draw the error of a sampler that is stopped after each evaluation, and of the whole one (the last), as a dashed line."""
+    with style():
+        axes = new_axes(HEIGHT, **MARGINS)
+        *stopped, whole = errors
+        axes.plot(range(1, len(stopped) + 1), stopped, color=LIGHT["c1"], marker="o", markersize=4, linewidth=1.8)
+        axes.axhline(whole, color=LIGHT["muted"], linewidth=1, linestyle=(0, (3, 3)))
+        axes.annotate("the whole sampler", (1, whole), (0, 4), textcoords="offset points", color=LIGHT["muted"], size=10)
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        log_ticks(axes.yaxis, low, high, 6)
+        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[attr-defined]
+        axes.set_xlabel("evaluations made")
+        axes.set_ylabel("RMSE")
+    return figure_of(axes)
+
+
+def _positive(levels: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return the points that a logarithmic axis has a place for."""
+    kept = [(x, y) for x, y in zip(levels, values, strict=True) if 0 < x < math.inf and 0 < y < math.inf]
+    return [x for x, _ in kept], [y for _, y in kept]
+
+
+def _over_levels(axes: Axes) -> None:
+    """Make the horizontal axis that of the noise level, from much to little."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xlim(high, low)
+    log_ticks(axes.xaxis, low, high, 6)
+    axes.set_xlabel("noise level sigma/alpha")
