@@ -290,6 +290,48 @@ def budget(results: dict[str, Any], part: str) -> None:
         print(f"| {name} | {nfe} | {rival} | {' | '.join(cells)} |")
 
 
+def in_parallel(results: dict[str, Any], part: str) -> None:
+    """Print rounds, evaluations in multiples of the sampler's own, and RMSE by window; or those of parareal by iteration."""
+    if part == "parareal":
+        rows = results["parareal"]
+        iterations = sorted({row["iteration"] for row in rows})
+        heading(["solver"], [f"{k} iteration{'s' if k > 1 else ''}" for k in iterations])
+        for solver in dict.fromkeys(row["solver"] for row in rows):
+            print(f"| `{solver}` | " + " | ".join(f"{row['rounds']}, {row['rmse']:.1e}" for row in rows if row["solver"] == solver) + " |")
+        return
+    if part == "clock":
+        heading(["model"], ["times faster in wall-clock", "predicted time / real time"])
+        for row in results["clock"]:
+            print(f"| {row['model']} | {row['faster']:.1f} | {row['expected']:.2f} |")
+        return
+    rows = results["picard"]
+    settings = list(dict.fromkeys((row["window"], row["memory"]) for row in rows))
+    heading(["model", "sampler"], [f"window {window}" + (f", memory {memory}" if memory > 1 else "") for window, memory in settings])
+    for case in dict.fromkeys((row["model"], row["solver"], row["grid"], row["nfe"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["solver"], row["grid"], row["nfe"]) == case]
+        cells = [f"{row['rounds']}, {row['evaluations']:.1f}, {row['rmse']:.0e}".replace("e-0", "e-") for row in mine]
+        print(f"| {case[0]} | `{case[1]}` `{case[2]}` {case[3]} | {' | '.join(cells)} |")
+
+
+def splitting(results: dict[str, Any], part: str) -> None:
+    """Print median errors, and shares of samples as asked, of guidance by one classifier."""
+    rows = [row for row in results["rows"] if row["classifier"] == part]
+    columns = list(dict.fromkeys((row["scale"], row["nfe"]) for row in rows if row["nfe"] is not None))
+    heading(["way"], [f"scale {scale:g}, {nfe} evaluations" for scale, nfe in columns])
+    for way in dict.fromkeys(row["way"] for row in rows if row["nfe"] is not None):
+        found = {(row["scale"], row["nfe"]): row for row in rows if row["way"] == way}
+        print(f"| {way} | " + " | ".join(f"{found[key]['error']:.3g} ({found[key]['as_asked']:.2f})" for key in columns) + " |")
+
+
+def inspections(results: dict[str, Any]) -> None:
+    """Print the sampler that an inspection recommends, and its place among the rows of a benchmark."""
+    heading(["model", "recommended"], ["RMSE", "place of all", "best", "its RMSE"])
+    for row in results["rows"]:
+        pick, best = (f"`{row[key]['solver']}` `{row[key]['grid']}`" for key in ("recommended", "best"))
+        figures = f"{row['recommended']['rmse']:.4f} | {row['place']} of {row['tried']}"
+        print(f"| {row['model']} | {pick} | {figures} | {best} | {row['best']['rmse']:.4f} |")
+
+
 def large(results: dict[str, Any]) -> None:
     """Print what learners take beside the network, by the shape of a sample."""
     heading(["sample", "verb", "evaluations"], ["minutes outside the network", "memory, GiB", "disk, GiB"])
@@ -482,6 +524,9 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "dsno-study": lambda results, args: dsno_study(results[0]["rows"], args.part),
     "pipeline": lambda results, args: pipeline(results[0]),
     "large": lambda results, args: large(results[0]),
+    "parallel": lambda results, args: in_parallel(results[0], args.part or "picard"),
+    "splitting": lambda results, args: splitting(results[0], args.part),
+    "inspections": lambda results, args: inspections(results[0]),
     "budget": lambda results, args: budget(results[0], args.part or "errors"),
     "pipelines": lambda results, args: pipelines(results[0]),
     "default-grid": lambda results, args: default_grid(results[0]["rows"]),

@@ -22,7 +22,7 @@ def test_a_page_and_its_figures(monkeypatch, capsys, tmp_path: Path) -> None:
     best = facts["picks"][0]
     assert best["solver"] == "fitted" and best["error"] < facts["present"]["rmse_when_stopped"][-1]
     assert "fewstep sample digits-edm --solver fitted --nfe 5 --out runs/sample" in page and "unipc-2 on karras" in page
-    assert "://" not in page and page.count("<svg") == 3 and page.count("image/png") == 6
+    assert "://" not in page and page.count("<svg") == 3 and page.count("image/png") == 4
     assert not re.search(r"\bnan\b|\binf\b|None", page)
 
 

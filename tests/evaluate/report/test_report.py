@@ -21,7 +21,6 @@ from tests.conftest import shorten_reference
 from fewstep import ArtifactError, FewstepError, load_model
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig
 from fewstep.evaluate.benchmark.run import benchmark
-from fewstep.evaluate.report import write as report
 from fewstep.evaluate.report.findings import grouped, read_folders
 from fewstep.evaluate.report.plots import DARK, LIGHT, Point, strip, svg, work_precision
 from fewstep.evaluate.report.verdict import key_of
