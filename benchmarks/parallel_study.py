@@ -2,7 +2,7 @@
 
     python benchmarks/parallel_study.py --out benchmarks/results/parallel_study.json
 
-Four noises of each model, tolerance 0.001; and for a network that waits 50 ms in each call, the wall-clock and what was expected of it
+Four noises of each model, tolerance 0.001; and for a network that waits 100 ms in each call, the wall-clock and what was expected of it
 (``--only clock`` makes these rows alone: they want a machine that does nothing else). About five minutes on two cores.
 """
 
@@ -40,7 +40,7 @@ CASES = (
     ("digits-edm", "unipc-3", "karras", 10),
 )
 SETTINGS = ((4, 1), (8, 1), (16, 3), (10**6, 3))  # window and memory; the last is all steps at once
-BATCH, WAIT = 4, 0.05
+BATCH, WAIT = 4, 0.1
 
 
 def model_and_sampler(name: str, solver: str, grid: str, nfe: int) -> tuple[fewstep.Model, fewstep.Sampler, Tensor, Tensor | None]:

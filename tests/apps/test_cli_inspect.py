@@ -43,6 +43,12 @@ def test_a_saved_sampler_in_use(monkeypatch, capsys, tmp_path: Path) -> None:
     assert "are idle" in (tmp_path / "out" / "inspect.html").read_text()
 
 
+def test_errors_of_a_sampler_that_adds_noise_say_nothing(monkeypatch, capsys, tmp_path: Path) -> None:
+    words = ("inspect", "digits-edm", "-n", 2, "--nfe", 4, "--solver", "ddim:eta=1", "--json", "--out", tmp_path)
+    assert run(monkeypatch, *words) == 0 and json.loads(capsys.readouterr().out)["present"]["idle"] == 0
+    assert "adds noise, so it ends elsewhere" in (tmp_path / "inspect.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

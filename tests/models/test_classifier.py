@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
+from benchmarks import splitting_study
 from fewstep import FewstepError, ModelError, Sampler, Splitting, VPLinear, classifier_guided, load_model, sample_split
 from fewstep.data.images import load_images
 from fewstep.evaluate.metrics.features import load_digits_features
@@ -49,19 +49,8 @@ def test_what_it_does_not_know_is_refused():
 
 @pytest.fixture(scope="module")
 def of_usual_levels() -> NoisyClassifier:
-    """A classifier as people train one: for 1500 steps, on EDM's noise levels, of which hardly any is above 10."""
-    torch.manual_seed(0)
-    digits, generator, network = load_images("digits"), torch.Generator().manual_seed(0), NoisyClassifier()
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    for _ in range(1500):
-        index = torch.randint(len(digits.x), (128,), generator=generator)
-        s = torch.exp(-1.2 + 1.2 * torch.randn(128, generator=generator))
-        x = digits.dequantised(index, generator)
-        loss = cross_entropy(network(x + s[:, None, None, None] * torch.randn(x.shape, generator=generator), s), digits.labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return network.eval().requires_grad_(False)
+    """A classifier as people train one: on EDM's noise levels, of which hardly any is above 10."""
+    return splitting_study.of_usual_levels()
 
 
 @torch.no_grad()

@@ -76,7 +76,9 @@ class Inspection:
 
     @property
     def idle(self) -> int:
-        """The evaluations at the end of the present sampler that can be left out for 5 % more error."""
+        """The evaluations at the end of the present sampler without which its error is at most 5 % larger; 0 of one that adds noise."""
+        if self.present.tableau.stochastic:
+            return 0
         before = self.stops[-3::-1]  # stopped after N-1, N-2, ... evaluations
         return next((k for k, error in enumerate(before) if not error <= IDLE * self.stops[-1]), len(before))
 

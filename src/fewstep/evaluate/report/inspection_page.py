@@ -78,6 +78,7 @@ def inspection_page(found: Inspection, best: Sampler, commands: Sequence[str]) -
             "here": found.evaluations_within(found.levels),
             "there": found.evaluations_within(best_levels),
             "lost": [(k, f"{found.stops[-2 - k] / found.stops[-1]:.2f}") for k in (1, 2, 3) if k < found.present.nfe and found.stops[-1]],
+            "without_idle": f"{found.stops[-2 - found.idle] / found.stops[-1]:.2f}" if found.stops[-1] else "",
             "straight": _straight(summary),
             "commands": commands,
             "files": [("inspect.json", plots.data_uri(facts.encode(), "application/json"))],
