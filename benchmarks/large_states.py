@@ -66,7 +66,7 @@ def run(verb: str, shape: tuple[int, ...]) -> dict[str, Any]:
         else:
             levels = 20
             batch = max(1, 2**18 // math.prod(shape))
-            config = fewstep.CalibrationConfig(levels=levels, num=BUDGET // (2 * levels), batch=batch, pool="channel")
+            config = fewstep.CalibrationConfig(levels=levels, num=BUDGET // (2 * levels), batch=batch)
             fewstep.calibrate(model, config=config, out=folder)
         total = time.perf_counter() - begin
         done.set()

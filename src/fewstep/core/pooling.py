@@ -7,12 +7,20 @@ state ``[B, features]`` has one element a channel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
-__all__ = ["Pool", "pooled_shape", "shared_axes"]
+__all__ = ["POOLED", "Pool", "default_pool", "pooled_shape", "shared_axes"]
+
+POOLED = 2**14  # numbers of a sample, beyond which all share a number: as many for each of them would be larger than what they gain
 
 Pool = Literal["element", "channel", "scalar"]
+
+
+def default_pool(sample: Sequence[int]) -> Pool:
+    """Return how elements of samples ``*D`` share numbers where nothing is said: not at all, or all of them if there are many."""
+    return "element" if math.prod(sample) <= POOLED else "scalar"
 
 
 def shared_axes(pool: Pool, ndim: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,10 +77,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
     real = Moments.of.__func__
 
-    def of(cls: type[Moments], batch: Iterable[Tensor], levels: int, shape: Sequence[int]) -> Moments:
+    def of(cls: type[Moments], batch: Iterable[Tensor], *others: Any) -> Moments:
         values = list(batch)
         seen.append(torch.stack(values).double())
-        return real(cls, values, levels, shape)
+        return real(cls, values, *others)
 
     monkeypatch.setattr(Moments, "of", classmethod(of))
     return seen

@@ -255,6 +255,22 @@ def test_unguided_statistics_are_measured_on_guided_trajectories(monkeypatch) ->
     assert float((guided[1, 1] - D).abs().max()) > 0.1
 
 
+def test_large_samples_share_their_statistics_and_their_moments(tmp_path: Path) -> None:
+    """By default; another pooling has to be measured."""
+    network = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(network.weight, 0.3)
+    model = Model(lambda x, t: x.tanh() * network.weight.mean(), LAW, "sample", shape=(2, 100, 100), name="large", identity="large")
+    config = CalibrationConfig(levels=3, num=4, batch=2)
+    made = calibrate(model, out=tmp_path, config=config)
+    assert made.card["pool"] == "scalar" and all(one.shape[1:] == (1, 1, 1) for one in (made.l, made.s, made.b))
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) < 20_000
+    with pytest.raises(ArtifactError, match="belongs to another calibration"):
+        calibrate(model, out=tmp_path, config=replace(config, pool="channel"))
+    by_channel = calibrate(model, config=replace(config, pool="channel"))
+    assert by_channel.l.shape[1:] == (2, 1, 1)
+    torch.testing.assert_close(by_channel.l.mean(1, keepdim=True), made.l, rtol=1e-6, atol=1e-6)
+
+
 def test_another_pooling_of_a_finished_folder_is_free(tmp_path: Path) -> None:
     model, visits = toy(), []
     network = model.network

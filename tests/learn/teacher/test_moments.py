@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.core.pooling import shared_axes
 from fewstep.learn.teacher.moments import LARGEST_SLOPE, POOLS, SECOND, Moments
 
 SHAPE, LEVELS, COUNT = (3, 2, 2), 5, 40
@@ -71,6 +72,20 @@ def test_every_pooling_is_the_regression_on_all_data_at_once(pool: str) -> None:
         np.testing.assert_allclose(value.expand(LEVELS, *SHAPE).flatten(1), expected, rtol=ROUNDING, atol=ROUNDING)
     sizes = [{"element": SHAPE, "channel": (3, 1, 1), "scalar": (1, 1, 1)}[word] for word in pool.split("/")]
     assert [tuple(value.shape[1:]) for value in found] == [sizes[0], sizes[0], sizes[-1]]
+
+
+@pytest.mark.parametrize("pool", ["channel", "scalar", "scalar/channel"])
+def test_pooled_moments_are_enough_where_numbers_are_shared(pool: str) -> None:
+    """They give the statistics of all elements' moments, with as many numbers as the finest of them has."""
+    data, _ = synthetic(noise=0.3)
+    axes = shared_axes(POOLS[pool][1], len(SHAPE))
+    size = [1 if axis in axes else SHAPE[axis] for axis in range(-len(SHAPE), 0)]
+    made = Moments(LEVELS, size)
+    for part in data.split(7, 2):
+        made.merge(Moments.of(part, LEVELS, size, axes))
+    assert made.mean.shape[2:] == tuple(size)
+    for ours, theirs in zip(made.fit(LAM, pool), streamed(data, 7).fit(LAM, pool), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_known_statistics_are_recovered() -> None:

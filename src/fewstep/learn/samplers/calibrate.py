@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewstep.core.condition import moved
 from fewstep.core.denoiser import Cond, Denoiser
+from fewstep.core.pooling import POOLED, default_pool, shared_axes
 from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics
@@ -52,7 +53,8 @@ class CalibrationConfig:
         num: number of data: sampled trajectories, or diffused images.
         pool: which elements share ``l`` and ``s``, and which ``b``: element (none do), channel (those at one index of dimension 1 of the
             state, which are a token's features where the state is tokens), scalar (all do); scalar/element is one word for ``l`` and
-            ``s`` and one for ``b``, a single word is for all three.
+            ``s`` and one for ``b``, a single word is for all three. By default element, and scalar for samples of more than 16,384
+            numbers.
         batch: data processed at a time.
         seed: seed of the first datum; the next has the next seed.
         t_max: where the range of times starts; by default where the model's does.
@@ -65,7 +67,7 @@ class CalibrationConfig:
 
     levels: int = 30
     num: int = 128
-    pool: str = "element"
+    pool: str | None = None
     batch: int = 64
     seed: int = 0
     t_max: float | None = None
@@ -75,7 +77,7 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         at_least(self, levels=2, num=2, batch=1, seed=0)
-        if self.pool not in POOLS:
+        if self.pool not in (None, *POOLS):
             raise FewstepError(f"unknown pooling {self.pool!r}: known are {', '.join(POOLS)} (l and s/b)")
 
     def lam(self, schedule: NoiseSchedule) -> Tensor:
@@ -170,6 +172,7 @@ def calibrate(
     """
     config = config_of(config, CalibrationConfig)
     check_model(model)
+    pool = config.pool or default_pool(model.need_shape())
     with Job.open("calibrate", out, device=device or model.device, on_progress=on_progress, command=command) as job:
         problem = Problem(model, scale_of(guidance, model.default_guidance), job.device)
         source = "own trajectories" if images is None else f"{images.name}, {len(images.x)} images, diffused"
@@ -190,14 +193,14 @@ def calibrate(
             "of": model.name,
             "states": source,
             "data": moments.count,
-            "pool": config.pool,
+            "pool": pool,
             "seed": config.seed,
             "derivatives": method,
             "denoiser": "unguided" if unguided else "as sampled",
             "command": command,
         }
         lam = config.lam(problem.schedule)
-        numbers = moments.fit(lam, config.pool)
+        numbers = moments.fit(lam, pool)
         statistics = ModelStatistics(lam, *numbers, problem.shape, problem.schedule, problem.fingerprint, problem.guidance, card)
         if not job.in_memory:
             statistics.save(job.folder)
@@ -218,7 +221,8 @@ def collect(
 
     Each batch visits all levels with the same images, noise and probes. Memory does not grow with the data. With a ``job`` the moments are
     stored in its folder: a killed run continues and ends with the same numbers, a finished one can be given more data or fitted with
-    another pooling at no cost, and the processes of ``torchrun`` share the batches.
+    another pooling at no cost, and the processes of ``torchrun`` share the batches. Of samples of more than 16,384 numbers only the moments
+    are taken that the pooling needs.
 
     Args:
         denoiser: the denoiser to calibrate, with the guidance that it will be sampled with.
@@ -241,15 +245,18 @@ def collect(
     on_progress: Progress = (lambda done, note: None) if job is None else job.on_progress
     pass_ = _Pass(denoiser, along, tuple(shape), config.lam(denoiser.schedule), states, device)
     levels = len(pass_.lam)
-    whole = f"{identity} {pass_.lam.tolist()} {config.identity}"
+    _, finest = POOLS[config.pool or default_pool(shape)]  # b is shared by fewer elements than l and s, or by the same
+    axes = shared_axes(finest, len(shape)) if math.prod(shape) > POOLED else ()
+    size = [1 if axis in axes else shape[axis] for axis in range(-len(shape), 0)]
+    whole = f"{identity} {pass_.lam.tolist()} {config.identity}{f' pooled {finest}' if axes else ''}"
     store = None
     if job is not None and not job.in_memory:
-        store = Store(job.folder, "moments", whole, Moments(levels, shape), work="calibration", again="calibrate")
+        store = Store(job.folder, "moments", whole, Moments(levels, size), work="calibration", again="calibrate")
 
     def fresh(seeds: range, count: int, method: str) -> Moments:
-        return Moments.of(pass_.batch(seeds, method, count * levels, on_progress), levels, shape)
+        return Moments.of(pass_.batch(seeds, method, count * levels, on_progress), levels, size, axes)
 
-    made = accumulate(config.batches, fresh, lambda: Moments(levels, shape), store, note=lambda: pass_.method(config), verb="calibrate")
+    made = accumulate(config.batches, fresh, lambda: Moments(levels, size), store, note=lambda: pass_.method(config), verb="calibrate")
     on_progress(made[0].count * levels, "")
     return made
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fewstep.core.grid import GRIDS, TimeGrid
+from fewstep.core.pooling import default_pool
 from fewstep.core.schedule import VPLinear
 from fewstep.core.tableau import tabulate
 from fewstep.learn.search.coefficients import STEPS, FitForm, widened
@@ -27,7 +28,6 @@ __all__ = ["FitConfig", "FitPlan", "default_budget", "plan_of"]
 PROBE = 8  # steps on which a parent shows its form
 SMALL, LARGE = 30_000, 3000  # budgets by default: for a network of at most CHEAP weights and samples of as many numbers as ELEMENTS, else
 CHEAP, ELEMENTS = 10_000_000, 2**12
-POOLED = 2**14  # numbers of a sample, beyond which all share coefficients: as many for each of them would be larger than what they gain
 TOGETHER = 2**18  # numbers of the samples in one batch, about
 CACHED = 2**30  # numbers that a fit in sequence keeps in memory, at most
 CHECKED = 4  # trajectories whose error is estimated
@@ -301,7 +301,7 @@ def plan_of(
     """
     dim, counts, shape = math.prod(shape), tuple(counts), tuple(shape)
     room = max(8, CACHED // ((2 * max(counts) + 1) * dim))
-    pool = config.form.pool or ("element" if dim <= POOLED else "scalar")
+    pool = config.form.pool or default_pool(shape)
     config = replace(config, form=replace(config.form, pool=pool), batch=config.batch or max(1, min(128, TOGETHER // dim)))
     limit = budget if config.budget is None else config.budget
 

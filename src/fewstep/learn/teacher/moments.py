@@ -54,14 +54,18 @@ class Moments:
         return {"mean": self.mean, "second": self.second}
 
     @classmethod
-    def of(cls, batch: Iterable[Tensor], levels: int, shape: Sequence[int]) -> Moments:
-        """Take the moments of one batch: at each level ``[4, B, *D]`` in the order of `MEANS`."""
+    def of(cls, batch: Iterable[Tensor], levels: int, shape: Sequence[int], axes: tuple[int, ...] = ()) -> Moments:
+        """Take the moments of one batch: at each level ``[4, B, *D]`` in the order of `MEANS`.
+
+        Elements along ``axes``, counted from the last, are data of one kind: they share a mean, and their second moments are averaged.
+        That is all that a fit needs whose numbers they share, and ``shape`` is 1 there.
+        """
         made = cls(levels, shape)
         for k, values in enumerate(batch):
             values = values.cpu().double()
-            made.count, made.mean[k] = values.shape[1], values.mean(1)
+            made.count, made.mean[k] = values.shape[1], _mean(values.mean(1), axes)
             off = values - made.mean[k][:, None]
-            made.second[k] = torch.stack([(off[one] * off[two]).sum(0) for one, two in SECOND])
+            made.second[k] = torch.stack([_mean((off[one] * off[two]).sum(0), axes) for one, two in SECOND])
         return made
 
     def merge(self, other: Moments) -> None:
