@@ -9,6 +9,7 @@ from tests.problems import ALL, Tanh, mixture, noise
 
 import fewstep
 from fewstep import ModelError, ParallelConfig, RectifiedFlow, Sampler, SolverError, TimeGrid, VPLinear, classifier_free, load_model
+from fewstep.models.analytic import MixtureDenoiser
 from fewstep.models.guidance import Wrapped
 from fewstep.sampling.loop import run, steps
 from fewstep.sampling.noise import start_noise
@@ -57,11 +58,17 @@ def test_any_window_and_memory(window, memory):
 
 @pytest.mark.parametrize("name", ["digits-edm", "digits-ddpm"])
 def test_bundled_fitted_samplers_and_v3(name):
+    """With coefficients for each element, in float64 on an exact denoiser; and once in float32 on the network."""
     model = load_model(name)
-    for sampler in (*(model.carried.samplers[:2]), fewstep.models.generate.sampler_for(model, "dpm-solver-v3", nfe=6)):
-        x, labels = start_noise(sampler.tableau.nodes, range(2), model.shape), model.labels(range(2))
-        made = fewstep.sample(model, sampler.tableau, x, labels, parallel=ParallelConfig(tol=0))
-        torch.testing.assert_close(made, fewstep.sample(model, sampler.tableau, x, labels), rtol=0, atol=2e-5)  # float32, other batches
+    exact = MixtureDenoiser(model.schedule, 0.5 * noise(4, 1, 8, 8), torch.full((4,), 0.3, dtype=torch.float64))
+    samplers = [*model.carried.samplers, fewstep.models.generate.sampler_for(model, "dpm-solver-v3", nfe=6)]
+    for sampler in samplers:
+        x = start_noise(sampler.tableau.nodes, range(2), model.shape).double()
+        made = sample_in_parallel(exact, sampler, x, config=ParallelConfig(tol=0, window=4))
+        torch.testing.assert_close(made, run(exact, sampler.tableau, x), rtol=0, atol=1e-12)
+    x, labels = start_noise(samplers[0].tableau.nodes, range(2), model.shape), model.labels(range(2))
+    made = fewstep.sample(model, samplers[0].tableau, x, labels, parallel=ParallelConfig(tol=0))
+    torch.testing.assert_close(made, fewstep.sample(model, samplers[0].tableau, x, labels), rtol=0, atol=2e-5)  # of other batches
 
 
 def test_guidance_with_dict_conditions():
