@@ -37,7 +37,6 @@ from fewstep.evaluate.benchmark.comparison import Comparison
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig
 from fewstep.evaluate.benchmark.run import benchmark
 from fewstep.evaluate.benchmark.third_party import ThirdPartySampler
-from fewstep.evaluate.report import write
 from fewstep.evaluate.report.table import plain_table
 from fewstep.evaluate.rows import REFERENCE, Row, picture_file, read_errors, read_samples
 from fewstep.models.carried import OPTIMIZED
@@ -388,7 +387,7 @@ def test_it_is_written_as_a_page_and_for_a_spreadsheet(table: Comparison, tmp_pa
         table.to_html(tmp_path)
     with pytest.raises(ArtifactError, match=r"is a folder: name a file in it, as .*results\.csv"):
         table.to_csv(tmp_path)
-    monkeypatch.setattr(write, "find_spec", lambda name: None)
+    monkeypatch.setattr("fewstep.evaluate.report.template.find_spec", lambda name: None)
     with pytest.raises(FewstepError, match=r"needs jinja2 and matplotlib: pip install 'fewstep\[report\]'"):
         table.to_html(tmp_path / "page.html")
 
