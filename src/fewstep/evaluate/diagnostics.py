@@ -97,7 +97,7 @@ def geometry(
 ) -> Geometry:
     """Run a sampler and measure the geometry of its trajectories from ``x [B, *D]``.
 
-    All states are kept on the CPU in float32: ``2 B N d`` numbers for samples of d. Measure with a sampler of many evaluations (`unipc-3`
+    All states are kept on the CPU: ``2 B N d`` numbers for samples of d. Measure with a sampler of many evaluations (`unipc-3`
     with 100): distances are to the end of the same run, and with few evaluations both are wrong together.
 
     Args:
@@ -121,14 +121,15 @@ def geometry(
     kept_x, kept_x0 = list[Tensor](), list[Tensor]()
 
     def keep(step: Step) -> None:
-        kept_x.append(step.x.cpu().float())
-        kept_x0.append(step.x0.cpu().float())
+        kept_x.append(step.x.cpu())
+        kept_x0.append(step.x0.cpu())
         if observe is not None:
             observe(step)
 
     end = run(denoiser, tableau, x, cond, seeds=None if seeds is None else seed_list(seeds), observe=keep)
     first = int(nodes.alpha[0] == 0)  # z is infinite at pure noise
-    z = torch.stack([*kept_x[first:], end.cpu().float()]).flatten(2) / nodes.alpha[first:, None, None].float()  # [N+1, B, d]
+    z = torch.stack([*kept_x[first:], end.cpu()]).flatten(2)  # [N+1, B, d]
+    z = z / nodes.alpha[first:, None, None].to(z.dtype)
     answers, root = torch.stack(kept_x0[first:]).flatten(2), z.shape[2] ** 0.5
     chord = (z[-1] - z[0]).double()
     unit, away = chord / chord.norm(dim=1, keepdim=True).clamp_min(1e-30), []
