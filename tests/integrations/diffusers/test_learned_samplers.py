@@ -37,7 +37,7 @@ def test_calibrated_statistics_in_the_pipeline(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd", "flux"])
+@pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_a_pipelines_model_is_sampled_in_parallel(name, folder):
     model, parallel = model_of(loaded(folder(name)), name), fewstep.ParallelConfig(tol=0, window=4)
     made = fewstep.sample(model, "ddim", nfe=10, seeds=range(2), guidance=5.0, parallel=parallel)
