@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["change_along", "distances", "stops"]
 
 SIDES = ((6, "bottom", "left"), (-6, "top", "right"))  # of a curve, where its name is
-HEIGHT, MARGINS = 280, {"left": 52, "right": 12, "bottom": 44, "top": 12}
+HEIGHT, MARGINS = 280, {"left": 64, "right": 12, "bottom": 44, "top": 12}
 
 
 def distances(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
