@@ -27,7 +27,7 @@ from fewstep.runtime.artifact import write_whole
 from fewstep.sampling.loop import run
 
 ASSETS = Path(__file__).parents[1] / "assets"
-MODELS = ("digits-edm", "digits-edm-3step", "digits-ddpm", str(ASSETS / "cifar10-16"))
+MODELS = ("digits-edm", "digits-ddpm", str(ASSETS / "cifar10-16"))
 NFE, NUM, FIRST = 8, 128, 10_000
 
 

@@ -10,6 +10,36 @@ from tests.apps.conftest import run
 
 from fewstep.evaluate.metrics.features import load_digits_features
 
+HOSTILE = """import torch
+
+
+def two_classes(x, t, labels):
+    return x.flatten(1).sum(1)
+
+
+two_classes.classes = "two"
+
+
+def backward(x, t, labels):
+    y = x.exp()
+    y.add_(1)
+    return y.flatten(1).sum(1)
+
+
+def imaginary(x, t, labels):
+    return x.flatten(1).sum(1) + 0j
+
+
+def leaves(x, t, labels):
+    raise SystemExit(0)
+
+
+def writes(x, t, labels):
+    value = x.flatten(1).sum(1)
+    with torch.no_grad():
+        x.zero_()
+    return value
+"""
 WORDS = ("--solver", "dpm-solver-pp-2m", "--nfe", 6, "-n", 32, "--npz", "--classifier", "digits")
 
 
@@ -32,6 +62,15 @@ def test_a_label_for_all_and_other_options_are_other_samples(monkeypatch, capsys
     for other in (("--split", "strang"), ("--kick", "heun")):
         assert run(monkeypatch, *words, *other) == 2
         assert "holds the samples of another command" in capsys.readouterr().err
+
+
+def test_a_function_that_writes_into_its_input_does_not_write_into_the_samples(monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ("sample", "digits-ddpm", "--nfe", 6, "-n", 2, "--npz", "--classifier", "hostile:writes", "--scale", 0.001)
+    assert run(monkeypatch, *words, "--out", tmp_path / "out") == 0  # and by a solver that takes kicks, where none is named
+    with np.load(tmp_path / "out" / "samples.npz") as file:
+        assert float(np.abs(file["x"]).max()) > 0.5
 
 
 def test_a_loss_of_ones_own(monkeypatch, tmp_path: Path) -> None:
@@ -60,7 +99,12 @@ def test_a_loss_of_ones_own(monkeypatch, tmp_path: Path) -> None:
         (("digits-ddpm", "--classifier", "digits", "--label", 10), "has labels 0 to 9, got 10"),
         (("digits-ddpm", "--classifier", "digits", "--solver", "unipc-2"), "would undo a kick"),
         (("digits-ddpm", "--classifier", "digits", "--parallel"), "--classifier guides step by step: leave --parallel out"),
-        (("digits-edm", "--classifier", "digits", "--guidance", 2), "--classifier guides step by step: leave --guidance out"),
+        (("digits-ddpm", "--classifier", "hostile:two_classes"), "classes of hostile:two_classes is the number of its labels, got 'two'"),
+        (("digits-ddpm", "--classifier", "hostile:backward"), "log_prob cannot be differentiated by x"),
+        (("digits-ddpm", "--classifier", "hostile:imaginary"), "log_prob answers real numbers, got complex64"),
+        (("digits-ddpm", "--classifier", "hostile:leaves"), "hostile:leaves failed: SystemExit"),
+        (("digits-ddpm", "--classifier", "hostile:leaves", "--label", 3), "its attribute classes would say how many"),
+        (("digits-edm", "--classifier", "digits", "--guidance", 2), "without its own condition: leave --guidance out"),
         (("digits-dsno", "--classifier", "digits"), "cannot be guided on their way"),
         (("digits-ddpm", "--classifier", "os:getcwd"), "os:getcwd cannot be called with x, t, labels"),
         (("digits-ddpm", "--classifier", "os.path:join"), "os.path:join failed: TypeError"),
@@ -68,6 +112,8 @@ def test_a_loss_of_ones_own(monkeypatch, tmp_path: Path) -> None:
     ],
 )
 def test_words_that_cannot_be_are_refused(words, says, tmp_path, monkeypatch, capsys):
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    monkeypatch.syspath_prepend(tmp_path)
     solver = () if "--solver" in words or words[0] == "digits-dsno" else ("--solver", "ddim", "--nfe", 3)
     assert run(monkeypatch, "sample", *words, *solver, "-n", 2, "--out", tmp_path / "out") == 2
     told = capsys.readouterr()

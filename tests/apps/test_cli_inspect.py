@@ -53,6 +53,7 @@ def test_errors_of_a_sampler_that_adds_noise_say_nothing(monkeypatch, capsys, tm
     ("words", "says"),
     [
         (("digits-dsno",), "is a student"),
+        (("digits-edm-3step",), "was tuned for 3 steps of ddim, to end where its teacher does"),
         (("digits-edm", "-n", 1), "an inspection takes 2 noises or more, got 1"),
         (("digits-edm", "--nfe", 0), "0"),
         (("digits-edm", "--solver", "unipc-9"), "unknown solver"),
@@ -65,6 +66,12 @@ def test_words_that_cannot_be_are_refused(words, says, tmp_path, monkeypatch, ca
     assert run(monkeypatch, "inspect", *words, "--out", tmp_path / "out") == 2
     told = capsys.readouterr()
     assert says in told.err and not (tmp_path / "out").exists()
+
+
+def test_the_fitted_sampler_may_be_the_one_in_use(monkeypatch, capsys, tmp_path: Path) -> None:
+    assert run(monkeypatch, "inspect", "digits-edm", "-n", 2, "--nfe", 5, "--solver", "fitted", "--json", "--out", tmp_path) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["picks"][0]["error"] == pytest.approx(told["present"]["rmse_when_stopped"][-1], rel=1e-4)
 
 
 def test_several_processes_are_refused(monkeypatch, capsys, tmp_path: Path) -> None:

@@ -35,6 +35,15 @@ def test_the_samples_are_the_sequential_ones(monkeypatch, capsys, tmp_path: Path
     assert "holds the samples of another command" in capsys.readouterr().err
 
 
+def test_a_run_that_is_stopped_says_that_it_is_a_preview(monkeypatch, capsys, tmp_path: Path) -> None:
+    words = ("sample", "digits-edm", *DDIM, "--parallel", "--rounds", 3)
+    assert run(monkeypatch, *words, "--out", tmp_path / "one") == 0
+    said = capsys.readouterr().out
+    assert "stopped after 3 rounds, with" in said and "of 40 evaluations settled: a preview" in said
+    assert run(monkeypatch, *words, "--json", "--out", tmp_path / "two") == 0
+    assert 3 <= json.loads(capsys.readouterr().out)["parallel"]["settled"] < 40
+
+
 def test_trajectories_are_those_of_the_sequential_teacher(monkeypatch, capsys, tmp_path: Path) -> None:
     words = ("trajectories", "digits-edm", "--num", 4, "--nfe", 32, "--slots", 4)
     assert run(monkeypatch, *words, "--out", tmp_path / "one") == 0
@@ -66,6 +75,8 @@ def test_two_processes_share_a_window(tmp_path: Path) -> None:
         (("sample", "digits-edm", "--parallel", "--rounds", 0), "rounds is at least 1, got 0"),
         (("sample", "digits-edm", "--parallel", "--tol", "nan"), "tol is a number"),
         (("sample", "digits-edm", "--parallel", "--devices", "cuda:7"), "device 'cuda:7' cannot be used here"),
+        (("sample", "digits-edm", "--parallel", "--devices", "cpu,,cpu"), "device '' cannot be used here"),
+        (("sample", "digits-edm", "--parallel", "--devices", "meta"), "nothing is computed on the device meta"),
         (("sample", "digits-dsno", "--parallel"), "a student makes each of its few jumps by one call"),
         (("trajectories", "digits-edm", "--memory", 3), "--memory is for sampling in parallel"),
         (("trajectories", "digits-edm", "--parallel", "--memory", 0), "memory is at least 1, got 0"),

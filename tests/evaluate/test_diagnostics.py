@@ -114,6 +114,8 @@ def test_too_few_evaluations_and_other_mistakes():
         geometry(mixture(VPLinear()), "ddim", noise(2, 2))
     with pytest.raises(FewstepError, match=r"of shape \(2, 2\), got \(3, 2\)"):
         stopping_error(mixture(VPLinear()), vp("ddim"), noise(2, 2), noise(3, 2))
+    with pytest.raises(FewstepError, match="the reference is not finite"):
+        stopping_error(mixture(VPLinear()), vp("ddim"), noise(2, 2), noise(2, 2) * math.nan)
     with pytest.raises(ModelError, match="not finite"):
         geometry(mixture(VPLinear()), vp("ddim"), noise(2, 2) * math.nan)
 

@@ -42,7 +42,9 @@ def test_what_it_does_not_know_is_refused():
         load_classifier("digit")
     with pytest.raises(ModelError, match=r"samples of shape \(1, 8, 8\), not \(3, 8, 8\)"):
         log_prob(torch.zeros(2, 3, 8, 8), t, torch.tensor([1, 2]))
-    for labels in (None, torch.tensor([1.0, 2.0]), torch.tensor([1])):
+    with pytest.raises(ModelError, match="takes the model's noise law, as model.schedule, got 3"):
+        load_classifier().log_prob(3)
+    for labels in (None, torch.tensor([1.0, 2.0]), torch.tensor([1]), torch.tensor([1, 10]), torch.tensor([-1, 3])):
         with pytest.raises(ModelError, match=r"guided by labels \[B\]"):
             log_prob(torch.zeros(2, 1, 8, 8), t, labels)
 

@@ -183,6 +183,12 @@ def test_memory_does_not_grow_with_the_steps():
     assert peak(120) <= 1.2 * peak(40)
 
 
+def test_mixing_without_a_ridge_penalty():
+    config = ParallelConfig(memory=16, window=16, ridge=0.0, tol=1e-6)
+    made = sample_in_parallel(mixture(SCHEDULE), built("unipc-2", 20), start(), config=config)
+    assert float((made - run(mixture(SCHEDULE), built("unipc-2", 20).tableau, start())).abs().max()) < 1e-4
+
+
 def test_no_samples():
     made = sample_in_parallel(mixture(SCHEDULE), built("ddim"), start(0), seeds=[])
     assert made.shape == (0, 2)
@@ -225,8 +231,9 @@ def test_numbers_out_of_range_are_refused(options, says):
     ("change", "error", "says"),
     [
         ({"sampler": built("ddim-eta-1")}, SolverError, "adds noise: pass seeds=, one for each of the 3"),
-        ({"sampler": built("ddim-eta-1"), "seeds": [1, 2]}, SolverError, "adds noise"),
+        ({"sampler": built("ddim-eta-1"), "seeds": [1, 2]}, SolverError, "2 seeds for 3 samples"),
         ({"sampler": "ddim"}, SolverError, "a Sampler or a Tableau, not a str"),
+        ({"seeds": [1]}, SolverError, "1 seeds for 3 samples: pass one for each"),
         ({"denoiser": mixture(RectifiedFlow())}, ModelError, "another noise schedule"),
         ({"x": torch.zeros(3, 2, dtype=torch.int64)}, ModelError, "in floating point"),
         ({"config": {"window": 3}}, SolverError, "config is a fewstep.ParallelConfig, got a dict"),

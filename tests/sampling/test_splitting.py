@@ -209,6 +209,7 @@ def test_a_loss_of_the_clean_image_runs_through_the_network():
         ({"scale": math.inf}, ModelError, "the scale of guidance is a finite number, got inf"),
         ({"scale": "much"}, ModelError, "the scale of guidance is a number"),
         ({"log_prob": 3}, SolverError, "log_prob is a function"),
+        ({"log_prob": None}, SolverError, "log_prob is a function, got a NoneType"),
         ({"observe": 3}, SolverError, "observe is a function"),
         ({"sampler": "ddim"}, SolverError, "a Sampler or a Tableau, not a str"),
         ({"splitting": "strang"}, SolverError, "splitting is a fewstep.Splitting, got 'strang'"),

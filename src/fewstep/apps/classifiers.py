@@ -14,6 +14,7 @@ from fewstep.models.gradient_guidance import GradientGuidance
 from fewstep.models.model import Model
 from fewstep.runtime.entry import imported, is_entry
 from fewstep.runtime.errors import FewstepError, ModelError, first_line, nearest
+from fewstep.runtime.front_door import is_count
 from fewstep.sampling.splitting import SCHEMES, LogProb, Splitting
 
 __all__ = ["classifier_of"]
@@ -46,7 +47,10 @@ def classifier_of(name: str | None, model: Model, *, scale: float | None, split:
     splitting = None if split == JOINT else Splitting(split or SCHEMES[0], **({} if kick is None else {"kick": kick}))
     if is_entry(name) and not Path(name).exists():
         function = imported(name)
-        return GradientGuidance(_told(name, function), _one(scale), splitting, getattr(function, "classes", model.classes), name)
+        classes = getattr(function, "classes", model.classes)
+        if not (classes is None or is_count(classes)):
+            raise ModelError(f"the attribute classes of {name} is the number of its labels, got {classes!r}")
+        return GradientGuidance(_told(name, function), _one(scale), splitting, classes, name)
     if name not in CLASSIFIERS:
         raise ModelError(f"no classifier {name!r}: {nearest(name, CLASSIFIERS)}; one of your own is module:function")
     network = load_classifier(name)
@@ -73,7 +77,7 @@ def _told(name: str, function: Callable[..., Tensor]) -> LogProb:
             return function(x, t, labels)
         except FewstepError:
             raise
-        except Exception as error:  # whatever another's function does
+        except (Exception, SystemExit) as error:  # whatever another's function does
             raise ModelError(f"{name} failed: {type(error).__name__}: {first_line(error)}; {HOW}") from error
 
     return log_prob

@@ -113,7 +113,7 @@ def parallel_config(wanted: bool, *, devices: str | None = None, **typed: Any) -
         SolverError: a number out of range.
     """
     named: dict[str, Any] = {name: value for name, value in typed.items() if value is not None}
-    named |= {} if devices is None else {"devices": words(devices)}
+    named |= {} if devices is None else {"devices": tuple(part.strip() for part in devices.split(","))}
     if named and not wanted:
         options = [f"--{name}" for name in named]
         raise FewstepError(f"{' and '.join(options)} {'is' if len(options) == 1 else 'are'} for sampling in parallel: say --parallel too")

@@ -184,6 +184,8 @@ def stopping_error(
     if not isinstance(reference, Tensor) or reference.shape != x.shape:
         shape = tuple(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
         raise FewstepError(f"the reference is the exact end of each start, of shape {tuple(x.shape)}, got {shape}")
+    if not bool(torch.isfinite(reference).all()):
+        raise FewstepError("the reference is not finite: errors to it say nothing")
     errors = list[float]()
 
     def error(made: Tensor) -> float:

@@ -17,13 +17,14 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.evaluate.diagnostics import Geometry, geometry, stopping_error
 from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.models.generate import solver_for
+from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_seeds
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
 from fewstep.sampling.loop import Step, run
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import UniPC
 
-__all__ = ["CANDIDATES", "Inspection", "Pick", "inspect_model", "inspection_cost", "reference_of"]
+__all__ = ["CANDIDATES", "Inspection", "Pick", "check_inspected", "inspect_model", "inspection_cost", "reference_of"]
 
 CANDIDATES = ("unipc-2", "unipc-3", "dpm-solver-pp-2m", "dpm-solver-pp-3m", "deis-3", "ipndm", "ddim", "dpm-solver-v3")
 REFERENCE = 100  # evaluations of the trajectories that are measured
@@ -123,6 +124,25 @@ def inspection_cost(num: int, nfe: int) -> int:
     return num * (REFERENCE + (2 + FINAL) * nfe) + min(FEW, num) * nfe * len(CANDIDATES) * len(GRIDS)
 
 
+def check_inspected(model: Model, num: int, seed: int) -> None:
+    """Refuse what cannot be inspected.
+
+    Raises:
+        ModelError: a student or a tuned network, whose own trajectories are not what it was made for.
+        FewstepError: fewer than two noises, seeds that are none.
+    """
+    if model.flow_map is not None:
+        raise ModelError(f"{model.name} is a student, which makes few jumps and has no trajectory in between: inspect its teacher")
+    if model.tuned is not None:
+        raise ModelError(
+            f"{model.name} was tuned for {model.tuned.nfe} steps of {model.tuned.solver}, to end where its teacher does: sample it as it "
+            "is, or inspect its teacher"
+        )
+    if num < 2:
+        raise FewstepError(f"an inspection takes 2 noises or more, got {num}")
+    check_seeds(seed, num)
+
+
 def inspect_model(
     problem: Problem,
     sampler: Sampler,
@@ -141,15 +161,11 @@ def inspect_model(
         on_progress: called with the network evaluations so far and a note.
 
     Raises:
-        ModelError: a student.
-        FewstepError: fewer than two noises.
+        ModelError, FewstepError: see `check_inspected`.
         SolverError: a sampler of fewer than 3 evaluations has no end to inspect.
     """
-    if isinstance(problem.denoiser, FlowMap):
-        raise ModelError(f"{problem.name} is a student, which makes few jumps and has no trajectory in between: inspect its teacher")
-    if num < 2:
-        raise FewstepError(f"an inspection takes 2 noises or more, got {num}")
-    check_seeds(seed, num)
+    check_inspected(problem.model, num, seed)
+    assert not isinstance(problem.denoiser, FlowMap)  # it is no student
     nfe, note = sampler.nfe, on_progress or (lambda done, text: None)
     seeds, reference, shown = range(seed, seed + num), reference_of(problem.schedule), list[_Moment]()
     ends = list[Tensor]()

@@ -49,9 +49,12 @@ class NoisyClassifier(nn.Module):
 
     def log_prob(self, schedule: NoiseSchedule) -> LogProb:
         """Return ``log p(label | x, t)`` for states of a noise law: ``(x [B, 1, 8, 8], t, labels [B]) -> [B]``."""
+        if not isinstance(schedule, NoiseSchedule):
+            raise ModelError(f"a classifier of noisy states takes the model's noise law, as model.schedule, got {schedule!r}")
 
         def log_prob(x: Tensor, t: Tensor, labels: Cond) -> Tensor:
-            if not isinstance(labels, Tensor) or labels.shape != x.shape[:1] or labels.is_floating_point():
+            whole = isinstance(labels, Tensor) and labels.shape == x.shape[:1] and not labels.is_floating_point()
+            if not whole or not bool(((labels >= 0) & (labels < self.classes)).all()):
                 raise ModelError(f"this classifier is guided by labels [B], whole numbers of 0 to {self.classes - 1}")
             if x.shape[1:] != self.shape:
                 raise ModelError(f"this classifier knows samples of shape {self.shape}, not {tuple(x.shape[1:])}")

@@ -57,7 +57,8 @@ class GradientGuidance:
             ModelError: a label that it does not know.
         """
         if label is not None and not 0 <= label < (self.classes or 0):
-            known = "takes no labels" if self.classes is None else f"has labels 0 to {self.classes - 1}"
+            none = "takes no labels (its attribute classes would say how many)"
+            known = none if self.classes is None else f"has labels 0 to {self.classes - 1}"
             raise ModelError(f"the classifier {self.name} {known}, got {label}")
         if self.classes is None:
             return None

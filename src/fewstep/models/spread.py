@@ -65,11 +65,13 @@ def over_devices(model: Model, guidance: float, devices: Sequence[str]) -> Denoi
     for device in found:
         try:
             network = model.network if device == model.device else copy.deepcopy(model.network)
+            if not isinstance(network, nn.Module) or type(model) is not Model:
+                raise ModelError(f"{model.name} is no model of a torch.nn.Module, which can be copied to {device}: leave devices out")
+            if device.type == "meta":
+                raise ModelError("nothing is computed on the device meta: leave it out")
+            guided = replace(model, network=network.to(device)).guided(guidance)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ModelError(f"the network of {model.name} cannot be copied to {device}: leave devices out") from error
-        if not isinstance(network, nn.Module) or type(model) is not Model:
-            raise ModelError(f"{model.name} is no model of a torch.nn.Module, which can be copied to {device}: leave devices out")
-        guided = replace(model, network=network.to(device)).guided(guidance)
         if isinstance(guided, FlowMap):
             raise ModelError(f"{model.name} is a student, whose few jumps need one device: leave devices out")
         made.append(guided)

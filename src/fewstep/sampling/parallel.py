@@ -198,7 +198,9 @@ def opened(denoiser: Denoiser, sampler: object, x: Tensor, seeds: Iterable[int] 
     check_start(x)
     check_schedule(tableau.nodes, denoiser)
     listed = [] if seeds is None else seed_list(seeds)
-    if tableau.stochastic and len(listed) != len(x):
+    if seeds is not None and len(listed) != len(x):
+        raise SolverError(f"{len(listed)} seeds for {len(x)} samples: pass one for each")
+    if tableau.stochastic and seeds is None:
         raise SolverError(f"this sampler adds noise: pass seeds=, one for each of the {len(x)} samples")
     return tableau, listed
 
@@ -252,6 +254,9 @@ class Noises:
         self.drawn = {j: made for j, made in self.drawn.items() if j >= before}
 
 
+LEAST_RIDGE = 1e-12  # without any, iterates that agree make the mixing singular
+
+
 class _Iterate(NamedTuple):
     """States ``first, first + 1, ...`` of one round and their residuals, ``[w, B, *D]`` each, relative to the size of a state."""
 
@@ -270,7 +275,7 @@ class _Anderson:
     """
 
     def __init__(self, memory: int, ridge: float) -> None:
-        self.memory, self.ridge, self.past = memory, ridge, list[_Iterate]()
+        self.memory, self.ridge, self.past = memory, max(ridge, LEAST_RIDGE), list[_Iterate]()
 
     def __call__(self, first: int, x: Tensor, residual: Tensor) -> Tensor:
         """Return the next iterate ``[w, B, *D]`` of the states ``first, first + 1, ...``, from this one and its residuals."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap
 from fewstep.core.tableau import Nodes, Tableau
-from fewstep.runtime.errors import ModelError, SolverError, look_up
+from fewstep.runtime.errors import ModelError, SolverError, first_line, look_up
 from fewstep.runtime.front_door import checked, checked_class, number
 from fewstep.sampling.loop import Step, check_start, steps
 from fewstep.sampling.sampler import Sampler
@@ -105,7 +105,7 @@ def sample_split(
     if not isinstance(splitting, Splitting):
         raise SolverError(f"splitting is a fewstep.Splitting, got {str(splitting)[:80]!r}")
     for name, function in (("log_prob", log_prob), ("observe", observe)):
-        if function is not None and not callable(function):
+        if not callable(function) and (name, function) != ("observe", None):
             raise SolverError(f"{name} is a function, got a {type(function).__name__}")
     scale = number(scale, "the scale of guidance", ModelError)
     if not math.isfinite(scale):
@@ -193,12 +193,17 @@ def log_gradient(log_prob: LogProb, x: Tensor, t: Tensor, guide: Any = None) -> 
         ModelError: ``log_prob`` answers another shape than ``[B]`` or does not depend on ``x``, or the gradient is not finite (where).
     """
     with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
+        leaf = x.detach().clone().requires_grad_()  # a function that writes into it does not write into the samples
         value = log_prob(leaf, t, guide)
         if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
             what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ModelError(f"log_prob answers one number for each of {len(x)} samples, [B], got {what}")
-        found = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] if value.requires_grad else None
+        if not value.is_floating_point():
+            raise ModelError(f"log_prob answers real numbers, got {str(value.dtype).removeprefix('torch.')}")
+        try:
+            found = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] if value.requires_grad else None
+        except RuntimeError as error:
+            raise ModelError(f"log_prob cannot be differentiated by x: {first_line(error)}") from error
     if found is None:
         raise ModelError("log_prob does not depend on x: it has no gradient to guide by (was it computed under torch.no_grad?)")
     if not bool(torch.isfinite(found).all()):

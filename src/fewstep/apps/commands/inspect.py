@@ -12,7 +12,7 @@ from fewstep.apps.commands.sample import NFE, SOLVER
 from fewstep.apps.console import console, print_json, progress
 from fewstep.apps.models import guidance_of, model_words, open_model
 from fewstep.apps.options import AsJson, Guidance, ModelName, Trust
-from fewstep.evaluate.inspection import inspect_model, inspection_cost
+from fewstep.evaluate.inspection import check_inspected, inspect_model, inspection_cost
 from fewstep.evaluate.report.inspection_page import write_inspection
 from fewstep.evaluate.report.template import check_packages
 from fewstep.models.carried import FITTED
@@ -49,6 +49,7 @@ def inspect(
         raise FewstepError("an inspection is the work of one process: run it without torchrun")
     opened = open_model(model, trust=trust)
     scale = guidance_of(opened, guidance)
+    check_inspected(opened, num, seed)
     if sampler is not None:
         typed = [f"--{name}" for name, value in (("solver", solver), ("grid", grid), ("nfe", nfe)) if value is not None]
         if typed:
@@ -57,9 +58,10 @@ def inspect(
         check_made_for(present, opened, scale, sampler)
     else:
         name = SOLVER if solver is None else solver
-        made = sampler_for(opened.need_denoiser(), name, nfe=NFE if nfe is None else nfe, guidance=scale, grid=grid or default_grid(opened))
+        where = grid if grid is not None or name == FITTED else default_grid(opened)
+        made = sampler_for(opened, name, nfe=NFE if nfe is None else nfe, guidance=scale, grid=where)
         assert isinstance(made, Sampler)  # a solver by name makes one
-        present = made.with_card(name=f"{name} on {grid or default_grid(opened)}")
+        present = made.with_card(name=name if where is None else f"{name} on {where}")
     with Job.open("inspect", out):
         problem, cost = Problem(opened, scale, default_device()), inspection_cost(num, present.nfe)
         if not json:

@@ -48,6 +48,7 @@ from fewstep.solvers import takes_statistics
 __all__ = ["sample"]
 
 SOLVER, NFE = "unipc-2", 8  # where nothing is named, of a model that was not tuned for others
+SPLIT = "dpm-solver-pp-2m"  # the same with a classifier
 
 
 def sample(
@@ -104,8 +105,12 @@ def sample(
     config = parallel_config(parallel, window=window, tol=tol, memory=memory, rounds=rounds, devices=devices)
     opened = open_model(model, trust=trust)
     guided_by = classifier_of(classifier, opened, scale=scale, split=split, kick=kick)
-    if guided_by is not None and (guidance is not None or config is not None):
-        raise FewstepError(f"--classifier guides step by step: leave {'--parallel' if guidance is None else '--guidance'} out")
+    if guided_by is not None and guidance is not None:
+        raise FewstepError("--classifier guides the model without its own condition: leave --guidance out")
+    if guided_by is not None and config is not None:
+        raise FewstepError("--classifier guides step by step: leave --parallel out")
+    if guided_by is not None and guided_by.splitting is not None and sampler is None and solver is None and opened.tuned is None:
+        solver = SPLIT  # the usual one has a corrector, which would undo a kick
     cfg = guidance_of(opened, guidance)
     chosen = _Choice(solver, grid, nfe, sampler, times, sigmas, statistics, any_statistics).sampler_for(opened, cfg)
     if len(opened.need_shape()) != 3 and singles:
@@ -136,15 +141,20 @@ def sample(
     console.print(next_command("bench", model, *model_words(opened, guidance), "--out", "runs/bench"))
 
 
+def _silent(done: int, note: str = "") -> None:
+    """Report nothing."""
+
+
 class _Meter:
     """The rounds of a run in parallel: what they were expected to take, and took. It is called with each `Round`."""
 
     def __init__(self, problem: Problem, sampler: Sampler, config: ParallelConfig, seeds: range, label: int | None, *, quiet: bool) -> None:
         denoiser = spread_of(problem.model, problem.denoiser, problem.guidance, config)
         x = problem.start(seeds, sampler.tableau.nodes)
-        self.plan = plan_parallel(denoiser, sampler, x, problem.cond(seeds, label), replace(config, devices=()))
-        self.nfe, self.batches, self.rounds, self.evaluations = sampler.nfe, 0, 0, 0
-        self.report: Report = lambda done, note="": None
+        self.plan = plan_parallel(denoiser, sampler, x, problem.cond(seeds, label), replace(config, devices=(), rounds=None))
+        self.nfe, self.batches, self.rounds, self.evaluations, self.settled = sampler.nfe, 0, 0, 0, sampler.nfe
+        self.most = config.rounds
+        self.report: Report = _silent
         self.done = 0
         if not quiet and process()[0] == 0:
             console.print(f"expected for {len(seeds)} samples: {self.plan}")
@@ -152,19 +162,23 @@ class _Meter:
     def __call__(self, made: Round) -> None:
         self.batches += made.i == 1
         self.rounds, self.evaluations = self.rounds + 1, self.evaluations + made.last - made.first
+        if made.i == self.most:
+            self.settled = min(self.settled, made.accepted)
         self.done += made.accepted == self.nfe
         self.report(self.done, f"round {made.i}, {made.accepted} of {self.nfe} evaluations")
 
     def figures(self) -> dict[str, Any]:
         """Return what it took and was expected to take, for each batch."""
         batches = max(self.batches, 1)
-        took = {"rounds": self.rounds / batches, "evaluations": self.evaluations / batches}
+        took = {"rounds": self.rounds / batches, "evaluations": self.evaluations / batches, "settled": self.settled}
         return {**took, "expected": {"rounds": self.plan.rounds, "seconds": self.plan.seconds, "sequential": self.plan.sequential}}
 
     def __str__(self) -> str:
         if not self.batches:
             return "all batches were there"
         rounds, evaluations = self.rounds / self.batches, self.evaluations / self.batches
+        if self.settled < self.nfe:
+            return f"stopped after {rounds:g} rounds, with {self.settled} of {self.nfe} evaluations settled: a preview, not the samples"
         return f"{rounds:g} rounds instead of {self.nfe} calls, {evaluations:g} evaluations of each sample instead of {self.nfe}"
 
 
