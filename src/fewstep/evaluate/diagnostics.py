@@ -20,7 +20,7 @@ from fewstep.runtime.errors import FewstepError, SolverError
 from fewstep.runtime.front_door import checked
 from fewstep.sampling.loop import Step, run
 from fewstep.sampling.noise import seed_list
-from fewstep.sampling.sampler import Sampler
+from fewstep.sampling.sampler import Sampler, tableau_of
 
 __all__ = ["Geometry", "geometry", "stopping_error"]
 
@@ -112,9 +112,7 @@ def geometry(
         SolverError: fewer than 3 evaluations, which make no geometry; as `steps`.
         ModelError: as `steps`.
     """
-    tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
-    if not isinstance(tableau, Tableau):
-        raise SolverError(f"this runs a Sampler or a Tableau, not a {type(sampler).__name__}")
+    tableau = tableau_of(sampler)
     nodes = tableau.nodes
     if nodes.evaluations < 3:
         raise SolverError(f"{nodes.evaluations} evaluations are the line segments that they are: measure a geometry with 3 or more")
@@ -178,9 +176,7 @@ def stopping_error(
         FewstepError: a reference of another shape.
         SolverError, ModelError: as `steps`.
     """
-    tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
-    if not isinstance(tableau, Tableau):
-        raise SolverError(f"this runs a Sampler or a Tableau, not a {type(sampler).__name__}")
+    tableau = tableau_of(sampler)
     if not isinstance(reference, Tensor) or reference.shape != x.shape:
         shape = tuple(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
         raise FewstepError(f"the reference is the exact end of each start, of shape {tuple(x.shape)}, got {shape}")

@@ -25,7 +25,7 @@ from fewstep.runtime.errors import ModelError, SolverError
 from fewstep.runtime.front_door import checked, checked_class, number, whole
 from fewstep.sampling.loop import NETWORK, FiniteCheck, Step, check_schedule, check_start
 from fewstep.sampling.noise import seed_list, seeded_noise
-from fewstep.sampling.sampler import Sampler
+from fewstep.sampling.sampler import Sampler, tableau_of
 
 __all__ = ["Noises", "ParallelConfig", "Round", "evaluated", "opened", "rounds", "sample_in_parallel"]
 
@@ -190,9 +190,7 @@ def opened(denoiser: Denoiser, sampler: object, x: Tensor, seeds: Iterable[int] 
     Raises:
         SolverError, ModelError: as `steps`; a flow map.
     """
-    tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
-    if not isinstance(tableau, Tableau):
-        raise SolverError(f"this runs a Sampler or a Tableau, not a {type(sampler).__name__}")
+    tableau = tableau_of(sampler)
     if isinstance(denoiser, FlowMap):
         raise ModelError("a flow map makes each of its few jumps by one call, and there is nothing to run in parallel: use fewstep.sample")
     check_start(x)

@@ -23,7 +23,7 @@ from fewstep.runtime.hub import Shared, header
 from fewstep.runtime.spec import parse_spec
 from fewstep.solvers import SOLVERS, make_solver, spec_of, takes_statistics
 
-__all__ = ["Sampler"]
+__all__ = ["Sampler", "tableau_of"]
 
 TABLES = ("record", "update", "bias", "noise")
 SAME = 1e-6  # how far a node's alpha and sigma may be from its noise law's, on another machine
@@ -322,3 +322,15 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return getattr(value, "fingerprint", None) or getattr(value, "__qualname__", value)
+
+
+def tableau_of(sampler: object) -> Tableau:
+    """Return the tableau of a sampler, or one that was passed as it is.
+
+    Raises:
+        SolverError: it is neither.
+    """
+    tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
+    if not isinstance(tableau, Tableau):
+        raise SolverError(f"this runs a Sampler or a Tableau, not a {type(sampler).__name__}")
+    return tableau

@@ -29,7 +29,7 @@ from fewstep.core.tableau import Nodes, Tableau
 from fewstep.runtime.errors import ModelError, SolverError, first_line, look_up
 from fewstep.runtime.front_door import checked, checked_class, number
 from fewstep.sampling.loop import Step, check_start, steps
-from fewstep.sampling.sampler import Sampler
+from fewstep.sampling.sampler import Sampler, tableau_of
 
 __all__ = ["LogProb", "Splitting", "kick_weights", "log_gradient", "sample_split"]
 
@@ -96,9 +96,7 @@ def sample_split(
         ModelError: a scale that is not finite; a ``log_prob`` of another shape, that does not depend on ``x``, or whose gradient is not
             finite (at which step); as `steps`.
     """
-    tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
-    if not isinstance(tableau, Tableau):
-        raise SolverError(f"this runs a Sampler or a Tableau, not a {type(sampler).__name__}")
+    tableau = tableau_of(sampler)
     if isinstance(denoiser, FlowMap):
         raise ModelError("a student's jumps are made by one call each, and cannot be split: guide its teacher")
     splitting = Splitting() if splitting is None else splitting

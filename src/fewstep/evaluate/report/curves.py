@@ -29,8 +29,9 @@ def distances(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> 
         for (name, (levels, values)), colour, (apart, vertical, horizontal) in zip(curves.items(), COLOURS, SIDES, strict=False):
             x, y = _positive(levels, values)
             axes.plot(x, y, color=LIGHT[colour], linewidth=1.8)
-            place, look = len(x) * 2 // 5, {"color": LIGHT[colour], "size": 10, "va": vertical, "ha": horizontal}
-            axes.annotate(name, (x[place], y[place]), (apart, apart), textcoords="offset points", **look)  # type: ignore[arg-type]
+            point = (x[len(x) * 2 // 5], y[len(x) * 2 // 5])
+            named = axes.annotate(name, point, (apart, apart), textcoords="offset points", color=LIGHT[colour], size=10)
+            named.set(va=vertical, ha=horizontal)
         axes.set_yscale("log")
         _over_levels(axes)
         low, high = axes.get_ylim()
@@ -75,6 +76,8 @@ def change_along(levels: Sequence[float], change: Sequence[float], grids: Mappin
 
 def stops(errors: Sequence[float]) -> Figure:
     """Draw the error of a sampler that is stopped after each evaluation, and of the whole one (the last), as a dashed line."""
+    from matplotlib.ticker import MaxNLocator
+
     with style():
         axes = new_axes(HEIGHT, **MARGINS)
         *stopped, whole = errors
@@ -84,7 +87,7 @@ def stops(errors: Sequence[float]) -> Figure:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         log_ticks(axes.yaxis, low, high, 6)
-        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[attr-defined]
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("evaluations made")
         axes.set_ylabel("RMSE")
     return figure_of(axes)
