@@ -1,0 +1,1 @@
+"""Inverse problems: samples of what was measured, with a diffusion model as the prior."""

@@ -1,0 +1,88 @@
+"""What every method of posterior sampling is given and answers: the measured `Data`, and the interface `Method`."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fewstep.core.denoiser import Cond, Denoiser
+from fewstep.core.tableau import Tableau
+from fewstep.inverse.measurements import Measurement
+from fewstep.runtime.errors import ModelError
+from fewstep.runtime.front_door import number
+from fewstep.sampling.loop import Step
+
+__all__ = ["Data", "Method", "positive"]
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What was measured.
+
+    Attributes:
+        measurement: the operator.
+        y: its values, ``[B, *Y]``, or ``[*Y]`` for all samples.
+        noise: the standard deviation of their noise.
+    """
+
+    measurement: Measurement
+    y: Tensor
+    noise: float
+
+    def residual(self, x0: Tensor) -> Tensor:
+        """Return ``y - A x0``, ``[B, *Y]``.
+
+        Raises:
+            ModelError: the measurement has another shape than its operator answers.
+        """
+        answer = self.measurement(x0)
+        y = self.y.to(answer)
+        if y.shape not in (answer.shape, answer.shape[1:]):
+            raise ModelError(
+                f"y has shape {tuple(y.shape)}, and the operator answers {tuple(answer.shape)} to images of shape {tuple(x0.shape)}: it is "
+                f"one measurement, {list(answer.shape[1:])}, or one for each sample"
+            )
+        return y - answer
+
+
+class Method(ABC):
+    """A way from a denoiser and a measurement to posterior samples.
+
+    Attributes:
+        references: arXiv ids.
+    """
+
+    references: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    @abstractmethod
+    def cost(self) -> tuple[int, int]:
+        """The network evaluations and the products by back-propagation of one step of a first-order sampler, at most."""
+
+    @abstractmethod
+    def sample(
+        self,
+        denoiser: Denoiser,
+        tableau: Tableau,
+        x: Tensor,
+        data: Data,
+        cond: Cond,
+        seeds: Iterable[int] | Tensor | None,
+        observe: Callable[[Step], None] | None,
+    ) -> Tensor:
+        """Sample from ``x [B, *D]``; return the samples ``[B, *D]``. Arguments are those of `sample_posterior`."""
+
+
+def positive(value: float, name: str) -> None:
+    """Refuse what is no positive number.
+
+    Raises:
+        ModelError: it is none.
+    """
+    if not (number(value, name, ModelError) > 0 and math.isfinite(value)):
+        raise ModelError(f"{name} is a positive number, got {value!r}")
