@@ -40,6 +40,8 @@ from fewstep.solvers import DPMSolverV3, make_solver
 if TYPE_CHECKING:
     from fewstep.evaluate.benchmark.compare import compare
     from fewstep.integrations.diffusers.pipelines import from_pipeline
+    from fewstep.inverse.posterior import measured, sample_posterior
+    from fewstep.inverse.restore import Restoration, restore
     from fewstep.learn.networks.distill import DistillConfig, distill
     from fewstep.learn.networks.finetune import FinetuneConfig, finetune
     from fewstep.learn.samplers.calibrate import CalibrationConfig, calibrate
@@ -54,6 +56,10 @@ __version__ = version("fewstep")
 _LAZY = {  # imported when first asked for, so that sampling does not wait for what only learning needs
     "compare": "evaluate.benchmark.compare",
     "from_pipeline": "integrations.diffusers.pipelines",
+    "measured": "inverse.posterior",
+    "sample_posterior": "inverse.posterior",
+    "Restoration": "inverse.restore",
+    "restore": "inverse.restore",
     "DistillConfig": "learn.networks.distill",
     "distill": "learn.networks.distill",
     "FinetuneConfig": "learn.networks.finetune",
@@ -91,6 +97,7 @@ __all__ = [
     "OptimizeConfig",
     "ParallelConfig",
     "RectifiedFlow",
+    "Restoration",
     "Sampler",
     "Solver",
     "SolverError",
@@ -111,11 +118,14 @@ __all__ = [
     "load_model",
     "make_grid",
     "make_solver",
+    "measured",
     "optimize",
     "parareal",
     "plan_fit",
+    "restore",
     "sample",
     "sample_in_parallel",
+    "sample_posterior",
     "sample_split",
     "steps",
 ]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.core.prediction import aligned
 from fewstep.inverse.conjugate_gradients import conjugate_gradients, least_squares
@@ -259,30 +260,30 @@ class Matrix(_Closed):
     """Measure by a matrix, of which a singular value decomposition is made once.
 
     Args:
-        matrix: ``[m, n]``, for images of ``n`` elements.
+        matrix: ``[m, n]``.
+        shape: of an image of ``n`` elements, ``*D``; by default ``(n,)``.
 
     Raises:
-        ModelError: no matrix of finite numbers, or images of another number of elements.
+        ModelError: no matrix of finite numbers, or a shape of another number of elements.
     """
 
-    def __init__(self, matrix: Tensor) -> None:
+    def __init__(self, matrix: Tensor, shape: Sequence[int] | None = None) -> None:
         if not isinstance(matrix, Tensor) or matrix.ndim != 2 or not bool(torch.isfinite(matrix).all()):
             raise ModelError(f"a matrix is a tensor [m, n] of finite numbers, got {str(matrix)[:80]}")
-        self.matrix = matrix
+        self.matrix, self.shape = matrix, tuple(matrix.shape[1:]) if shape is None else tuple(shape)
+        if math.prod(self.shape) != matrix.shape[1]:
+            raise ModelError(f"a matrix of shape {tuple(matrix.shape)} does not fit images of shape {self.shape}")
         self.u, self.s, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
-        self.shape: tuple[int, ...] | None = None
 
     def __call__(self, x0: Tensor) -> Tensor:
         """Return ``matrix x0``, ``[B, m]``."""
-        if x0[0].numel() != self.matrix.shape[1]:
-            raise ModelError(f"a matrix of shape {tuple(self.matrix.shape)} does not fit images of shape {tuple(x0.shape[1:])}")
-        self.shape = tuple(x0.shape[1:])
+        if tuple(x0.shape[1:]) != self.shape:
+            raise ModelError(f"this matrix is for images of shape {self.shape}, not {tuple(x0.shape[1:])}: say Matrix(matrix, shape=...)")
         return x0.flatten(1) @ self.matrix.to(x0).T
 
     def transpose(self, y: Tensor) -> Tensor:
-        """Return ``matrix^T y``, in the shape of the images that were measured last; ``[B, n]`` before."""
-        x = y @ self.matrix.to(y)
-        return x if self.shape is None else x.reshape(-1, *self.shape)
+        """Return ``matrix^T y``, ``[B, *D]``."""
+        return (y @ self.matrix.to(y)).reshape(-1, *self.shape)
 
     def solve(self, r: Tensor, r2: Tensor | float, noise: float) -> Tensor:
         """Solve by singular values; without noise those below a thousandth of the largest are left out."""
@@ -353,7 +354,8 @@ class _Derivative(Measurement):
         with torch.enable_grad():
             self.x0 = x0.detach().clone().requires_grad_()
             try:
-                self.y = function(self.x0)
+                with sdpa_kernel(SDPBackend.MATH):  # the only attention that can be differentiated twice
+                    self.y = function(self.x0)
                 self.u = torch.zeros_like(self.y, requires_grad=True)
                 (self.back,) = torch.autograd.grad(self.y, self.x0, self.u, create_graph=True)  # linear in u, so its derivative is A
             except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What every method of posterior sampling is given and answers: the measured `Data`, and the interface `Method`."""
+"""The measured `Data`, and the interface of a `Method` of posterior sampling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Data", "Method", "positive"]
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """What was measured.
+    """Hold a measurement: its operator, values and noise.
 
     Attributes:
         measurement: the operator.

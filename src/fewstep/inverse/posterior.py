@@ -22,7 +22,7 @@ from fewstep.runtime.spec import check_options, parse_spec
 from fewstep.sampling.loop import Step, check_start
 from fewstep.sampling.sampler import Sampler, tableau_of
 
-__all__ = ["METHODS", "checked_prior", "make_method", "measured", "sample_posterior"]
+__all__ = ["METHODS", "checked_data", "checked_prior", "make_method", "measured", "sample_posterior"]
 
 METHODS: dict[str, type[Method]] = {
     "moments": Moments,
@@ -76,13 +76,13 @@ def measured(
         >>> from fewstep.inverse.measurements import Average
         >>> model = fewstep.load_model("digits-edm")
         >>> y = torch.zeros(1, 4, 4)
-        >>> fewstep.sample(measured(model, Average(2), y, 0.05), "ddim", torch.randn(2, 1, 8, 8) * 80, nfe=5, grid="karras").shape
+        >>> fewstep.sample(measured(model, Average(2), y, 0.05), "ddim", torch.randn(2, 1, 8, 8) * 80, torch.tensor([3, 3]), nfe=5).shape
         torch.Size([2, 1, 8, 8])
     """
     correction = make_method(method)
     if not isinstance(correction, Correction):
         raise ModelError(f"{type(correction).__name__} moves the state: run it by fewstep.inverse.posterior.sample_posterior")
-    return Measured(checked_prior(denoiser, correction), _data(measurement, y, noise), correction)
+    return Measured(checked_prior(denoiser, correction), checked_data(measurement, y, noise), correction)
 
 
 @checked
@@ -115,12 +115,17 @@ def sample_posterior(
     Raises:
         ModelError, SolverError: as `measured` and `steps`.
     """
-    chosen, data = make_method(method), _data(measurement, y, noise)
+    chosen, data = make_method(method), checked_data(measurement, y, noise)
     check_start(x)
     return chosen.sample(checked_prior(denoiser, chosen), tableau_of(sampler), x, data, cond, seeds, observe)
 
 
-def _data(measurement: object, y: object, noise: float | None) -> Data:
+def checked_data(measurement: object, y: object, noise: float | None) -> Data:
+    """Return what was measured, by an operator with a noise.
+
+    Raises:
+        ModelError: no operator, tensor of finite numbers, or noise.
+    """
     level, operator = checked_noise(noise, measurement), measurement_of(measurement)
     if not isinstance(y, Tensor) or not y.is_floating_point():
         raise ModelError(f"y is what was measured, a tensor of floating point numbers, got {str(y)[:80]}")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, SupportsInt
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap, check_denoiser
@@ -20,16 +17,16 @@ from fewstep.core.grid import TimeGrid
 from fewstep.core.prediction import prediction
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, Tableau
+from fewstep.models.batches import sampled_in_batches, samples_record
 from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.models.gradient_guidance import GradientGuidance
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import check_evaluating
 from fewstep.models.problem import Problem
 from fewstep.models.spread import OverProcesses, over_devices
-from fewstep.runtime.artifact import Count, Record, Whole, check_file, check_writable, read_record, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
 from fewstep.runtime.front_door import checked, scale_of
-from fewstep.runtime.process import from_first, process, wait_for_all
+from fewstep.runtime.process import process
 from fewstep.runtime.spec import parse_spec
 from fewstep.sampling.loop import check_start, run
 from fewstep.sampling.noise import seed_list, start_noise
@@ -342,26 +339,6 @@ def solver_for(
 # -- into a folder ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SamplesRecord(Record):
-    """The fields of ``samples.json``, beside finished samples: what they were made of.
-
-    Attributes:
-        request: the hash of all that they depend on.
-        model: its name.
-        sampler: what it was sampled by.
-        seed, num: the first seed and how many.
-    """
-
-    FORMAT = "fewstep-samples"
-
-    request: str
-    model: str
-    sampler: str
-    seed: Whole
-    num: Count
-
-
 @torch.no_grad()
 def generate_to(
     folder: Path,
@@ -387,8 +364,6 @@ def generate_to(
     Raises:
         ArtifactError: the folder holds samples of another command, finished or not, or cannot be written.
     """
-    check_writable(folder)
-    rank, world = process()
     tableau = sampler.tableau
     facts: tuple[Any, ...] = (problem.fingerprint, tableau.fingerprint, problem.guidance, label, list(seeds), batch)
     if guided_by is not None:
@@ -398,41 +373,14 @@ def generate_to(
         spread, config = spread_of(problem.model, problem.denoiser, problem.guidance, parallel), replace(parallel, devices=())
         facts = (*facts, config)  # the samples are those of any devices
     request = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    parts, finished = folder / f"parts-{request}", folder / "samples.json"
-    others = [path for path in folder.glob("parts-*") if path != parts]
-    if others:
-        raise ArtifactError(f"{folder} holds unfinished samples of another command: remove {others[0]}, or choose another folder")
-    if finished.exists() and read_record(finished, SamplesRecord).request != request:
-        raise ArtifactError(f"{folder} holds the samples of another command (see {finished}): choose another folder, or remove them")
-    held = [name for name in ("samples.npz", "grid.png", "singles") if (folder / name).exists()]
-    if held and not finished.exists() and not parts.exists():
-        raise ArtifactError(f"{folder} holds {held[0]}, and nothing says what made it: choose another folder, or remove it")
-    starts = range(0, len(seeds), batch)
-    for number, first in enumerate(starts):
-        path, mine = parts / f"{first:08d}.safetensors", spread is not None or number % world == rank
-        if mine and not (path.exists() if spread is None else from_first(path.exists())):
-            part = seeds[first : first + batch]
-            x, cond = problem.start(part, tableau.nodes), None if guided_by is not None else problem.cond(part, label)
-            if guided_by is not None:
-                images = guided_by.run(problem, tableau, part, label).cpu()
-            elif spread is None:
-                images = run(problem.denoiser, tableau, x, cond, seeds=part).cpu()
-            else:
-                images = sample_in_parallel(spread, tableau, x, cond, seeds=part, config=config, observe=on_round).cpu()
-            if spread is None or rank == 0:
-                write_whole(path, lambda temporary, images=images: save_file({"x": images.contiguous()}, temporary))
-        if on_progress is not None and mine:
-            on_progress(min(first + batch, len(seeds)))
-    wait_for_all()
-    if rank != 0:
-        return None
-    try:
-        files = [parts / f"{first:08d}.safetensors" for first in starts]
-        for path in files:
-            check_file(path)
-        samples = torch.cat([load_file(path)["x"] for path in files])
-    except (OSError, SafetensorError, KeyError, RuntimeError, ArtifactError) as error:
-        raise ArtifactError(f"{parts} is damaged ({error}): remove it and sample again") from error
-    about = SamplesRecord(SamplesRecord.FORMAT, SamplesRecord.VERSION, request, problem.name, repr(sampler), seeds[0], len(seeds))
-    write_whole(finished, (json.dumps(asdict(about), indent=1) + "\n").encode())
-    return samples, parts
+
+    def make(part: Sequence[int]) -> Tensor:
+        if guided_by is not None:
+            return guided_by.run(problem, tableau, part, label)
+        x, cond = problem.start(part, tableau.nodes), problem.cond(part, label)
+        if spread is None:
+            return run(problem.denoiser, tableau, x, cond, seeds=part)
+        return sample_in_parallel(spread, tableau, x, cond, seeds=part, config=config, observe=on_round)
+
+    about = samples_record(request, problem.name, repr(sampler), seeds)
+    return sampled_in_batches(folder, about, seeds, batch, make, together=spread is not None, on_progress=on_progress)

@@ -1,0 +1,361 @@
+"""The function `restore`: posterior samples of one measurement, with their mean, their spread and how well they fit."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.core.condition import moved, part_of, repeated
+from fewstep.core.denoiser import Cond, FlowMap
+from fewstep.core.grid import TimeGrid
+from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.tableau import Solver
+from fewstep.inverse.method import Data, Method
+from fewstep.inverse.posterior import checked_data, checked_prior, make_method, sample_posterior
+from fewstep.models.batches import is_finished, sampled_in_batches, samples_record
+from fewstep.models.generate import sampler_for
+from fewstep.models.identity import digest, parts
+from fewstep.models.model import Model
+from fewstep.models.problem import Problem, check_model
+from fewstep.runtime.artifact import ArtifactRecord, load_artifact, named_path, save_artifact, tensor_of
+from fewstep.runtime.errors import ModelError, SolverError
+from fewstep.runtime.front_door import checked, is_count, number, scale_of
+from fewstep.runtime.job import Job, Progress
+from fewstep.sampling.noise import seed_list
+from fewstep.sampling.sampler import Sampler
+
+__all__ = ["Restoration", "RestorationCard", "restore", "restored_steps", "sample_interval"]
+
+INTERVAL = 0.9
+
+
+@dataclass(frozen=True)
+class RestorationCard(ArtifactRecord):
+    """The fields of ``restoration.json``, see `Restoration`."""
+
+    FORMAT = "fewstep-restoration"
+
+    card: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Restoration:
+    """Samples of the posterior of one measurement: images that the model finds likely and that the measurement allows.
+
+    They are several answers, not one: where they differ, the measurement does not say.
+
+    Attributes:
+        samples: ``[S, *D]``.
+        y: what was measured, ``[*Y]``.
+        misfit: root mean square of ``y - A x0`` of each sample, in units of the noise, ``[S]``; of the measurement where there is none.
+        card: model, method, sampler, evaluations and figures.
+    """
+
+    samples: Tensor
+    y: Tensor
+    misfit: Tensor
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        fit = f"misfit {float(self.misfit.mean()):.3g}"
+        return f"Restoration({len(self.samples)} samples of {tuple(self.samples.shape[1:])}, {fit}, spread {float(self.spread.mean()):.3g})"
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """The mean of the samples, ``[*D]``: of all answers the one with the least expected error, and smoother than any sample."""
+        return self.samples.mean(0)
+
+    @cached_property
+    def spread(self) -> Tensor:
+        """The standard deviation of the samples, ``[*D]``: how uncertain each element is; 0 of a single sample."""
+        return self.samples.std(0) if len(self.samples) > 1 else torch.zeros_like(self.samples[0])
+
+    def interval(self, share: float = INTERVAL) -> tuple[Tensor, Tensor]:
+        """Return the ends, ``[*D]`` each, of an interval that holds one more sample with this probability, see `sample_interval`."""
+        return sample_interval(self.samples, share)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``restoration.json``, ``restoration.safetensors`` and a ``README.md`` card, and return the folder.
+
+        Raises:
+            ArtifactError: the folder cannot be written.
+        """
+        tensors = {"samples": self.samples, "y": self.y, "misfit": self.misfit, "mean": self.mean, "spread": self.spread}
+        facts = "\n".join(f"- {key}: {value}" for key, value in self.card.items())
+        readme = f"""# {len(self.samples)} samples of what was measured
+
+{facts}
+
+Each sample is one image that fits the measurement and that the model finds likely. The mean has the least expected error and is smoother
+than any of them. The spread is large where the measurement does not say what is there.
+
+```python
+from fewstep.inverse.restore import Restoration
+
+found = Restoration.load("path/to/this/folder")
+found.samples, found.mean, found.spread, found.misfit
+```
+"""
+        return save_artifact(named_path(folder), "restoration", {"card": dict(self.card)}, tensors, readme)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Restoration:
+        """Load a restoration that `save` or `restore` wrote.
+
+        Raises:
+            ArtifactError: a file is missing or damaged.
+        """
+
+        def build(meta: RestorationCard, tensors: dict[str, Tensor]) -> Restoration:
+            samples, y = tensors["samples"], tensors["y"]
+            return cls(samples, y, tensor_of(tensors, "misfit", [len(samples)]), meta.card)
+
+        return load_artifact(folder, "restoration", RestorationCard, build)
+
+
+def sample_interval(samples: Tensor, share: float = INTERVAL) -> tuple[Tensor, Tensor]:
+    """Return the ends, ``[*D]`` each, of an interval in which one more sample of the same distribution lies with a probability.
+
+    They are order statistics at the ranks ``p (S + 1)``, so this holds for any number of samples: 19 for 90 % from the least to the most.
+
+    Args:
+        samples: ``[S, *D]``.
+        share: the probability.
+
+    Raises:
+        ModelError: no probability, or too few samples for it (how many there should be).
+    """
+    if not 0 < number(share, "the share of an interval", ModelError) < 1:
+        raise ModelError(f"the share of an interval is between 0 and 1, as 0.9, got {share:g}")
+    count, least = len(samples), math.ceil(2 / (1 - share) - 1 - 1e-9)
+    if count < least:
+        raise ModelError(f"an interval of {share:.0%} wants at least {least} samples, and there are {count}: pass seeds=range({least})")
+    ordered, rank = samples.sort(0).values, (1 - share) / 2 * (count + 1) - 1
+    low = max(math.floor(rank + 1e-9), 0)
+    weight = max(rank - low, 0.0)
+    return torch.lerp(ordered[low], ordered[low + 1], weight), torch.lerp(ordered[-1 - low], ordered[-2 - low], weight)
+
+
+@checked
+@torch.no_grad()
+def restore(
+    model: Model,
+    measurement: object,
+    y: Tensor,
+    noise: float | None = None,
+    *,
+    nfe: int = 10,
+    seeds: Iterable[int] | Tensor = range(4),
+    method: str | Method = "moments",
+    solver: str | Solver | Sampler = "ddim",
+    grid: str | TimeGrid | None = None,
+    guidance: float | None = None,
+    cond: Cond = None,
+    batch: int = 64,
+    out: str | Path | None = None,
+    on_progress: Progress | None = None,
+    command: str = "",
+) -> Restoration:
+    """Sample what was measured, given a model of such images: no training, and no back-propagation by default.
+
+    Args:
+        model: the prior.
+        measurement: the operator: one of `fewstep.inverse.measurements`, an object with ``A`` and ``A_adjoint``, or a function.
+        y: what was measured, ``[*Y]``.
+        noise: the standard deviation of its noise, in the units of the images, which mostly lie in [-1, 1].
+        nfe: network evaluations per sample, with those of the method. Few have the least error, many look sharper.
+        seeds: one for each sample.
+        method: one of `fewstep.inverse.posterior.METHODS` with options, as ``moments:steps=2``; or a `Method`.
+        solver: a solver, or a `Sampler` with a grid of its own.
+        grid: the name of a spacing, or a `TimeGrid`; by default ``karras``, or ``angle`` where the model starts without any signal.
+        guidance: classifier-free guidance scale; by default the model's own.
+        cond: what the network is conditioned on: for all samples ``[1]``, or one for each; by default the null label of a model with one.
+        batch: samples at a time.
+        out: a folder for the `Restoration`; a killed run continues there.
+        on_progress: called with the samples done and a note.
+        command: the command line, for the card.
+
+    Raises:
+        ModelError: a measurement, noise, method, condition or guidance that cannot be used; a student; a model without a null label and
+            without ``cond``.
+        SolverError: an ``nfe`` that is no multiple of what the method takes for a step.
+        ArtifactError: the folder holds something else.
+
+    Example:
+        >>> import torch, fewstep
+        >>> from fewstep.inverse.measurements import Average
+        >>> model = fewstep.load_model("digits-edm")
+        >>> found = fewstep.restore(model, Average(2), torch.zeros(1, 4, 4), 0.05, seeds=range(3))
+        >>> found.samples.shape, found.spread.shape
+        (torch.Size([3, 1, 8, 8]), torch.Size([1, 8, 8]))
+    """
+    check_model(model)
+    chosen, numbers, scale = make_method(method), seed_list(seeds), scale_of(guidance, model.default_guidance)
+    if not numbers or not is_count(batch):
+        raise ModelError("restore makes one sample for each seed, in batches of at least 1: pass seeds=range(4)")
+    if len(set(numbers)) < len(numbers):
+        raise ModelError("two seeds are the same, and would give one sample twice: pass seeds=range(4)")
+    checked_prior(model, chosen)
+    problem, data = Problem(model, scale, model.device), checked_data(measurement, y, noise)
+    check_one(data, problem)
+    sampler = restored_steps(model, chosen, solver, nfe, grid, scale)
+    run = _Run(problem, data, chosen, sampler, numbers, conditions(problem, cond, numbers), int(batch))
+    with Job.open("restore", out, device=model.device, on_progress=on_progress, command=command) as job:
+        return run.within(job)
+
+
+def check_one(data: Data, problem: Problem) -> None:
+    """Refuse anything but one measurement of one image.
+
+    Raises:
+        ModelError: it does not fit the model's images, or is several.
+    """
+    nothing = torch.zeros(1, *problem.shape, device=problem.device)
+    r = data.residual(nothing)
+    if data.y.shape != r.shape[1:]:
+        raise ModelError(
+            f"restore takes one measurement {list(r.shape[1:])}, got {list(data.y.shape)}: call it for each, or sample many by "
+            "fewstep.sample_posterior"
+        )
+
+
+def conditions(problem: Problem, cond: Cond, seeds: Sequence[int]) -> Cond:
+    """Return the condition of each seed: what was passed, for all or for each, or the null label of a model with one.
+
+    Raises:
+        ModelError: nothing was passed, and the model has classes and no null label; labels that it does not have.
+    """
+    model, count = problem.model, len(seeds)
+    if cond is None:
+        if model.classes is not None and model.null_label is None:
+            raise ModelError(
+                f"{model.name} has classes and no null label: pass cond=, the label of what was measured, as torch.tensor([3])"
+            )
+        return problem.unconditional(seeds)
+    if isinstance(cond, Tensor) and cond.ndim and len(cond) == 1 and count > 1:
+        cond = repeated(cond, count)
+    return moved(model.condition(cond, count), problem.device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """Posterior samples to be made: everything is checked."""
+
+    problem: Problem
+    data: Data
+    method: Method
+    sampler: Sampler
+    seeds: list[int]
+    cond: Cond
+    batch: int
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that the samples depend on."""
+        given = (self.data.measurement, self.data.y.detach().cpu(), moved(self.cond, torch.device("cpu")))
+        facts = (
+            self.problem.identity,
+            self.sampler.tableau.fingerprint,
+            repr(self.method),
+            digest(parts(given, "measurement")),
+            self.data.noise,
+            self.seeds,
+            self.batch,
+        )
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    def within(self, job: Job) -> Restoration:
+        """Sample, and write what was found."""
+        problem, tableau, denoiser = self.problem, self.sampler.tableau, self.problem.denoiser
+        assert not isinstance(denoiser, FlowMap)  # a student is refused
+        numbers = {seed: k for k, seed in enumerate(self.seeds)}
+
+        def make(part: Sequence[int]) -> Tensor:
+            first = numbers[part[0]]
+            cond = None if self.cond is None else part_of(self.cond, slice(first, first + len(part)))
+            x, data = problem.start(part, tableau.nodes), self.data
+            return sample_posterior(denoiser, tableau, x, data.measurement, data.y, data.noise, cond, method=self.method, seeds=part)
+
+        identity = "memory" if job.in_memory else self.identity
+        if (job.folder / "restoration.json").exists() and is_finished(job.folder, identity):
+            job.on_progress(len(self.seeds), "there already")
+            return Restoration.load(job.folder)
+        about = samples_record(identity, problem.name, repr(self.sampler), self.seeds)
+        made = sampled_in_batches(job.folder, about, self.seeds, self.batch, make, on_progress=lambda done: job.on_progress(done, ""))
+        if made is None:  # another process than the first, which has no samples to give
+            return Restoration.load(job.folder)
+        samples, folder = made
+        found = Restoration(samples, self.data.y.detach().cpu(), self._misfit(samples), self.card(job.command))
+        if not job.in_memory:
+            found.save(job.folder)
+            rmtree(folder)
+        return found
+
+    def _misfit(self, samples: Tensor) -> Tensor:
+        r = self.data.residual(samples.to(self.problem.device)).cpu()
+        rms = r.flatten(1).square().mean(1).sqrt()
+        return rms / self.data.noise if self.data.noise else rms
+
+    def card(self, command: str) -> dict[str, Any]:
+        """Return what the samples are of."""
+        evaluations, products = self.method.cost
+        count = self.sampler.nfe
+        return {
+            **self.problem.card(),
+            "measurement": type(self.data.measurement).__name__,
+            "noise": self.data.noise,
+            "method": repr(self.method),
+            "sampler": repr(self.sampler),
+            "evaluations": count * evaluations,
+            "backward passes": count * products,
+            "seeds": self.seeds,
+            **({"command": command} if command else {}),
+        }
+
+
+def restored_steps(
+    model: Model, method: Method, solver: str | Solver | Sampler, nfe: int, grid: str | TimeGrid | None = None, guidance: float = 1.0
+) -> Sampler:
+    """Return the sampler whose evaluations, with those of a method, are ``nfe``.
+
+    Args:
+        model: what is sampled.
+        method: what is done at each evaluation.
+        solver: by name, or a sampler, whose own evaluations then have to fit.
+        nfe: network evaluations per sample, in all.
+        grid: as for `restore`.
+        guidance: the guidance scale.
+
+    Raises:
+        SolverError: ``nfe`` is no multiple of what the method takes (and the nearest that are).
+    """
+    cost = method.cost[0]
+    if not is_count(nfe):
+        raise SolverError(f"nfe is the number of network evaluations per sample, a whole number, got {nfe!r}")
+    if isinstance(solver, Sampler):
+        if solver.nfe * cost != nfe:
+            raise SolverError(f"this sampler with {type(method).__name__} takes {solver.nfe * cost} network evaluations, not {nfe}")
+        return solver
+    if nfe % cost:
+        near = sorted({max(nfe // cost, 1) * cost, (nfe // cost + 1) * cost})
+        raise SolverError(
+            f"{type(method).__name__} takes {cost} network evaluations a step, so nfe is a multiple of {cost}, as "
+            f"{' or '.join(map(str, near))}, not {nfe}"
+        )
+    made = sampler_for(model, solver, nfe=nfe // cost, guidance=guidance, grid=restored_grid(model.schedule) if grid is None else grid)
+    assert isinstance(made, Sampler)  # a tableau is what was given as one
+    return made
+
+
+def restored_grid(schedule: NoiseSchedule) -> str:
+    """Return the spacing where none is named: ``karras``, or ``angle`` where the law starts at pure noise, which has no finite level."""
+    return "karras" if bool(torch.isfinite(schedule.lam(schedule.ends[0]))) else "angle"
