@@ -21,6 +21,7 @@ from fewstep.apps.commands.models import models
 from fewstep.apps.commands.optimize import optimize
 from fewstep.apps.commands.push import push
 from fewstep.apps.commands.report import report
+from fewstep.apps.commands.restore import restore
 from fewstep.apps.commands.sample import sample
 from fewstep.apps.commands.train import train
 from fewstep.apps.commands.trajectories import trajectories
@@ -33,6 +34,7 @@ __all__ = ["VERBS", "main"]
 VERBS = (
     models,
     sample,
+    restore,
     bench,
     report,
     inspect,

@@ -21,7 +21,7 @@ from fewstep.runtime.errors import FewstepError, first_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["DIGIT_LEVELS", "Images", "load_images", "read_picture"]
+__all__ = ["DIGIT_LEVELS", "Images", "as_samples", "load_images", "read_picture"]
 
 DIGIT_LEVELS = 17  # grey values 0..16 of scikit-learn's digits
 LEVELS = 256
@@ -80,9 +80,14 @@ def load_images(source: str | Path) -> Images:
         images, labels = _read_folder(path)
     else:
         raise FewstepError(f"no images at {source!s}: name 'digits', an .npz file, or a folder of pictures")
-    images = images[..., None] if images.ndim == 3 else images
-    x = (torch.from_numpy(images).permute(0, 3, 1, 2).float() + 0.5) * (2 / LEVELS) - 1
+    x = as_samples(images)
     return Images(x, None if labels is None else torch.as_tensor(labels).long(), LEVELS, path.stem)
+
+
+def as_samples(pixels: np.ndarray) -> Tensor:
+    """Return pictures, uint8 ``[n, H, W]`` or ``[n, H, W, C]``, as samples ``[n, C, H, W]`` in [-1, 1]."""
+    pixels = pixels[..., None] if pixels.ndim == 3 else pixels
+    return (torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() + 0.5) * (2 / LEVELS) - 1
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
