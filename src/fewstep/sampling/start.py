@@ -58,6 +58,8 @@ def begin(schedule: NoiseSchedule, level: float) -> float:
         GridError: no step can begin there (from which level and strength to which one can).
     """
     level = number(level, "the noise level to begin at", GridError)
+    if level <= 0:
+        raise GridError(f"the noise level to begin at is sigma/alpha, above 0, got {level:g}")
     if not isinstance(schedule, NoiseSchedule):
         raise GridError(f"a time belongs to a noise law, as fewstep.VPLinear() or model.schedule, got {str(schedule)[:80]}")
     if level == math.inf:
@@ -66,7 +68,7 @@ def begin(schedule: NoiseSchedule, level: float) -> float:
     starts = schedule.ends if times is None else times[(times > schedule.t_min) & (times <= schedule.t_max)].flip(0)
     high, low = torch.exp(-schedule.lam(starts[[0, -1]])).tolist()
     below = level <= low if times is None else level < low * (1 - ROUNDING)
-    if below or level <= 0 or level > high * (1 + ROUNDING):
+    if below or level > high * (1 + ROUNDING):
         ends = "above" if times is None else "from"
         raise GridError(
             f"no step begins at noise level {level:g} (strength {_share(level):g}): this noise law has levels {ends} {low:.4g} to "
