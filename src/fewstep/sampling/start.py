@@ -105,9 +105,8 @@ def spacing_from(name: str, schedule: NoiseSchedule, steps: int, t: float) -> Ti
             raise GridError(
                 f"{steps} steps do not fit below time {t:g}, where the network knows {known} times: use fewer steps, or a larger strength"
             )
-    if t == schedule.t_last > schedule.t_min:  # a single step to the clean image, which leaves a spacing no choice
-        return TimeGrid([t, *make_grid(name, schedule, 1).t[1:].tolist()])
-    made = make_grid(name, schedule, steps, t_max=t)
+    alone = t == schedule.t_last > schedule.t_min  # a single step to the clean image, which leaves a spacing no choice
+    made = make_grid(name, schedule, 1) if alone else make_grid(name, schedule, steps, t_max=t)
     return TimeGrid(torch.cat([torch.tensor([t], dtype=torch.float64), made.t[1:]]))
 
 

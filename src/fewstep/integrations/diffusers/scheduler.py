@@ -210,7 +210,7 @@ class FewstepScheduler(NoisingScheduler):
         if begin_index and self._level < math.inf:
             raise GridError(
                 f"this scheduler starts at strength {self.config['strength']:g} with its first step, and not at evaluation {begin_index}: "
-                "call the pipeline with strength=1 (an inpainting pipeline of Stable Diffusion 3 with 0.9999), or make it without strength="
+                "call the pipeline with strength=1 (an inpainting pipeline of Stable Diffusion 3 with 0.999), or make it without strength="
             )
         self._begin_index = int(begin_index)
 
