@@ -194,8 +194,8 @@ class FewstepSigmas:
             return (sigmas_for(chosen, law=law),)
         if denoise <= 0 or strength == 0:
             return (torch.empty(0),)
-        schedule, count, ends = _schedule_of(sampling, law), int(steps / denoise), {e: e for e in ENDS}
-        whole = sigmas_for(spacing, count, schedule=schedule, end=look_up(end, ends, "end"), law=law, strength=strength)
+        schedule, count = _schedule_of(sampling, law), int(steps / denoise)
+        whole = sigmas_for(spacing, count, schedule=schedule, end=look_up(end, {e: e for e in ENDS}, "end"), law=law, strength=strength)
         return (whole[-(steps + 1) :],)
 
 
