@@ -136,7 +136,7 @@ def test_the_contraction_of_the_guide_to_strengths() -> None:
     for strength, level, factors in rows:
         s = level_of(float(strength))
         assert level == f"{s:.3g}"
-        assert [one.strip() for one in factors.split("|")] == [f"{(c / (c + s**2)) ** 0.5:.3g}" for c in (1, 0.25, 0.01)]
+        assert [one.strip() for one in factors.split("|")] == [f"{(c / (c + s**2)) ** 0.5:.3f}" for c in (1, 0.25, 0.01)]
 
 
 # -- figures ------------------------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def test_a_grid_is_re_spread_with_its_density(name):
             assert bool(torch.isin(below.t, law.times).all())
     assert grid.below(law, float(grid.t[0])) is grid
     for outside in (float(grid.t[-1]), law.t_max + 1, float(grid.t[-1]) - 1):
-        with pytest.raises(GridError, match="this grid runs from time"):
+        with pytest.raises(GridError, match="this grid runs from noise level"):
             grid.below(law, outside)
 
 
@@ -233,7 +233,7 @@ def test_samplers_that_cannot(tmp_path):
     sampler = Sampler.build("unipc-2", "angle", VPLinear(), nfe=6)
     with pytest.raises(SolverError, match="was stopped has no formulas .* take from_level before stopped"):
         sampler.stopped(4).from_level(1.0)
-    with pytest.raises(GridError, match="this grid runs from time"):
+    with pytest.raises(GridError, match="this grid runs from noise level"):
         sampler.after(1.0).from_level(2.0)
     with pytest.raises(GridError, match="no step begins at noise level 1e-05"):
         sampler.from_level(1e-5)

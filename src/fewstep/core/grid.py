@@ -259,7 +259,11 @@ class TimeGrid:
         if t == first:
             return self
         if not last < t < first:
-            raise GridError(f"this grid runs from time {first:g} to {last:g}, and none of it lies below {t:g}")
+            high, low, asked = torch.exp(-schedule.lam(torch.tensor([first, last, t], dtype=torch.float64))).tolist()
+            raise GridError(
+                f"this grid runs from noise level {high:.4g} to {low:.4g} (times {first:g} to {last:g}), so it cannot begin at {asked:.4g} "
+                f"(time {t:g}): begin between them, or take a grid that starts higher"
+            )
         start = torch.tensor([t], dtype=torch.float64)
         theta, angle = (torch.atan2(schedule.sigma(at), schedule.alpha(at)) for at in (self.t.detach(), start))
         before = int((theta > angle).sum()) - 1  # the step in which the new grid begins
@@ -267,8 +271,8 @@ class TimeGrid:
         where = torch.linspace(place, self.steps, self.steps + 1, dtype=torch.float64)[1:-1]
         index = where.floor().long().clamp(max=self.steps - 1)
         inner = _time_of_angle(schedule, torch.lerp(theta[index], theta[index + 1], where - index))
-        asked = self.t[:-1].detach()  # those beyond a table keep their noise level
-        if schedule.times is not None and bool((torch.isin(asked, schedule.times) | (asked > schedule.t_max)).all()):
+        evaluated = self.t[:-1].detach()  # those beyond a table keep their noise level
+        if schedule.times is not None and bool((torch.isin(evaluated, schedule.times) | (evaluated > schedule.t_max)).all()):
             inner = nearest_time(inner, schedule.times[1:])  # the first is the clean image, where nothing is evaluated
         return self._moved(torch.cat([start, inner, self.t[-1:].detach()]))
 
