@@ -12,6 +12,7 @@ from benchmarks.tables import BLOCK, filled, least
 from tests.integrations.diffusers.tiny_pipelines import load, make
 
 import fewstep
+from fewstep.sampling.start import level_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = tuple(
@@ -26,6 +27,7 @@ PAGES = tuple(
         "manual-stepping",
         "parallel",
         "splitting",
+        "strength",
         "inspect",
     )
 )
@@ -126,6 +128,15 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_links_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert all((ROOT / link).exists() for link in links if not link.startswith("http"))
+
+
+def test_the_contraction_of_the_guide_to_strengths() -> None:
+    rows = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \|(.*)\|$", (ROOT / "docs/strength.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) == 5
+    for strength, level, factors in rows:
+        s = level_of(float(strength))
+        assert level == f"{s:.3g}"
+        assert [one.strip() for one in factors.split("|")] == [f"{(c / (c + s**2)) ** 0.5:.3f}" for c in (1, 0.25, 0.01)]
 
 
 # -- figures ------------------------------------------------------------------------------------------------------------

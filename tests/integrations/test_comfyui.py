@@ -247,6 +247,44 @@ def test_denoise_takes_the_end_of_more_steps(comfy):
     assert len(FewstepSigmas().levels(model, "karras", 4, 0.0)[0]) == 0
 
 
+@pytest.mark.parametrize("end", ["clean", "append", "sigma_min"])
+@pytest.mark.parametrize("sampling", [Discrete(DiscreteVP.scaled_linear()), Continuous(), Flow(3.0)], ids=lambda one: type(one).__name__)
+def test_strength_begins_at_one_level(comfy, sampling, end):
+    """Whatever the spacing and the number of steps, of which there are exactly so many."""
+    model, firsts, flow = Model(sampling), set(), isinstance(sampling, Flow)
+    for spacing in ("angle", "karras", "uniform", "quadratic", *(("leading", "trailing") if isinstance(sampling, Discrete) else ())):
+        for steps in (2, 5, 9):
+            (levels,) = FewstepSigmas().levels(model, spacing, steps, end=end, strength=0.3)
+            assert len(levels) == steps + 1 and bool((torch.diff(levels) < 0).all()) and levels.dtype == torch.float32
+            firsts.add(float(levels[0]))
+    assert len(firsts) == 1 and firsts.pop() == pytest.approx(0.3 if flow else 3 / 7, rel=1e-2 if isinstance(sampling, Discrete) else 1e-5)
+    whole = (FewstepSigmas().levels(model, "angle", 5, end=end, strength=strength)[0] for strength in (1, 1.0))
+    assert all(torch.equal(levels, FewstepSigmas().levels(model, "angle", 5, end=end)[0]) for levels in whole)
+    assert len(FewstepSigmas().levels(model, "angle", 4, end=end, strength=0.0)[0]) == 0
+    assert len(FewstepSigmas().levels(model, "angle", 1, end=end, strength=0.3)[0]) == 2
+
+
+def test_strength_beside_denoise_or_a_sampler_is_refused(comfy):
+    model = Model(Continuous())
+    with pytest.raises(GridError, match=r"denoise \(0.5\) counts steps and strength \(0.3\) is a noise level: leave one of the two at 1"):
+        FewstepSigmas().levels(model, "angle", 4, 0.5, strength=0.3)
+    with pytest.raises(GridError, match="strength is the share of noise"):
+        FewstepSigmas().levels(model, "angle", 4, strength=-0.1)
+    saved(comfy, VarianceExploding())
+    (chosen,) = FewstepArtifact().load("sd/nfe-04")
+    with pytest.raises(GridError, match="strength must be 1, got 0.3; use a spacing, and in Fewstep Sampler a solver without the artifact"):
+        FewstepSigmas().levels(model, "angle", 4, artifact=chosen, strength=0.3)
+
+
+def test_a_graph_from_an_image_samples(comfy):
+    model = Model(Continuous(), network(mixture(VarianceExploding())))
+    (sigmas,) = FewstepSigmas().levels(model, "karras", 5, strength=0.3)
+    x0 = torch.ones(2, 2, dtype=torch.float64)
+    ours = run(FewstepSampler().build("unipc-2")[0], model, sigmas, x0 + start(float(sigmas[0])))
+    sampler = Sampler.build("unipc-2", TimeGrid(sigmas), VarianceExploding())
+    torch.testing.assert_close(ours, sample(mixture(VarianceExploding()), sampler, x0 + start(float(sigmas[0]))), rtol=SAME, atol=SAME)
+
+
 def test_ends(comfy):
     model = Model(Continuous())
     levels = {end: FewstepSigmas().levels(model, "karras", 4, end=end)[0] for end in ("clean", "append", "sigma_min")}

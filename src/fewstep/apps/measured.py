@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.images import as_samples, read_picture
+from fewstep.data.images import read_image, read_picture
 from fewstep.inverse.measurements import Average, CircularBlur, Grayscale, Mask, Measurement, checked_kernel
 from fewstep.models.model import Model
 from fewstep.runtime.artifact import check_file
@@ -76,20 +76,20 @@ def measured_picture(
     channels, height, width = picture_shape(model)
     if mask is not None:
         known = Mask(_mask(mask, height, width))
-        y = known(_sample(picture, (channels, height, width), model)[None])[0]
+        y = known(read_image(picture, (channels, height, width))[None])[0]
         return MeasuredPicture(known, y, level, y)
     if factor is not None:
         average = Average(factor)
         if height % factor or width % factor:
             raise ModelError(f"{model.name} makes pictures of {width} x {height} pixels, whose sides are no multiples of {factor}")
-        y = _sample(picture, (channels, height // factor, width // factor), model, f", for a factor of {factor}")
+        y = read_image(picture, (channels, height // factor, width // factor), f"{model.name} with a factor of {factor} takes pictures of")
         return MeasuredPicture(average, y, level, average.transpose(y[None])[0] / average.gain)
     if task == "colorize":
         if channels != 3:
             raise ModelError(f"{model.name} makes grey pictures, which have no colours to find")
-        y = _sample(picture, (1, height, width), model)
+        y = read_image(picture, (1, height, width), f"{model.name} colours pictures of")
         return MeasuredPicture(Grayscale(), y, level, y.expand(3, -1, -1))
-    y = _sample(picture, (channels, height, width), model)
+    y = read_image(picture, (channels, height, width))
     if kernel is not None:
         blur = CircularBlur(read_kernel(kernel))
         blur(y[None])  # refuses a kernel larger than the picture
@@ -151,19 +151,3 @@ def _mask(path: Path, height: int, width: int) -> Tensor:
         all_of_it = "black: nothing is left to fill in" if bool(known.all()) else "white: nothing of the picture is known"
         raise FewstepError(f"the mask {path} is all {all_of_it}")
     return known
-
-
-def _sample(path: Path, shape: tuple[int, int, int], model: Model, why: str = "") -> Tensor:
-    """Return a picture as ``[C, H, W]`` in [-1, 1]; a grey one has equal channels."""
-    pixels = read_picture(path)
-    x = as_samples(pixels[None])[0]
-    if x.shape[0] == 1 and shape[0] == 3:
-        x = x.expand(3, -1, -1)
-    if tuple(x.shape) != shape:
-        if x.shape[0] != shape[0]:
-            grey = "the picture to colour is grey" if model.need_shape()[0] == 3 else f"{model.name} makes grey pictures"
-            raise FewstepError(f"{path} is in colour, and {grey}: convert it")
-        raise FewstepError(
-            f"{path} has {x.shape[2]} x {x.shape[1]} pixels, and {model.name} takes {shape[2]} x {shape[1]}{why}: crop or scale it first"
-        )
-    return x

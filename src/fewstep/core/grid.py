@@ -20,7 +20,7 @@ from fewstep.runtime.errors import GridError, look_up
 from fewstep.runtime.front_door import checked, checked_class, is_count, number
 from fewstep.runtime.spec import check_options, merged, parse_spec
 
-__all__ = ["GRIDS", "RHO", "TimeGrid", "karras_roots", "make_grid", "standard_grids"]
+__all__ = ["GRIDS", "RHO", "TimeGrid", "karras_roots", "make_grid", "nearest_time", "standard_grids"]
 
 log = logging.getLogger("fewstep")
 ROUNDING = 1e-6  # of a time: a round trip through a noise level
@@ -134,7 +134,7 @@ class TimeGrid:
         ends = _ends(schedule, t_max, t_min)
         root = torch.atan2(schedule.sigma(ends), c * schedule.alpha(ends)) ** (1 / power)
         inner = _linspace(root[0], root[1], steps) ** power
-        return cls(_pin(schedule.t_of_lam(-torch.log(c * torch.tan(inner))), ends))
+        return cls(_pin(_time_of_angle(schedule, inner, c), ends))
 
     @classmethod
     @checked
@@ -201,7 +201,7 @@ class TimeGrid:
             table = torch.empty(0)
         if table.ndim != 1 or len(table) < 2 or not bool(torch.isfinite(table).all()):
             raise GridError(f"a grid is snapped to a table of at least 2 finite times [T], got {str(times)[:80]}")
-        return self._moved(_nearest(self.t, torch.sort(table).values))
+        return self._moved(nearest_time(self.t, torch.sort(table).values))
 
     def _moved(self, snapped: Tensor) -> TimeGrid:
         if bool((torch.diff(snapped) == 0).any()):
@@ -223,7 +223,7 @@ class TimeGrid:
             return self
         held = schedule.held(self.t)
         beyond = ((self.t - held).abs() > ROUNDING) & (self.t != schedule.t_clean)
-        return self._moved(torch.where(beyond, self.t, _nearest(self.t, schedule.times)))
+        return self._moved(torch.where(beyond, self.t, nearest_time(self.t, schedule.times)))
 
     def stretched(self, schedule: NoiseSchedule, steps: int) -> TimeGrid:
         """Return a grid of another number of steps with the same density in ``lam``, snapped on a discrete schedule.
@@ -239,6 +239,42 @@ class TimeGrid:
         index = where.floor().long().clamp(max=self.steps - 1)
         inner = schedule.t_of_lam(torch.lerp(lam[index], lam[index + 1], where - index))
         return TimeGrid(torch.cat([self.t[:1], inner, self.t[-1:]])).known_to(schedule)
+
+    def below(self, schedule: NoiseSchedule, t: float) -> TimeGrid:
+        """Return the grid re-spread below a time: as many steps, from exactly ``t`` to the same end, with the same density.
+
+        It is the density in the angle ``arctan(sigma/alpha)``, which is finite at both ends of every law. Where all evaluations are at
+        times of a discrete schedule's table, so are those of the new grid.
+
+        Args:
+            schedule: the noise law that the times are of.
+            t: the first time, after the end of this grid and not before its start.
+
+        Raises:
+            GridError: another time, or times that coincide in the table.
+        """
+        _check_law(schedule)
+        t = number(t, "the time to begin at", GridError)
+        first, last = float(self.t[0]), float(self.t[-1])
+        if t == first:
+            return self
+        if not last < t < first:
+            high, low, asked = torch.exp(-schedule.lam(torch.tensor([first, last, t], dtype=torch.float64))).tolist()
+            raise GridError(
+                f"this grid runs from noise level {high:.4g} to {low:.4g} (times {first:g} to {last:g}), so it cannot begin at {asked:.4g} "
+                f"(time {t:g}): begin between them, or take a grid that starts higher"
+            )
+        start = torch.tensor([t], dtype=torch.float64)
+        theta, angle = (torch.atan2(schedule.sigma(at), schedule.alpha(at)) for at in (self.t.detach(), start))
+        before = int((theta > angle).sum()) - 1  # the step in which the new grid begins
+        place = before + float((theta[before] - angle) / (theta[before] - theta[before + 1]))
+        where = torch.linspace(place, self.steps, self.steps + 1, dtype=torch.float64)[1:-1]
+        index = where.floor().long().clamp(max=self.steps - 1)
+        inner = _time_of_angle(schedule, torch.lerp(theta[index], theta[index + 1], where - index))
+        evaluated = self.t[:-1].detach()  # those beyond a table keep their noise level
+        if schedule.times is not None and bool((torch.isin(evaluated, schedule.times) | (evaluated > schedule.t_max)).all()):
+            inner = nearest_time(inner, schedule.times[1:])  # the first is the clean image, where nothing is evaluated
+        return self._moved(torch.cat([start, inner, self.t[-1:].detach()]))
 
     def to_clean(self, schedule: NoiseSchedule) -> TimeGrid:
         """Return the grid with its end moved to ``sigma = 0`` (diffusers' ``final_sigmas_type="zero"``); evaluations stay."""
@@ -335,6 +371,11 @@ def _check_law(schedule: object) -> None:
         raise GridError(f"a grid is laid out on a noise law, as fewstep.VPLinear() or model.schedule, got {str(schedule)[:80]}")
 
 
+def _time_of_angle(schedule: NoiseSchedule, angle: Tensor, c: float = 1.0) -> Tensor:
+    """Return the times at which ``arctan(sigma / (c alpha))`` is ``angle [*]``, between the ends of the law."""
+    return schedule.t_of_lam(-torch.log(c * torch.tan(angle)))
+
+
 def _linspace(start: Tensor, end: Tensor, steps: int) -> Tensor:
     weight = torch.linspace(0, 1, _whole(steps) + 1, dtype=torch.float64)
     return start + weight * (end - start)
@@ -345,7 +386,7 @@ def _pin(t: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([ends[:1], t[1:-1], ends[1:]])
 
 
-def _nearest(t: Tensor, table: Tensor) -> Tensor:
+def nearest_time(t: Tensor, table: Tensor) -> Tensor:
     """Return the entry of an increasing table ``[T]`` that is nearest to each time ``t [*]``."""
     right = torch.searchsorted(table, t.detach()).clamp(1, len(table) - 1)
     return torch.where(t - table[right - 1] < table[right] - t, table[right - 1], table[right])

@@ -21,7 +21,7 @@ from torch import Tensor
 from fewstep.runtime.errors import ModelError, look_up
 from fewstep.runtime.front_door import checked, number
 
-__all__ = ["EDM", "PREDICTIONS", "Prediction", "aligned", "convert", "from_x0", "prediction", "to_x0", "x0_coefficients"]
+__all__ = ["EDM", "PREDICTIONS", "Prediction", "add_noise", "aligned", "convert", "from_x0", "prediction", "to_x0", "x0_coefficients"]
 
 Coefficients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -131,6 +131,17 @@ def aligned(coefficient: Tensor, x: Tensor) -> Tensor:
     """
     coefficient = coefficient.to(x.dtype).to(x.device)
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim)) if coefficient.ndim else coefficient
+
+
+def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return the noised images ``alpha x0 + sigma eps [B, *D]``, the forward process that every noise law is one of.
+
+    Args:
+        x0: clean images ``[B, *D]``.
+        noise: standard normal ``eps [B, *D]``.
+        alpha, sigma: scales at their time, ``[]`` or ``[B]``.
+    """
+    return aligned(alpha, x0) * x0 + aligned(sigma, x0) * noise
 
 
 def to_x0(kind: str | Prediction, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

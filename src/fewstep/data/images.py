@@ -7,6 +7,7 @@ upper 8 count. A picture whose meaning is not certain is refused: with transpare
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from fewstep.runtime.errors import FewstepError, first_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["DIGIT_LEVELS", "Images", "as_samples", "load_images", "read_picture"]
+__all__ = ["DIGIT_LEVELS", "Images", "load_images", "read_image", "read_picture"]
 
 DIGIT_LEVELS = 17  # grey values 0..16 of scikit-learn's digits
 LEVELS = 256
@@ -80,14 +81,13 @@ def load_images(source: str | Path) -> Images:
         images, labels = _read_folder(path)
     else:
         raise FewstepError(f"no images at {source!s}: name 'digits', an .npz file, or a folder of pictures")
-    x = as_samples(images)
-    return Images(x, None if labels is None else torch.as_tensor(labels).long(), LEVELS, path.stem)
+    images = images[..., None] if images.ndim == 3 else images
+    return Images(_centred(images), None if labels is None else torch.as_tensor(labels).long(), LEVELS, path.stem)
 
 
-def as_samples(pixels: np.ndarray) -> Tensor:
-    """Return pictures, uint8 ``[n, H, W]`` or ``[n, H, W, C]``, as samples ``[n, C, H, W]`` in [-1, 1]."""
-    pixels = pixels[..., None] if pixels.ndim == 3 else pixels
-    return (torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() + 0.5) * (2 / LEVELS) - 1
+def _centred(pixels: np.ndarray) -> Tensor:
+    """Return pixels ``[n, H, W, C]``, uint8, as images ``[n, C, H, W]`` in [-1, 1]: each pixel the middle of its cell."""
+    return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() + 0.5) * (2 / LEVELS) - 1
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -130,6 +130,37 @@ def _read_folder(path: Path) -> tuple[np.ndarray, list[int] | None]:
             raise FewstepError(f"{file} has shape {arrays[-1].shape}, {files[0]} has {arrays[0].shape}: make all pictures one size")
     classes = sorted({file.parent for file in files})
     return np.stack(arrays), [classes.index(file.parent) for file in files] if len(classes) > 1 else None
+
+
+def read_image(file: Path, shape: Sequence[int], wanted_by: str = "the model's samples are") -> Tensor:
+    """Read a picture as one image ``[C, H, W]`` in [-1, 1], of the shape that a model's samples have.
+
+    A picture in RGB all of whose pixels are grey is one in grey too: pictures of grey samples are written so. One in grey is one in RGB.
+
+    Args:
+        file: the picture.
+        shape: ``C, H, W``, with 1 or 3 channels.
+        wanted_by: the subject and the verb of the error, before the shape.
+
+    Raises:
+        FewstepError: as `read_picture`; another size or other colours (both shapes).
+    """
+    pixels = read_picture(file)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if tuple(shape[:1]) == (1,) and bool((pixels == pixels[..., :1]).all()):
+        pixels = pixels[..., :1]
+    elif tuple(shape[:1]) == (3,) and pixels.shape[-1] == 1:
+        pixels = pixels.repeat(3, -1)
+    height, width, channels = pixels.shape
+    if (channels, height, width) != tuple(shape):
+        colours = {1: "grey", 3: "RGB"}
+        wanted = (
+            f"{shape[1]} x {shape[2]} in {colours[shape[0]]}"
+            if len(shape) == 3 and shape[0] in colours
+            else f"of shape {tuple(shape)}, which are no pictures"
+        )
+        raise FewstepError(f"{file} is {height} x {width} in {colours[channels]}, and {wanted_by} {wanted} (height x width)")
+    return _centred(pixels[None].copy())[0]  # Pillow's pixels are read-only
 
 
 def read_picture(file: Path) -> np.ndarray:

@@ -129,9 +129,11 @@ class FewstepSigmas:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
-        """Return the node's inputs: model, spacing, steps, denoise, end, artifact."""
+        """Return the node's inputs: model, spacing, steps, denoise, end, artifact, strength."""
         tips = {
             "spacing": "leading, linspace and trailing are for models with discrete times; an artifact has its own",
+            "strength": "the share of noise to begin with, sigma / (alpha + sigma), for image to image: all steps lie below that level, "
+            "whatever the spacing and their number; 0.5 is as much noise as image, 1 all of the model's range",
             "end": "clean: the last step goes to 0; append: sigma_min, and then 0; sigma_min: stop there",
         }
         return {
@@ -142,7 +144,10 @@ class FewstepSigmas:
                 "denoise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}),
                 "end": (list(ENDS), {"default": "clean", "tooltip": tips["end"]}),
             },
-            "optional": {"artifact": ("FEWSTEP_ARTIFACT",)},
+            "optional": {  # after the others, so that graphs that were saved before it existed still load
+                "artifact": ("FEWSTEP_ARTIFACT",),
+                "strength": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01, "tooltip": tips["strength"]}),
+            },
         }
 
     def levels(
@@ -153,6 +158,7 @@ class FewstepSigmas:
         denoise: float = 1.0,
         end: str = "clean",
         artifact: ArtifactLink | None = None,  # noqa: ANN401
+        strength: float = 1.0,
     ) -> tuple[Tensor]:
         """Return the sigmas ``[steps+1]``, float32, as the node's one output.
 
@@ -164,21 +170,32 @@ class FewstepSigmas:
                 own schedulers have it.
             end: ``clean``, ``append`` or ``sigma_min``, see `sigmas_for`.
             artifact: a sampler, whose levels are then taken.
+            strength: 0..1, the share of noise to begin with, see `sigmas_for`: all ``steps`` lie below that level, 0 is none of them.
 
         Raises:
-            GridError: a spacing that the model's law does not have, or ``denoise`` of a sampler artifact, which starts where it does.
+            GridError: a spacing that the model's law does not have; ``denoise`` or ``strength`` of a sampler artifact, which starts where
+                it does; both of them below 1.
         """
+        if denoise < 1 and strength < 1:
+            raise GridError(
+                f"denoise ({denoise:g}) counts steps and strength ({strength:g}) is a noise level: leave one of the two at 1, to begin once"
+            )
         sampling = model.get_model_object("model_sampling")
         law = law_of(sampling)
         chosen = None if artifact is None else artifact.artifact
         if isinstance(chosen, Sampler):
             if denoise != 1:
                 raise GridError(f"a sampler starts at its own level: denoise must be 1, got {denoise:g}; use a spacing for less")
+            if strength != 1:
+                raise GridError(
+                    f"a sampler's numbers belong to its own levels: strength must be 1, got {strength:g}; use a spacing, and in Fewstep "
+                    "Sampler a solver without the artifact"
+                )
             return (sigmas_for(chosen, law=law),)
-        if denoise <= 0:
+        if denoise <= 0 or strength == 0:
             return (torch.empty(0),)
-        schedule = _schedule_of(sampling, law)
-        whole = sigmas_for(spacing, int(steps / denoise), schedule=schedule, end=look_up(end, {e: e for e in ENDS}, "end"), law=law)
+        schedule, count = _schedule_of(sampling, law), int(steps / denoise)
+        whole = sigmas_for(spacing, count, schedule=schedule, end=look_up(end, {e: e for e in ENDS}, "end"), law=law, strength=strength)
         return (whole[-(steps + 1) :],)
 
 

@@ -10,6 +10,7 @@ so a tableau runs in the space that it was made for, and the state is scaled bef
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +20,14 @@ import torch
 from torch import Tensor
 
 from fewstep.core.denoiser import Cond
-from fewstep.core.grid import TimeGrid, make_grid
+from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule, RectifiedFlow, VarianceExploding
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, Tableau, tabulate
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError, look_up
 from fewstep.sampling.loop import steps
 from fewstep.sampling.sampler import Sampler
+from fewstep.sampling.start import begin, level_of, spacing_from
 from fewstep.solvers import make_solver, takes_statistics
 
 __all__ = ["Callback", "Law", "NoiseSampler", "sample_fewstep", "sigmas_for"]
@@ -140,6 +142,7 @@ def sigmas_for(
     schedule: NoiseSchedule | None = None,
     end: Literal["clean", "append", "sigma_min"] = "clean",
     law: Law = "eps",
+    strength: float = 1.0,
 ) -> Tensor:
     """Return the ``sigmas [M+1]``, float32, for a host's sampling loop: those of a saved sampler, or of a spacing of this library.
 
@@ -151,9 +154,12 @@ def sigmas_for(
         end: of a spacing: ``clean`` moves the last level from ``sigma_min`` to 0, so that no evaluation is spent near it; ``append`` is
             k-diffusion's habit, ``sigma_min`` and then 0; ``sigma_min`` stops there.
         law: what the host's sigmas are, as for `sample_fewstep`.
+        strength: image to image: the share of noise to begin with, ``sigma / (alpha + sigma)``. All ``steps`` lie below that level; a grid
+            is re-spread there. A sampler takes it by `Sampler.from_level`, since `sample_fewstep` needs the same one.
 
     Raises:
-        GridError: an unknown spacing, a range or schedule that is missing, or a start of pure noise, which the law ``eps`` cannot say.
+        GridError: an unknown spacing, a range or schedule that is missing, a strength at which no step can begin, or a start of pure noise,
+            which the law ``eps`` cannot say.
         ArtifactError: a folder that cannot be read.
 
     Example:
@@ -161,13 +167,19 @@ def sigmas_for(
         >>> sigmas_for("karras", 3, 0.03, 14.6).tolist()[-1]
         0.0
     """
+    level = level_of(strength)
     if isinstance(source, (Sampler, Path)):
+        if level < math.inf:
+            raise GridError(
+                f"a sampler's numbers belong to its own levels: take sampler.from_level({level:.4g}), which starts at strength "
+                f"{strength:g}, and pass it here and to sample_fewstep"
+            )
         sampler = source if isinstance(source, Sampler) else Sampler.load(source)
         return _levels(sampler.schedule, sampler.grid.t, law)
     if isinstance(source, TimeGrid):
         if schedule is None:
             raise GridError("a grid alone does not say its noise levels: pass schedule=, the one that it was made for")
-        return _levels(schedule, source.t, law)
+        return _levels(schedule, (source if level == math.inf else source.below(schedule, begin(schedule, level))).t, law)
     if steps is None or steps < 1 or end not in ("clean", "append", "sigma_min"):
         raise GridError(
             f"the spacing {source!r} needs at least 1 step and an end of clean, append or sigma_min; got {steps} and {end!r} (a sampler's "
@@ -178,7 +190,8 @@ def sigmas_for(
             raise GridError("a spacing needs the model's range: pass sigma_min and sigma_max, or schedule")
         schedule = look_up(law, SPACES, "law", GridError).schedule(t_min=float(sigma_min), t_max=float(sigma_max))
     inner = steps - (end == "append")
-    t = make_grid(source, schedule, inner).t if inner else torch.tensor([schedule.t_max], dtype=torch.float64)
+    start = begin(schedule, level)
+    t = spacing_from(source, schedule, inner, start).t if inner else torch.tensor([start], dtype=torch.float64)
     sigma = _levels(schedule, t, law)
     if end == "sigma_min" or (end == "clean" and sigma[-1] == 0):
         return sigma

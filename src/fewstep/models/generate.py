@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from fewstep.sampling.loop import check_start, run
 from fewstep.sampling.noise import seed_list, start_noise
 from fewstep.sampling.parallel import ParallelConfig, Round, sample_in_parallel
 from fewstep.sampling.sampler import Sampler
+from fewstep.sampling.start import level_of, noised
 from fewstep.solvers import make_solver, takes_statistics
 
 __all__ = [
@@ -60,6 +62,8 @@ def sample(
     *,
     nfe: int | None = None,
     seeds: Iterable[int] | Tensor | None = None,
+    x0: Tensor | None = None,
+    strength: float | None = None,
     guidance: float | None = None,
     grid: str | TimeGrid | None = None,
     observe: Callable[[Any], None] | None = None,
@@ -76,6 +80,10 @@ def sample(
             classes.
         nfe: network evaluations per sample. A sampler or tableau has its own.
         seeds: one for each sample. A seed gives the same picture in any batch and on any device.
+        x0: image to image: clean images to begin with, ``[B, *D]``, one for each seed, or a single one ``[*D]`` of a model's shape for all.
+        strength: how much noise they get, ``sigma / (alpha + sigma)``, above 0 and up to 1: a noise level, the same for any solver, grid
+            and ``nfe``, below which all evaluations are made. Of 1 nothing is left of the images but what the model's range leaves. A
+            sampler's own grid is re-spread below it, see `Sampler.from_level`.
         guidance: classifier-free guidance scale; by default the model's own, which is 1 but for pipelines.
         grid: where to evaluate: the name of a spacing (``"karras"``), ``"optimized"`` for the model's own, or a `TimeGrid`; by default
             that of `default_grid`. A sampler or tableau has its own.
@@ -88,15 +96,18 @@ def sample(
 
     Raises:
         ModelError: something that is no model, a model without a shape, or one in training mode; a guidance scale or a condition that it
-            cannot have.
+            cannot have; images without a strength, or the other way round, or for a student.
         SolverError: an unknown solver; no ``nfe`` where one is needed, or one that the solver cannot use.
-        GridError: an unknown spacing, or one of another number of evaluations.
+        GridError: an unknown spacing, or one of another number of evaluations; a strength that no step can begin at.
         ArtifactError: a sampler that was made for another model or guidance scale.
 
     Example:
         >>> import fewstep
         >>> model = fewstep.load_model("digits-edm")
         >>> fewstep.sample(model, "unipc-2", nfe=6, seeds=range(4)).shape
+        torch.Size([4, 1, 8, 8])
+        >>> one = fewstep.sample(model, "unipc-2", nfe=6, seeds=[0])[0]
+        >>> fewstep.sample(model, "unipc-2", nfe=6, seeds=range(4), x0=one, strength=0.5).shape
         torch.Size([4, 1, 8, 8])
     """
     check_denoiser(model, "sample")
@@ -115,9 +126,13 @@ def sample(
                 "only a Model can be guided by a scale: wrap the denoiser with fewstep.classifier_free(denoiser, scale, uncond)"
             )
     seeds = None if seeds is None else seed_list(seeds)
-    sampler = sampler_for(model, what, nfe=nfe, guidance=guidance, grid=grid)
+    if x0 is not None or strength is not None:
+        x0 = _images(model, x0, strength, seeds, x)
+    sampler = sampler_for(model, what, nfe=nfe, guidance=guidance, grid=grid, strength=strength)
     tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
-    if x is None:
+    if x0 is not None and seeds is not None:
+        x = noised(x0, tableau.nodes, seeds).to(model.device if isinstance(model, Model) else x0.device)
+    elif x is None:
         if not isinstance(model, Model) or seeds is None:
             missing = "a denoiser does not know the shape of its samples: pass x=, the start" if not isinstance(model, Model) else _SEEDS
             raise ModelError(missing)
@@ -153,6 +168,42 @@ def spread_of(model: Model | Denoiser | FlowMap, denoiser: Denoiser | FlowMap, g
     return OverProcesses(denoiser) if process()[1] > 1 else denoiser
 
 
+def _images(
+    model: Model | Denoiser | FlowMap, x0: Tensor | None, strength: float | None, seeds: list[int] | None, x: Tensor | None
+) -> Tensor:
+    """Return the images ``[len(seeds), *D]`` that image to image begins with.
+
+    Raises:
+        ModelError: one of them without the others, or what are no finite images of the model's shape.
+        GridError: the strength is none.
+    """
+    if x is not None:
+        raise ModelError("x is the start itself, noise included: leave it out for image to image, or leave x0 and strength out")
+    if x0 is None:
+        raise ModelError("a strength says how much noise images get: pass x0=, the images, or leave strength out")
+    if strength is None:
+        raise ModelError("x0 are images to begin with: pass strength=, the share of noise that they get, as strength=0.5, or leave x0 out")
+    level_of(strength)
+    if isinstance(model, FlowMap) or (isinstance(model, Model) and model.flow_map is not None):
+        raise ModelError("a student's jumps start at pure noise, and at none of its levels can an image be put in: sample its teacher")
+    if seeds is None:
+        raise ModelError("say which noise the images get: pass seeds=, one for each, as seeds=range(4)")
+    shape = model.shape if isinstance(model, Model) else None
+    wanted = "[B, *D]" if shape is None else f"[B, {', '.join(map(str, shape))}]"
+    if not isinstance(x0, Tensor) or not x0.is_floating_point() or x0.layout != torch.strided:
+        what = str(x0.dtype).removeprefix("torch.") if isinstance(x0, Tensor) else type(x0).__name__
+        raise ModelError(f"x0 are clean images, a dense tensor {wanted} in floating point, got {what}")
+    if shape is not None and tuple(x0.shape) == tuple(shape):
+        x0 = x0.expand(len(seeds), *shape)
+    if not x0.ndim or (shape is not None and tuple(x0.shape[1:]) != tuple(shape)):
+        raise ModelError(f"x0 are clean images, {wanted}, got shape {tuple(x0.shape)}")
+    if len(x0) != len(seeds):
+        raise ModelError(f"{len(seeds)} seeds for {len(x0)} images: pass one for each, or a single image without its batch for all")
+    if not bool(torch.isfinite(x0).all()):
+        raise ModelError("x0 has entries that are not finite (NaN or infinite): check where the images come from")
+    return x0
+
+
 _SEEDS = "say which samples: pass seeds=, as in seeds=range(4), or x=, the start"
 
 
@@ -165,8 +216,10 @@ def sampler_for(
     grid: str | TimeGrid | None = None,
     statistics: ModelStatistics | str | Path | None = None,
     any_statistics: bool = False,
+    strength: float | None = None,
 ) -> Sampler | Tableau:
     """Return the sampler that `sample` would run. Arguments and errors are those of `sample` and `solver_for`."""
+    level = math.inf if strength is None else level_of(strength)
     if not isinstance(nfe, SupportsInt | None):
         raise SolverError(f"nfe is one number of network evaluations, as nfe=8, got {nfe!r}")
     if not isinstance(grid, str | TimeGrid | None):
@@ -179,13 +232,17 @@ def sampler_for(
             raise GridError("a sampler has a grid of its own: leave grid out")
         if isinstance(what, Sampler) and isinstance(model, Model):
             check_made_for(what, model, guidance)
+        if isinstance(what, Sampler) and strength is not None:
+            return _from_level(what, level, model, guidance)
+        if strength is not None:
+            raise SolverError("a tableau has numbers for its own levels alone, and begins nowhere else: pass a Sampler, or a solver's name")
         return what
     if what is None:
         if not isinstance(model, Model):
             raise SolverError("say which sampler: a solver's name and nfe, as in sample(denoiser, 'unipc-2', x, nfe=8), or a Sampler")
         if grid is not None:
             raise GridError("a grid belongs to a solver: name one, as in sample(model, 'unipc-2', nfe=8, grid=...)")
-        return best_sampler(model, nfe, guidance)
+        return _from_level(best_sampler(model, nfe, guidance), level, model, guidance)
     if isinstance(what, type):
         raise SolverError(f"{what.__name__} is a class: make a solver of it first, as in {what.__name__}()")
     if not isinstance(what, str | Solver):
@@ -196,21 +253,28 @@ def sampler_for(
             raise SolverError("a fitted sampler is one of a Model, for a number of evaluations: pass nfe=")
         if grid not in (None, OPTIMIZED) or statistics is not None:
             raise GridError("a fitted sampler has noise levels and coefficients of its own: leave grid and statistics out")
-        return model.fitted(nfe, guidance)
+        return _from_level(model.fitted(nfe, guidance), level, model, guidance)
     if isinstance(what, Solver):
         solver, name = what, type(what).__name__
         check_statistics(solver, model, guidance)
     else:
         solver, name = _named(what, model, guidance, statistics, any_statistics), what
     if isinstance(grid, TimeGrid):
-        return Sampler.build(solver, grid.known_to(model.schedule), model.schedule, nfe=nfe)
+        return Sampler.build(solver, grid.known_to(model.schedule), model.schedule, nfe=nfe, level=level)
     if nfe is None:
         raise SolverError(f"say how many network evaluations {name} may use: pass nfe=, as in nfe=8")
     if grid == OPTIMIZED:
         if not isinstance(model, Model) or not isinstance(what, str):
             raise GridError("optimized grids are those that a Model carries, for a solver by name")
-        return Sampler.build(solver, model.optimized(what, nfe, guidance), model.schedule, nfe=nfe)
-    return Sampler.build(solver, default_grid(model) if grid is None else grid, model.schedule, nfe=nfe)
+        return Sampler.build(solver, model.optimized(what, nfe, guidance), model.schedule, nfe=nfe, level=level)
+    return Sampler.build(solver, default_grid(model) if grid is None else grid, model.schedule, nfe=nfe, level=level)
+
+
+def _from_level(sampler: Sampler, level: float, model: Model | Denoiser | FlowMap, guidance: float) -> Sampler:
+    """Return a sampler from a noise level on, with the statistics that the model carries where it wants some."""
+    if level == math.inf:
+        return sampler
+    return sampler.from_level(level, statistics=model.statistics(guidance) if isinstance(model, Model) else None)
 
 
 def default_grid(model: Model | Denoiser | FlowMap) -> str:
@@ -348,6 +412,7 @@ def generate_to(
     *,
     label: int | None = None,
     batch: int = 256,
+    x0: Tensor | None = None,
     parallel: ParallelConfig | None = None,
     guided_by: GradientGuidance | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -356,6 +421,7 @@ def generate_to(
     """Sample all seeds batch by batch into ``folder``, so that a killed run continues and processes share the work.
 
     Batches are the same whatever the number of processes, so are the pictures. Processes share the batches; in parallel, each round.
+    From an image ``x0 [*D]`` each sample begins with it, noised to the sampler's first level; another image is another command.
 
     Returns:
         The samples ``[len(seeds), *D]`` on the CPU and the folder of their batches, for the caller to remove once they are kept elsewhere;
@@ -368,6 +434,8 @@ def generate_to(
     facts: tuple[Any, ...] = (problem.fingerprint, tableau.fingerprint, problem.guidance, label, list(seeds), batch)
     if guided_by is not None:
         facts = (*facts, guided_by.identity)
+    if x0 is not None:  # the strength is in the tableau
+        facts = (*facts, hashlib.sha256(x0.contiguous().numpy().tobytes()).hexdigest())
     spread, config = None, ParallelConfig()
     if parallel is not None:
         spread, config = spread_of(problem.model, problem.denoiser, problem.guidance, parallel), replace(parallel, devices=())
@@ -375,9 +443,10 @@ def generate_to(
     request = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def make(part: Sequence[int]) -> Tensor:
+        x = problem.start(part, tableau.nodes, x0)
         if guided_by is not None:
-            return guided_by.run(problem, tableau, part, label)
-        x, cond = problem.start(part, tableau.nodes), problem.cond(part, label)
+            return guided_by.run(problem, tableau, x, part, label)
+        cond = problem.cond(part, label)
         if spread is None:
             return run(problem.denoiser, tableau, x, cond, seeds=part)
         return sample_in_parallel(spread, tableau, x, cond, seeds=part, config=config, observe=on_round)

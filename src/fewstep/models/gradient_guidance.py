@@ -64,15 +64,15 @@ class GradientGuidance:
             return None
         return torch.tensor([seed % self.classes if label is None else label for seed in seeds], dtype=torch.int64)
 
-    def run(self, problem: Problem, tableau: Tableau, seeds: Sequence[int], label: int | None = None) -> Tensor:
-        """Sample ``[len(seeds), *D]``: the model without its condition where it can be, guided to each label.
+    def run(self, problem: Problem, tableau: Tableau, x: Tensor, seeds: Sequence[int], label: int | None = None) -> Tensor:
+        """Sample ``[len(seeds), *D]`` from their start ``x``: the model without its condition where it can be, guided to each label.
 
         Raises:
             ModelError, SolverError: as `sample_split`; a student.
         """
         if isinstance(problem.denoiser, FlowMap):
             raise ModelError(f"{problem.name} is a student, whose jumps cannot be guided on their way: guide its teacher")
-        x, guide, cond = problem.start(seeds, tableau.nodes), self.labels(seeds, label), problem.unconditional(seeds)
+        guide, cond = self.labels(seeds, label), problem.unconditional(seeds)
         guide = None if guide is None else guide.to(x.device)
         if self.splitting is not None:
             return sample_split(

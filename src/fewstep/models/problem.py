@@ -17,6 +17,7 @@ from fewstep.models.model import Model
 from fewstep.models.networks.calls import check_evaluating
 from fewstep.runtime.errors import FewstepError, ModelError
 from fewstep.sampling.noise import seeded_noise
+from fewstep.sampling.start import noised
 
 __all__ = ["Problem", "check_model", "check_seeds"]
 
@@ -117,8 +118,14 @@ class Problem:
         """The fingerprint of the model with the guidance scale, for work that belongs to them alone."""
         return f"{self.fingerprint} {self.guidance}"
 
-    def start(self, seeds: Sequence[int] | Tensor, nodes: Nodes | None = None) -> Tensor:
-        """Return the start ``x_T = sigma_T eps`` of each seed, ``[len(seeds), *D]``, at the first node (by default at ``t_max``)."""
+    def start(self, seeds: Sequence[int] | Tensor, nodes: Nodes | None = None, x0: Tensor | None = None) -> Tensor:
+        """Return the start ``x_T = sigma_T eps`` of each seed, ``[len(seeds), *D]``, at the first node (by default at ``t_max``).
+
+        From an image ``x0 [*D]`` it is ``alpha_T x0 + sigma_T eps``, see `noised`.
+        """
+        if x0 is not None:
+            nodes = Nodes.at(self.schedule, self.schedule.ends) if nodes is None else nodes
+            return noised(x0.expand(len(seeds), *self.shape), nodes, seeds).to(self.device)
         sigma = self.schedule.sigma(self.schedule.ends[0]) if nodes is None else nodes.sigma[0]
         return (seeded_noise(seeds, self.shape) * sigma.float()).to(self.device)
 

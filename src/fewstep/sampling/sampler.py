@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
@@ -21,6 +22,8 @@ from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverE
 from fewstep.runtime.front_door import checked, number, whole
 from fewstep.runtime.hub import Shared, header
 from fewstep.runtime.spec import parse_spec
+from fewstep.sampling.start import begin as begin_at
+from fewstep.sampling.start import spacing_from
 from fewstep.solvers import SOLVERS, make_solver, spec_of, takes_statistics
 
 __all__ = ["Sampler", "tableau_of"]
@@ -47,8 +50,8 @@ class SamplerRecord(ArtifactRecord):
 class Sampler(Shared):
     """A solver on a grid as data: a tableau with its grid and its provenance.
 
-    Running it needs the tableau alone. ``solver`` and ``options`` name the formulas for the reader, and for `tail` and `after`, which put
-    them on the rest of the grid.
+    Running it needs the tableau alone. ``solver`` and ``options`` name the formulas for the reader, and for `tail`, `after` and
+    `from_level`, which put them on other times.
 
     Attributes:
         tableau: the numbers.
@@ -83,6 +86,7 @@ class Sampler(Shared):
         schedule: NoiseSchedule,
         *,
         nfe: int | None = None,
+        level: float | None = None,
         card: Mapping[str, Any] | None = None,
     ) -> Sampler:
         """Put a solver on a grid.
@@ -92,11 +96,14 @@ class Sampler(Shared):
             grid: a `TimeGrid`, or the name of a spacing for `make_grid`.
             schedule: the noise law of the model.
             nfe: network evaluations, where the grid is a name.
+            level: the noise level ``sigma/alpha`` to begin at, for image to image; by default the grid's own. A spacing is laid below it, a
+                `TimeGrid` re-spread (`TimeGrid.below`).
             card: facts to keep with the sampler.
 
         Raises:
             SolverError: an unknown solver, or one that cannot use exactly ``nfe`` evaluations.
-            GridError: an unknown spacing; a name without ``nfe``, or a grid with one that it does not have.
+            GridError: an unknown spacing; a name without ``nfe``, or a grid with one that it does not have; a level at which no step can
+                begin.
             ModelError: something that is no noise law.
         """
         if not isinstance(solver, str | Solver):
@@ -108,10 +115,14 @@ class Sampler(Shared):
         if not isinstance(card, Mapping | None):
             raise SolverError(f"a card is facts by name, as card={{'of': 'my model'}}, got {_shown(card)}")
         solver = make_solver(solver) if isinstance(solver, str) else solver
+        start = None if level is None or level == math.inf else begin_at(schedule, level)
         if isinstance(grid, str):
             if nfe is None:
                 raise GridError(f"the spacing {grid!r} needs a number of evaluations: pass nfe=")
-            grid = make_grid(grid, schedule, solver.steps_on(schedule, nfe))
+            steps = solver.steps_on(schedule, nfe)
+            grid = make_grid(grid, schedule, steps) if start is None else spacing_from(grid, schedule, steps, start)
+        elif start is not None:
+            grid = grid.below(schedule, start)
         lam = schedule.lam(grid.t.detach())
         if grid.t[-1] < schedule.t_clean or not bool((lam[1:] > lam[:-1]).all()):
             raise GridError(
@@ -123,6 +134,11 @@ class Sampler(Shared):
         if nfe is not None and made.nfe != nfe:
             raise GridError(
                 f"this grid makes {made.nfe} evaluations of {type(solver).__name__}, not {nfe}: leave nfe out, or name a spacing"
+            )
+        if start is not None and float(made.tableau.nodes.t[0]) != start:
+            raise GridError(
+                f"this {type(solver).__name__} moves the time {start:g} of this noise level to {float(made.tableau.nodes.t[0]):g}: "
+                "use integrals=exact"
             )
         return made
 
@@ -189,6 +205,33 @@ class Sampler(Shared):
                 f"no step of this sampler starts at noise level {level:g} or below: the last starts at {float(levels[-1]):.3g}"
             )
         return self.tail(int(below[0]) * self.stages, statistics=statistics)
+
+    def from_level(self, level: float, *, statistics: ModelStatistics | None = None) -> Sampler:
+        """Return the sampler of as many evaluations that starts at a noise level ``sigma/alpha``: its grid re-spread below that.
+
+        For image to image from a strength, which is a level whatever the sampler: ``sampler.from_level(level_of(0.3))``. The steps keep
+        their density (`TimeGrid.below`), and the solver's formulas are put on them as on a grid of one's own. Coefficients that were fitted
+        belong to their own levels: a fitted sampler continues with the hand-made solver that it was fitted from, as in `tail`.
+
+        Args:
+            level: where to start, see `level_of`; infinite, or the sampler's own, for the sampler as it is.
+            statistics: for a sampler of DPM-Solver-v3 that was loaded from disk.
+
+        Raises:
+            GridError: no step of its noise law can begin there, or its own grid lies below.
+            SolverError: the solver is not known here, or the sampler was stopped.
+        """
+        level = number(level, "the noise level to begin at", GridError)
+        if level == math.inf or begin_at(self.schedule, level) == float(self.grid.t[0]):
+            return self
+        if self.solver == "stopped":
+            raise SolverError("a sampler that was stopped has no formulas to put on other levels: take from_level before stopped")
+        card = {**self.card, "from_level": level}
+        solver = self.formulas
+        if solver is None:
+            solver = self._rebuilt(statistics)
+            card.pop("name", None)  # that of a fit, which this no longer is
+        return Sampler.build(solver, self.grid, self.schedule, nfe=self.nfe, level=level, card=card)
 
     def stopped(self, evaluations: int) -> Sampler:
         """Return the sampler that stops after some evaluations and returns the denoiser's last answer, see `Tableau.stopped`.

@@ -31,18 +31,21 @@ from fewstep.apps.options import (
     parallel_config,
 )
 from fewstep.core.grid import TimeGrid
+from fewstep.data.images import read_image
 from fewstep.evaluate.pictures import save_grid, save_singles, to_uint8
+from fewstep.integrations.diffusers.pipelines import PipelineModel
 from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.models.generate import check_made_for, default_grid, generate_to, sampler_for, spread_of
 from fewstep.models.model import Model
 from fewstep.models.parallel_plan import plan_parallel
 from fewstep.models.problem import Problem, check_seeds
-from fewstep.runtime.artifact import write_whole
+from fewstep.runtime.artifact import read_json, write_whole
 from fewstep.runtime.errors import FewstepError, GridError
 from fewstep.runtime.job import Job
 from fewstep.runtime.process import default_device, process
 from fewstep.sampling.parallel import ParallelConfig, Round
 from fewstep.sampling.sampler import Sampler
+from fewstep.sampling.start import level_of
 from fewstep.solvers import takes_statistics
 
 __all__ = ["sample"]
@@ -66,6 +69,12 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the first sample; the next has the next seed.")] = 0,
     guidance: Guidance = None,
     label: Annotated[int | None, typer.Option(help="Class of all samples; by default the seed modulo the classes.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--from", metavar="PICTURE", help="Image to image: begin with this picture, of the samples' own size.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="With --from: the share of noise that it gets, above 0 and up to 1; 0.5 is as much as picture.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Samples at a time.")] = 256,
     sampler: Annotated[Path | None, typer.Option(help="A sampler folder to use instead of --solver, --grid and --nfe.")] = None,
     times: Annotated[str | None, typer.Option(metavar=NUMBERS, help="Times, instead of --grid and --nfe: 80,10,1,0.002.")] = None,
@@ -112,18 +121,19 @@ def sample(
     if guided_by is not None and guided_by.splitting is not None and sampler is None and solver is None and opened.tuned is None:
         solver = SPLIT  # the usual one has a corrector, which would undo a kick
     cfg = guidance_of(opened, guidance)
-    chosen = _Choice(solver, grid, nfe, sampler, times, sigmas, statistics, any_statistics).sampler_for(opened, cfg)
+    x0 = _image(picture, strength, opened)
+    chosen = _Choice(solver, grid, nfe, sampler, times, sigmas, statistics, any_statistics, strength).sampler_for(opened, cfg)
     if len(opened.need_shape()) != 3 and singles:
         raise FewstepError(f"samples of shape {opened.shape} are no pictures: leave --singles out; they are written to samples.npz")
     seeds = range(seed, seed + num)
     with Job.open("sample", out):
         problem = Problem(opened, cfg, default_device())
-        meter = None if config is None else _Meter(problem, chosen, config, seeds[:batch], label, quiet=json)
+        meter = None if config is None else _Meter(problem, chosen, config, seeds[:batch], label, x0, quiet=json)
         with progress(f"sampling {num} x {chosen.nfe} evaluations", num) as report:
             if meter is not None:
                 meter.report = report
-            options = {"label": label, "batch": batch, "parallel": config, "guided_by": guided_by, "on_progress": report, "on_round": meter}
-            made = generate_to(out, problem, chosen, seeds, **options)
+            options = {"label": label, "batch": batch, "x0": x0, "parallel": config, "guided_by": guided_by}
+            made = generate_to(out, problem, chosen, seeds, **options, on_progress=report, on_round=meter)
         if made is None:
             return
         images, parts = made
@@ -141,6 +151,32 @@ def sample(
     console.print(next_command("bench", model, *model_words(opened, guidance), "--out", "runs/bench"))
 
 
+def _image(picture: Path | None, strength: float | None, model: Model) -> Tensor | None:
+    """Return the picture that image to image begins with, as an image ``[C, H, W]``; None where none was named.
+
+    Raises:
+        FewstepError: a picture without a strength, or the other way round; a model that cannot begin with it, or of another size.
+    """
+    if (picture is None) != (strength is None):
+        raise FewstepError(
+            "--strength says how much noise a picture gets: say --from PICTURE"
+            if picture is None
+            else "--from begins with a picture: say --strength, the share of noise that it gets, as --strength 0.5"
+        )
+    if picture is None:
+        return None
+    level_of(strength)
+    if model.flow_map is not None:
+        raise FewstepError(f"{model.name} is a student, whose jumps start at pure noise, so it begins with no picture: sample its teacher")
+    index = None if model.folder is None else Path(model.folder) / "model_index.json"
+    if isinstance(model, PipelineModel) or (index is not None and index.is_file() and {"vae", "vqvae"} & read_json(index).keys()):
+        raise FewstepError(
+            f"{model.name} samples latents of a pipeline, and a picture is none: put a FewstepScheduler with strength= into its image to "
+            "image pipeline"
+        )
+    return read_image(picture, model.need_shape())
+
+
 def _silent(done: int, note: str = "") -> None:
     """Report nothing."""
 
@@ -148,9 +184,19 @@ def _silent(done: int, note: str = "") -> None:
 class _Meter:
     """The rounds of a run in parallel: what they were expected to take, and took. It is called with each `Round`."""
 
-    def __init__(self, problem: Problem, sampler: Sampler, config: ParallelConfig, seeds: range, label: int | None, *, quiet: bool) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        sampler: Sampler,
+        config: ParallelConfig,
+        seeds: range,
+        label: int | None,
+        x0: Tensor | None,
+        *,
+        quiet: bool,
+    ) -> None:
         denoiser = spread_of(problem.model, problem.denoiser, problem.guidance, config)
-        x = problem.start(seeds, sampler.tableau.nodes)
+        x = problem.start(seeds, sampler.tableau.nodes, x0)
         self.plan = plan_parallel(denoiser, sampler, x, problem.cond(seeds, label), replace(config, devices=(), rounds=None))
         self.nfe, self.batches, self.rounds, self.evaluations, self.settled = sampler.nfe, 0, 0, 0, sampler.nfe
         self.most = config.rounds
@@ -194,6 +240,7 @@ class _Choice:
     sigmas: str | None
     statistics: Path | None
     any_statistics: bool
+    strength: float | None
 
     def sampler_for(self, model: Model, guidance: float) -> Sampler:
         """Return the sampler: one from a folder, or a solver on explicit times, on explicit noise levels, or on a named grid."""
@@ -201,11 +248,13 @@ class _Choice:
             model.guided(guidance)  # refuses a scale that a student cannot have
         if sum(option is not None for option in (self.sampler, self.times, self.sigmas)) > 1:
             raise FewstepError("give one of --sampler, --times and --sigmas")
+        if self.times is not None or self.sigmas is not None:
+            self._leave_out("the levels given say where sampling begins", "strength")
         if self.sampler is not None:
             self._leave_out("a saved sampler has all of its own", "solver", "grid", "nfe", "statistics", "any_statistics")
             loaded = Sampler.load(self.sampler)
             check_made_for(loaded, model, guidance, self.sampler)
-            return loaded.with_card(grid=str(self.sampler))
+            return self._from_level(loaded, model, guidance).with_card(grid=str(self.sampler))
         tuned = model.tuned
         solver, spacing, nfe = (SOLVER, default_grid(model), NFE) if tuned is None else (tuned.solver, OPTIMIZED, tuned.nfe)
         solver, spacing = solver if self.solver is None else self.solver, spacing if self.grid is None else self.grid
@@ -216,7 +265,8 @@ class _Choice:
                 raise FewstepError(
                     "a fitted sampler has noise levels and coefficients of its own: leave --grid, --times, --sigmas and --statistics out"
                 )
-            return model.fitted(nfe, guidance).with_card(name=FITTED, grid=OPTIMIZED)
+            fitted = model.fitted(nfe, guidance).with_card(name=FITTED, grid=OPTIMIZED)
+            return self._from_level(fitted, model, guidance)
         if self.statistics is not None and not takes_statistics(solver):
             raise FewstepError(f"{solver} takes no statistics: say --solver dpm-solver-v3, or leave --statistics out")
         if self.any_statistics and not takes_statistics(solver):
@@ -230,10 +280,16 @@ class _Choice:
                 raise GridError(f"--times has {float(grid.t[0]):g}, but {model.name} knows times up to {model.schedule.t_max:g}")
         elif self.sigmas is not None:
             grid, count, where = TimeGrid.from_sigmas(model.schedule, numbers(self.sigmas, "--sigmas")), None, "the noise levels given"
-        options = {"statistics": self.statistics, "any_statistics": self.any_statistics}
+        options = {"statistics": self.statistics, "any_statistics": self.any_statistics, "strength": self.strength}
         made = sampler_for(model, solver, nfe=count, guidance=guidance, grid=grid, **options)
         assert isinstance(made, Sampler)  # a tableau is what was given as one
         return made.with_card(name=solver, grid=where)
+
+    def _from_level(self, sampler: Sampler, model: Model, guidance: float) -> Sampler:
+        """Return a sampler with a grid of its own, re-spread below the strength that was typed, if any."""
+        made = sampler_for(model, sampler, guidance=guidance, strength=self.strength)
+        assert isinstance(made, Sampler)
+        return made
 
     def _leave_out(self, why: str, *options: str) -> None:
         """Refuse options that would change nothing."""

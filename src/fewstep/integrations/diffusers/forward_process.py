@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.prediction import aligned
-from fewstep.integrations.diffusers.arguments import check_states
+from fewstep.core.prediction import add_noise, aligned
+from fewstep.integrations.diffusers.arguments import check_states, numbers
 from fewstep.integrations.diffusers.noise_levels import checked_times
 from fewstep.integrations.diffusers.scheduler_files import StoredScheduler
 from fewstep.models.formats.diffusers_law import NoiseLaw
@@ -24,11 +24,15 @@ class NoisingScheduler(StoredScheduler):
         _law: the noise law of the network.
         _held: evaluations whose level lies beyond the network's table: number, time that the network is told, ``t``.
         _begin_index: the evaluation that samples start from, or None.
+        _times: the times of the evaluations, float32; empty before `set_timesteps`.
+        _noised: whether an image was noised to the first of them.
     """
 
     _law: NoiseLaw
     _held: list[tuple[int, float, float]]
     _begin_index: int | None
+    _times: list[float]
+    _noised: bool
 
     def _scales(self, timesteps: Any, like: Tensor, noise: Tensor, name: str) -> tuple[Tensor, Tensor]:  # noqa: ANN401
         check_states(**{name: like, "noise": noise})
@@ -41,8 +45,7 @@ class NoisingScheduler(StoredScheduler):
             t = torch.where(times == time, node, t)
         if not _is_batch(len(t), max(len(like), len(noise))):
             raise GridError(f"timesteps are one time, or one for each of {max(len(like), len(noise))} samples, got {len(t)}")
-        alpha, sigma = self._law.schedule.alpha(t), self._law.schedule.sigma(t)
-        return aligned(alpha, like), aligned(sigma, like)
+        return self._law.schedule.alpha(t), self._law.schedule.sigma(t)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:  # noqa: ANN401
         """Return the noised images ``alpha x0 + sigma eps [B, *D]``. Of one image, noise or time the same is taken for the others' batch.
@@ -58,7 +61,8 @@ class NoisingScheduler(StoredScheduler):
         """
         alpha, sigma = self._scales(timesteps, original_samples, noise, "original_samples")
         alpha, sigma = (torch.ones_like(alpha), sigma / alpha) if self._law.grows else (alpha, sigma)
-        return alpha * original_samples + sigma * noise
+        self._noised |= bool(self._times) and self._times[0] in numbers(timesteps, "timesteps").float().tolist()
+        return add_noise(original_samples, noise, alpha, sigma)
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:  # noqa: ANN401
         """Return the noised images ``[B, *D]``: `add_noise` with the arguments of diffusers' flow schedulers."""
@@ -73,7 +77,7 @@ class NoisingScheduler(StoredScheduler):
             timesteps: times of the network, ``[]`` or ``[B]``.
         """
         alpha, sigma = self._scales(timesteps, sample, noise, "sample")
-        return alpha * noise - sigma * sample
+        return aligned(alpha, sample) * noise - aligned(sigma, sample) * sample
 
 
 def _is_batch(one: int, two: int) -> bool:

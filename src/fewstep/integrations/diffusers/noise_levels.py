@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.grid import RHO, TimeGrid, karras_roots, make_grid
+from fewstep.core.grid import RHO, TimeGrid, karras_roots
 from fewstep.core.schedule import NoiseSchedule, RectifiedFlow, VPCosine
 from fewstep.integrations.diffusers.arguments import numbers
 from fewstep.models.formats.diffusers_law import ROUNDING, NoiseLaw, ends_clean
 from fewstep.runtime.errors import FewstepError, GridError, look_up
 from fewstep.runtime.front_door import is_count
+from fewstep.sampling.start import begin, level_of, spacing_from
 
 __all__ = ["all_times", "checked_times", "default_sigmas_count", "grid_from_config"]
 
@@ -38,6 +39,8 @@ def grid_from_config(
 ) -> TimeGrid:
     """Return the grid of ``steps`` intervals that a scheduler's options describe, or the grid through timesteps or noise levels.
 
+    With a ``strength`` it begins at that level: a spacing of this library is laid below it, any other grid re-spread (`TimeGrid.below`).
+
     Args:
         config: the options of a `FewstepScheduler`.
         law: the noise law of its network.
@@ -47,8 +50,23 @@ def grid_from_config(
             A flow may be given timesteps beside them: those that its network is told at these levels (`NoiseLaw.paired`).
 
     Raises:
-        GridError: not exactly one of the three, an unknown option, or times that do not decrease.
+        GridError: not exactly one of the three, an unknown option, a strength at which no step can begin, or times that do not decrease.
     """
+    start = begin(law.schedule, level_of(config.get("strength") or 1.0))
+    grid = _whole_grid(config, law, steps, start, timesteps=timesteps, sigmas=sigmas)
+    return grid if start == float(law.schedule.t_max) else grid.below(law.schedule, start)
+
+
+def _whole_grid(
+    config: Mapping[str, Any],
+    law: NoiseLaw,
+    steps: int | None,
+    start: float,
+    *,
+    timesteps: Sequence[float] | Tensor | None,
+    sigmas: Sequence[float] | Tensor | None,
+) -> TimeGrid:
+    """Return the grid on the law's whole range; a spacing of this library from ``start`` on."""
     given = [name for name, value in {"num_inference_steps": steps, "timesteps": timesteps, "sigmas": sigmas}.items() if value is not None]
     paired = timesteps is not None and sigmas is not None and isinstance(law.schedule, RectifiedFlow)
     if not given or "timesteps" in given and len(given) > 1 and not paired:
@@ -69,7 +87,7 @@ def grid_from_config(
     if config.get("grid"):
         if wanted is not None:
             raise GridError(f"this scheduler has a grid of its own, {config['grid']}: leave sigmas out, or make it without grid=")
-        return make_grid(str(config["grid"]), law.schedule, int(steps or 0))
+        return spacing_from(str(config["grid"]), law.schedule, int(steps or 0), start)
     if isinstance(law.schedule, RectifiedFlow):
         return _ended(config, law, _flow(config, law.schedule, steps, wanted))
     of_angles = isinstance(law.schedule, VPCosine)

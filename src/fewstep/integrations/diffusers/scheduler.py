@@ -37,6 +37,7 @@ from fewstep.runtime.errors import FewstepError, GridError, SolverError
 from fewstep.runtime.front_door import is_count, number
 from fewstep.runtime.process import usable_device
 from fewstep.sampling.sampler import Sampler
+from fewstep.sampling.start import level_of
 from fewstep.solvers import make_solver, takes_statistics
 from fewstep.solvers.aliases import ALIASES
 
@@ -73,7 +74,9 @@ class FewstepScheduler(NoisingScheduler):
             its last time with ``final_sigmas_type="sigma_min"``; by default the spacing that diffusers' options describe.
         statistics: statistics of the model for ``dpm-solver-v3``: a `ModelStatistics`, or its folder or hub id.
         sampler: saved samplers in place of a solver and grid: a folder or hub id, see `from_sampler`.
-
+        strength: image to image: the share of noise to begin with, ``sigma / (alpha + sigma)``, above 0 and up to 1; None or 1 is the
+            model's whole range. All steps lie below that level, whatever the spacing and their number, and a saved sampler is re-spread
+            there (`Sampler.from_level`). The pipeline is then called with its own ``strength=1``, since that counts steps.
         to_clean: step to the clean image at the end; by default as ``final_sigmas_type`` says. The configuration of a solver in noise
             prediction writes it down, beside the ``final_sigmas_type="sigma_min"`` without which diffusers refuses such solvers.
 
@@ -100,6 +103,7 @@ class FewstepScheduler(NoisingScheduler):
         grid: str | None = None,
         statistics: Any = None,  # noqa: ANN401 - ModelStatistics, a path or a hub id
         sampler: Any = None,  # noqa: ANN401 - Samplers by evaluations, a path or a hub id
+        strength: float | None = None,
         solver_order: int = 2,
         algorithm_type: str = "dpmsolver++",
         solver_type: str = "bh2",
@@ -141,6 +145,7 @@ class FewstepScheduler(NoisingScheduler):
                 "thresholding wants a dynamic_thresholding_ratio between 0 and 1 and a sample_max_value above 0, got "
                 f"{dynamic_thresholding_ratio} and {sample_max_value}"
             )
+        self._level = math.inf if strength is None else level_of(strength)
         self._samplers = resolve_artifact(sampler, SavedSamplers)
         self._statistics = resolve_artifact(statistics, ModelStatistics)
         self._settle(name, sampler, statistics)
@@ -154,6 +159,8 @@ class FewstepScheduler(NoisingScheduler):
             self.betas, self.alphas = self._law.betas, 1 - self._law.betas
             self.alphas_cumprod = (self._law.schedule.alpha(known[1:]) ** 2).float()  # known[0] is the clean image
         self._told_of_held = False
+        self._times: list[float] = []
+        self._noised = False
         self._held: list[tuple[int, float, float]] = []  # evaluations beyond the table: number, time that the network is told, t
         self.num_inference_steps: int | None = None
         self.timesteps = all_times(num_train_timesteps, self._law)
@@ -192,13 +199,18 @@ class FewstepScheduler(NoisingScheduler):
             begin_index: its number, a multiple of `order`.
 
         Raises:
-            GridError: no evaluation has this number.
+            GridError: no evaluation has this number, or the scheduler starts at a strength of its own.
         """
         count = math.inf if self.num_inference_steps is None else len(self._times)
         if not (begin_index == 0 or is_count(begin_index)) or begin_index >= count:
             raise GridError(
                 f"begin_index is the number of an evaluation, from 0 to {count - 1}, got {begin_index}: "
                 "take more steps, or a larger strength"
+            )
+        if begin_index and self._level < math.inf:
+            raise GridError(
+                f"this scheduler starts at strength {self.config['strength']:g} with its first step, and not at evaluation {begin_index}: "
+                "call the pipeline with strength=1 (an inpainting pipeline of Stable Diffusion 3 with 0.999), or make it without strength="
             )
         self._begin_index = int(begin_index)
 
@@ -252,6 +264,11 @@ class FewstepScheduler(NoisingScheduler):
         device = None if device is None else usable_device(device)
         law = self._law_of(mu)
         own_levels = self._samplers is not None or bool(self.config["grid"])
+        if self._level < math.inf and (timesteps is not None or (sigmas is not None and default_sigmas_count(sigmas) is None)):
+            raise GridError(
+                f"this scheduler lays its levels from strength {self.config['strength']:g}: leave timesteps and sigmas out, or make it "
+                "without strength="
+            )
         if sigmas is not None and timesteps is not None:  # what the network is told at these levels, and so at others
             pairs = grid_from_config({**self.config, "grid": None}, law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
             law = law.paired(pairs.t[:-1], checked_times(self.config, law, timesteps))
@@ -267,13 +284,14 @@ class FewstepScheduler(NoisingScheduler):
             if timesteps is not None or sigmas is not None:
                 raise GridError("a saved sampler has times of its own: leave timesteps and sigmas out")
             sampler = self._samplers.of(num_inference_steps, law.schedule)
+            sampler = sampler.from_level(self._level, statistics=self._statistics) if self._level < math.inf else sampler
         self._law, self._sampler = law, sampler  # once nothing is wrong with them
         nodes = self._sampler.tableau.nodes
         times = self._network_times(nodes.t[:-1])
         whole = torch.equal(times, times.round()) and self._law.schedule.times is not None
         self.timesteps = times.to(torch.int64 if whole else torch.float32).to(device)
         self._whole = self.timesteps  # pipelines may put a part of it in its place
-        self._times: list[float] = times.float().tolist()
+        self._times, self._noised = times.float().tolist(), False
         beyond = (times != self._law.time(nodes.t[:-1])).nonzero().flatten().tolist()
         self._held = [(i, self._times[i], float(nodes.t[i])) for i in beyond[::-1]]  # the first of those with one time counts
         of_flow = nodes.alpha if self.config["invert_sigmas"] else nodes.sigma
@@ -415,6 +433,12 @@ class FewstepScheduler(NoisingScheduler):
         starting = places is not None and self._begin_index in places  # an older loop may wait where a new one starts
         if known is not None and (known.output() is sample or not starting):
             return known
+        if self._level < math.inf and not self._noised:
+            raise FewstepError(
+                f"this scheduler starts at strength {self.config['strength']:g}, from an image noised by add_noise(image, noise, "
+                "timesteps[:1]), and none was: text to image, and an inpainting pipeline that starts from pure noise at its strength=1, "
+                "want a scheduler without strength="
+            )
         plan = self._plan(self._first(timestep, places), torch.promote_types(sample.dtype, torch.float32), sample.device)
         return self._chains.begin(plan, sample)
 

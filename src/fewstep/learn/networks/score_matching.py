@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.prediction import aligned, from_x0, prediction
+from fewstep.core.prediction import add_noise, aligned, from_x0, prediction
 from fewstep.data.images import Images
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import answer_of, network_device, plain_call
@@ -55,7 +55,7 @@ def score_matching(
             cond = _moved(torch.where(drop, torch.tensor(null or 0), images.labels[index])[mine], device)
         x0, t, noise = (_moved(of[mine], device) for of in (x0, t, noise))
         alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
-        x = aligned(alpha, x0) * x0 + aligned(sigma, x0) * noise
+        x = add_noise(x0, noise, alpha, sigma)
         scale = 1.0 if kind.input_scale is None else aligned(kind.input_scale(alpha, sigma), x0)
         output = answer_of((model.call or plain_call)(network, x * scale, model.network_time(t, x, x.dtype), cond), x)
         return (output.float() - from_x0(kind, x0, x, alpha, sigma)).square().mean()

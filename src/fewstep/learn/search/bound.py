@@ -23,7 +23,7 @@ from torch import Tensor
 from fewstep.core.condition import repeated
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.grid import TimeGrid
-from fewstep.core.prediction import aligned
+from fewstep.core.prediction import add_noise
 from fewstep.learn.teacher.gram import Gram
 from fewstep.runtime.errors import FewstepError, GridError, look_up
 
@@ -247,7 +247,7 @@ def _denoise(denoiser: Denoiser, level: Tensor, x0: Tensor, noise: Tensor, cond:
     schedule, (steps, batch) = denoiser.schedule, level.shape
     t = schedule.t_of_lam(-torch.log(level)).flatten()
     x0, noise = (v.expand(steps, *v.shape).flatten(0, 1) for v in (x0, noise))
-    x = aligned(schedule.alpha(t), x0) * x0 + aligned(schedule.sigma(t), x0) * noise
+    x = add_noise(x0, noise, schedule.alpha(t), schedule.sigma(t))
     return denoiser(x, t, repeated(cond, steps)).reshape(steps, batch, *x0.shape[1:])
 
 
