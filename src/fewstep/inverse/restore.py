@@ -14,28 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.condition import moved, part_of, repeated
+from fewstep.core.condition import moved, part_of
 from fewstep.core.denoiser import Cond, FlowMap
 from fewstep.core.grid import TimeGrid
-from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Solver
 from fewstep.inverse.method import Data, Method
 from fewstep.inverse.posterior import checked_data, checked_prior, make_method, sample_posterior
+from fewstep.inverse.start import Estimator, checked_estimate, choose_start
+from fewstep.inverse.steps import restored_steps
 from fewstep.models.batches import is_finished, sampled_in_batches, samples_record
-from fewstep.models.generate import sampler_for
 from fewstep.models.identity import digest, parts
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.artifact import ArtifactRecord, load_artifact, named_path, save_artifact, tensor_of
-from fewstep.runtime.errors import ModelError, SolverError
+from fewstep.runtime.errors import ModelError
 from fewstep.runtime.front_door import checked, is_count, number, scale_of
 from fewstep.runtime.job import Job, Progress
 from fewstep.sampling.noise import seed_list
 from fewstep.sampling.sampler import Sampler
+from fewstep.sampling.start import noised
 
-__all__ = ["Restoration", "RestorationCard", "restore", "restored_steps", "sample_interval"]
+__all__ = ["Restoration", "RestorationCard", "restore", "sample_interval"]
 
 INTERVAL = 0.9
+REHEARSE, REHEARSED = "rehearse", 16  # the word for it, and the number of images
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ def restore(
     grid: str | TimeGrid | None = None,
     guidance: float | None = None,
     cond: Cond = None,
+    strength: float | str | None = None,
+    estimate: Estimator | Tensor | None = None,
     batch: int = 64,
     out: str | Path | None = None,
     on_progress: Progress | None = None,
@@ -179,6 +183,9 @@ def restore(
         grid: the name of a spacing, or a `TimeGrid`; by default ``karras``, or ``angle`` where the model starts without any signal.
         guidance: classifier-free guidance scale; by default the model's own.
         cond: what the network is conditioned on: for all samples ``[1]``, or one for each; by default the null label of a model with one.
+        strength: begin at an estimate with this share of noise, ``sigma/(alpha + sigma)``, rather than at noise; ``rehearse`` chooses it by
+            `choose_start`. It pays where the estimate is good.
+        estimate: with a strength: the images ``[*D]``, or a function ``y [B, *Y] -> [B, *D]``; by default the regularised pseudo-inverse.
         batch: samples at a time.
         out: a folder for the `Restoration`; a killed run continues there.
         on_progress: called with the samples done and a note.
@@ -207,8 +214,20 @@ def restore(
     checked_prior(model, chosen)
     problem, data = Problem(model, scale, model.device), checked_data(measurement, y, noise)
     check_one(data, problem)
-    sampler = restored_steps(model, chosen, solver, nfe, grid, scale)
-    run = _Run(problem, data, chosen, sampler, numbers, conditions(problem, cond, numbers), int(batch))
+    if strength is None and estimate is not None:
+        raise ModelError("an estimate is where to begin: pass strength=, the share of noise that it gets, or 'rehearse', or leave it out")
+    if isinstance(strength, str):
+        if strength != REHEARSE:
+            raise ModelError(f"strength is a number above 0 and up to 1, or {REHEARSE!r}, got {strength!r}")
+        if isinstance(estimate, Tensor):
+            raise ModelError("a rehearsal makes estimates of other measurements: pass estimate= as a function, or strength= as a number")
+        options = {"nfe": nfe, "method": chosen, "solver": solver, "grid": grid, "guidance": scale, "estimate": estimate}
+        found = choose_start(model, data.measurement, data.noise, cond=_first(cond), num=REHEARSED, **options)
+        strength = found.strength
+    strength = None if strength == 1 else strength  # from noise
+    sampler = restored_steps(model, chosen, solver, nfe, grid, scale, strength)
+    start = None if strength is None else checked_estimate(estimate, data.measurement, data.y[None], data.noise, problem.shape)
+    run = _Run(problem, data, chosen, sampler, numbers, problem.conditions(numbers, cond), start, strength, int(batch))
     with Job.open("restore", out, device=model.device, on_progress=on_progress, command=command) as job:
         return run.within(job)
 
@@ -228,22 +247,9 @@ def check_one(data: Data, problem: Problem) -> None:
         )
 
 
-def conditions(problem: Problem, cond: Cond, seeds: Sequence[int]) -> Cond:
-    """Return the condition of each seed: what was passed, for all or for each, or the null label of a model with one.
-
-    Raises:
-        ModelError: nothing was passed, and the model has classes and no null label; labels that it does not have.
-    """
-    model, count = problem.model, len(seeds)
-    if cond is None:
-        if model.classes is not None and model.null_label is None:
-            raise ModelError(
-                f"{model.name} has classes and no null label: pass cond=, the label of what was measured, as torch.tensor([3])"
-            )
-        return problem.unconditional(seeds)
-    if isinstance(cond, Tensor) and cond.ndim and len(cond) == 1 and count > 1:
-        cond = repeated(cond, count)
-    return moved(model.condition(cond, count), problem.device)
+def _first(cond: Cond) -> Cond:
+    """Return the condition of the first sample, for all images of a rehearsal."""
+    return None if cond is None else part_of(cond, slice(0, 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,12 +262,14 @@ class _Run:
     sampler: Sampler
     seeds: list[int]
     cond: Cond
+    start: Tensor | None  # where to begin, [1, *D]; None for noise
+    strength: float | None
     batch: int
 
     @property
     def identity(self) -> str:
         """A hash of all that the samples depend on."""
-        given = (self.data.measurement, self.data.y.detach().cpu(), moved(self.cond, torch.device("cpu")))
+        given = (self.data.measurement, *moved((self.data.y.detach(), self.start, self.cond), torch.device("cpu")))
         facts = (
             self.problem.identity,
             self.sampler.tableau.fingerprint,
@@ -282,7 +290,9 @@ class _Run:
         def make(part: Sequence[int]) -> Tensor:
             first = numbers[part[0]]
             cond = None if self.cond is None else part_of(self.cond, slice(first, first + len(part)))
-            x, data = problem.start(part, tableau.nodes), self.data
+            data, nodes = self.data, tableau.nodes
+            begin = None if self.start is None else self.start.expand(len(part), *problem.shape)
+            x = problem.start(part, nodes) if begin is None else noised(begin, nodes, part)
             return sample_posterior(denoiser, tableau, x, data.measurement, data.y, data.noise, cond, method=self.method, seeds=part)
 
         identity = "memory" if job.in_memory else self.identity
@@ -318,44 +328,6 @@ class _Run:
             "evaluations": count * evaluations,
             "backward passes": count * products,
             "seeds": self.seeds,
+            **({} if self.strength is None else {"strength": self.strength}),
             **({"command": command} if command else {}),
         }
-
-
-def restored_steps(
-    model: Model, method: Method, solver: str | Solver | Sampler, nfe: int, grid: str | TimeGrid | None = None, guidance: float = 1.0
-) -> Sampler:
-    """Return the sampler whose evaluations, with those of a method, are ``nfe``.
-
-    Args:
-        model: what is sampled.
-        method: what is done at each evaluation.
-        solver: by name, or a sampler, whose own evaluations then have to fit.
-        nfe: network evaluations per sample, in all.
-        grid: as for `restore`.
-        guidance: the guidance scale.
-
-    Raises:
-        SolverError: ``nfe`` is no multiple of what the method takes (and the nearest that are).
-    """
-    cost = method.cost[0]
-    if not is_count(nfe):
-        raise SolverError(f"nfe is the number of network evaluations per sample, a whole number, got {nfe!r}")
-    if isinstance(solver, Sampler):
-        if solver.nfe * cost != nfe:
-            raise SolverError(f"this sampler with {type(method).__name__} takes {solver.nfe * cost} network evaluations, not {nfe}")
-        return solver
-    if nfe % cost:
-        near = sorted({max(nfe // cost, 1) * cost, (nfe // cost + 1) * cost})
-        raise SolverError(
-            f"{type(method).__name__} takes {cost} network evaluations a step, so nfe is a multiple of {cost}, as "
-            f"{' or '.join(map(str, near))}, not {nfe}"
-        )
-    made = sampler_for(model, solver, nfe=nfe // cost, guidance=guidance, grid=restored_grid(model.schedule) if grid is None else grid)
-    assert isinstance(made, Sampler)  # a tableau is what was given as one
-    return made
-
-
-def restored_grid(schedule: NoiseSchedule) -> str:
-    """Return the spacing where none is named: ``karras``, or ``angle`` where the law starts at pure noise, which has no finite level."""
-    return "karras" if bool(torch.isfinite(schedule.lam(schedule.ends[0]))) else "angle"

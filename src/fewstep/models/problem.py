@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fewstep.core.condition import moved, repeated
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap
 from fewstep.core.prediction import prediction
 from fewstep.core.schedule import NoiseSchedule
@@ -137,6 +138,23 @@ class Problem:
         """Return the condition of each sample on the device: its class label, or None without classes."""
         labels = self.labels(seeds, label)
         return None if labels is None else labels.to(self.device)
+
+    def conditions(self, seeds: Sequence[int], cond: Cond = None) -> Cond:
+        """Return the condition of each seed on the device: one for each, one for all ``[1]``, or by default the null label.
+
+        Raises:
+            ModelError: nothing was passed, and the model has classes and no null label; labels that it does not have.
+        """
+        model, count = self.model, len(seeds)
+        if cond is None:
+            if model.classes is not None and model.null_label is None:
+                raise ModelError(
+                    f"{model.name} has classes and no null label: pass cond=, the label of what was measured, as torch.tensor([3])"
+                )
+            return self.unconditional(seeds)
+        if isinstance(cond, Tensor) and cond.ndim and len(cond) == 1 and count > 1:
+            cond = repeated(cond, count)
+        return moved(model.condition(cond, count), self.device)
 
     def unconditional(self, seeds: Sequence[int]) -> Cond:
         """Return the null label of each sample on the device; the class labels of a model that has none."""

@@ -11,11 +11,12 @@ import typer
 from fewstep.apps.console import console, print_json, progress
 from fewstep.apps.measured import TASKS, measured_picture
 from fewstep.apps.models import guidance_of, open_model
-from fewstep.apps.options import AsJson, Guidance, ModelName, Trust, command
+from fewstep.apps.options import AsJson, Guidance, ModelName, Trust, command, numbers
 from fewstep.evaluate.pictures import save_grid, save_singles
 from fewstep.inverse.posterior import METHODS, make_method
-from fewstep.inverse.restore import Restoration, restored_steps
+from fewstep.inverse.restore import REHEARSE, Restoration
 from fewstep.inverse.restore import restore as restored
+from fewstep.inverse.steps import restored_steps
 from fewstep.models.problem import check_seeds
 from fewstep.runtime.errors import FewstepError
 from fewstep.runtime.process import default_device, process
@@ -45,6 +46,10 @@ def restore(
     grid: Annotated[str | None, typer.Option(help="Its grid. Default: karras, or angle where the model starts at pure noise.")] = None,
     guidance: Guidance = None,
     label: Annotated[int | None, typer.Option(help="Class of the picture. Default: none, where the model has a label for that.")] = None,
+    strength: Annotated[
+        str | None,
+        typer.Option(metavar="FLOAT|rehearse", help="Begin at the pseudo-inverse with this share of noise, or one that is tried out."),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Samples at a time.")] = 64,
     singles: Annotated[bool, typer.Option("--singles", help="Also write one PNG per sample.")] = False,
     trust: Trust = False,
@@ -62,7 +67,9 @@ def restore(
     found = measured_picture(task, picture, opened, mask=mask, factor=factor, kernel=kernel, noise=noise)
     scale, seeds = guidance_of(opened, guidance), range(seed, seed + num)
     labels = None if label is None else opened.labels(seeds, label)
-    sampler, chosen = restored_steps(opened, make_method(method), solver, nfe, grid, scale), make_method(method)
+    begin = strength if strength in (None, REHEARSE) else numbers(strength, "--strength")[0]
+    share = begin if isinstance(begin, float) and begin != 1 else None
+    sampler, chosen = restored_steps(opened, make_method(method), solver, nfe, grid, scale, share), make_method(method)
     if not json:
         backward = f", {sampler.nfe * chosen.cost[1]} of them with back-propagation" if chosen.cost[1] else ""
         console.print(f"{num} samples of {nfe} network evaluations{backward}: {sampler.nfe} steps of {solver} with {method}")
@@ -79,6 +86,7 @@ def restore(
             grid=grid,
             guidance=scale,
             cond=labels,
+            strength=begin,
             batch=batch,
             out=out,
             on_progress=report,
