@@ -28,6 +28,7 @@ PAGES = tuple(
         "parallel",
         "splitting",
         "strength",
+        "restore",
         "inspect",
     )
 )

@@ -30,6 +30,7 @@ SAID = {  # what its last lines are about
     "13": "100% are the digit that was asked for",
     "14": "unipc-2 on karras: RMSE after 8, 9 and 10 evaluations",
     "15": "fitted on its own levels: 5 evaluations from t = 0.429",
+    "16": "evaluations a sample: 10, backward passes: 0",
 }
 
 
