@@ -138,6 +138,13 @@ def test_a_gaussian_blur_of_digits_is_undone(model, digits, spectra):
     assert all(float(step.kernel.sum()) == pytest.approx(1, abs=1e-4) for step in found.history)
 
 
+def test_pictures_without_a_blur_are_left_alone(model, digits, spectra):
+    y = blurred(digits, torch.ones(1, 1))
+    found = deblur_blind(model, y, 0.02, 3, samples=1, cond=torch.full((6,), model.null_label), spectra=spectra, config=SMALL)
+    assert float(found.kernel[1, 1]) == 1 and found.history == () and found.evaluations == SMALL.final
+    assert psnr(found.x, digits) > psnr(y[:, None], digits) - 0.2
+
+
 def test_slow_em_never_leaves_the_kernel_that_does_nothing(model, digits):
     y = blurred(digits, gaussian(0.8))
     found = deblur_blind(model, y, 0.02, 3, method="slow", samples=1, cond=torch.full((6,), model.null_label))
@@ -166,12 +173,14 @@ def test_any_law_size_and_noise(law, method, noise):
 
 def test_progress_and_evaluations_are_counted():
     law, said, asked = VarianceExploding(t_min=0.02, t_max=20.0), [], []
-    inner = white(law, (1, 5, 5))
+    inner = white(law, (1, 9, 9))
     denoiser = fewstep.models.guidance.Wrapped(law, lambda x, t, cond: asked.append(len(x)) or inner(x, t, cond))
-    y = torch.randn(2, 1, 5, 5, generator=torch.Generator().manual_seed(0))
-    found = deblur_blind(denoiser, y, 0.1, 3, samples=2, config=TINY, on_progress=lambda done, note: said.append((done, note)))
+    x = torch.randn(2, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+    found = deblur_blind(
+        denoiser, blurred(0.5 * x, gaussian(1.0)), 0.02, 3, samples=2, config=TINY, on_progress=lambda done, note: said.append((done, note))
+    )
     assert sum(asked) == 2 * found.evaluations + found.rehearsal
-    assert [done for done, _ in said] == list(range(len(said))) and said[-1][1] == "the restoration"
+    assert [done for done, _ in said] == list(range(len(said))) and len(said) == 3 and said[-1][1] == "the restoration"
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ of its largest maxima and its mirror image has a pass, and the model judges whos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -139,7 +139,8 @@ def deblur_blind(
 ) -> BlindResult:
     """Restore blurred pictures that share a kernel which nobody knows.
 
-    The blur is circular. More pictures of one kernel make it better known: from four on it is reliable.
+    The blur is circular. More pictures of one kernel make it better known: from four on it is reliable. Where the pictures' spectra show no
+    blur, the kernel is the one that does nothing.
 
     Args:
         denoiser: the prior, a `Model` or any denoiser; no student.
@@ -305,35 +306,49 @@ def _rehearsed(denoiser: Denoiser, shape: Sequence[int], cond: Cond, config: Bli
 def _by_evidence(task: _Task, size: tuple[int, int], spectra: ErrorSpectra) -> BlindResult:
     config, seen = task.config, Observed.of(task.y, task.noise, spectra)
     one = task.seeds[:1]  # a sample of each picture tells candidates apart
-    tried = list[tuple[float, _Passed]]()
-    for number, (kernel, cost) in enumerate(_candidates(seen, spectra, size, config, int(one[0, 0]))):
+    candidates, tried = _candidates(seen, spectra, size, config, int(one[0, 0])), list[tuple[float, _Passed]]()
+    for number, (kernel, cost) in enumerate(candidates):
         task.say(number, "a candidate")
         made = _Pass(task, spectra, one, config.nfe).run(kernel)
         tried.append((_improbability(task, made.x[:, 0], spectra.spread) + cost / 2, made))
-    _, best = min(tried, key=lambda pair: pair[0])
-    task.say(len(tried), "the best candidate")
-    again = _Pass(task, spectra, task.seeds, config.nfe).run(best.kernel)
-    kernel = recentred(again.kernel)
-    task.say(len(tried) + 1, "the restoration")
+    kernel, history = _nothing(size).to(task.y), tuple[KernelStep, ...]()
+    if tried:
+        task.say(len(tried), "the best candidate")
+        _, best = min(tried, key=lambda pair: pair[0])
+        again = _Pass(task, spectra, task.seeds, config.nfe).run(best.kernel)
+        kernel, history = recentred(again.kernel), (*best.history, *again.history)
+    task.say(len(tried) + bool(tried), "the restoration")
     x = _Pass(task, spectra, task.seeds, config.final).run(kernel, fitted=False).x
-    used = len(tried) * (config.nfe + len(JUDGED)) + len(task.seeds) * (config.nfe + config.final)
-    return BlindResult(x, kernel, (*best.history, *again.history), used)
+    passes = len(tried) * (config.nfe + len(JUDGED)) + (len(task.seeds) * config.nfe if tried else 0)
+    return BlindResult(x, kernel, history, passes + len(task.seeds) * config.final)
 
 
-def _candidates(
-    seen: Observed, spectra: ErrorSpectra, size: tuple[int, int], config: BlindConfig, seed: int
-) -> Iterator[tuple[Tensor, float]]:
-    """Yield the largest maxima of the evidence and their mirror images, with ``-2 log p`` in order."""
+def _candidates(seen: Observed, spectra: ErrorSpectra, size: tuple[int, int], config: BlindConfig, seed: int) -> list[tuple[Tensor, float]]:
+    """Return the largest maxima of the evidence and their mirror images, with their ``-2 log p``; none where no blur is to be seen.
+
+    A kernel has more unknowns than none, and fits noise with them: its ``-2 log p`` has to be less by as many logarithms of the number of
+    frequencies (Schwarz's criterion, 1978).
+    """
     cost = lambda kernels: evidence(kernels, seen, spectra.images)  # noqa: E731
     found = ascend(starting_kernels(*size, config.random, seed).to(seen.y.real), cost, config.start_steps, 0.15)
-    costs, known = cost(found), list[Tensor]()
+    costs, known = cost(found), list[tuple[Tensor, float]]()
+    unknowns, frequencies = size[0] * size[1] - 1, float(seen.weights.sum()) / 2
+    if float(cost(_nothing(size).to(found)[None]) - costs.min()) < unknowns * math.log(frequencies):
+        return []
     for i in costs.argsort().tolist():
         if costs[i] > costs.min() + config.gap:
-            return
+            break
         for kernel in (found[i], found[i].flip(0, 1)):
-            if len(known) < config.candidates and all(float((kernel - other).abs().sum()) > config.alike for other in known):
-                known.append(kernel)
-                yield kernel, float(costs[i])
+            if len(known) < config.candidates and all(float((kernel - other).abs().sum()) > config.alike for other, _ in known):
+                known.append((kernel, float(costs[i])))
+    return known
+
+
+def _nothing(size: tuple[int, int]) -> Tensor:
+    """Return the kernel that does nothing, ``[h, w]``."""
+    kernel = torch.zeros(size)
+    kernel[size[0] // 2, size[1] // 2] = 1
+    return kernel
 
 
 def _improbability(task: _Task, x: Tensor, spread: float) -> float:
@@ -423,8 +438,7 @@ def _fast(task: _Task, size: tuple[int, int]) -> BlindResult:
 
 def _slow(task: _Task, size: tuple[int, int]) -> BlindResult:
     """Run EM of whole posterior samplings, from the kernel that does nothing."""
-    kernel = torch.zeros(size).to(task.y)
-    kernel[size[0] // 2, size[1] // 2] = 1
+    kernel = _nothing(size).to(task.y)
     history, x, count = list[KernelStep](), task.y, len(task.seeds)
     tableau, seeds = _tableau(task.denoiser, task.config, SLOW_STEPS, "ddim"), task.seeds.flatten().tolist()
     for number in range(SLOW_ROUNDS):
