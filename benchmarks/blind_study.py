@@ -6,7 +6,7 @@
 64 test pictures (16 where each has a kernel of its own), ``cifar10-16`` without its labels, noise 0.02, 2 samples of each picture; the
 figure is the PSNR of one sample. Each group of pictures has a kernel of its own: Gaussian of 0.7 to 1.3 pixels, motion along a line of 5
 pixels, or numbers at random. A blind kernel is known up to a shift, so ``psnr`` is that after the best shift of the group by up to 2
-pixels, the same for every method, and ``psnr_as_it_lies`` that without one. It goes on where it was stopped. About half an hour on two
+pixels, the same for every method, and ``psnr_as_it_lies`` that without one. It goes on where it was stopped. About an hour on two
 cores.
 
 ``--galaxies``: draws of a score network of galaxies (see `foreign_networks`) for pictures, which a telescope blurs by its point-spread
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--galaxies", action="store_true")
     parser.add_argument("--model", default="assets/cifar10-16")
     parser.add_argument("--pictures", default="runs/cifar10/cifar10-16-test.npz")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1, help="of the noise; single pictures have one")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="pictures of one kernel")
     args = parser.parse_args()
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
