@@ -323,6 +323,21 @@ def splitting(results: dict[str, Any], part: str) -> None:
         print(f"| {way} | " + " | ".join(f"{found[key]['error']:.3g} ({found[key]['as_asked']:.2f})" for key in columns) + " |")
 
 
+def blind(results: dict[str, Any], part: str | None) -> None:
+    """Print the PSNR of each way to deblur, means over seeds, with the error of the kernel in brackets; or what a ``part`` names."""
+    rows = results["rows"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    heading(["kernel", "pictures of one kernel"], methods)
+    for kernel, pictures in sorted({(row["kernel"], row["pictures"]) for row in rows}):
+        cells = list[str]()
+        for method in methods:
+            mine = [row for row in rows if (row["kernel"], row["pictures"], row["method"]) == (kernel, pictures, method)]
+            psnr, error, worse = (sum(row[key] for row in mine) / len(mine) for key in ("psnr", "kernel_error", "worse"))
+            found = method in ("slow EM", "fast EM", "by evidence")
+            cells.append(f"{worse:.0%}" if part == "worse" else f"{psnr:.2f}" + (f" ({error:.2f})" if found else ""))
+        print(f"| {kernel} | {pictures} | {' | '.join(cells)} |")
+
+
 def inspections(results: dict[str, Any]) -> None:
     """Print the sampler that an inspection recommends, and its place among the rows of a benchmark."""
     heading(["model", "recommended"], ["RMSE", "place of all", "best", "its RMSE"])
@@ -526,6 +541,7 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "large": lambda results, args: large(results[0]),
     "parallel": lambda results, args: in_parallel(results[0], args.part or "picard"),
     "splitting": lambda results, args: splitting(results[0], args.part),
+    "blind": lambda results, args: blind(results[0], args.part),
     "inspections": lambda results, args: inspections(results[0]),
     "budget": lambda results, args: budget(results[0], args.part or "errors"),
     "pipelines": lambda results, args: pipelines(results[0]),
