@@ -12,6 +12,7 @@ from tests.apps.conftest import counted, run
 
 from fewstep import Restoration
 from fewstep.data.images import load_images
+from fewstep.inverse.blind import BlindConfig
 
 KERNEL = np.outer([1, 2, 1], [1, 2, 1]).astype(np.float32) / 16
 
@@ -25,6 +26,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mask[2:5, 2:5] = 255
     for name, pixels in {
         "digit": digit,
+        "other": digit[::-1].copy(),
         "small": digit.reshape(4, 2, 4, 2).mean((1, 3)).astype(np.uint8),
         "mask": mask,
         "black": 0 * mask,
@@ -105,6 +107,51 @@ def test_a_killed_run_continues(monkeypatch, capsys, tmp_path: Path, files: Path
     assert not calls
 
 
+def blind_words(files: Path, *pictures: str) -> tuple[object, ...]:
+    there = [files / f"{name}.png" for name in pictures]
+    return ("restore", "digits-edm", *there, "--task", "blind-deblur", "--kernel-size", 3, "--noise", 0.05, "-n", 2)
+
+
+def test_a_kernel_that_nobody_knows(monkeypatch, capsys, tmp_path: Path, files: Path) -> None:
+    small = BlindConfig(nfe=3, final=2, candidates=1, random=0, start_steps=5, steps=5, rehearsal=8)
+    for module in ("apps.blind", "apps.commands.restore"):
+        monkeypatch.setattr(f"fewstep.{module}.BlindConfig", lambda: small)
+    assert run(monkeypatch, *blind_words(files, "digit"), "--out", tmp_path / "one") == 0
+    said = capsys.readouterr().out
+    assert "1 pictures that share a kernel of 3 x 3" in said and "not one answer" in said
+    kernel = np.load(tmp_path / "one" / "kernel.npy")
+    assert kernel.shape == (3, 3) and float(kernel.sum()) == pytest.approx(1) and kernel.min() >= 0
+    assert Restoration.load(tmp_path / "one").samples.shape == (2, 1, 8, 8)
+    assert run(monkeypatch, *blind_words(files, "digit", "other"), "--json", "--out", tmp_path / "two") == 0
+    assert json.loads(capsys.readouterr().out)["pictures"] == 2
+    assert Restoration.load(tmp_path / "two" / "other").samples.shape == (2, 1, 8, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = counted(patch)
+        assert run(monkeypatch, *blind_words(files, "digit"), "--out", tmp_path / "one") == 0
+    assert not calls
+    assert run(monkeypatch, *blind_words(files, "other"), "--out", tmp_path / "one") == 2
+    assert "samples of another command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--kernel-size", 4), "odd"),
+        (("--kernel-size", 9), "9 x 9"),
+        (("--noise", -1), "noise"),
+        (("--nfe", 20), "takes no --nfe"),
+        (("--mask", "mask.png"), "takes no --mask"),
+        (("--method", "dps"), "takes no --method"),
+        (("--singles",), "takes no --singles"),
+    ],
+)
+def test_refusals_of_blind_deblurring(monkeypatch, capsys, tmp_path: Path, files: Path, words: tuple[object, ...], says: str) -> None:
+    assert run(monkeypatch, *blind_words(files, "digit"), *words, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("fewstep: ") and says in error[-1], error
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("task", "words", "says"),
     [
@@ -130,6 +177,11 @@ def test_a_killed_run_continues(monkeypatch, capsys, tmp_path: Path, files: Path
         ("denoise", ("digit", "--noise", "nan"), "number"),
         ("colorize", ("digit",), "no colours to find"),
         ("sharpen", ("digit",), "unknown task"),
+        ("denoise", ("digit", "--noise", 0.3, "--kernel-size", 3), "takes no --kernel-size"),
+        ("denoise", ("digit", "digit.png", "--noise", 0.3), "one picture at a time"),
+        ("denoise", ("digit", "--noise", 0.3, "--strength", 2), "at most 1"),
+        ("denoise", ("digit", "--noise", 0.3, "--strength", "much"), "--strength"),
+        ("blind-deblur", ("digit", "--noise", 0.3), "needs --kernel-size"),
         ("denoise", ("digit", "--noise", 0.3, "--nfe", 9), "as 8 or 10, not 9"),
         ("denoise", ("digit", "--noise", 0.3, "--method", "best"), "unknown method"),
         ("denoise", ("digit", "--noise", 0.3, "--samples", 0), "at least 1"),

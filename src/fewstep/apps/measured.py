@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fewstep.data.images import read_image, read_picture
 from fewstep.inverse.measurements import Average, CircularBlur, Grayscale, Mask, Measurement, checked_kernel
+from fewstep.inverse.restore import Restoration
 from fewstep.models.model import Model
 from fewstep.runtime.artifact import check_file
 from fewstep.runtime.errors import FewstepError, ModelError, first_line, look_up
 
-__all__ = ["BLIND", "TASKS", "MeasuredPicture", "measured_picture"]
+__all__ = ["BLIND", "TASKS", "MeasuredPicture", "measured_picture", "picture_shape", "side_by_side"]
 
 BLIND = "blind-deblur"
 TASKS = {  # what each takes beside the picture, and the noise where none is said
@@ -95,6 +96,13 @@ def measured_picture(
         blur(y[None])  # refuses a kernel larger than the picture
         return MeasuredPicture(blur, y, level, y)
     return MeasuredPicture(Mask(torch.ones(1, height, width)), y, level, y)
+
+
+def side_by_side(shown: Tensor, made: Restoration) -> Tensor:
+    """Return pictures ``[3 + S, *D]``: what was measured, the mean, the spread (white is the largest), and the samples."""
+    spread = made.spread.mean(0, keepdim=True).expand_as(made.mean)
+    grey = 2 * spread / spread.max().clamp_min(torch.finfo(spread.dtype).tiny) - 1
+    return torch.cat([torch.stack([shown.cpu(), made.mean, grey]), made.samples])
 
 
 def picture_shape(model: Model) -> tuple[int, int, int]:
