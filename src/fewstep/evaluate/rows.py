@@ -142,6 +142,8 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     text = read_file(path)
     results = parse_json(text, path)
+    if isinstance(results.get("problem"), dict) and "pictures" in results["problem"]:
+        raise ArtifactError(f"{path} is of a benchmark of restorations, not of samplers: choose another folder, or say --task")
     held_to(text, _Results, path)
     return results
 

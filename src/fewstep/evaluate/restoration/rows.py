@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.runtime.artifact import Count, Number, Whole, check_file, held_to, read_file, write_whole
+from fewstep.runtime.artifact import Count, Number, Whole, check_file, held_to, parse_json, read_file, write_whole
 from fewstep.runtime.errors import ArtifactError
 
 __all__ = [
@@ -139,9 +139,12 @@ def read_restorations(path: Path) -> RestorationResults:
     """Read the ``results.json`` of a benchmark of restorations.
 
     Raises:
-        ArtifactError: it cannot be read, or is of something else (which field).
+        ArtifactError: it cannot be read, is of a benchmark of samplers, or damaged (which field).
     """
-    return held_to(read_file(path), RestorationResults, path)
+    text = read_file(path)
+    if "reference" in parse_json(text, path):
+        raise ArtifactError(f"{path} is of a benchmark of samplers, not of restorations: choose another folder")
+    return held_to(text, RestorationResults, path)
 
 
 def row_file(out: Path, row: RestorationRow) -> Path:

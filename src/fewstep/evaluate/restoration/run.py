@@ -41,7 +41,7 @@ from fewstep.runtime.artifact import write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, ModelError
 from fewstep.runtime.job import Job, Progress
 
-__all__ = ["bench_restorations"]
+__all__ = ["RestorationBench", "bench_restorations"]
 
 log = logging.getLogger("fewstep")
 ENOUGH = 19  # samples for an interval of 90 %
@@ -80,11 +80,7 @@ def bench_restorations(
         >>> [row.method for row in bench_restorations(problem, config, tempfile.mkdtemp()).rows]
         ['pseudo-inverse', 'projection']
     """
-    check_ssim()
-    entries, left_out = planned_restorations(problem, config)
-    bench = _Bench.of(problem, config)
-    with Job.open("bench", out, device=problem.device, on_progress=on_progress, command=command, alone=True) as job:
-        return _Table(bench, job, left_out).run(entries)
+    return RestorationBench.of(problem, config).run(out, command=command, on_progress=on_progress)
 
 
 class _Made(NamedTuple):
@@ -97,19 +93,37 @@ class _Made(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Bench:
-    """The pictures that all rows share, with everything to measure restorations of them."""
+class RestorationBench:
+    """Hold a benchmark of restorations that can be run: its rows, the pictures that they share, and what measures them.
+
+    Attributes:
+        problem: the prior.
+        config: the rows by name.
+        entries: the rows, in their order.
+        left_out: what cannot be a row, with the reason.
+        truth: the pictures, ``[num, C, H, W]``.
+        labels: what the model is told of them, ``[num]``; None is its null label, or nothing.
+        network: that makes features.
+        shared: what all rows depend on.
+    """
 
     problem: Problem
     config: RestorationBenchConfig
+    entries: list[RestorationEntry]
+    left_out: list[str]
     truth: Tensor
     labels: Tensor | None
     network: torch.nn.Module
-    shared: dict[str, Any]  # what all rows depend on
+    shared: dict[str, Any]
 
     @classmethod
-    def of(cls, problem: Problem, config: RestorationBenchConfig) -> _Bench:
-        """Load the pictures and the features."""
+    def of(cls, problem: Problem, config: RestorationBenchConfig) -> RestorationBench:
+        """Plan the rows, and load the pictures and the features; nothing is written yet.
+
+        Arguments and errors are those of `bench_restorations`.
+        """
+        check_ssim()
+        entries, left_out = planned_restorations(problem, config)
         model = problem.model
         source = config.data or model.data
         if source is None:
@@ -134,7 +148,12 @@ class _Bench:
             "batch": config.batch,
             "features": name,
         }
-        return cls(problem, config, truth.to(problem.device), labels, network, shared)
+        return cls(problem, config, entries, left_out, truth.to(problem.device), labels, network, shared)
+
+    def run(self, out: str | Path, *, command: str = "", on_progress: Progress | None = None) -> RestorationResults:
+        """Make the rows that are not there. Arguments, result and errors are those of `bench_restorations`."""
+        with Job.open("bench", out, device=self.problem.device, on_progress=on_progress, command=command, alone=True) as job:
+            return _Table(self, job).run()
 
     def request(self, entry: RestorationEntry) -> str:
         """Return a hash of all that a row depends on."""
@@ -258,10 +277,10 @@ def _labels(problem: Problem, images: Images, num: int) -> Tensor | None:
 class _Table:
     """The rows of a folder."""
 
-    def __init__(self, bench: _Bench, job: Job, left_out: list[str]) -> None:
+    def __init__(self, bench: RestorationBench, job: Job) -> None:
         self.bench, self.job = bench, job
         self.path = job.folder / "results.json"
-        self.results = replace(self._there(), left_out=left_out)
+        self.results = replace(self._there(), left_out=bench.left_out)
         self.rows: dict[RestorationKey, RestorationRow] = {row.key: row for row in self.results.rows}
 
     def _there(self) -> RestorationResults:
@@ -280,10 +299,10 @@ class _Table:
                 log.warning("%s was of another model, other pictures or another version; its rows are in %s now", self.path, aside.name)
         return RestorationResults(version("fewstep"), job.command, self.bench.problem.name, machine, shared, [])
 
-    def run(self, entries: list[RestorationEntry]) -> RestorationResults:
+    def run(self) -> RestorationResults:
         """Make the rows that are not there, and return all."""
         done, each = 0, self.bench.config.made
-        for entry in entries:
+        for entry in self.bench.entries:
             named = self.bench.named(entry)
             if not self._is_up_to_date(named):
                 words = f"{entry.task.name.split(':')[0]}, {entry.name} {entry.solver} {entry.nfe or ''}".rstrip()
