@@ -42,7 +42,7 @@ class RestorationBenchConfig:
         num: pictures, the first of the data.
         seed: of the first picture's noises; the next has the next seed.
         samples: of each of the first pictures, for the mean, the spread and the coverage.
-        several: how many pictures have several samples.
+        several: how many pictures have several samples; all, where there are no more.
         batch: samples at a time.
         data: the pictures, as `load_images` takes them, best ones that the model was not trained on; by default the model's own.
         features: in which distances to the truth are measured: as for `Setup`.
@@ -70,8 +70,7 @@ class RestorationBenchConfig:
         at_least(self, num=2, samples=1, several=0, batch=1)
         if self.num > STRIDE:
             raise FewstepError(f"num is at most {STRIDE}, so that each sample has a seed of its own, got {self.num}")
-        if self.several > self.num:
-            raise FewstepError(f"several samples are made of the first pictures, so several is at most num, {self.num}, got {self.several}")
+        object.__setattr__(self, "several", min(self.several, self.num))
         for name, words in (("task", self.tasks), ("method", self.methods), ("solver", self.solvers), ("nfe", self.nfe)):
             if not words:
                 raise FewstepError(f"a benchmark of restorations needs at least one {name}")
