@@ -142,6 +142,8 @@ def test_a_method_that_stops_early_and_one_that_goes_back_are_counted(problem: P
         ({"solvers": ("ddin",)}, "unknown solver"),
         ({"grid": "krras"}, "unknown grid"),
         ({"nfe": (0,)}, "nfe must be"),
+        ({"nfe": 10}, "several of each nfe, as a tuple, got 10"),
+        ({"tasks": "upscale"}, "several of each task, as a tuple"),
         ({"num": 1}, "num is at least 2"),
         ({"samples": 0}, "samples is at least 1"),
         ({"seed": -1}, "seeds must lie"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fewstep import ModelError
+from fewstep import ModelError, seeded_noise
 from fewstep.inverse.tasks import TASKS, gaussian_kernel, make_task, pseudo_inverse
 
 SHAPE = (3, 16, 16)
@@ -29,6 +29,13 @@ def test_a_name_has_all_options_and_is_the_same_task(spec: str) -> None:
     torch.testing.assert_close(make_task(task.name, SHAPE).measure(X[1:], [5]), y[1:])  # the noise belongs to the picture
     assert abs(float((y - task.measurement(X)).std()) - task.noise) < 0.1 * task.noise + 1e-6
     assert {name.split(":")[0] for name in NAMES} == set(TASKS)
+
+
+def test_the_noise_is_none_that_a_sampler_adds() -> None:
+    """Samplers that add noise take that of the same seed in streams 1, 2, ... for their steps, and start from stream 0."""
+    noise = make_task("denoise:noise=1", SHAPE).measure(torch.zeros(1, *SHAPE), [3])
+    for stream in range(150):
+        assert abs(float((noise * seeded_noise([3], SHAPE, stream=stream)).mean())) < 0.2  # of chance it is 0.04
 
 
 def test_what_is_kept_of_a_picture() -> None:

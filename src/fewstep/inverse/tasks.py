@@ -18,7 +18,7 @@ from fewstep.sampling.noise import seeded_noise
 
 __all__ = ["TASKS", "Task", "gaussian_kernel", "make_task", "pseudo_inverse"]
 
-STREAM = 7  # of the noise of measurements, which is independent of that which sampling starts from
+STREAM = 1 << 40  # of the noise of measurements: no step of a sampler that adds noise to the same seed has this one
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_seeds
 from fewstep.runtime.errors import FewstepError, GridError, ModelError, SolverError, look_up
-from fewstep.runtime.front_door import at_least, check_fields, checked_class
+from fewstep.runtime.front_door import at_least, check_fields, checked_class, is_count
 from fewstep.runtime.spec import parse_spec
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, takes_statistics
@@ -71,7 +71,10 @@ class RestorationBenchConfig:
         if self.num > STRIDE:
             raise FewstepError(f"num is at most {STRIDE}, so that each sample has a seed of its own, got {self.num}")
         object.__setattr__(self, "several", min(self.several, self.num))
-        for name, words in (("task", self.tasks), ("method", self.methods), ("solver", self.solvers), ("nfe", self.nfe)):
+        lists = {"task": self.tasks, "method": self.methods, "solver": self.solvers, "nfe": self.nfe}
+        for name, words in lists.items():
+            if isinstance(words, str) or not isinstance(words, Sequence):
+                raise FewstepError(f"a benchmark of restorations takes several of each {name}, as a tuple, got {words!r}")
             if not words:
                 raise FewstepError(f"a benchmark of restorations needs at least one {name}")
         for word in self.tasks:
@@ -84,7 +87,7 @@ class RestorationBenchConfig:
         if self.grid is not None:
             look_up(parse_spec(self.grid, GridError)[0], {**GRIDS, OPTIMIZED: None}, "grid", GridError)
         for count in self.nfe:
-            if isinstance(count, bool) or count < 1:
+            if not is_count(count):
                 raise SolverError(f"nfe must be a whole number of at least 1, got {count}")
 
     @property
@@ -99,7 +102,7 @@ class RestorationEntry:
 
     Attributes:
         task: what is to be undone.
-        method: by name, and made; the pseudo-inverse has none.
+        name, method: by name, and made; the pseudo-inverse has none.
         solver, grid: by name.
         nfe: network evaluations of a sample that are planned.
         sampler: of the solver and grid, with as many steps as the method leaves.

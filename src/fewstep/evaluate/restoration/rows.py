@@ -58,7 +58,7 @@ class RestorationRow:
         features: distance to the truth in features, relative to that of another picture.
         misfit: of one sample, in units of the noise, or as it is where there is none.
         mean, alone: PSNR of the mean of the samples, and of one of them, both on the first pictures.
-        coverage: share of the truth in the 90 % interval of the samples.
+        coverage: share of the truth in the 90 % interval of the samples, where they differ.
         spread: mean standard deviation of the samples.
         seconds: for one sample.
         failed: why there is none.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -212,8 +213,10 @@ class RestorationBench:
                 "alone": float(psnr(made.first[: len(few)], few).mean()),
                 "spread": float(made.all_of_few.std(0).mean()),
             }
-            if len(made.all_of_few) >= ENOUGH:
-                figures["coverage"] = coverage(made.all_of_few, few)
+            if len(made.all_of_few) >= ENOUGH and (share := coverage(made.all_of_few, few)) is not None:
+                figures["coverage"] = share
+        if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
+            raise FewstepError(f"its {' and '.join(bad)} cannot be measured: the samples are too large")
         return figures
 
     def _made(self, entry: RestorationEntry, y: Tensor, note: Callable[[int], None]) -> _Made:
@@ -320,10 +323,14 @@ class _Table:
         there = self.rows.get(named.key)
         if there is None or there.failed is not None or there.request != named.request:
             return False
+        return self._kept(there) is not None
+
+    def _kept(self, row: RestorationRow) -> dict[str, Tensor] | None:
+        """Return what a row keeps; None where it is not there, or damaged."""
         try:
-            return read_row_file(row_file(self.job.folder, there)) is not None
+            return read_row_file(row_file(self.job.folder, row))
         except ArtifactError:
-            return False
+            return None
 
     def _write(self) -> None:
         rows = [row for mine in by_task(self.rows.values()).values() for row in self._compared(mine)]
@@ -334,12 +341,12 @@ class _Table:
     def _compared(self, rows: list[RestorationRow]) -> list[RestorationRow]:
         """Return the rows of a task with their differences to its first method, as far as every picture's figures are there."""
         first = next((row for row in rows if row.method != PSEUDO_INVERSE and row.failed is None), None)
-        base = None if first is None else read_row_file(row_file(self.job.folder, first))
+        base = None if first is None else self._kept(first)
         if first is None or base is None:
             return rows
         compared = list[RestorationRow]()
         for row in rows:
-            own = None if row.failed is not None else read_row_file(row_file(self.job.folder, row))
+            own = None if row.failed is not None else self._kept(row)
             if own is None:
                 compared.append(row)
                 continue
