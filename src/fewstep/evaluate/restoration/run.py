@@ -75,10 +75,12 @@ def bench_restorations(
     Example:
         >>> import tempfile, fewstep
         >>> from fewstep.evaluate.restoration.plan import RestorationBenchConfig
+        >>> from fewstep.evaluate.restoration.run import bench_restorations
         >>> from fewstep.models.problem import Problem
         >>> config = RestorationBenchConfig(("upscale",), ("projection",), nfe=(2,), num=2, samples=1, several=0)
         >>> problem = Problem(fewstep.load_model("digits-edm"))
-        >>> [row.method for row in bench_restorations(problem, config, tempfile.mkdtemp()).rows]
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     [row.method for row in bench_restorations(problem, config, out).rows]
         ['pseudo-inverse', 'projection']
     """
     return RestorationBench.of(problem, config).run(out, command=command, on_progress=on_progress)
