@@ -338,6 +338,44 @@ def blind(results: dict[str, Any], part: str | None) -> None:
         print(f"| {kernel} | {pictures} | {' | '.join(cells)} |")
 
 
+def restorations(results: dict[str, Any], part: str) -> None:
+    """Print rows of restorations, a column for each task: the ``error`` in dB, the ``sharpness``, or what ``several`` samples say."""
+    rows = [row for row in results["rows"] if "failed" not in row and (part != "several" or "coverage" in row)]
+    tasks = list(dict.fromkeys(row["task"] for row in results["rows"]))
+    best = {task: max(row["psnr"] for row in rows if row["task"] == task) for task in tasks}
+    nearest = {task: min(row["features"] for row in rows if row["task"] == task) for task in tasks}
+
+    def cell(row: Row) -> str:
+        if part == "several":
+            return f"{row['mean']:.2f} ({row['alone']:.2f}), {row['coverage']:.0%}"
+        if part == "sharpness":
+            text = f"{row['features']:.3f}"
+            return f"{f'**{text}**' if row['features'] == nearest[row['task']] else text} ({row['ssim']:.3f})"
+        text = f"{row['psnr']:.2f}"
+        compared = f" ({row['gain']:+.2f} ± {row['gain_error']:.2f})" if row.get("gain_error") else ""
+        return f"{f'**{text}**' if row['psnr'] == best[row['task']] else text}{compared}"
+
+    order = {
+        "pseudo-inverse": 0,
+        "projection": 1,
+        "proximal": 2,
+        "pigdm": 3,
+        "dps": 4,
+        "constrained": 5,
+        "moments": 6,
+        "moments:steps=2": 7,
+    }
+    lines = dict.fromkeys((row["method"], row["solver"], row["planned"], row["products"]) for row in rows)
+    heading(["method", "evaluations"], [task.split(":")[0] for task in tasks])
+    for line in sorted(lines, key=lambda line: (order.get(line[0], 9), line[2], line[1])):
+        mine = {row["task"]: row for row in rows if (row["method"], row["solver"], row["planned"], row["products"]) == line}
+        made = sorted({round(row["nfe"]) for row in mine.values()})
+        count = "0" if not made[-1] else f"{made[0]}" if made[0] == made[-1] else f"{made[0]} to {made[-1]}"
+        cost = count + (f" + {line[3]} back" if line[3] else "")
+        solver = f", `{line[1]}`" if line[1] else ""
+        print(f"| `{line[0]}`{solver} | {cost} | " + " | ".join(cell(mine[task]) if task in mine else "" for task in tasks) + " |")
+
+
 def inspections(results: dict[str, Any]) -> None:
     """Print the sampler that an inspection recommends, and its place among the rows of a benchmark."""
     heading(["model", "recommended"], ["RMSE", "place of all", "best", "its RMSE"])
@@ -542,6 +580,7 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "parallel": lambda results, args: in_parallel(results[0], args.part or "picard"),
     "splitting": lambda results, args: splitting(results[0], args.part),
     "blind": lambda results, args: blind(results[0], args.part),
+    "restorations": lambda results, args: restorations(results[0], args.part or "error"),
     "inspections": lambda results, args: inspections(results[0]),
     "budget": lambda results, args: budget(results[0], args.part or "errors"),
     "pipelines": lambda results, args: pipelines(results[0]),

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.apps.measured import picture_shape, side_by_side
+from fewstep.apps.measured import side_by_side
 from fewstep.data.images import read_image
 from fewstep.evaluate.pictures import save_grid
 from fewstep.inverse.blind import BlindConfig, BlindResult, deblur_blind
 from fewstep.inverse.measurements import CircularBlur
 from fewstep.inverse.restore import Restoration
+from fewstep.inverse.tasks import picture_shape
 from fewstep.models.batches import is_finished, samples_record
 from fewstep.models.problem import Problem
 from fewstep.runtime.artifact import write_whole

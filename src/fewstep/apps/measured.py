@@ -12,11 +12,12 @@ from torch import Tensor
 from fewstep.data.images import read_image, read_picture
 from fewstep.inverse.measurements import Average, CircularBlur, Grayscale, Mask, Measurement, checked_kernel
 from fewstep.inverse.restore import Restoration
+from fewstep.inverse.tasks import picture_shape
 from fewstep.models.model import Model
 from fewstep.runtime.artifact import check_file
 from fewstep.runtime.errors import FewstepError, ModelError, first_line, look_up
 
-__all__ = ["BLIND", "TASKS", "MeasuredPicture", "measured_picture", "picture_shape", "side_by_side"]
+__all__ = ["BLIND", "TASKS", "MeasuredPicture", "measured_picture", "side_by_side"]
 
 BLIND = "blind-deblur"
 TASKS = {  # what each takes beside the picture, and the noise where none is said
@@ -103,21 +104,6 @@ def side_by_side(shown: Tensor, made: Restoration) -> Tensor:
     spread = made.spread.mean(0, keepdim=True).expand_as(made.mean)
     grey = 2 * spread / spread.max().clamp_min(torch.finfo(spread.dtype).tiny) - 1
     return torch.cat([torch.stack([shown.cpu(), made.mean, grey]), made.samples])
-
-
-def picture_shape(model: Model) -> tuple[int, int, int]:
-    """Return the shape ``(C, H, W)`` of the pictures that a model makes.
-
-    Raises:
-        ModelError: it makes none, as one of latents.
-    """
-    shape = model.need_shape()
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ModelError(
-            f"{model.name} makes samples of shape {shape}, no pictures of 1 or 3 channels: where they are latents, measure through their "
-            "decoder in Python, fewstep.restore(model, Compose(operator, Nonlinear(decode)), y, noise)"
-        )
-    return shape[0], shape[1], shape[2]
 
 
 def read_kernel(path: Path) -> Tensor:

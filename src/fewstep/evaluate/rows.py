@@ -142,6 +142,10 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     text = read_file(path)
     results = parse_json(text, path)
+    if isinstance(results.get("problem"), dict) and "pictures" in results["problem"]:
+        raise ArtifactError(
+            f"{path} is of a benchmark of restorations (fewstep bench --task, whose page --report writes): choose another folder"
+        )
     held_to(text, _Results, path)
     return results
 

@@ -67,8 +67,8 @@ def test_a_sampler_that_fails_in_one_process_is_a_row(tmp_path: Path) -> None:
 
 
 def test_machines_of_different_kinds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = module._machine
-    monkeypatch.setattr(module, "_machine", lambda device: {**real(device), "processor": f"kind {process()[0]}"})
+    real = module.machine_of
+    monkeypatch.setattr(module, "machine_of", lambda device: {**real(device), "processor": f"kind {process()[0]}"})
     model = tiny(tmp_path / "model")
     for said in together(2, lambda: benchmark(model, FEW, tmp_path / "out")):
         assert "rows are timed, and processes of this run are on different machines: processor kind 0 and kind 1; use machines" in said

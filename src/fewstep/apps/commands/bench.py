@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fewstep.apps.commands.bench_restoration import bench_tasks
 from fewstep.apps.console import console, next_command, print_json, progress
 from fewstep.apps.models import guidance_of, open_model
 from fewstep.apps.options import (
@@ -47,13 +48,11 @@ GRIDS = ("logsnr", "karras", "angle")
 NFE = (5, 6, 8, 10)
 
 FLAGS = {
-    "num": Flag("--num", "-n", help="How many noises. Under torchrun say -n."),
     "seed": Flag(help="Seed of the first noise; the next has the next seed."),
     "samplers": Flag("--sampler", help="Folders of saved samplers: of fewstep fit or optimize, for example."),
     "peers": Flag(help="Also: diffusers (its ODE solvers), module:function (a sampler of k-diffusion's signature)."),
-    "batch": Flag(help="Noises at a time."),
     "features": Flag(help="In which samples and data are compared: digits, pixels, inception:PATH, module:function. Default: by the data."),
-    "data": Flag(help="Images to compare with: digits, an .npz, a folder of pictures. Default: the model's own, if known."),
+    "data": Flag(help="Images to compare with, or to restore: digits, an .npz, a folder of pictures. Default: the model's own, if known."),
     "statistics": Flag(help=STATISTICS),
     "any_statistics": Flag("--any-statistics", help=ANY_STATISTICS),
 }
@@ -63,27 +62,60 @@ def bench(
     model: ModelName,
     *,
     out: Annotated[Path, typer.Option(help="Folder for results.json and the pictures.")],
-    solver: Annotated[str | None, typer.Option(metavar=NAMES, help="Solvers; fitted: the model's own. Default: five.")] = None,
-    grid: Annotated[
-        str | None, typer.Option(metavar=NAMES, help="Grids; optimized: the model's own. Default: logsnr,karras,angle.")
+    task: Annotated[
+        str | None,
+        typer.Option(metavar=NAMES, help="Compare ways to restore pictures instead: upscale, inpaint, deblur, denoise, colorize, clip."),
     ] = None,
-    nfe: Annotated[str | None, typer.Option(metavar=INTEGERS, help="Network evaluations. Default: 5,6,8,10.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(metavar=NAMES, help="Of a task: moments, projection, proximal, pigdm, dps, constrained. Default: moments,projection."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Of a task: samples of each of the first pictures. Default: 19.")] = None,
+    several: Annotated[int | None, typer.Option(help="Of a task: how many pictures have several samples. Default: 32.")] = None,
+    solver: Annotated[
+        str | None, typer.Option(metavar=NAMES, help="Solvers; fitted: the model's own. Default: five; of a task ddim.")
+    ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(metavar=NAMES, help="Grids; optimized: the model's own. Default: logsnr,karras,angle; of a task one."),
+    ] = None,
+    nfe: Annotated[str | None, typer.Option(metavar=INTEGERS, help="Network evaluations. Default: 5,6,8,10; of a task 10,20.")] = None,
+    num: Annotated[
+        int | None, typer.Option("--num", "-n", help="How many noises, or pictures. Under torchrun say -n. Default: 512; of a task 256.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Noises at a time. Default: 256; of a task 64.")] = None,
     guidance: Guidance = None,
-    rest: Annotated[partial[BenchmarkConfig], Fields(FLAGS, ("solvers", "grids", "nfe", "guidance"))],
+    rest: Annotated[partial[BenchmarkConfig], Fields(FLAGS, ("solvers", "grids", "nfe", "num", "batch", "guidance"))],
     report: Annotated[bool, typer.Option("--report", help="Also write report.html: the rows as plots, tables and pictures.")] = False,
     trust: Trust = False,
     json: AsJson = False,
 ) -> None:
-    """Compare samplers on the same noises.
+    """Compare samplers on the same noises, or with --task ways to restore the same pictures.
 
-    Shown are the error to a tight trajectory, the Frechet distance to data, and the time. Rows that are there already are not run again;
-    the processes of torchrun share the others.
+    Shown are the error to a tight trajectory, the Frechet distance to data, and the time; of a task the error to the true picture, its
+    sharpness, and how honest the samples are. Rows that are there already are not run again; the processes of torchrun share the others.
     """
     if report:
         check_packages()
-    typed = words(solver), words(grid), None if nfe is None else integers(nfe, "--nfe")
+    counts = None if nfe is None else integers(nfe, "--nfe")
+    if task is not None:
+        given = {"--peers": "peers", "--statistics": "statistics", "--any-statistics": "any_statistics", "--sampler": "samplers"}
+        alien = [flag for flag, name in given.items() if rest.keywords[name]] + (["--guidance"] if guidance is not None else [])
+        _refuse(alien, "comparing samplers", f"leave {' and '.join(alien)} out with --task")
+        spacings = words(grid)
+        if spacings is not None and len(spacings) != 1:
+            raise FewstepError(f"with --task all rows are on one grid, got --grid {grid}: run it again for another one")
+        fields = {"tasks": words(task), "methods": words(method), "solvers": words(solver), "nfe": counts}
+        fields |= {"grid": None if spacings is None else spacings[0], "num": num, "batch": batch, "samples": samples, "several": several}
+        fields |= {name: rest.keywords[name] for name in ("seed", "data", "features")}
+        bench_tasks(model, fields, out, command(), report=report, trust=trust, json=json)
+        return
+    own = {"--method": method, "--samples": samples, "--several": several}
+    _refuse([flag for flag, value in own.items() if value is not None], "restoring pictures", "say --task too, as --task upscale,inpaint")
+    rest = partial(rest, **{name: value for name, value in {"num": num, "batch": batch}.items() if value is not None})
     opened = open_model(model, trust=trust)
     alone = bool(rest.keywords["samplers"]) and solver is None and grid is None and not rest.keywords["peers"]
+    typed = words(solver), words(grid), counts
     solvers, grids, counts = (
         default if one is None else one for one, default in zip(typed, ((), (), ()) if alone else _rows(opened), strict=True)
     )
@@ -102,6 +134,16 @@ def bench(
     if (out / "pictures.png").exists():
         console.print(f"pictures: {out / 'pictures.png'}")
     console.print(f"report: {out / 'report.html'}" if report else next_command("report", out, "--out", out))
+
+
+def _refuse(flags: Sequence[str], purpose: str, instead: str) -> None:
+    """Refuse options of the other benchmark.
+
+    Raises:
+        FewstepError: there are some.
+    """
+    if flags:
+        raise FewstepError(f"{' and '.join(flags)} {'is' if len(flags) == 1 else 'are'} for {purpose}: {instead}")
 
 
 def _rows(model: Model) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,20 @@ from torch import Tensor
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap
 from fewstep.core.schedule import NoiseSchedule
 
-__all__ = ["PeakMemory", "TimedDenoiser", "TimedFlowMap", "now", "timed"]
+__all__ = ["PeakMemory", "TimedDenoiser", "TimedFlowMap", "machine_of", "now", "timed"]
 
 PROCESS = Path("/proc/self")
+
+
+def machine_of(device: torch.device) -> dict[str, Any]:
+    """Return what times depend on: the device with its processor, the threads, and the versions of torch and Python."""
+    return {
+        "device": device.type,
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def now(device: torch.device) -> float:

@@ -7,7 +7,6 @@ import itertools
 import json
 import logging
 import math
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from torch import Tensor
 from fewstep.core.denoiser import Cond, FlowMap
 from fewstep.data.images import load_images
 from fewstep.evaluate.benchmark.comparison import Comparison
-from fewstep.evaluate.benchmark.cost import PeakMemory, now, timed
+from fewstep.evaluate.benchmark.cost import PeakMemory, machine_of, now, timed
 from fewstep.evaluate.benchmark.entries import Entry
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig, Setup, planned_entries
 from fewstep.evaluate.metrics.confidence import rms, rmse_interval, sample_errors
@@ -86,7 +85,7 @@ def run_entries(problem: Problem, entries: Sequence[Entry], setup: Setup, job: J
     skipped = {entry.key: why for entry in entries if (why := entry.why_not())}
     if len(skipped) == len(entries):
         raise SolverError("; ".join(dict.fromkeys(skipped.values())))
-    machine, *others = gather(_machine(problem.device))
+    machine, *others = gather(machine_of(problem.device))
     if any(other != machine for other in others):
         raise FewstepError(f"rows are timed, and processes of this run are on different machines: {_differences([machine, *others])}")
     bench = _Bench(problem, setup, job)
@@ -370,16 +369,6 @@ class _Bench:
         if self.job.rank:
             return
         write_whole(self.job.folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    return {
-        "device": device.type,
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _differences(machines: Sequence[dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from fewstep.evaluate.metrics.features import load_features
 from fewstep.runtime.entry import imported, is_entry
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["Quality", "features_name"]
+__all__ = ["Quality", "feature_network", "features_name"]
 
 WIDE = 256  # features: of more, fewer subsets are measured
 SUBSETS = {False: 100, True: 20}
@@ -48,14 +48,24 @@ def _is_third_party(features: str) -> bool:
     return is_entry(features) and not features.startswith("inception:")
 
 
-def _network(features: str | nn.Module, shape: tuple[int, ...]) -> nn.Module:
-    """Load the network of features by name; a third party's function is called with the shape of a sample and makes it."""
+def feature_network(features: str | nn.Module, shape: tuple[int, ...], device: torch.device) -> tuple[nn.Module, str]:
+    """Return the network of features on a device, ready for inference, and what rows call it.
+
+    Args:
+        features: by name, see `load_features`; ``module:function``, which is called with the shape of a sample and makes it; or itself.
+        shape: of a sample.
+        device: where it computes.
+
+    Raises:
+        FewstepError: as `load_features` and `imported`, or a function that makes no network.
+    """
     if isinstance(features, nn.Module) or not _is_third_party(features):
-        return features if isinstance(features, nn.Module) else load_features(features, shape)
-    made = imported(features)(shape)
-    if not isinstance(made, nn.Module):
-        raise FewstepError(f"{features} made a {type(made).__name__}: it should return a torch.nn.Module that makes [B, F] of images")
-    return made
+        network = features if isinstance(features, nn.Module) else load_features(features, shape)
+        return network.to(device).eval(), features_name(features)
+    network = imported(features)(shape)
+    if not isinstance(network, nn.Module):
+        raise FewstepError(f"{features} made a {type(network).__name__}: it should return a torch.nn.Module that makes [B, F] of images")
+    return network.to(device).eval(), features_name(network)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +85,9 @@ class Quality:
         """Prepare images ``[n, *D]`` in features by name or of any network.
 
         Raises:
-            FewstepError: as `load_features`, `imported`, `features_of`.
+            FewstepError: as `feature_network` and `features_of`.
         """
-        network = _network(features, tuple(images.shape[1:]))
-        name = features_name(features if isinstance(features, str) and not _is_third_party(features) else network)
-        network = network.to(device).eval()
+        network, name = feature_network(features, tuple(images.shape[1:]), device)
         data = features_of(images, network, device)
         first, second = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))].chunk(2)
         manifold = Manifold.of(data) if len(data) > NEIGHBOURS else None

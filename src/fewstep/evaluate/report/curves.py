@@ -1,4 +1,4 @@
-"""Draw what an inspection shows: curves over the noise level, from much noise to little."""
+"""Draw curves: what an inspection shows over the noise level, from much noise to little, and what restorations show over evaluations."""
 
 from __future__ import annotations
 
@@ -6,13 +6,24 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fewstep.evaluate.report.plots import COLOURS, LIGHT, MARKS, figure_of, log_ticks, new_axes, style
+from fewstep.evaluate.report.plots import (
+    COLOURS,
+    LIGHT,
+    MARKS,
+    Point,
+    evaluation_axis,
+    figure_of,
+    log_ticks,
+    name_lines,
+    new_axes,
+    style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["change_along", "distances", "stops"]
+__all__ = ["change_along", "distances", "over_evaluations", "stops"]
 
 SIDES = ((6, "bottom", "left"), (-6, "top", "right"))  # of a curve, where its name is
 HEIGHT, MARGINS = 280, {"left": 64, "right": 12, "bottom": 44, "top": 12}
@@ -90,6 +101,38 @@ def stops(errors: Sequence[float]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("evaluations made")
         axes.set_ylabel("RMSE")
+    return figure_of(axes)
+
+
+def over_evaluations(series: Mapping[str, Sequence[tuple[float, float]]], label: str, floor: tuple[str, float] | None = None) -> Figure:
+    """Draw a figure over the network evaluations, each line named at its end; the first five in colours, the others grey.
+
+    Args:
+        series: evaluations and values by name, ascending; the most important first.
+        label: what the figure is.
+        floor: the name and the value of a row without evaluations, as a dashed line.
+    """
+    counts = sorted({round(nfe) for points in series.values() for nfe, _ in points})
+    with style():
+        axes = new_axes(HEIGHT + 14 * max(0, len(series) - 12), left=52, right=150, bottom=44, top=12)
+        ends = list[tuple[Point, str, str]]()
+        for rank, (name, points) in reversed(list(enumerate(series.items()))):
+            front = rank < len(COLOURS)
+            colour, mark, size, width = (COLOURS[rank], MARKS[rank], 5, 1.7) if front else ("rest", "o", 4, 1)
+            x, y = [nfe for nfe, _ in points], [value for _, value in points]
+            axes.plot(x, y, color=LIGHT[colour], marker=mark, markersize=size, linewidth=width, zorder=40 - rank)
+            ends.append((Point(round(x[-1]), y[-1], None), name, colour))
+        axes.set_xscale("log")
+        evaluation_axis(axes, counts)
+        if floor is not None:
+            axes.axhline(floor[1], color=LIGHT["muted"], linewidth=1, linestyle=(0, (3, 3)), zorder=1)
+            ends.append((Point(counts[-1], floor[1], None), floor[0], "muted"))
+        values = [value for points in series.values() for _, value in points] + ([] if floor is None else [floor[1]])
+        room = 0.06 * (max(values) - min(values)) or 0.5
+        axes.set_ylim(min(values) - room, max(values) + room)
+        name_lines(axes, ends, counts[-1])
+        axes.set_xlabel("network evaluations")
+        axes.set_ylabel(label)
     return figure_of(axes)
 
 

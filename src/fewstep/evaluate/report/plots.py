@@ -30,9 +30,11 @@ __all__ = [
     "MARKS",
     "Point",
     "data_uri",
+    "evaluation_axis",
     "figure_of",
     "histograms",
     "log_ticks",
+    "name_lines",
     "new_axes",
     "png",
     "schedules",
@@ -93,7 +95,7 @@ def work_precision(series: Mapping[str, Sequence[Point]], *, floor: float | None
         if floor is not None:
             axes.axhline(floor, color=LIGHT["muted"], linewidth=1, linestyle=(0, (3, 3)), zorder=1)
             shown.append((Point(counts[-1], floor, None), "exact samples", "muted"))
-        _name_lines(axes, shown, counts[-1])
+        name_lines(axes, shown, counts[-1])
         axes.set_xlabel("network evaluations")
     return figure_of(axes)
 
@@ -171,7 +173,16 @@ def new_axes(height: float, *, left: float, right: float, bottom: float, top: fl
 
 
 def _limits(axes: Axes, counts: Sequence[int], values: Sequence[float]) -> None:
-    """Set limits and ticks: evaluations that were run, as many as have room; values at 1, 2 and 5."""
+    """Set limits and ticks: evaluations as `evaluation_axis`; values at 1, 2 and 5."""
+    evaluation_axis(axes, counts)
+    inside = [value for value in values if value > 0]
+    if inside:
+        axes.set_ylim(min(inside) / 1.25, max(inside) * 1.25)
+        log_ticks(axes.yaxis, min(inside), max(inside), 7)
+
+
+def evaluation_axis(axes: Axes, counts: Sequence[int]) -> None:
+    """Set the limits and ticks of a logarithmic axis of evaluations: those that were run, ascending, as many as have room."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = counts[0] / 1.08, counts[-1] * 1.08
@@ -184,10 +195,6 @@ def _limits(axes: Axes, counts: Sequence[int], values: Sequence[float]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    inside = [value for value in values if value > 0]
-    if inside:
-        axes.set_ylim(min(inside) / 1.25, max(inside) * 1.25)
-        log_ticks(axes.yaxis, min(inside), max(inside), 7)
 
 
 def log_ticks(axis: Any, low: float, high: float, most: int) -> None:  # noqa: ANN401 - matplotlib's
@@ -206,7 +213,7 @@ def log_ticks(axis: Any, low: float, high: float, most: int) -> None:  # noqa: A
     axis.set_minor_locator(NullLocator())
 
 
-def _name_lines(axes: Axes, ends: Sequence[tuple[Point, str, str]], last: int) -> None:
+def name_lines(axes: Axes, ends: Sequence[tuple[Point, str, str]], last: int) -> None:
     """Write names to the right of the lines' ends, moved apart where they would overlap."""
     to_pixels, box = axes.transData.transform, axes.bbox
     scale = 72 / figure_of(axes).dpi
