@@ -28,8 +28,8 @@ from torch import Tensor
 
 import fewstep
 from fewstep.data.images import load_images
-from fewstep.inverse.blind import BlindConfig, deblur_blind, deblur_known, error_spectra
-from fewstep.inverse.kernel_evidence import ErrorSpectra
+from fewstep.inverse.blind import BlindConfig, deblur_blind, deblur_known
+from fewstep.inverse.error_spectra import ErrorSpectra, error_spectra
 from fewstep.inverse.kernel_fit import recentred
 from fewstep.inverse.measurements import CircularBlur
 from fewstep.inverse.posterior import sample_posterior

@@ -42,12 +42,17 @@ MAIN: Rows = [
     ("moments", "ddim", 10),
     ("moments", "ddim", 16),
     ("moments", "ddim", 50),
+    ("spectral", "ddim", 5),
+    ("spectral", "ddim", 10),
+    ("spectral", "ddim:eta=1", 5),
+    ("spectral", "ddim", 24),
     ("projection", "ddim", 5),
     ("projection", "ddim", 10),
 ]
 MORE: Rows = [
     ("projection", "ddim", 24),
     ("moments:steps=2", "ddim", 24),
+    ("moments", "ddim:eta=1", 10),
     ("moments", "ddim:eta=1", 16),
     ("moments", "unipc-2", 16),
     ("constrained", "ddim", 55),
@@ -65,6 +70,7 @@ SHOWN = {
     ("projection", "ddim:eta=1", 100): "projection, 100",
     ("pigdm", "ddim:eta=1", 24): "PiGDM, 24 + 24 back",
     ("constrained", "ddim", 55): "constrained, 55",
+    ("spectral", "ddim", 5): "spectral, 5",
     ("moments", "ddim", 10): "moments, 10",
     ("moments", "ddim", 100): "moments, 100",
 }

@@ -364,6 +364,7 @@ def restorations(results: dict[str, Any], part: str) -> None:
         "constrained": 5,
         "moments": 6,
         "moments:steps=2": 7,
+        "spectral": 8,
     }
     lines = dict.fromkeys((row["method"], row["solver"], row["planned"], row["products"]) for row in rows)
     heading(["method", "evaluations"], [task.split(":")[0] for task in tasks])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import fewstep
 from fewstep import FewstepError, ModelError, RectifiedFlow, VarianceExploding, seeded_noise
 from fewstep.data.images import load_images
-from fewstep.inverse.blind import BlindConfig, deblur_blind, deblur_known, error_spectra
+from fewstep.inverse.blind import BlindConfig, deblur_blind, deblur_known
+from fewstep.inverse.error_spectra import error_spectra
 from fewstep.inverse.kernel_evidence import Observed, ascend, evidence, starting_kernels
 from fewstep.inverse.kernel_fit import fit_kernel, on_simplex, recentred
 from fewstep.inverse.measurements import CircularBlur
@@ -95,7 +96,7 @@ def test_a_kernel_is_recentred_within_its_support():
 
 @pytest.fixture(scope="module")
 def spectra(model):
-    return error_spectra(model, (1, 8, 8), torch.tensor([model.null_label]), config=SMALL)
+    return error_spectra(model, (1, 8, 8), torch.tensor([model.null_label]), num=SMALL.rehearsal, nfe=SMALL.nfe)
 
 
 def test_the_evidence_knows_a_kernel_from_none_but_not_from_its_mirror_image(digits, spectra):
@@ -117,7 +118,7 @@ def test_an_ascent_stays_on_the_simplex_and_improves(digits, spectra):
 
 def test_errors_of_white_images_have_the_posterior_variance():
     law = VarianceExploding(t_min=0.02, t_max=20.0)
-    measured = error_spectra(white(law, (2, 6, 5)), (2, 6, 5), config=BlindConfig(rehearsal=400))
+    measured = error_spectra(white(law, (2, 6, 5)), (2, 6, 5), num=400)
     for level in (0.1, 0.5, 3.0):
         assert float(measured.at(level).mean()) == pytest.approx(level**2 * 0.25 / (level**2 + 0.25), rel=0.15)
     assert measured.spread == pytest.approx(0.5, rel=0.05)

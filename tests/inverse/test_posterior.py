@@ -10,10 +10,12 @@ import fewstep
 from fewstep import ModelError, RectifiedFlow, Sampler, SolverError, VarianceExploding, VPLinear, measured, sample_posterior, seeded_noise
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.inverse.corrections import Moments, Projection
+from fewstep.inverse.error_spectra import error_spectra
 from fewstep.inverse.jacobian import estimate, jacobian_product
 from fewstep.inverse.measurements import Average, CircularBlur, Clip, Mask, Nonlinear
 from fewstep.inverse.posterior import METHODS, make_method
 from fewstep.inverse.restore import sample_interval
+from fewstep.inverse.spectral import Spectral
 from fewstep.models.analytic import GaussianDenoiser, MixtureDenoiser
 
 SHAPE, STD, NOISE = (1, 4, 4), 0.5, 0.1
@@ -305,3 +307,36 @@ def test_names_make_methods() -> None:
     assert make_method("moments:steps=2:spread=0.3") == Moments(2, 0.3)
     assert all(isinstance(make_method(name), kind) for name, kind in METHODS.items())
     assert estimate(gaussian(LAWS["EDM"]), torch.ones(1, *SHAPE), torch.tensor(1.0)).graph is None
+
+
+def test_the_correction_by_spectra_is_exact_for_stationary_images() -> None:
+    """Of white Gaussian images the errors are white, so formula (1) is met up to the chance of the measured spectrum."""
+    prior = GaussianDenoiser(LAWS["EDM"], torch.zeros(2, 6, 6), torch.full((2, 6, 6), STD))
+    method = Spectral(error_spectra(prior, (2, 6, 6), num=2000, nfe=12))
+    a, t = Average(2), torch.tensor(0.7, dtype=torch.float64)
+    x, y = seeded_noise(range(4), (2, 6, 6)), 0.5 * seeded_noise([9], (2, 3, 3))[0]
+    wanted = measured(prior, a, y, NOISE, method=Projection(spread=STD))(x, t)
+    found = measured(prior, a, y, NOISE, method=method)(x, t)
+    assert float((found - wanted).norm() / (wanted - prior(x, t)).norm()) < 0.05
+    exact = measured(prior, a, y, 0.0, method=method)(x, t)
+    torch.testing.assert_close(a(exact), y.expand(4, 2, 3, 3), rtol=0, atol=1e-3)
+    each = measured(prior, a, y, NOISE, method=method)(x, t.expand(4))
+    torch.testing.assert_close(each, found, rtol=1e-4, atol=1e-4)
+
+
+def test_spectra_are_measured_where_none_are_passed() -> None:
+    model = fewstep.load_model("digits-edm")
+    a, cond = Average(2), torch.full((2,), 3)
+    sampler = Sampler.build("ddim", "karras", model.schedule, nfe=3)
+    x = fewstep.start_noise(sampler.tableau.nodes, range(2), (1, 8, 8))
+    found = sample_posterior(model, sampler, x, a, torch.zeros(1, 4, 4), 0.05, cond, method="spectral")
+    passed = Spectral(error_spectra(model, (1, 8, 8), torch.tensor([3])))
+    torch.testing.assert_close(sample_posterior(model, sampler, x, a, torch.zeros(1, 4, 4), 0.05, cond, method=passed), found)
+    with pytest.raises(ModelError, match="pass method=Spectral"):
+        measured(model, a, torch.zeros(1, 4, 4), 0.05, method="spectral")
+    with pytest.raises(ModelError, match="another shape"):
+        measured(model, a, torch.zeros(1, 6, 6), 0.05, method=passed)(torch.zeros(1, 1, 12, 12), torch.tensor(1.0), torch.tensor([3]))
+    with pytest.raises(ModelError, match="got a str"):
+        Spectral("white")
+    with pytest.raises(ModelError, match=r"pictures \(C, H, W\)"):
+        error_spectra(model, (8,))

@@ -16,7 +16,7 @@ of its largest maxima and its mirror image has a pass, and the model judges whos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -28,7 +28,8 @@ from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.prediction import aligned
 from fewstep.core.tableau import Tableau
 from fewstep.inverse.corrections import Projection
-from fewstep.inverse.kernel_evidence import ErrorSpectra, Observed, ascend, evidence, starting_kernels, transfer
+from fewstep.inverse.error_spectra import ErrorSpectra, error_spectra
+from fewstep.inverse.kernel_evidence import Observed, ascend, evidence, starting_kernels, transfer
 from fewstep.inverse.kernel_fit import checked_size, fit_kernel, recentred
 from fewstep.inverse.measurements import CircularBlur, checked_noise
 from fewstep.inverse.posterior import checked_prior, sample_posterior
@@ -40,9 +41,9 @@ from fewstep.sampling.loop import run
 from fewstep.sampling.noise import seed_list, seeded_noise, start_noise
 from fewstep.sampling.sampler import Sampler
 
-__all__ = ["BlindConfig", "BlindResult", "KernelStep", "deblur_blind", "deblur_known", "error_spectra"]
+__all__ = ["BlindConfig", "BlindResult", "KernelStep", "deblur_blind", "deblur_known"]
 
-SOLVER, DRAWING = "ddim:eta=1", "unipc-2"  # of posteriors, where fresh noise mends what corrections break; and of the model's own samples
+SOLVER = "ddim:eta=1"  # whose fresh noise mends what corrections break
 JUDGED = (0.2, 0.4, 0.8, 1.6)  # levels at which the model judges images, over their root mean square
 STREAM = 800  # of the judge's noises
 SPEC_START, SPEC_LEVEL, SPEC_TRUST, SPEC_HOLD = 0.7, 2.0, 0.5, 0.03  # method fast: pixels, level, and the weights of its E- and M-step
@@ -192,28 +193,6 @@ def deblur_blind(
 
 @checked
 @torch.no_grad()
-def error_spectra(
-    denoiser: Denoiser, shape: tuple[int, ...], cond: Cond = None, *, config: BlindConfig | None = None, seed: int = 0
-) -> ErrorSpectra:
-    """Measure the spectra of a model's errors on its own samples, for many calls of `deblur_blind`.
-
-    Args:
-        denoiser: the model.
-        shape: of one picture, ``(C, H, W)``.
-        cond: the condition of one sample, a batch of 1.
-        config: how many samples and which levels.
-        seed: of the first sample.
-
-    Raises:
-        ModelError: no denoiser, or a student.
-    """
-    config = config_of(config, BlindConfig)
-    checked_prior(denoiser, Projection())
-    return _rehearsed(denoiser, (1, *shape), cond, config, seed)
-
-
-@checked
-@torch.no_grad()
 def deblur_known(
     denoiser: Denoiser,
     y: Tensor,
@@ -283,7 +262,9 @@ class _Task:
         return cls(denoiser, y, level, torch.tensor(chosen).reshape(len(y), count).T, cond, config, say or (lambda done, note: None))
 
     def rehearse(self) -> ErrorSpectra:
-        return _rehearsed(self.denoiser, self.y.shape, self.cond, self.config, int(self.seeds[0, 0]))
+        rows, *shape = self.y.shape
+        options = {"num": self.config.rehearsal, "nfe": self.config.nfe, "grid": self.config.grid, "seed": int(self.seeds[0, 0])}
+        return error_spectra(self.denoiser, shape, self.cond, rows=rows, **options)
 
     def start(self, tableau: Tableau, seeds: Tensor) -> Tensor:
         return start_noise(tableau.nodes, seeds.flatten().tolist(), self.y.shape[1:]).to(self.y)
@@ -293,11 +274,6 @@ def _tableau(denoiser: Denoiser, config: BlindConfig, nfe: int, solver: str = SO
     law = denoiser.schedule
     usual = "karras" if bool(law.alpha(torch.tensor(law.t_max, dtype=torch.float64)) > 0) else "angle"
     return Sampler.build(solver, config.grid or usual, law, nfe=nfe).tableau
-
-
-def _rehearsed(denoiser: Denoiser, shape: Sequence[int], cond: Cond, config: BlindConfig, seed: int) -> ErrorSpectra:
-    drawing, levels = _tableau(denoiser, config, config.nfe, DRAWING), _tableau(denoiser, config, config.nfe)
-    return ErrorSpectra.measure(denoiser, drawing, levels, shape, cond, config.rehearsal, seed)
 
 
 # -- led by the evidence ------------------------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b > 0, a / b.clamp_min(torch.finfo(b.dtype).tiny), 0.0)
 
 
-def conjugate_gradients(matrix: Callable[[Tensor], Tensor], r: Tensor) -> Tensor:
-    """Solve ``matrix u = r [B, *Y]`` per sample, for a positive definite matrix (Hestenes and Stiefel, 1952)."""
+def conjugate_gradients(matrix: Callable[[Tensor], Tensor], r: Tensor, *, close: float = CLOSE) -> Tensor:
+    """Solve ``matrix u = r [B, *Y]`` per sample, for a positive definite matrix (Hestenes and Stiefel, 1952), to ``close |r|``."""
     u, p, rho = torch.zeros_like(r), r, dot(r, r)
-    goal = CLOSE**2 * rho
+    goal = close**2 * rho
     for _ in range(ROUNDS):
         q = matrix(p)
         a = _ratio(rho, dot(p, q)) * (rho > goal)

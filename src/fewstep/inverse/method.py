@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -63,6 +63,17 @@ class Method(ABC):
     @abstractmethod
     def cost(self) -> tuple[int, int]:
         """The network evaluations and the products by back-propagation of one step of a first-order sampler, at most."""
+
+    def prepared(self, denoiser: Denoiser, shape: Sequence[int], cond: Cond) -> Method:
+        """Return the method with all that it measures of a model before the first step; by default nothing.
+
+        Args:
+            denoiser: the prior.
+            shape: of a sample, ``*D``.
+            cond: of the samples.
+        """
+        del denoiser, shape, cond
+        return self
 
     @abstractmethod
     def sample(

@@ -14,6 +14,7 @@ from fewstep.inverse.jacobian import ROUGH
 from fewstep.inverse.measurements import checked_noise, measurement_of
 from fewstep.inverse.method import Data, Method
 from fewstep.inverse.moves import DPS, Constrained
+from fewstep.inverse.spectral import Spectral
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import network_dtype
 from fewstep.runtime.errors import ModelError, look_up
@@ -26,6 +27,7 @@ __all__ = ["METHODS", "checked_data", "checked_prior", "make_method", "measured"
 
 METHODS: dict[str, type[Method]] = {
     "moments": Moments,
+    "spectral": Spectral,
     "projection": Projection,
     "proximal": Proximal,
     "pigdm": PiGDM,
@@ -64,7 +66,8 @@ def measured(
         measurement: the operator: one of `fewstep.inverse.measurements`, an object with ``A`` and ``A_adjoint``, or a function.
         y: what was measured, ``[B, *Y]``, or ``[*Y]`` for all samples.
         noise: the standard deviation of its noise; by default what the operator's ``noise_model`` says.
-        method: how, see `METHODS`: ``moments``, ``projection``, ``proximal`` or ``pigdm`` with options, as ``moments:steps=2``.
+        method: how, see `METHODS`: ``moments``, ``projection``, ``proximal`` or ``pigdm`` with options, as ``moments:steps=2``; or
+            ``Spectral(error_spectra(denoiser, shape))``.
 
     Raises:
         ModelError: something that is no denoiser, operator, measurement, noise or method; a method that moves the state, which
@@ -82,6 +85,8 @@ def measured(
     correction = make_method(method)
     if not isinstance(correction, Correction):
         raise ModelError(f"{type(correction).__name__} moves the state: run it by fewstep.inverse.posterior.sample_posterior")
+    if isinstance(correction, Spectral) and correction.spectra is None:
+        raise ModelError("spectral needs the error spectra of its model: pass method=Spectral(error_spectra(denoiser, shape))")
     return Measured(checked_prior(denoiser, correction), checked_data(measurement, y, noise), correction)
 
 
@@ -117,7 +122,8 @@ def sample_posterior(
     """
     chosen, data = make_method(method), checked_data(measurement, y, noise)
     check_start(x)
-    return chosen.sample(checked_prior(denoiser, chosen), tableau_of(sampler), x, data, cond, seeds, observe)
+    prior, tableau = checked_prior(denoiser, chosen), tableau_of(sampler)
+    return chosen.prepared(prior, x.shape[1:], cond).sample(prior, tableau, x, data, cond, seeds, observe)
 
 
 def checked_data(measurement: object, y: object, noise: float | None) -> Data:

@@ -30,6 +30,7 @@ from fewstep.runtime.artifact import ArtifactRecord, load_artifact, named_path, 
 from fewstep.runtime.errors import ModelError
 from fewstep.runtime.front_door import checked, is_count, number, scale_of
 from fewstep.runtime.job import Job, Progress
+from fewstep.runtime.process import wait_for_all
 from fewstep.sampling.noise import seed_list
 from fewstep.sampling.sampler import Sampler
 from fewstep.sampling.start import noised
@@ -274,6 +275,7 @@ class _Run:
             self.problem.identity,
             self.sampler.tableau.fingerprint,
             repr(self.method),
+            digest(parts(self.method, "method")),
             digest(parts(given, "measurement")),
             self.data.noise,
             self.seeds,
@@ -286,6 +288,11 @@ class _Run:
         problem, tableau, denoiser = self.problem, self.sampler.tableau, self.problem.denoiser
         assert not isinstance(denoiser, FlowMap)  # a student is refused
         numbers = {seed: k for k, seed in enumerate(self.seeds)}
+        identity = "memory" if job.in_memory else self.identity
+        if (job.folder / "restoration.json").exists() and is_finished(job.folder, identity):
+            job.on_progress(len(self.seeds), "there already")
+            return Restoration.load(job.folder)
+        method = self.method.prepared(denoiser, problem.shape, self.cond)
 
         def make(part: Sequence[int]) -> Tensor:
             first = numbers[part[0]]
@@ -293,21 +300,19 @@ class _Run:
             data, nodes = self.data, tableau.nodes
             begin = None if self.start is None else self.start.expand(len(part), *problem.shape)
             x = problem.start(part, nodes) if begin is None else noised(begin, nodes, part)
-            return sample_posterior(denoiser, tableau, x, data.measurement, data.y, data.noise, cond, method=self.method, seeds=part)
+            return sample_posterior(denoiser, tableau, x, data.measurement, data.y, data.noise, cond, method=method, seeds=part)
 
-        identity = "memory" if job.in_memory else self.identity
-        if (job.folder / "restoration.json").exists() and is_finished(job.folder, identity):
-            job.on_progress(len(self.seeds), "there already")
-            return Restoration.load(job.folder)
         about = samples_record(identity, problem.name, repr(self.sampler), self.seeds)
         made = sampled_in_batches(job.folder, about, self.seeds, self.batch, make, on_progress=lambda done: job.on_progress(done, ""))
         if made is None:  # another process than the first, which has no samples to give
+            wait_for_all()
             return Restoration.load(job.folder)
         samples, folder = made
         found = Restoration(samples, self.data.y.detach().cpu(), self._misfit(samples), self.card(job.command))
         if not job.in_memory:
             found.save(job.folder)
             rmtree(folder)
+            wait_for_all()
         return found
 
     def _misfit(self, samples: Tensor) -> Tensor:

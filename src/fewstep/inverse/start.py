@@ -129,6 +129,7 @@ def choose_start(
     assert not isinstance(denoiser, FlowMap)  # a student is refused
     samplers = [restored_steps(model, chosen, solver, nfe, grid, scale, None if one == 1 else one) for one in tried]
     cond = problem.conditions(seeds, cond)
+    chosen = chosen.prepared(denoiser, problem.shape, cond)
     true = sample(model, "dpm-solver-pp-2m", nfe=TEACHER, seeds=seeds, cond=cond, guidance=scale)
     clean = operator(true)
     y = clean + sy * seeded_noise(seeds, clean.shape[1:], stream=MEASURING).to(clean)

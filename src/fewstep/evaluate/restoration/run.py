@@ -233,13 +233,12 @@ class RestorationBench:
         assert not isinstance(inner, FlowMap)  # a student is refused
         tableau, denoiser = entry.sampler.tableau, TimedDenoiser(inner)
         parts, seconds, done = list[Tensor](), 0.0, 0
+        method = entry.method.prepared(inner, problem.shape, self._cond(torch.tensor([0])))
         for pictures, seeds in self._batches():
             cond, x = self._cond(pictures), problem.start(seeds, tableau.nodes)
             begin = now(problem.device)
             parts.append(
-                sample_posterior(
-                    denoiser, tableau, x, task.measurement, y[pictures], task.noise, cond, method=entry.method, seeds=seeds
-                ).detach()
+                sample_posterior(denoiser, tableau, x, task.measurement, y[pictures], task.noise, cond, method=method, seeds=seeds).detach()
             )
             seconds, done = seconds + now(problem.device) - begin, done + len(seeds)
             note(done * entry.nfe)
