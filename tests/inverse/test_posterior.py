@@ -284,6 +284,19 @@ def half() -> fewstep.Model:
             SolverError,
             "use ddim",
         ),
+        (
+            lambda p: sample_posterior(
+                p,
+                Sampler.build("dpm-solver-pp-2m", "karras", p.schedule, nfe=4),
+                torch.ones(1, *SHAPE),
+                Average(2),
+                torch.zeros(1, 2, 2),
+                0.1,
+                method="constrained",
+            ),
+            SolverError,
+            "use ddim",
+        ),
     ],
 )
 def test_refusals(make, error: type[Exception], said: str) -> None:

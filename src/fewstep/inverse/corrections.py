@@ -11,7 +11,6 @@ The methods differ in what stands for C. Each makes a denoiser of a denoiser, so
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +18,13 @@ from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.core.tableau import Tableau
 from fewstep.inverse.conjugate_gradients import dot
 from fewstep.inverse.jacobian import SIZE, Estimate, estimate
 from fewstep.inverse.measurements import Measurement
-from fewstep.inverse.method import Data, Method, positive
+from fewstep.inverse.method import Asked, Data, Method, positive
 from fewstep.runtime.errors import ModelError
 from fewstep.runtime.front_door import checked_class, is_count
-from fewstep.sampling.loop import Step, run
+from fewstep.sampling.loop import run
 
 __all__ = ["Correction", "Measured", "Moments", "PiGDM", "Projection", "Proximal"]
 
@@ -50,18 +48,9 @@ class Correction(Method):
             noise: the standard deviation of the measurement.
         """
 
-    def sample(
-        self,
-        denoiser: Denoiser,
-        tableau: Tableau,
-        x: Tensor,
-        data: Data,
-        cond: Cond,
-        seeds: Iterable[int] | Tensor | None,
-        observe: Callable[[Step], None] | None,
-    ) -> Tensor:
-        made = Measured(denoiser, data, self)
-        return run(made, tableau, x, cond, seeds=None if seeds is None else torch.as_tensor(list(seeds)), observe=observe)
+    def sample(self, denoiser: Denoiser, asked: Asked) -> Tensor:
+        made = Measured(denoiser, asked.data, self)
+        return run(made, asked.tableau, asked.x, asked.cond, seeds=asked.seeds, observe=asked.observe)
 
 
 def _isotropic(level: Tensor, spread: float) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from fewstep.runtime.errors import ModelError
 from fewstep.runtime.front_door import number
 from fewstep.sampling.loop import Step
 
-__all__ = ["Data", "Method", "positive"]
+__all__ = ["Asked", "Data", "Method", "positive"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,26 @@ class Data:
         return y - answer
 
 
+class Asked(NamedTuple):
+    """The posterior samples that a method is asked for.
+
+    Attributes:
+        tableau: of the sampler.
+        x: the start, ``[B, *D]``.
+        data: what was measured.
+        cond: for the denoiser.
+        seeds: one per sample, for samplers that add noise.
+        observe: called with each `Step`.
+    """
+
+    tableau: Tableau
+    x: Tensor
+    data: Data
+    cond: Cond
+    seeds: Sequence[int] | None
+    observe: Callable[[Step], None] | None
+
+
 class Method(ABC):
     """A way from a denoiser and a measurement to posterior samples.
 
@@ -76,17 +96,8 @@ class Method(ABC):
         return self
 
     @abstractmethod
-    def sample(
-        self,
-        denoiser: Denoiser,
-        tableau: Tableau,
-        x: Tensor,
-        data: Data,
-        cond: Cond,
-        seeds: Iterable[int] | Tensor | None,
-        observe: Callable[[Step], None] | None,
-    ) -> Tensor:
-        """Sample from ``x [B, *D]``; return the samples ``[B, *D]``. Arguments are those of `sample_posterior`."""
+    def sample(self, denoiser: Denoiser, asked: Asked) -> Tensor:
+        """Sample what was asked for, ``[B, *D]``."""
 
 
 def positive(value: float, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +10,12 @@ from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.prediction import aligned
-from fewstep.core.tableau import Tableau
 from fewstep.inverse.jacobian import SIZE, Estimate, estimate
-from fewstep.inverse.method import Data, Method, positive
+from fewstep.inverse.method import Asked, Data, Method, positive
 from fewstep.models.guidance import Wrapped
 from fewstep.runtime.errors import ModelError, SolverError
 from fewstep.runtime.front_door import checked_class, is_count
-from fewstep.sampling.loop import Step, steps
+from fewstep.sampling.loop import Step, run
 
 __all__ = ["DPS", "Constrained"]
 
@@ -42,16 +41,7 @@ class DPS(Method):
     def cost(self) -> tuple[int, int]:
         return 1, 1
 
-    def sample(
-        self,
-        denoiser: Denoiser,
-        tableau: Tableau,
-        x: Tensor,
-        data: Data,
-        cond: Cond,
-        seeds: Iterable[int] | Tensor | None,
-        observe: Callable[[Step], None] | None,
-    ) -> Tensor:
+    def sample(self, denoiser: Denoiser, asked: Asked) -> Tensor:
         kept = list[Estimate]()  # the last answer, with its graph
 
         def answer(state: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -62,12 +52,12 @@ class DPS(Method):
             graph = kept[0].graph
             assert graph is not None
             with torch.enable_grad():
-                misfit = data.residual(graph[0]).flatten(1).norm(dim=1).sum()
+                misfit = asked.data.residual(graph[0]).flatten(1).norm(dim=1).sum()
                 (slope,) = torch.autograd.grad(misfit, graph[1])
-            alpha = aligned(denoiser.schedule.alpha(tableau.nodes.t[step.i + 1]), x)
+            alpha = aligned(denoiser.schedule.alpha(asked.tableau.nodes.t[step.i + 1]), asked.x)
             return step.x_next - self.zeta * alpha * slope
 
-        return _edited(Wrapped(denoiser.schedule, answer), tableau, x, cond, seeds, down, observe)
+        return _edited(Wrapped(denoiser.schedule, answer), asked, down)
 
 
 @checked_class
@@ -99,23 +89,15 @@ class Constrained(Method):
     def cost(self) -> tuple[int, int]:
         return 1 + 2 * self.inner, 0
 
-    def sample(
-        self,
-        denoiser: Denoiser,
-        tableau: Tableau,
-        x: Tensor,
-        data: Data,
-        cond: Cond,
-        seeds: Iterable[int] | Tensor | None,
-        observe: Callable[[Step], None] | None,
-    ) -> Tensor:
-        times = tableau.nodes.t
+    def sample(self, denoiser: Denoiser, asked: Asked) -> Tensor:
+        times, data = asked.tableau.nodes.t, asked.data
 
         def edit(step: Step) -> Tensor | None:
-            last = step.i + 1 == tableau.nodes.evaluations
-            return None if last else self.move(denoiser, step.x_next, times[step.i + 1], cond, data)
+            last = step.i + 1 == asked.tableau.nodes.evaluations
+            return None if last else self.move(denoiser, step.x_next, times[step.i + 1], asked.cond, data)
 
-        return _edited(denoiser, tableau, self.move(denoiser, x, times[0], cond, data), cond, seeds, edit, observe)
+        moved = asked._replace(x=self.move(denoiser, asked.x, times[0], asked.cond, data))
+        return _edited(denoiser, moved, edit)
 
     def move(self, denoiser: Denoiser, x: Tensor, t: Tensor, cond: Cond, data: Data) -> Tensor:
         """Return the states ``x [B, *D]`` at time ``t``, moved."""
@@ -135,20 +117,13 @@ class Constrained(Method):
         return x
 
 
-def _edited(
-    denoiser: Denoiser,
-    tableau: Tableau,
-    x: Tensor,
-    cond: Cond,
-    seeds: Iterable[int] | Tensor | None,
-    edit: Callable[[Step], Tensor | None],
-    observe: Callable[[Step], None] | None,
-) -> Tensor:
-    end = x
-    if tableau.nodes.evaluations != sum(tableau.whole_steps) or not tableau.whole_steps[-1]:
-        raise SolverError("a method that moves the state is for solvers of one evaluation a step and without a memory: use ddim")
-    for step in steps(denoiser, tableau, x, cond, seeds=seeds, edit=edit):
-        end = step.x_next
-        if observe is not None:
-            observe(step)
-    return end
+def _edited(denoiser: Denoiser, asked: Asked, edit: Callable[[Step], Tensor | None]) -> Tensor:
+    """Run a sampler whose steps are edited.
+
+    Raises:
+        SolverError: it makes several evaluations a step, or reads those before.
+    """
+    tableau = asked.tableau
+    if tableau.nodes.evaluations != sum(tableau.whole_steps) or tableau.memory > 1:
+        raise SolverError("a method that moves the state is for solvers of one evaluation a step that read no other: use ddim")
+    return run(denoiser, tableau, asked.x, asked.cond, seeds=asked.seeds, edit=edit, observe=asked.observe)

@@ -12,7 +12,7 @@ from fewstep.core.tableau import Tableau
 from fewstep.inverse.corrections import Correction, Measured, Moments, PiGDM, Projection, Proximal
 from fewstep.inverse.jacobian import ROUGH
 from fewstep.inverse.measurements import checked_noise, measurement_of
-from fewstep.inverse.method import Data, Method
+from fewstep.inverse.method import Asked, Data, Method
 from fewstep.inverse.moves import DPS, Constrained
 from fewstep.inverse.spectral import Spectral
 from fewstep.models.model import Model
@@ -21,6 +21,7 @@ from fewstep.runtime.errors import ModelError, look_up
 from fewstep.runtime.front_door import checked
 from fewstep.runtime.spec import check_options, parse_spec
 from fewstep.sampling.loop import Step, check_start
+from fewstep.sampling.noise import seed_list
 from fewstep.sampling.sampler import Sampler, tableau_of
 
 __all__ = ["METHODS", "checked_data", "checked_prior", "make_method", "measured", "sample_posterior"]
@@ -123,7 +124,8 @@ def sample_posterior(
     chosen, data = make_method(method), checked_data(measurement, y, noise)
     check_start(x)
     prior, tableau = checked_prior(denoiser, chosen), tableau_of(sampler)
-    return chosen.prepared(prior, x.shape[1:], cond).sample(prior, tableau, x, data, cond, seeds, observe)
+    asked = Asked(tableau, x, data, cond, None if seeds is None else seed_list(seeds), observe)
+    return chosen.prepared(prior, x.shape[1:], cond).sample(prior, asked)
 
 
 def checked_data(measurement: object, y: object, noise: float | None) -> Data:
