@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from shutil import rmtree
@@ -85,6 +85,10 @@ class Restoration:
     def interval(self, share: float = INTERVAL) -> tuple[Tensor, Tensor]:
         """Return the ends, ``[*D]`` each, of an interval that holds one more sample with this probability, see `sample_interval`."""
         return sample_interval(self.samples, share)
+
+    def with_card(self, **facts: Any) -> Restoration:  # noqa: ANN401 - plain JSON values
+        """Return the same restoration with more facts on its card, plain JSON values."""
+        return replace(self, card={**self.card, **facts})
 
     def save(self, folder: str | Path) -> Path:
         """Write ``restoration.json``, ``restoration.safetensors`` and a ``README.md`` card, and return the folder.
@@ -168,7 +172,6 @@ def restore(
     batch: int = 64,
     out: str | Path | None = None,
     on_progress: Progress | None = None,
-    command: str = "",
 ) -> Restoration:
     """Sample what was measured, given a model of such images: no training, and no back-propagation by default.
 
@@ -190,7 +193,6 @@ def restore(
         batch: samples at a time.
         out: a folder for the `Restoration`; a killed run continues there.
         on_progress: called with the samples done and a note.
-        command: the command line, for the card.
 
     Raises:
         ModelError: a measurement, noise, method, condition or guidance that cannot be used; a student; a model without a null label and
@@ -229,7 +231,7 @@ def restore(
     sampler = restored_steps(model, chosen, solver, nfe, grid, scale, strength)
     start = None if strength is None else checked_estimate(estimate, data.measurement, data.y[None], data.noise, problem.shape)
     run = _Run(problem, data, chosen, sampler, numbers, problem.conditions(numbers, cond), start, strength, int(batch))
-    with Job.open("restore", out, device=model.device, on_progress=on_progress, command=command) as job:
+    with Job.open("restore", out, device=model.device, on_progress=on_progress) as job:
         return run.within(job)
 
 
@@ -308,7 +310,7 @@ class _Run:
             wait_for_all()
             return Restoration.load(job.folder)
         samples, folder = made
-        found = Restoration(samples, self.data.y.detach().cpu(), self._misfit(samples), self.card(job.command))
+        found = Restoration(samples, self.data.y.detach().cpu(), self._misfit(samples), self.card())
         if not job.in_memory:
             found.save(job.folder)
             rmtree(folder)
@@ -320,7 +322,7 @@ class _Run:
         rms = r.flatten(1).square().mean(1).sqrt()
         return rms / self.data.noise if self.data.noise else rms
 
-    def card(self, command: str) -> dict[str, Any]:
+    def card(self) -> dict[str, Any]:
         """Return what the samples are of."""
         evaluations, products = self.method.cost
         count = self.sampler.nfe
@@ -334,5 +336,4 @@ class _Run:
             "backward passes": count * products,
             "seeds": self.seeds,
             **({} if self.strength is None else {"strength": self.strength}),
-            **({"command": command} if command else {}),
         }

@@ -104,11 +104,12 @@ def restore(
             batch=64 if batch is None else batch,
             out=out,
             on_progress=report,
-            command=command(),
             **options,
         )
     if process()[0]:
         return
+    made = made.with_card(command=command())
+    made.save(out)
     places = _drawn(made, found.shown, out, seeds if singles else None)
     misfit, spread = float(made.misfit.mean()), float(made.spread.mean())
     if json:
