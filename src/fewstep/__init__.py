@@ -40,8 +40,10 @@ from fewstep.solvers import DPMSolverV3, make_solver
 if TYPE_CHECKING:
     from fewstep.evaluate.benchmark.compare import compare
     from fewstep.integrations.diffusers.pipelines import from_pipeline
+    from fewstep.inverse.blind import BlindConfig, deblur_blind
     from fewstep.inverse.posterior import measured, sample_posterior
     from fewstep.inverse.restore import Restoration, restore
+    from fewstep.inverse.start import choose_start
     from fewstep.learn.networks.distill import DistillConfig, distill
     from fewstep.learn.networks.finetune import FinetuneConfig, finetune
     from fewstep.learn.samplers.calibrate import CalibrationConfig, calibrate
@@ -56,10 +58,13 @@ __version__ = version("fewstep")
 _LAZY = {  # imported when first asked for, so that sampling does not wait for what only learning needs
     "compare": "evaluate.benchmark.compare",
     "from_pipeline": "integrations.diffusers.pipelines",
+    "BlindConfig": "inverse.blind",
+    "deblur_blind": "inverse.blind",
     "measured": "inverse.posterior",
     "sample_posterior": "inverse.posterior",
     "Restoration": "inverse.restore",
     "restore": "inverse.restore",
+    "choose_start": "inverse.start",
     "DistillConfig": "learn.networks.distill",
     "distill": "learn.networks.distill",
     "FinetuneConfig": "learn.networks.finetune",
@@ -79,6 +84,7 @@ _LAZY = {  # imported when first asked for, so that sampling does not wait for w
 
 __all__ = [
     "ArtifactError",
+    "BlindConfig",
     "CalibrationConfig",
     "DPMSolverV3",
     "Denoiser",
@@ -107,9 +113,11 @@ __all__ = [
     "VPLinear",
     "VarianceExploding",
     "calibrate",
+    "choose_start",
     "classifier_free",
     "classifier_guided",
     "compare",
+    "deblur_blind",
     "distill",
     "finetune",
     "fit",

@@ -180,7 +180,10 @@ def test_refusals_of_blind_deblurring(monkeypatch, capsys, tmp_path: Path, files
         ("denoise", ("digit", "--noise", 0.3, "--kernel-size", 3), "takes no --kernel-size"),
         ("denoise", ("digit", "digit.png", "--noise", 0.3), "one picture at a time"),
         ("denoise", ("digit", "--noise", 0.3, "--strength", 2), "at most 1"),
-        ("denoise", ("digit", "--noise", 0.3, "--strength", "much"), "--strength"),
+        ("denoise", ("digit", "--noise", 0.3, "--strength", "much"), "--strength is one number"),
+        ("denoise", ("digit", "--noise", 0.3, "--strength", "0.3,0.4"), "--strength is one number"),
+        ("denoise", ("digit", "--noise", 0.3, "--guidance", 2), "pass cond="),
+        ("blind_deblur", ("digit", "--noise", 0.3, "--kernel-size", 3), "did you mean blind-deblur"),
         ("blind-deblur", ("digit", "--noise", 0.3), "needs --kernel-size"),
         ("denoise", ("digit", "--noise", 0.3, "--nfe", 9), "as 8 or 10, not 9"),
         ("denoise", ("digit", "--noise", 0.3, "--method", "best"), "unknown method"),
@@ -194,6 +197,21 @@ def test_refusals(monkeypatch, capsys, tmp_path: Path, files: Path, task: str, w
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("fewstep: ") and re.search(says, error[-1]), error
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_there_is_not_replaced(monkeypatch, capsys, tmp_path: Path, files: Path) -> None:
+    picture = tmp_path / "mean.png"
+    picture.write_bytes((files / "digit.png").read_bytes())
+    before = picture.read_bytes()
+    assert run(monkeypatch, "restore", "digits-edm", picture, "--task", "denoise", "--noise", 0.3, "-n", 1, "--out", tmp_path) == 2
+    assert "holds mean.png" in capsys.readouterr().err and picture.read_bytes() == before
+
+
+def test_what_comes_before_the_samples_is_said(monkeypatch, capsys, tmp_path: Path, files: Path) -> None:
+    words = ("--noise", 0.3, "-n", 1, "--nfe", 4, "--method", "spectral", "--out", tmp_path)
+    assert run(monkeypatch, *typed(files, "denoise", "digit", *words)) == 0
+    assert "before them 2560 evaluations" in capsys.readouterr().out
+    assert Restoration.load(tmp_path).card["evaluations before"] == 2560
 
 
 def test_a_student_is_refused(monkeypatch, capsys, tmp_path: Path, files: Path) -> None:

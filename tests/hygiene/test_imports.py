@@ -10,6 +10,7 @@ import fewstep
 OPTIONAL = ("accelerate", "diffusers", "huggingface_hub", "jinja2", "matplotlib", "scipy", "sklearn", "torchmetrics", "transformers")
 PUBLIC = [
     "ArtifactError",
+    "BlindConfig",
     "CalibrationConfig",
     "DPMSolverV3",
     "Denoiser",
@@ -38,9 +39,11 @@ PUBLIC = [
     "VPLinear",
     "VarianceExploding",
     "calibrate",
+    "choose_start",
     "classifier_free",
     "classifier_guided",
     "compare",
+    "deblur_blind",
     "distill",
     "finetune",
     "fit",

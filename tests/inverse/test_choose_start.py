@@ -79,6 +79,7 @@ def test_a_rehearsal_takes_the_best_of_what_it_tried(model: fewstep.Model) -> No
     assert choose_start(model, Mask(few), 0.05, num=16, strengths=(0.05, 0.7)).strength == 0.7  # that estimate is far from any image
     rehearsed = restore(model, Average(2), Y, 0.05, seeds=[0], strength="rehearse")
     assert rehearsed.card.get("strength", 1) in fewstep.inverse.start.STRENGTHS
+    assert rehearsed.card["evaluations before"] == 16 * (20 + 10 * len(fewstep.inverse.start.STRENGTHS))
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,8 @@ def test_a_rehearsal_takes_the_best_of_what_it_tried(model: fewstep.Model) -> No
         ({"strength": 0.5, "estimate": lambda y: y}, ModelError, "images of shape"),
         ({"strength": 0.5, "estimate": "zeros"}, ModelError, "a function"),
         ({"strength": "rehearse", "estimate": torch.zeros(1, 8, 8)}, ModelError, "as a function"),
+        ({"strength": "rehearse", "seeds": [0, 1], "cond": torch.tensor([3, 7])}, ModelError, "several"),
+        ({"strength": True}, GridError, "a number"),
     ],
 )
 def test_refusals(model: fewstep.Model, options: dict, error: type[Exception], said: str) -> None:
@@ -107,7 +110,12 @@ def test_refusals(model: fewstep.Model, options: dict, error: type[Exception], s
         ({"num": 0}, ModelError, "from 1"),
         ({"strengths": ()}, GridError, "one strength or more"),
         ({"strengths": (0.0,)}, GridError, "above 0"),
-        ({"metric": lambda made, true: made * math.nan}, fewstep.FewstepError, "finite number"),
+        ({"metric": lambda made, true: made[:, 0, 0, 0] * math.nan}, fewstep.FewstepError, "finite number"),
+        ({"metric": lambda made, true: made}, ModelError, "one number for each"),
+        ({"metric": 3}, ModelError, "a function"),
+        ({"strengths": 0.3}, GridError, "one strength or more"),
+        ({"strengths": "abc"}, GridError, "one strength or more"),
+        ({"strengths": ("x",)}, GridError, "a number"),
         ({"noise": None}, ModelError, "noise=0.05"),
         ({"nfe": 9}, fewstep.SolverError, "multiple of 2"),
     ],

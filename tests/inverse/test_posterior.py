@@ -7,7 +7,18 @@ import pytest
 import torch
 
 import fewstep
-from fewstep import ModelError, RectifiedFlow, Sampler, SolverError, VarianceExploding, VPLinear, measured, sample_posterior, seeded_noise
+from fewstep import (
+    FewstepError,
+    ModelError,
+    RectifiedFlow,
+    Sampler,
+    SolverError,
+    VarianceExploding,
+    VPLinear,
+    measured,
+    sample_posterior,
+    seeded_noise,
+)
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.inverse.corrections import Moments, Projection
 from fewstep.inverse.error_spectra import error_spectra
@@ -237,6 +248,10 @@ def test_pure_noise_is_not_corrected() -> None:
     torch.testing.assert_close(answer, prior(x, t))
 
 
+def asked(prior: GaussianDenoiser, operator: object) -> torch.Tensor:
+    return measured(prior, operator, torch.zeros(SHAPE), 0.1)(torch.zeros(2, *SHAPE), torch.tensor(1.0))
+
+
 def half() -> fewstep.Model:
     return replace(fewstep.load_model("digits-edm"), dtype=torch.bfloat16)
 
@@ -264,12 +279,21 @@ def half() -> fewstep.Model:
         (lambda p: measured(p, Average(2), torch.zeros(1, 2, 2), 0.1, method="moments:steps=0"), ModelError, "from 1"),
         (lambda p: measured(p, Average(2), torch.zeros(1, 2, 2), 0.1, method="moments:spread=-1"), ModelError, "positive"),
         (lambda p: measured(p, Average(2), torch.zeros(1, 2, 2), 0.1, method="dps"), ModelError, "sample_posterior"),
+        (lambda p: measured(p, Average(2), torch.zeros(1, 2, 2), 0.1, method="pigdm:backward=False"), FewstepError, "True or False"),
+        (lambda p: measured(p, Average(2), torch.zeros(1, 2, 2), 0.1, method=Moments(backward="no")), FewstepError, "True or False"),
+        (lambda p: measured(p, Average(2), torch.zeros(1, 2, 2), 0.1, method="moments:size=1e-9"), ModelError, "0.0001 to 1"),
+        (lambda p: asked(p, lambda x0: None), ModelError, "a NoneType"),
+        (lambda p: asked(p, lambda x0: x0.sum()), ModelError, r"keeps the batch"),
+        (lambda p: asked(p, lambda x0: torch.round(x0)), ModelError, "slope 0"),
+        (lambda p: error_spectra(p, SHAPE, rows=0), ModelError, "1 row"),
+        (lambda p: error_spectra(p, SHAPE, seed="x"), ModelError, "seed is a whole number"),
+        (lambda p: error_spectra(p, 8), ModelError, "C, H, W"),
         (lambda p: measured("digits-edm", Average(2), torch.zeros(1, 2, 2), 0.1), ModelError, "load it first"),
         (lambda p: measured(half(), Average(2), torch.zeros(1, 4, 4), 0.1), ModelError, "size=0.1"),
         (
             lambda p: jacobian_product(p, torch.zeros(1, *SHAPE), torch.tensor(1.0), torch.zeros(1, *SHAPE), None, size=0),
             ModelError,
-            "positive",
+            "from 0.0001 to 1",
         ),
         (
             lambda p: sample_posterior(
@@ -337,6 +361,20 @@ def test_the_correction_by_spectra_is_exact_for_stationary_images() -> None:
     torch.testing.assert_close(each, found, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("law", LAWS)
+def test_more_steps_bring_the_spread_of_the_posterior(law: str) -> None:
+    """With each correction, whose guess of the covariance has to fall with the level below the measured ones too."""
+    prior = GaussianDenoiser(LAWS[law], torch.zeros(1, 8, 8), torch.full((1, 8, 8), STD))
+    mask = torch.zeros(1, 8, 8)
+    mask[:, ::2] = 1
+    sampler = Sampler.build("ddim", "karras" if law != "flow" else "angle", prior.schedule, nfe=48)
+    x = torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * sampler.tableau.nodes.sigma[0].float()
+    exact = (1 / STD**2 + 1 / NOISE**2) ** -0.5
+    for method in ("projection", "moments", Spectral(error_spectra(prior, (1, 8, 8), num=400))):
+        made = sample_posterior(prior, sampler, x, Mask(mask), torch.zeros(1, 8, 8), NOISE, method=method)
+        assert float(made.std(0)[mask > 0].mean()) / exact == pytest.approx(0.92, abs=0.06), method
+
+
 def test_spectra_are_measured_where_none_are_passed() -> None:
     model = fewstep.load_model("digits-edm")
     a, cond = Average(2), torch.full((2,), 3)
@@ -351,5 +389,7 @@ def test_spectra_are_measured_where_none_are_passed() -> None:
         measured(model, a, torch.zeros(1, 6, 6), 0.05, method=passed)(torch.zeros(1, 1, 12, 12), torch.tensor(1.0), torch.tensor([3]))
     with pytest.raises(ModelError, match="got a str"):
         Spectral("white")
+    with pytest.raises(ModelError, match="have several"):
+        sample_posterior(model, sampler, x, a, torch.zeros(1, 4, 4), 0.05, torch.tensor([3, 7]), method="spectral")
     with pytest.raises(ModelError, match=r"pictures \(C, H, W\)"):
         error_spectra(model, (8,))

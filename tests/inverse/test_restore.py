@@ -7,7 +7,7 @@ import torch
 
 import fewstep
 from fewstep import ArtifactError, ModelError, Restoration, Sampler, SolverError, restore
-from fewstep.inverse.measurements import Average, Compose, Mask, Nonlinear
+from fewstep.inverse.measurements import Average, CircularBlur, Compose, Mask, Measurement, Nonlinear
 from fewstep.runtime.errors import FewstepError
 
 
@@ -92,6 +92,43 @@ def test_a_folder_is_loaded_continued_and_never_replaced(model: fewstep.Model, t
             restore(model, asked.pop("measurement"), asked.pop("y"), asked.pop("noise"), out=out, **asked)
 
 
+class Scaled(Measurement):
+    """An operator of one's own."""
+
+    def __init__(self, back: float = 1.0) -> None:
+        self.back = back
+
+    def __call__(self, x0: torch.Tensor) -> torch.Tensor:
+        return x0 * gain()
+
+    def transpose(self, y: torch.Tensor) -> torch.Tensor:
+        return self.back * y * gain()
+
+
+def gain() -> float:
+    return 1.0
+
+
+def test_the_code_of_an_operator_is_part_of_a_request(model: fewstep.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    y = torch.zeros(1, 8, 8)
+    restore(model, Scaled(), y, 0.1, seeds=[0], out=tmp_path / "out")
+    restore(model, Scaled(), y, 0.1, seeds=[0], out=tmp_path / "out")
+    monkeypatch.setattr(Scaled, "__call__", lambda self, x0: 1.0 * x0)
+    with pytest.raises(ArtifactError, match="another command"):
+        restore(model, Scaled(), y, 0.1, seeds=[0], out=tmp_path / "out")
+
+
+def test_files_of_others_are_left_alone(model: fewstep.Model, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"holds README.md"):
+        restore(model, Average(2), Y, 0.05, seeds=[0], out=tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_saved_sampler_of_the_model(model: fewstep.Model) -> None:
+    assert restore(model, Average(2), Y, 0.05, nfe=10, solver="fitted", seeds=[0]).samples.shape == (1, 1, 8, 8)
+
+
 def test_through_a_decoder(model: fewstep.Model) -> None:
     """A model of latents is measured through its decoder, which is part of the operator."""
     pytest.importorskip("diffusers")
@@ -128,6 +165,17 @@ def test_through_a_decoder(model: fewstep.Model) -> None:
         ({"model": "digits-edm"}, ModelError, "a fewstep.Model"),
         ({"model": fewstep.GaussianDenoiser(fewstep.VPLinear(), torch.zeros(1), torch.ones(1))}, ModelError, "make a Model of it"),
         ({"steps": 3}, FewstepError, "steps"),
+        ({"guidance": 2.0}, ModelError, "pass cond="),
+        ({"measurement": CircularBlur(torch.ones(2, 3, 3)), "y": torch.zeros(1, 8, 8)}, ModelError, "keeps the batch"),
+        ({"measurement": Scaled(4.0), "y": torch.zeros(1, 8, 8)}, ModelError, "transpose is none"),
+        ({"measurement": Scaled(-1.0), "y": torch.zeros(1, 8, 8)}, ModelError, "transpose is none"),
+        (
+            {"solver": Sampler.build("ddim", "karras", fewstep.load_model("digits-edm").schedule, nfe=5), "grid": "angle"},
+            FewstepError,
+            "leave grid",
+        ),
+        ({"method": "dps", "nfe": 4, "solver": "unipc-2"}, SolverError, "use ddim"),
+        ({"method": "spectral", "seeds": [0, 1], "cond": torch.tensor([3, 7])}, ModelError, "have several"),
     ],
 )
 def test_refusals(model: fewstep.Model, tmp_path: Path, options: dict, error: type[Exception], said: str) -> None:

@@ -18,7 +18,7 @@ from fewstep.data.images import read_image
 from fewstep.evaluate.pictures import save_grid
 from fewstep.inverse.blind import BlindConfig, BlindResult, deblur_blind
 from fewstep.inverse.measurements import CircularBlur
-from fewstep.inverse.restore import Restoration
+from fewstep.inverse.restore import MADE, Restoration
 from fewstep.inverse.tasks import picture_shape
 from fewstep.models.batches import is_finished, samples_record
 from fewstep.models.problem import Problem
@@ -81,6 +81,9 @@ def deblurred(
         if not is_finished(out, request):
             if (out / "samples.json").exists():
                 raise ArtifactError(f"{out} holds the samples of another command: choose another folder, or remove them")
+            held = [one for one in (*MADE, "kernel.npy", "kernel.png", *(names if len(names) > 1 else ())) if (out / one).exists()]
+            if held:
+                raise ArtifactError(f"{out} holds {held[0]}, and nothing says what made it: choose another folder, or remove it")
             found = deblur_blind(
                 denoiser, y.to(problem.device), noise, size, samples=samples, seeds=seeds, cond=cond, config=config, on_progress=on_progress
             )

@@ -158,8 +158,8 @@ def deblur_blind(
         on_progress: called with the passes done and a note.
 
     Raises:
-        ModelError: something that is no prior, pictures that are not finite or not of the model's shape, a negative noise, an even kernel
-            size or one larger than the pictures, another number of seeds, an unknown method, spectra of other pictures.
+        ModelError: something that is no prior, pictures that are not finite or have other channels than the model's, a negative noise, an
+            even kernel size or one larger than the pictures, another number of seeds, an unknown method, spectra of other pictures.
         GridError: an unknown grid, or one that the noise law does not have.
 
     Example:
@@ -184,9 +184,7 @@ def deblur_blind(
     if method == "fast":
         return _fast(task, size)
     given = spectra is not None
-    known = spectra if spectra is not None else task.rehearse()
-    if known.images.shape != torch.fft.rfft2(task.y[0]).shape or known.width != task.y.shape[-1]:
-        raise ModelError(f"the spectra are of images of another size than y, {tuple(task.y.shape[1:])}: measure them by error_spectra")
+    known = task.spectra_of(spectra)
     found = _by_evidence(task, size, known)
     return found if given else BlindResult(found.x, found.kernel, found.history, found.evaluations, known.evaluations * config.rehearsal)
 
@@ -212,7 +210,7 @@ def deblur_known(
     config = config_of(config, BlindConfig)
     task = _Task.checked(denoiser, y, noise, samples, seeds, cond, config, None)
     CircularBlur(kernel).spectrum(task.y)
-    known = spectra if spectra is not None else task.rehearse()
+    known = task.spectra_of(spectra)
     return _Pass(task, known, task.seeds, config.final).run(kernel.to(task.y), fitted=False).x
 
 
@@ -243,7 +241,7 @@ class _Task:
         config: BlindConfig,
         say: Callable[[int, str], None] | None,
     ) -> _Task:
-        checked_prior(denoiser, Projection())
+        checked_prior(denoiser, Projection(), "deblur_blind")
         level = checked_noise(noise, None)
         if not isinstance(y, Tensor) or not y.is_floating_point() or y.ndim not in (3, 4) or not len(y):
             what = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
@@ -257,9 +255,24 @@ class _Task:
         if (count := whole(samples, "samples", ModelError)) < 1:
             raise ModelError(f"samples of each picture are a whole number from 1, got {samples}")
         chosen = seed_list(range(count * len(y)) if seeds is None else seeds)
+        if len(set(chosen)) < len(chosen):
+            raise ModelError("two seeds are the same, and would give one sample twice: pass one for each sample of each picture")
         if len(chosen) != count * len(y):
             raise ModelError(f"{len(y)} pictures with {count} samples each take {count * len(y)} seeds, got {len(chosen)}")
         return cls(denoiser, y, level, torch.tensor(chosen).reshape(len(y), count).T, cond, config, say or (lambda done, note: None))
+
+    def spectra_of(self, spectra: object) -> ErrorSpectra:
+        """Return the spectra that were passed, or measure them.
+
+        Raises:
+            ModelError: they are none, or of images of another size.
+        """
+        known = self.rehearse() if spectra is None else spectra
+        if not isinstance(known, ErrorSpectra):
+            raise ModelError(f"spectra are those of error_spectra(model, shape, cond), got a {type(known).__name__}")
+        if known.images.shape != torch.fft.rfft2(self.y[0]).shape or known.width != self.y.shape[-1]:
+            raise ModelError(f"the spectra are of images of another size than y, {tuple(self.y.shape[1:])}: measure them by error_spectra")
+        return known
 
     def rehearse(self) -> ErrorSpectra:
         rows, *shape = self.y.shape

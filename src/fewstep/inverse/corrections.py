@@ -19,11 +19,11 @@ from torch import Tensor
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.inverse.conjugate_gradients import dot
-from fewstep.inverse.jacobian import SIZE, Estimate, estimate
+from fewstep.inverse.jacobian import SIZE, Estimate, checked_size, estimate
 from fewstep.inverse.measurements import Measurement
 from fewstep.inverse.method import Asked, Data, Method, positive
 from fewstep.runtime.errors import ModelError
-from fewstep.runtime.front_door import checked_class, is_count
+from fewstep.runtime.front_door import check_fields, checked_class, is_count
 from fewstep.sampling.loop import run
 
 __all__ = ["Correction", "Measured", "Moments", "PiGDM", "Projection", "Proximal"]
@@ -71,6 +71,7 @@ class Projection(Correction):
     references = ("2212.00490",)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         positive(self.spread, "the spread of the data")
 
     @property
@@ -95,6 +96,7 @@ class Proximal(Correction):
     references = ("2305.08891",)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         positive(self.weight, "the weight of the proximal step")
 
     @property
@@ -121,7 +123,8 @@ class PiGDM(Correction):
     references = ("2305.04391",)
 
     def __post_init__(self) -> None:
-        positive(self.size, "the size of a step")
+        check_fields(self)
+        checked_size(self.size)
 
     @property
     def cost(self) -> tuple[int, int]:
@@ -151,10 +154,11 @@ class Moments(Correction):
     references = ("2405.13712",)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not is_count(self.steps):
             raise ModelError(f"steps of conjugate gradients are a whole number from 1, got {self.steps!r}: none is the method projection")
         positive(self.spread, "the spread of the data")
-        positive(self.size, "the size of a step")
+        checked_size(self.size)
 
     @property
     def cost(self) -> tuple[int, int]:

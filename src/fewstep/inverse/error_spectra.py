@@ -20,12 +20,12 @@ from fewstep.core.prediction import aligned
 from fewstep.core.tableau import Tableau
 from fewstep.inverse.steps import restored_grid
 from fewstep.runtime.errors import ModelError
-from fewstep.runtime.front_door import checked, is_count
+from fewstep.runtime.front_door import checked, is_count, whole
 from fewstep.sampling.loop import run
 from fewstep.sampling.noise import seeded_noise, start_noise
 from fewstep.sampling.sampler import Sampler
 
-__all__ = ["ErrorSpectra", "error_spectra", "frequency_weights"]
+__all__ = ["NFE", "NUM", "ErrorSpectra", "error_spectra", "frequency_weights"]
 
 STREAM = 700  # of the rehearsal's noises
 NUM, NFE = 128, 10  # samples, and levels as well as evaluations of a sample
@@ -84,8 +84,11 @@ class ErrorSpectra:
         return cls(colours.T.contiguous(), torch.tensor(kept), torch.stack(errors), _power(x0, colours.T).mean(0), size[-1], used)
 
     def at(self, level: float) -> Tensor:
-        """Return the spectrum ``[C, H, W/2 + 1]`` at a level; beyond the measured ones that of the last."""
-        x = min(max(math.log(max(level, 1e-30)), float(self.log_levels[0])), float(self.log_levels[-1]))
+        """Return the spectrum ``[C, H, W/2 + 1]`` at a level; above the measured ones that of the last, below them it falls as ``s^2``."""
+        log_level = math.log(max(level, 1e-30))
+        x = min(max(log_level, float(self.log_levels[0])), float(self.log_levels[-1]))
+        if log_level < x:  # where errors are those of the noise that is left
+            return self.errors[0] * math.exp(2 * (log_level - x))
         i = int(torch.searchsorted(self.log_levels, x, right=True).clamp(1, max(len(self.log_levels) - 1, 1))) - 1
         if len(self.log_levels) == 1:
             return self.errors[0]
@@ -141,10 +144,11 @@ def error_spectra(
     check_denoiser(denoiser, "error_spectra")
     if isinstance(denoiser, FlowMap):
         raise ModelError("a student has no answers on the way whose errors could be measured: take its teacher")
-    if len(shape) != 3 or not all(map(is_count, shape)):
-        raise ModelError(f"error spectra are those of pictures (C, H, W), got shape {tuple(shape)}")
-    if not is_count(num) or not is_count(nfe) or nfe < 2:
-        raise ModelError(f"error spectra take 1 sample or more and 2 levels or more, got num={num!r} and nfe={nfe!r}")
+    if not isinstance(shape, Sequence) or len(shape) != 3 or not all(map(is_count, shape)):
+        raise ModelError(f"error spectra are those of pictures (C, H, W), got shape {shape!r}")
+    if not is_count(num) or not is_count(nfe) or not is_count(rows) or num < 2 or nfe < 2:
+        raise ModelError(f"error spectra take 2 samples or more, 2 levels or more and 1 row or more, got {num!r}, {nfe!r} and {rows!r}")
+    seed = whole(seed, "seed", ModelError)
     spacing = restored_grid(denoiser.schedule) if grid is None else grid
     drawing, levels = (Sampler.build(solver, spacing, denoiser.schedule, nfe=nfe).tableau for solver in (DRAWING, "ddim"))
     return ErrorSpectra.measure(denoiser, drawing, levels, (rows, *shape), cond, num, seed)

@@ -12,9 +12,10 @@ from fewstep.core.prediction import aligned
 from fewstep.runtime.errors import ModelError, first_line
 from fewstep.runtime.front_door import checked, number
 
-__all__ = ["SIZE", "Estimate", "estimate", "jacobian_product"]
+__all__ = ["ROUGH", "SIZE", "Estimate", "checked_size", "estimate", "jacobian_product"]
 
 SIZE = 0.01  # of a step in units of sigma, the scale on which a denoiser bends
+SMALLEST = 1e-4
 ROUGH = 0.1  # the same where a network computes in 16 bits, whose difference would drown
 
 
@@ -35,15 +36,25 @@ def jacobian_product(denoiser: Denoiser, x: Tensor, t: Tensor, v: Tensor, x0: Te
         size: of the step, in units of ``sigma``; 0.1 for a network of 16 bits.
 
     Raises:
-        ModelError: a size that is not positive.
+        ModelError: a size out of range.
     """
-    size = number(size, "the size of a step", ModelError)
-    if not size > 0:
-        raise ModelError(f"the size of a step is positive, as {SIZE}, got {size:g}")
+    size = checked_size(size)
     rms = v.flatten(1).square().mean(1).sqrt().reshape(-1, *(1,) * (v.ndim - 1))
     h = size * aligned(denoiser.schedule.sigma(t), x) / rms.clamp_min(torch.finfo(v.dtype).tiny)
     h = torch.where(rms > 0, h, 1.0)
     return (denoiser(x + h * v, t, cond).to(x0.dtype) - x0) / h
+
+
+def checked_size(size: float) -> float:
+    """Return the size of a difference's step.
+
+    Raises:
+        ModelError: it is no number from 1e-4, below which rounding is all that is seen, to 1.
+    """
+    value = number(size, "the size of a step", ModelError)
+    if not SMALLEST <= value <= 1:
+        raise ModelError(f"the size of a difference's step is a part of sigma, from {SMALLEST:g} to 1, as {SIZE}, got {value:g}")
+    return value
 
 
 class Estimate(NamedTuple):

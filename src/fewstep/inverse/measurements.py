@@ -149,7 +149,7 @@ class Mask(Diagonal):
     """
 
     def __init__(self, mask: Tensor) -> None:
-        known = isinstance(mask, Tensor) and bool(((mask == 0) | (mask == 1)).all())
+        known = isinstance(mask, Tensor) and mask.numel() > 0 and bool(((mask == 0) | (mask == 1)).all())
         if not known:
             raise ModelError(f"a mask is a tensor of zeros (unknown) and ones (measured), [*D], got {str(mask)[:80]}")
         super().__init__(mask.float())
@@ -237,6 +237,8 @@ class Grayscale(_Orthogonal):
     """
 
     def __init__(self, weights: tuple[float, ...] = (0.299, 0.587, 0.114)) -> None:
+        if not isinstance(weights, Sequence) or isinstance(weights, str):
+            raise ModelError(f"weights are those of the channels, as (0.299, 0.587, 0.114), got {weights!r}")
         self.weights = tuple(number(weight, "a weight of a channel", ModelError) for weight in weights)
         self.gain = sum(weight**2 for weight in self.weights)
         if not self.gain > 0 or not math.isfinite(self.gain):
@@ -268,8 +270,11 @@ class Matrix(_Closed):
     """
 
     def __init__(self, matrix: Tensor, shape: Sequence[int] | None = None) -> None:
-        if not isinstance(matrix, Tensor) or matrix.ndim != 2 or not bool(torch.isfinite(matrix).all()):
-            raise ModelError(f"a matrix is a tensor [m, n] of finite numbers, got {str(matrix)[:80]}")
+        known = isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.numel() and not matrix.is_complex()
+        if not known or not bool(torch.isfinite(matrix).all()):
+            raise ModelError(f"a matrix is a tensor [m, n] of finite real numbers, got {str(matrix)[:80]}")
+        if not (shape is None or (isinstance(shape, Sequence) and all(map(is_count, shape)))):
+            raise ModelError(f"shape is that of an image, as (1, 8, 8), got {shape!r}")
         self.matrix, self.shape = matrix, tuple(matrix.shape[1:]) if shape is None else tuple(shape)
         if math.prod(self.shape) != matrix.shape[1]:
             raise ModelError(f"a matrix of shape {tuple(matrix.shape)} does not fit images of shape {self.shape}")
@@ -287,13 +292,19 @@ class Matrix(_Closed):
 
     def solve(self, r: Tensor, r2: Tensor | float, noise: float) -> Tensor:
         """Solve by singular values; without noise those below a thousandth of the largest are left out."""
+        u, gain = self.u.to(r), torch.as_tensor(r2).to(r).reshape(-1, 1)
+        return self._within(r, gain, noise) + ((r - (r @ u) @ u.T) / noise**2 if noise > 0 else 0.0)
+
+    def lift(self, r: Tensor, r2: Tensor | float, noise: float) -> Tensor:
+        """Return the shortest image that explains ``r``; what no image explains takes no part, however small the noise."""
+        return self.transpose(self._within(r, torch.as_tensor(r2).to(r).reshape(-1, 1), noise))
+
+    def _within(self, r: Tensor, gain: Tensor, noise: float) -> Tensor:
+        """Solve for the part of ``r`` that images explain."""
         u, square = self.u.to(r), (self.s**2).to(r)
-        gain = torch.as_tensor(r2).to(r).reshape(-1, 1)
-        within = r @ u
-        if noise > 0:
-            return (within / (gain * square + noise**2)) @ u.T + (r - within @ u.T) / noise**2
-        kept = square > CUT**2 * square.max()
-        return torch.where(kept, within / (gain * square.clamp_min(torch.finfo(square.dtype).tiny)), 0.0) @ u.T
+        kept = square > (0.0 if noise > 0 else CUT**2) * square.max()
+        inverse = torch.where(kept, 1 / (gain * square + noise**2).clamp_min(torch.finfo(square.dtype).tiny), 0.0)
+        return ((r @ u) * inverse) @ u.T
 
 
 class Compose(Measurement):
@@ -360,6 +371,8 @@ class _Derivative(Measurement):
                 (self.back,) = torch.autograd.grad(self.y, self.x0, self.u, create_graph=True)  # linear in u, so its derivative is A
             except RuntimeError as error:
                 raise ModelError(f"the measurement cannot be differentiated by the image: {first_line(error)}") from error
+        if not self.back.requires_grad:
+            raise ModelError("the measurement has slope 0 everywhere, as a rounding has, and says nothing of which way to go: smooth it")
 
     def __call__(self, x0: Tensor) -> Tensor:
         return torch.autograd.grad(self.back, self.u, x0, retain_graph=True)[0]

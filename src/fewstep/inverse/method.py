@@ -40,7 +40,10 @@ class Data:
         Raises:
             ModelError: the measurement has another shape than its operator answers.
         """
-        answer = self.measurement(x0)
+        answer: object = self.measurement(x0)
+        if not isinstance(answer, Tensor) or not answer.ndim or len(answer) != len(x0):
+            what = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+            raise ModelError(f"the operator answers {what} to images of shape {tuple(x0.shape)}: it keeps the batch, [B, *D] -> [B, *Y]")
         y = self.y.to(answer)
         if y.shape not in (answer.shape, answer.shape[1:]):
             raise ModelError(
@@ -83,6 +86,18 @@ class Method(ABC):
     @abstractmethod
     def cost(self) -> tuple[int, int]:
         """The network evaluations and the products by back-propagation of one step of a first-order sampler, at most."""
+
+    @property
+    def preparation(self) -> int:
+        """The network evaluations of single samples that are made before the first step."""
+        return 0
+
+    def check(self, tableau: Tableau) -> None:  # noqa: B027 - a correction takes any sampler
+        """Refuse a sampler that the method cannot run with; by default none.
+
+        Raises:
+            SolverError: it cannot (and which can).
+        """
 
     def prepared(self, denoiser: Denoiser, shape: Sequence[int], cond: Cond) -> Method:
         """Return the method with all that it measures of a model before the first step; by default nothing.

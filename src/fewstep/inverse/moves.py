@@ -10,19 +10,30 @@ from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.prediction import aligned
-from fewstep.inverse.jacobian import SIZE, Estimate, estimate
+from fewstep.core.tableau import Tableau
+from fewstep.inverse.jacobian import SIZE, Estimate, checked_size, estimate
 from fewstep.inverse.method import Asked, Data, Method, positive
 from fewstep.models.guidance import Wrapped
 from fewstep.runtime.errors import ModelError, SolverError
-from fewstep.runtime.front_door import checked_class, is_count
+from fewstep.runtime.front_door import check_fields, checked_class, is_count
 from fewstep.sampling.loop import Step, run
 
-__all__ = ["DPS", "Constrained"]
+__all__ = ["DPS", "Constrained", "Move"]
+
+
+class Move(Method):
+    """A method that moves the state between the steps of a sampler, which then may not read the steps before."""
+
+    def check(self, tableau: Tableau) -> None:
+        if tableau.nodes.evaluations != sum(tableau.whole_steps) or tableau.memory > 1:
+            raise SolverError(
+                f"{type(self).__name__} moves the state, so its solver makes one evaluation a step and reads no other: use ddim"
+            )
 
 
 @checked_class
 @dataclass(frozen=True)
-class DPS(Method):
+class DPS(Move):
     r"""Step down the gradient of the misfit after each step, :math:`x' \mathrel{-}= \zeta \nabla_x |y - A D(x)|` (arXiv 2209.14687).
 
     It wants hundreds of steps and back-propagation: for comparison.
@@ -35,6 +46,7 @@ class DPS(Method):
     references = ("2209.14687",)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         positive(self.zeta, "zeta")
 
     @property
@@ -62,7 +74,7 @@ class DPS(Method):
 
 @checked_class
 @dataclass(frozen=True)
-class Constrained(Method):
+class Constrained(Move):
     """Move the state before each evaluation until its answer fits the measurement: fast constrained sampling (arXiv 2410.18804).
 
     Each move goes along ``J e``, with ``e`` the way that the misfit wants the clean image to go, and has a fixed size in the maximum norm.
@@ -80,9 +92,11 @@ class Constrained(Method):
     references = ("2410.18804",)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not is_count(self.inner):
             raise ModelError(f"inner is the number of moves, a whole number from 1, got {self.inner!r}")
-        for name in ("first", "last", "size"):
+        checked_size(self.size)
+        for name in ("first", "last"):
             positive(getattr(self, name), name)
 
     @property
@@ -118,12 +132,5 @@ class Constrained(Method):
 
 
 def _edited(denoiser: Denoiser, asked: Asked, edit: Callable[[Step], Tensor | None]) -> Tensor:
-    """Run a sampler whose steps are edited.
-
-    Raises:
-        SolverError: it makes several evaluations a step, or reads those before.
-    """
-    tableau = asked.tableau
-    if tableau.nodes.evaluations != sum(tableau.whole_steps) or tableau.memory > 1:
-        raise SolverError("a method that moves the state is for solvers of one evaluation a step that read no other: use ddim")
-    return run(denoiser, tableau, asked.x, asked.cond, seeds=asked.seeds, edit=edit, observe=asked.observe)
+    """Run a sampler whose steps are edited."""
+    return run(denoiser, asked.tableau, asked.x, asked.cond, seeds=asked.seeds, edit=edit, observe=asked.observe)

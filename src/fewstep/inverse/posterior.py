@@ -122,8 +122,11 @@ def sample_posterior(
         ModelError, SolverError: as `measured` and `steps`.
     """
     chosen, data = make_method(method), checked_data(measurement, y, noise)
+    if observe is not None and not callable(observe):
+        raise ModelError(f"observe is a function that is called with each Step, got {observe!r}")
     check_start(x)
     prior, tableau = checked_prior(denoiser, chosen), tableau_of(sampler)
+    chosen.check(tableau)
     asked = Asked(tableau, x, data, cond, None if seeds is None else seed_list(seeds), observe)
     return chosen.prepared(prior, x.shape[1:], cond).sample(prior, asked)
 
@@ -142,13 +145,13 @@ def checked_data(measurement: object, y: object, noise: float | None) -> Data:
     return Data(operator, y, level)
 
 
-def checked_prior(denoiser: Denoiser, method: Method) -> Denoiser:
+def checked_prior(denoiser: Denoiser, method: Method, taker: str = "a restoration") -> Denoiser:
     """Return a denoiser that a method can work with.
 
     Raises:
         ModelError: it is none, a student, or computes in 16 bits where a difference of answers is taken at a small distance.
     """
-    check_denoiser(denoiser, "measured")
+    check_denoiser(denoiser, taker)
     if isinstance(denoiser, FlowMap) or (isinstance(denoiser, Model) and denoiser.flow_map is not None):
         raise ModelError("a student jumps to the image and has no answers on the way to correct: take its teacher as the prior")
     size = getattr(method, "size", None)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from shutil import rmtree
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fewstep.core.condition import moved, part_of
 from fewstep.core.denoiser import Cond, FlowMap
 from fewstep.core.grid import TimeGrid
 from fewstep.core.tableau import Solver
+from fewstep.inverse.measurements import Measurement, Nonlinear
 from fewstep.inverse.method import Data, Method
 from fewstep.inverse.posterior import checked_data, checked_prior, make_method, sample_posterior
 from fewstep.inverse.start import Estimator, checked_estimate, choose_start
@@ -27,17 +29,20 @@ from fewstep.models.identity import digest, parts
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.artifact import ArtifactRecord, load_artifact, named_path, save_artifact, tensor_of
-from fewstep.runtime.errors import ModelError
+from fewstep.runtime.errors import ModelError, first_line
 from fewstep.runtime.front_door import checked, is_count, number, scale_of
 from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import wait_for_all
-from fewstep.sampling.noise import seed_list
+from fewstep.sampling.noise import seed_list, seeded_noise
 from fewstep.sampling.sampler import Sampler
-from fewstep.sampling.start import noised
+from fewstep.sampling.start import level_of, noised
 
 __all__ = ["Restoration", "RestorationCard", "restore", "sample_interval"]
 
 INTERVAL = 0.9
+MADE = ("restoration.json", "restoration.safetensors", "README.md", "overview.png", "mean.png", "spread.png", "singles")  # in a folder
+ADJOINT = 1e-3  # how far two inner products may be from each other, over the norms
+LIBRARIES = ("builtins", "abc", "typing", "torch", "numpy", "fewstep", "collections")
 REHEARSE, REHEARSED = "rehearse", 16  # the word for it, and the number of images
 
 
@@ -215,22 +220,29 @@ def restore(
     if len(set(numbers)) < len(numbers):
         raise ModelError("two seeds are the same, and would give one sample twice: pass seeds=range(4)")
     checked_prior(model, chosen)
+    if scale != 1 and cond is None and model.null_label is not None:
+        raise ModelError(
+            "guidance leads to a condition, and by default there is none: pass cond=, the label of what was measured, or leave it out"
+        )
     problem, data = Problem(model, scale, model.device), checked_data(measurement, y, noise)
     check_one(data, problem)
     if strength is None and estimate is not None:
         raise ModelError("an estimate is where to begin: pass strength=, the share of noise that it gets, or 'rehearse', or leave it out")
+    rehearsed = 0
+    if strength is not None and not isinstance(strength, str):
+        level_of(strength)
     if isinstance(strength, str):
         if strength != REHEARSE:
             raise ModelError(f"strength is a number above 0 and up to 1, or {REHEARSE!r}, got {strength!r}")
         if isinstance(estimate, Tensor):
             raise ModelError("a rehearsal makes estimates of other measurements: pass estimate= as a function, or strength= as a number")
         options = {"nfe": nfe, "method": chosen, "solver": solver, "grid": grid, "guidance": scale, "estimate": estimate}
-        found = choose_start(model, data.measurement, data.noise, cond=_first(cond), num=REHEARSED, **options)
-        strength = found.strength
+        found = choose_start(model, data.measurement, data.noise, cond=cond_of_all(cond), num=REHEARSED, **options)
+        strength, rehearsed = found.strength, found.evaluations
     strength = None if strength == 1 else strength  # from noise
     sampler = restored_steps(model, chosen, solver, nfe, grid, scale, strength)
     start = None if strength is None else checked_estimate(estimate, data.measurement, data.y[None], data.noise, problem.shape)
-    run = _Run(problem, data, chosen, sampler, numbers, problem.conditions(numbers, cond), start, strength, int(batch))
+    run = _Run(problem, data, chosen, sampler, numbers, problem.conditions(numbers, cond), start, strength, rehearsed, int(batch))
     with Job.open("restore", out, device=model.device, on_progress=on_progress) as job:
         return run.within(job)
 
@@ -242,7 +254,11 @@ def check_one(data: Data, problem: Problem) -> None:
         ModelError: it does not fit the model's images, or is several.
     """
     nothing = torch.zeros(1, *problem.shape, device=problem.device)
-    r = data.residual(nothing)
+    try:
+        r = data.residual(nothing)
+        check_transpose(data.measurement, problem.shape, r)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ModelError(f"the operator cannot measure an image of shape {tuple(problem.shape)}: {first_line(error)}") from error
     if data.y.shape != r.shape[1:]:
         raise ModelError(
             f"restore takes one measurement {list(r.shape[1:])}, got {list(data.y.shape)}: call it for each, or sample many by "
@@ -250,9 +266,52 @@ def check_one(data: Data, problem: Problem) -> None:
         )
 
 
-def _first(cond: Cond) -> Cond:
-    """Return the condition of the first sample, for all images of a rehearsal."""
+def cond_of_all(cond: Cond) -> Cond:
+    """Return the one condition of all samples, ``[1]``, for the images of a rehearsal.
+
+    Raises:
+        ModelError: the samples have several.
+    """
+    if isinstance(cond, Tensor) and cond.ndim and not bool((cond == cond[:1]).all()):
+        raise ModelError("a rehearsal is made under one condition, and the samples have several: pass strength= as a number")
     return None if cond is None else part_of(cond, slice(0, 1))
+
+
+def code_of(thing: object) -> list[object]:
+    """Return the functions of the classes that an operator of one's own is of, and of what it holds: their code is part of a request."""
+    found, waiting, seen = list[object](), [thing], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        kinds = [kind for kind in type(one).__mro__ if kind.__module__.split(".")[0] not in LIBRARIES]
+        found += [value for kind in kinds for _, value in sorted(vars(kind).items()) if isinstance(value, FunctionType)]
+        held = vars(one) if hasattr(one, "__dict__") else {}
+        waiting += [value for name, value in sorted(held.items()) if not isinstance(value, Tensor | FunctionType | type)]
+    return found
+
+
+def check_transpose(measurement: Measurement, shape: Sequence[int], r: Tensor) -> None:
+    """Refuse a linear operator whose transpose is none: ``<A x, u>`` has to be ``<x, A^T u>``.
+
+    Args:
+        measurement: the operator.
+        shape: of an image, ``*D``.
+        r: what it answers to one, ``[1, *Y]``.
+
+    Raises:
+        ModelError: it is none.
+    """
+    x, u = seeded_noise([0], shape).to(r), seeded_noise([1], r.shape[1:]).to(r)
+    if isinstance(measurement, Nonlinear) or measurement.at(x, u, 0.0) is not measurement:
+        return
+    back = measurement.transpose(u)
+    if back.shape != x.shape:
+        raise ModelError(f"the operator's transpose answers shape {tuple(back.shape)}, and images have {tuple(x.shape)}")
+    one, two = float((measurement(x) * u).sum()), float((x * back).sum())
+    if not abs(one - two) <= ADJOINT * (float(measurement(x).norm() * u.norm()) + float(x.norm() * back.norm())):
+        raise ModelError(f"the operator's transpose is none: <A x, u> is {one:.4g} and <x, A^T u> is {two:.4g} for the same x and u")
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,12 +326,17 @@ class _Run:
     cond: Cond
     start: Tensor | None  # where to begin, [1, *D]; None for noise
     strength: float | None
+    rehearsed: int  # evaluations of a rehearsal
     batch: int
 
     @property
     def identity(self) -> str:
         """A hash of all that the samples depend on."""
-        given = (self.data.measurement, *moved((self.data.y.detach(), self.start, self.cond), torch.device("cpu")))
+        given = (
+            self.data.measurement,
+            code_of(self.data.measurement),
+            *moved((self.data.y.detach(), self.start, self.cond), torch.device("cpu")),
+        )
         facts = (
             self.problem.identity,
             self.sampler.tableau.fingerprint,
@@ -305,7 +369,9 @@ class _Run:
             return sample_posterior(denoiser, tableau, x, data.measurement, data.y, data.noise, cond, method=method, seeds=part)
 
         about = samples_record(identity, problem.name, repr(self.sampler), self.seeds)
-        made = sampled_in_batches(job.folder, about, self.seeds, self.batch, make, on_progress=lambda done: job.on_progress(done, ""))
+        made = sampled_in_batches(
+            job.folder, about, self.seeds, self.batch, make, made=MADE, on_progress=lambda done: job.on_progress(done, "")
+        )
         if made is None:  # another process than the first, which has no samples to give
             wait_for_all()
             return Restoration.load(job.folder)
@@ -333,6 +399,7 @@ class _Run:
             "method": repr(self.method),
             "sampler": repr(self.sampler),
             "evaluations": count * evaluations,
+            **({"evaluations before": before} if (before := self.method.preparation + self.rehearsed) else {}),
             "backward passes": count * products,
             "seeds": self.seeds,
             **({} if self.strength is None else {"strength": self.strength}),

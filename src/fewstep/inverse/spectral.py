@@ -12,7 +12,7 @@ from fewstep.core.condition import part_of
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.inverse.conjugate_gradients import conjugate_gradients
 from fewstep.inverse.corrections import Correction
-from fewstep.inverse.error_spectra import ErrorSpectra, error_spectra
+from fewstep.inverse.error_spectra import NFE, NUM, ErrorSpectra, error_spectra
 from fewstep.inverse.jacobian import Estimate
 from fewstep.inverse.measurements import Measurement
 from fewstep.runtime.errors import ModelError
@@ -46,10 +46,19 @@ class Spectral(Correction):
     def cost(self) -> tuple[int, int]:
         return 1, 0
 
+    @property
+    def preparation(self) -> int:
+        return 2 * NUM * NFE if self.spectra is None else 0
+
     def prepared(self, denoiser: Denoiser, shape: Sequence[int], cond: Cond) -> Spectral:
         if self.spectra is not None:
             return self
         first = None if cond is None else part_of(cond, slice(0, 1))
+        if isinstance(cond, Tensor) and not bool((cond == cond[:1]).all()):
+            raise ModelError(
+                "spectral measures the model under one condition, and the samples have several: restore those of each by themselves, or "
+                "pass method=Spectral(error_spectra(model, shape, cond))"
+            )
         return replace(self, spectra=error_spectra(denoiser, shape, first))
 
     def correct(self, made: Estimate, a: Measurement, r: Tensor, noise: float) -> Tensor:

@@ -26,7 +26,7 @@ from fewstep.models.generate import sample
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model, check_seeds
 from fewstep.runtime.errors import FewstepError, GridError, ModelError
-from fewstep.runtime.front_door import checked, is_count, scale_of
+from fewstep.runtime.front_door import checked, is_count, number, scale_of
 from fewstep.sampling.noise import seeded_noise
 from fewstep.sampling.sampler import Sampler
 from fewstep.sampling.start import level_of, noised
@@ -64,12 +64,14 @@ class StartChoice:
         errors: the error of each strength that was tried, in the metric asked for.
         num: rehearsed images.
         nfe: network evaluations of each restoration.
+        evaluations: of single samples that the rehearsal took in all.
     """
 
     strength: float
     errors: Mapping[float, float]
     num: int
     nfe: int
+    evaluations: int = 0
 
     @property
     def level(self) -> float:
@@ -121,7 +123,10 @@ def choose_start(
     if not is_count(num):
         raise ModelError(f"num is the number of images of the rehearsal, a whole number from 1, got {num!r}")
     check_seeds(seed, num)
-    tried = sorted({float(one) for one in strengths})
+    several = isinstance(strengths, Sequence) and not isinstance(strengths, str)
+    tried = sorted({number(one, "a strength to try", GridError) for one in strengths}) if several else []
+    if metric is not None and not callable(metric):
+        raise ModelError(f"a metric is a function (restored [B, *D], true) -> [B], got a {type(metric).__name__}")
     if not tried:
         raise GridError("a rehearsal tries one strength or more, as strengths=(0.2, 0.5, 1.0)")
     problem, operator, seeds = Problem(model, scale, model.device), measurement_of(measurement), range(seed, seed + num)
@@ -129,7 +134,7 @@ def choose_start(
     assert not isinstance(denoiser, FlowMap)  # a student is refused
     samplers = [restored_steps(model, chosen, solver, nfe, grid, scale, None if one == 1 else one) for one in tried]
     cond = problem.conditions(seeds, cond)
-    chosen = chosen.prepared(denoiser, problem.shape, cond)
+    ready = chosen.prepared(denoiser, problem.shape, cond)
     true = sample(model, "dpm-solver-pp-2m", nfe=TEACHER, seeds=seeds, cond=cond, guidance=scale)
     clean = operator(true)
     y = clean + sy * seeded_noise(seeds, clean.shape[1:], stream=MEASURING).to(clean)
@@ -138,11 +143,16 @@ def choose_start(
     for one, sampler in zip(tried, samplers, strict=True):
         nodes = sampler.tableau.nodes
         x = problem.start(fresh, nodes) if one == 1 else noised(start, nodes, fresh)
-        made = sample_posterior(denoiser, sampler, x, operator, y, sy, cond, method=chosen, seeds=fresh)
-        errors[one] = float((_square(made, true) if metric is None else metric(made, true)).mean())
+        made = sample_posterior(denoiser, sampler, x, operator, y, sy, cond, method=ready, seeds=fresh)
+        found = _square(made, true) if metric is None else metric(made, true)
+        if not isinstance(found, Tensor) or found.shape != (num,):
+            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise ModelError(f"a metric answers one number for each of {num} images, [B], got {what}")
+        errors[one] = float(found.mean())
     if not all(map(math.isfinite, errors.values())):
         raise FewstepError(f"the metric of a rehearsal is a finite number for each image, [B], got {errors}")
-    return StartChoice(min(errors, key=lambda one: errors[one]), errors, num, nfe)
+    cost = num * (TEACHER + nfe * len(tried)) + chosen.preparation
+    return StartChoice(min(errors, key=lambda one: errors[one]), errors, num, nfe, cost)
 
 
 def checked_estimate(

@@ -8,9 +8,10 @@ from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Solver
 from fewstep.inverse.method import Method
+from fewstep.models.carried import FITTED
 from fewstep.models.generate import sampler_for
 from fewstep.models.model import Model
-from fewstep.runtime.errors import SolverError
+from fewstep.runtime.errors import GridError, SolverError
 from fewstep.runtime.front_door import is_count
 from fewstep.sampling.sampler import Sampler
 from fewstep.sampling.start import level_of
@@ -40,12 +41,15 @@ def restored_steps(
 
     Raises:
         GridError: no step can begin there.
-        SolverError: ``nfe`` is no multiple of what the method takes (and the nearest that are).
+        SolverError: ``nfe`` is no multiple of what the method takes (and the nearest that are), or a solver that the method cannot run.
     """
     cost = method.cost[0]
     if not is_count(nfe):
         raise SolverError(f"nfe is the number of network evaluations per sample, a whole number, got {nfe!r}")
     if isinstance(solver, Sampler):
+        if grid is not None:
+            raise GridError("a sampler has a grid of its own: leave grid out")
+        method.check(solver.tableau)
         if solver.nfe * cost != nfe:
             raise SolverError(f"this sampler with {type(method).__name__} takes {solver.nfe * cost} network evaluations, not {nfe}")
         return solver if strength is None else solver.from_level(level_of(strength))
@@ -55,9 +59,10 @@ def restored_steps(
             f"{type(method).__name__} takes {cost} network evaluations a step, so nfe is a multiple of {cost}, as "
             f"{' or '.join(map(str, near))}, not {nfe}"
         )
-    spacing = restored_grid(model.schedule) if grid is None else grid
+    spacing = restored_grid(model.schedule) if grid is None and solver != FITTED else grid
     made = sampler_for(model, solver, nfe=nfe // cost, guidance=guidance, grid=spacing, strength=strength)
     assert isinstance(made, Sampler)  # a tableau is what was given as one
+    method.check(made.tableau)
     return made
 
 

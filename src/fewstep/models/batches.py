@@ -18,7 +18,7 @@ from fewstep.runtime.process import from_first, process, wait_for_all
 
 __all__ = ["SamplesRecord", "is_finished", "samples_record", "sampled_in_batches"]
 
-MADE = ("samples.npz", "grid.png", "singles", "restoration.json")  # what finished samples are turned into
+MADE = ("samples.npz", "grid.png", "singles")  # what finished samples are turned into
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def sampled_in_batches(
     make: Callable[[Sequence[int]], Tensor],
     *,
     together: bool = False,
+    made: Sequence[str] = MADE,
     on_progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Path] | None:
     """Sample all seeds batch by batch into ``folder``. Batches, and so samples, are the same whatever the number of processes.
@@ -71,6 +72,7 @@ def sampled_in_batches(
         batch: samples at a time.
         make: makes the samples ``[B, *D]`` of some seeds.
         together: whether the processes make each batch together, rather than each its own.
+        made: names of what finished samples are turned into; files of these names that are not from them are not replaced.
         on_progress: called with the number of samples that this process has seen done.
 
     Returns:
@@ -88,7 +90,7 @@ def sampled_in_batches(
         raise ArtifactError(f"{folder} holds unfinished samples of another command: remove {others[0]}, or choose another folder")
     if finished.exists() and not is_finished(folder, about.request):
         raise ArtifactError(f"{folder} holds the samples of another command (see {finished}): choose another folder, or remove them")
-    held = [name for name in MADE if (folder / name).exists()]
+    held = [name for name in made if (folder / name).exists()]
     if held and not finished.exists() and not parts.exists():
         raise ArtifactError(f"{folder} holds {held[0]}, and nothing says what made it: choose another folder, or remove it")
     starts = range(0, len(seeds), batch)

@@ -12,16 +12,17 @@ from fewstep.apps.blind import deblurred, passes
 from fewstep.apps.console import console, print_json, progress
 from fewstep.apps.measured import BLIND, TASKS, measured_picture, side_by_side
 from fewstep.apps.models import guidance_of, open_model
-from fewstep.apps.options import AsJson, Guidance, ModelName, Trust, command, numbers
+from fewstep.apps.options import AsJson, Guidance, ModelName, Trust, command
 from fewstep.evaluate.pictures import save_grid, save_singles
 from fewstep.inverse.blind import BlindConfig
-from fewstep.inverse.posterior import METHODS, make_method
+from fewstep.inverse.corrections import Projection
+from fewstep.inverse.posterior import METHODS, checked_prior, make_method
 from fewstep.inverse.restore import REHEARSE, Restoration
 from fewstep.inverse.restore import restore as restored
 from fewstep.inverse.steps import restored_steps
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_seeds
-from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.errors import FewstepError, look_up
 from fewstep.runtime.process import default_device, process
 
 __all__ = ["restore"]
@@ -79,13 +80,14 @@ def restore(
         _leave_out(BLIND, {**typed, "singles": singles or None})
         _blind(opened, picture, kernel_size, noise, num, seed, guidance_of(opened, guidance), label, out, json)
         return
+    look_up(task, {**TASKS, BLIND: None}, "task", FewstepError)
     _leave_out(task, {"kernel_size": kernel_size})
     if len(picture) > 1:
         raise FewstepError(f"{task} takes one picture at a time, got {len(picture)}")
     found = measured_picture(task, picture[0], opened, mask=mask, factor=factor, kernel=kernel, noise=noise)
     scale, seeds = guidance_of(opened, guidance), range(seed, seed + num)
     labels = None if label is None else opened.labels(seeds, label)
-    begin = strength if strength in (None, REHEARSE) else numbers(strength, "--strength")[0]
+    begin = strength if strength in (None, REHEARSE) else _share(strength)
     share = begin if isinstance(begin, float) and begin != 1 else None
     nfe, method, solver = NFE if nfe is None else nfe, METHOD if method is None else method, SOLVER if solver is None else solver
     chosen = make_method(method)
@@ -93,6 +95,8 @@ def restore(
     if not json:
         backward = f", {sampler.nfe * chosen.cost[1]} of them with back-propagation" if chosen.cost[1] else ""
         console.print(f"{num} samples of {nfe} network evaluations{backward}: {sampler.nfe} steps of {solver} with {method}")
+        if chosen.preparation:
+            console.print(f"before them {chosen.preparation} evaluations of a single sample, which measure the model")
     options = {"nfe": nfe, "method": method, "solver": solver, "grid": grid, "guidance": scale, "cond": labels, "strength": begin}
     with progress(f"restoring {picture[0].name}", num) as report:
         made = restored(
@@ -115,7 +119,16 @@ def restore(
     if json:
         print_json({"num": num, "nfe": nfe, "misfit": misfit, "spread": spread, **places, "card": dict(made.card)})
         return
+    if begin == REHEARSE:
+        console.print(f"strength: {made.card.get('strength', 1)}, the best of those rehearsed")
     _say(misfit, found.noise, spread, places["overview"])
+
+
+def _share(strength: str) -> float:
+    try:
+        return float(strength)
+    except ValueError:
+        raise FewstepError(f"--strength is one number above 0 and up to 1, or {REHEARSE}, got {strength!r}") from None
 
 
 def _leave_out(task: str, typed: dict[str, Any]) -> None:
@@ -138,10 +151,12 @@ def _blind(
     json: bool,
 ) -> None:
     if size is None or noise is None:
-        missing = " and ".join(name for name, value in (("--kernel-size", size), ("--noise", noise)) if value is None)
-        raise FewstepError(f"{BLIND} needs {missing}: the odd side of the kernel to be found, and the standard deviation of the noise")
+        meant = {"--kernel-size": (size, "the odd side of the kernel to be found"), "--noise": (noise, "its standard deviation")}
+        missing = [f"{name}, {meaning}" for name, (value, meaning) in meant.items() if value is None]
+        raise FewstepError(f"{BLIND} needs {' and '.join(missing)}")
     if process()[1] > 1:
         raise FewstepError(f"{BLIND} is the work of one process: run it without torchrun")
+    checked_prior(model, Projection())
     problem, config = Problem(model, scale, default_device()), BlindConfig()
     if not json:
         most = (config.candidates + 1) * config.nfe + config.final

@@ -300,7 +300,11 @@ class _Table:
             if old.rows:
                 aside = self.path.with_name(f"results-{hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]}.json")
                 self.path.replace(aside)
-                log.warning("%s was of another model, other pictures or another version; its rows are in %s now", self.path, aside.name)
+                log.warning(
+                    "%s was of another model, other pictures, another --batch, --features or version; its rows are in %s now",
+                    self.path,
+                    aside.name,
+                )
         return RestorationResults(version("fewstep"), job.command, self.bench.problem.name, machine, shared, [])
 
     def run(self) -> RestorationResults:
