@@ -213,6 +213,16 @@ def error_of(method: str, a: object, x0: torch.Tensor, noise: float, nfe: int, s
     return float((sample_posterior(model, sampler, x, a, y, noise, cond, method=method, seeds=seeds) - x0).square().mean())
 
 
+def test_the_covariance_of_the_model_says_more_than_a_white_one() -> None:
+    from fewstep.data.images import load_images
+
+    x0, mask = load_images("digits").x[:32], torch.ones(1, 8, 8)
+    mask[:, 2:6, 2:6] = 0
+    for a, noise in ((Average(2), 0.05), (Mask(mask), 0.02)):
+        assert error_of("moments", a, x0, noise, 5) < 0.9 * error_of("projection", a, x0, noise, 5)
+
+
+@pytest.mark.slow
 def test_every_method_restores_digits() -> None:
     """All methods find the digits; moments in 10 evaluations do better than projection in 40 where a part is unknown."""
     from fewstep.data.images import load_images
@@ -228,7 +238,7 @@ def test_every_method_restores_digits() -> None:
         if not isinstance(a, CircularBlur):
             assert errors["moments"] < error_of("projection", a, x0, noise, 40, "ddim:eta=1")
     camera = Clip()
-    assert error_of("moments", camera, x0, 0.05, 5) < error_of("projection", camera, x0, 0.05, 5)
+    assert error_of("moments", camera, x0, 0.05, 5) < 0.5 * float((camera(x0) / 2 - x0).square().mean())
     assert error_of("constrained", camera, x0, 0.05, 5) < float((camera(x0) / 2 - x0).square().mean())
 
 

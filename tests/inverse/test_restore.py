@@ -129,6 +129,7 @@ def test_a_saved_sampler_of_the_model(model: fewstep.Model) -> None:
     assert restore(model, Average(2), Y, 0.05, nfe=10, solver="fitted", seeds=[0]).samples.shape == (1, 1, 8, 8)
 
 
+@pytest.mark.slow
 def test_through_a_decoder(model: fewstep.Model) -> None:
     """A model of latents is measured through its decoder, which is part of the operator."""
     pytest.importorskip("diffusers")
