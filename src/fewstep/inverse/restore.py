@@ -42,7 +42,8 @@ __all__ = ["Restoration", "RestorationCard", "restore", "sample_interval"]
 INTERVAL = 0.9
 MADE = ("restoration.json", "restoration.safetensors", "README.md", "overview.png", "mean.png", "spread.png", "singles")  # in a folder
 ADJOINT = 1e-3  # how far two inner products may be from each other, over the norms
-LIBRARIES = ("builtins", "abc", "typing", "torch", "numpy", "fewstep", "collections")
+# the code of these stays as it is, or is another version
+LIBRARIES = ("builtins", "abc", "typing", "collections", "torch", "numpy", "diffusers", "transformers", "deepinv", "fewstep")
 REHEARSE, REHEARSED = "rehearse", 16  # the word for it, and the number of images
 
 
