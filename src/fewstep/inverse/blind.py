@@ -33,6 +33,7 @@ from fewstep.inverse.kernel_evidence import Observed, ascend, evidence, starting
 from fewstep.inverse.kernel_fit import checked_size, fit_kernel, recentred
 from fewstep.inverse.measurements import CircularBlur, checked_noise
 from fewstep.inverse.posterior import checked_prior, sample_posterior
+from fewstep.inverse.steps import restored_grid
 from fewstep.models.guidance import Wrapped
 from fewstep.models.model import Model
 from fewstep.runtime.errors import FewstepError, ModelError, look_up
@@ -284,9 +285,7 @@ class _Task:
 
 
 def _tableau(denoiser: Denoiser, config: BlindConfig, nfe: int, solver: str = SOLVER) -> Tableau:
-    law = denoiser.schedule
-    usual = "karras" if bool(law.alpha(torch.tensor(law.t_max, dtype=torch.float64)) > 0) else "angle"
-    return Sampler.build(solver, config.grid or usual, law, nfe=nfe).tableau
+    return Sampler.build(solver, config.grid or restored_grid(denoiser.schedule), denoiser.schedule, nfe=nfe).tableau
 
 
 # -- led by the evidence ------------------------------------------------------------------------------------------------
