@@ -118,6 +118,15 @@ def test_the_code_of_an_operator_is_part_of_a_request(model: fewstep.Model, tmp_
         restore(model, Scaled(), y, 0.1, seeds=[0], out=tmp_path / "out")
 
 
+def test_a_damaged_folder_says_what_to_remove(model: fewstep.Model, tmp_path: Path) -> None:
+    restore(model, Average(2), Y, 0.05, seeds=[0], out=tmp_path / "out")
+    (tmp_path / "out" / "restoration.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ArtifactError, match=r"remove .*restoration.json"):
+        restore(model, Average(2), Y, 0.05, seeds=[0], out=tmp_path / "out")
+    (tmp_path / "out" / "restoration.json").unlink()
+    assert restore(model, Average(2), Y, 0.05, seeds=[0], out=tmp_path / "out").samples.shape == (1, 1, 8, 8)
+
+
 def test_files_of_others_are_left_alone(model: fewstep.Model, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(ArtifactError, match=r"holds README.md"):

@@ -29,7 +29,7 @@ from fewstep.models.identity import digest, parts
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.artifact import ArtifactRecord, load_artifact, named_path, save_artifact, tensor_of
-from fewstep.runtime.errors import ModelError, first_line
+from fewstep.runtime.errors import ArtifactError, ModelError, first_line
 from fewstep.runtime.front_door import checked, is_count, number, scale_of
 from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import wait_for_all
@@ -358,7 +358,10 @@ class _Run:
         identity = "memory" if job.in_memory else self.identity
         if (job.folder / "restoration.json").exists() and is_finished(job.folder, identity):
             job.on_progress(len(self.seeds), "there already")
-            return Restoration.load(job.folder)
+            try:
+                return Restoration.load(job.folder)
+            except ArtifactError as error:
+                raise ArtifactError(f"{error}: remove {job.folder / 'restoration.json'}, and type the same again") from error
         method = self.method.prepared(denoiser, problem.shape, self.cond)
 
         def make(part: Sequence[int]) -> Tensor:
