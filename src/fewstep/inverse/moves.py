@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser
-from fewstep.core.prediction import aligned
 from fewstep.core.tableau import Tableau
 from fewstep.inverse.jacobian import SIZE, Estimate, checked_size, estimate
 from fewstep.inverse.method import Asked, Data, Method, positive
@@ -39,7 +38,7 @@ class DPS(Move):
     It wants hundreds of steps and back-propagation: for comparison.
 
     Args:
-        zeta: the length of the step, on the scale of the clean image.
+        zeta: the length of the step, on the scale of the state, as published.
     """
 
     zeta: float = 1.0
@@ -66,8 +65,7 @@ class DPS(Move):
             with torch.enable_grad():
                 misfit = asked.data.residual(graph[0]).flatten(1).norm(dim=1).sum()
                 (slope,) = torch.autograd.grad(misfit, graph[1])
-            alpha = aligned(denoiser.schedule.alpha(asked.tableau.nodes.t[step.i + 1]), asked.x)
-            return step.x_next - self.zeta * alpha * slope
+            return step.x_next - self.zeta * slope
 
         return _edited(Wrapped(denoiser.schedule, answer), asked, down)
 
