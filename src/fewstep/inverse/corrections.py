@@ -120,7 +120,6 @@ class PiGDM(Correction):
 
     backward: bool = True
     size: float = SIZE
-    references = ("2305.04391",)
 
     def __post_init__(self) -> None:
         check_fields(self)
