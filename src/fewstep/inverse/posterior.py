@@ -80,7 +80,8 @@ def measured(
         >>> from fewstep.inverse.measurements import Average
         >>> model = fewstep.load_model("digits-edm")
         >>> y = torch.zeros(1, 4, 4)
-        >>> fewstep.sample(measured(model, Average(2), y, 0.05), "ddim", torch.randn(2, 1, 8, 8) * 80, torch.tensor([3, 3]), nfe=5).shape
+        >>> posterior = fewstep.measured(model, Average(2), y, 0.05)
+        >>> fewstep.sample(posterior, "ddim", torch.randn(2, 1, 8, 8) * 80, torch.tensor([3, 3]), nfe=5).shape
         torch.Size([2, 1, 8, 8])
     """
     correction = make_method(method)
