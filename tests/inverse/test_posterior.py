@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.inverse.corrections import Moments, Projection
 from fewstep.inverse.error_spectra import error_spectra
 from fewstep.inverse.jacobian import estimate, jacobian_product
-from fewstep.inverse.measurements import Average, CircularBlur, Clip, Mask, Nonlinear
+from fewstep.inverse.measurements import Average, CircularBlur, Clip, Mask, Measurement, Nonlinear
 from fewstep.inverse.posterior import METHODS, make_method
 from fewstep.inverse.restore import sample_interval
 from fewstep.inverse.spectral import Spectral
@@ -202,11 +203,11 @@ def test_methods_cost_what_they_say(method: str, calls: int, backward: int) -> N
     assert (cost[0] * 5, cost[1] * 5) == (calls, backward)
 
 
-def error_of(method: str, a: object, x0: torch.Tensor, noise: float, nfe: int, solver: str = "ddim") -> float:
+def error_of(method: str, a: Measurement, x0: torch.Tensor, noise: float, nfe: int, solver: str = "ddim") -> float:
     model = fewstep.load_model("digits-edm")
     sampler = Sampler.build(solver, "karras", model.schedule, nfe=nfe)
     seeds = range(len(x0))
-    clean = a(x0)  # type: ignore[operator]
+    clean = a(x0)
     y = clean + noise * seeded_noise(seeds, clean.shape[1:], stream=9)
     x = fewstep.start_noise(sampler.tableau.nodes, seeds, x0.shape[1:])
     cond = torch.full((len(x0),), model.null_label or 0)
@@ -262,6 +263,11 @@ def asked(prior: GaussianDenoiser, operator: object) -> torch.Tensor:
     return measured(prior, operator, torch.zeros(SHAPE), 0.1)(torch.zeros(2, *SHAPE), torch.tensor(1.0))
 
 
+def sampled(prior: GaussianDenoiser, solver: str, **options: Any) -> torch.Tensor:
+    sampler = Sampler.build(solver, "karras", prior.schedule, nfe=4)
+    return sample_posterior(prior, sampler, torch.ones(1, *SHAPE), Average(2), torch.zeros(1, 2, 2), 0.1, **options)
+
+
 def half() -> fewstep.Model:
     return replace(fewstep.load_model("digits-edm"), dtype=torch.bfloat16)
 
@@ -305,32 +311,10 @@ def half() -> fewstep.Model:
             ModelError,
             "from 0.0001 to 1",
         ),
-        (
-            lambda p: sample_posterior(
-                p,
-                Sampler.build("unipc-2", "karras", p.schedule, nfe=4),
-                torch.ones(1, *SHAPE),
-                Average(2),
-                torch.zeros(1, 2, 2),
-                0.1,
-                method="dps",
-            ),
-            SolverError,
-            "use ddim",
-        ),
-        (
-            lambda p: sample_posterior(
-                p,
-                Sampler.build("dpm-solver-pp-2m", "karras", p.schedule, nfe=4),
-                torch.ones(1, *SHAPE),
-                Average(2),
-                torch.zeros(1, 2, 2),
-                0.1,
-                method="constrained",
-            ),
-            SolverError,
-            "use ddim",
-        ),
+        (lambda p: sampled(p, "unipc-2", method="dps"), SolverError, "use ddim"),
+        (lambda p: sampled(p, "dpm-solver-pp-2m", method="constrained"), SolverError, "use ddim"),
+        (lambda p: sampled(p, "ddim", seeds=[1, 2]), ModelError, "2 seeds for 1 starts"),
+        (lambda p: sampled(p, "ddim", observe=3), ModelError, "called with each Step"),
     ],
 )
 def test_refusals(make, error: type[Exception], said: str) -> None:

@@ -128,7 +128,10 @@ def sample_posterior(
     check_start(x)
     prior, tableau = checked_prior(denoiser, chosen), tableau_of(sampler)
     chosen.check(tableau)
-    asked = Asked(tableau, x, data, cond, None if seeds is None else seed_list(seeds), observe)
+    seeds = None if seeds is None else seed_list(seeds)
+    if seeds is not None and len(seeds) != len(x):
+        raise ModelError(f"{len(seeds)} seeds for {len(x)} starts: pass one for each")
+    asked = Asked(tableau, x, data, cond, seeds, observe)
     return chosen.prepared(prior, x.shape[1:], cond).sample(prior, asked)
 
 
