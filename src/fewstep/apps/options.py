@@ -11,7 +11,7 @@ import inspect
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -34,6 +34,7 @@ __all__ = [
     "AnyStatistics",
     "AsJson",
     "Fields",
+    "FieldsOf",
     "Flag",
     "Guidance",
     "InParallel",
@@ -43,6 +44,7 @@ __all__ = [
     "TeacherGuidance",
     "Tolerance",
     "Trust",
+    "Typed",
     "Window",
     "checked",
     "command",
@@ -190,6 +192,52 @@ class Flag:
 NUM = Flag("--num", "-n", more="Under torchrun say -n.")  # which takes --num for an abbreviation of an option of its own
 
 
+class Typed:
+    """The options of several configs that were typed, of which one is made: the metadata is `FieldsOf`.
+
+    Attributes:
+        options: of each config, by its key.
+        values: what was typed, by the path of the field.
+    """
+
+    def __init__(self, options: Mapping[str, _Options], values: Mapping[str, Any]) -> None:
+        self.options, self.values = options, dict(values)
+
+    def config(self, key: str, option: str) -> Any:  # noqa: ANN401 - a config
+        """Make the config of a key.
+
+        Args:
+            key: which.
+            option: the option that chose it, for the error.
+
+        Raises:
+            FewstepError: an option was typed that this config does not have (and which do).
+        """
+        own = self.options[key]
+        for path in self.values:
+            if path not in own.readers:
+                having = ", ".join(other for other, options in self.options.items() if path in options.readers)
+                name = next(options.called[path] for options in self.options.values() if path in options.readers)
+                raise FewstepError(f"{name} is an option of {option} {having}, not of {key}: leave it out")
+        return own.config(**own.chosen({path: own.readers[path](value) for path, value in self.values.items()}))
+
+
+@dataclass(frozen=True)
+class FieldsOf:
+    """Metadata of a verb's parameter that is one of several configs: ``Annotated[Typed, FieldsOf(...)]``.
+
+    A field is one option for all configs that have it; its help names them and their defaults, where they are not all alike.
+
+    Args:
+        configs: the classes, by what chooses between them.
+        flags, leave_out: as of `Fields`; of those configs that have such a field.
+    """
+
+    configs: Mapping[str, type]
+    flags: Mapping[str, Flag] | None = None
+    leave_out: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Fields:
     """Metadata of a verb's parameter that is a config: ``Annotated[FitConfig, Fields(...)]``.
@@ -215,6 +263,11 @@ def expanded(verb: Callable[..., None]) -> Callable[..., None]:
     for parameter in inspect.signature(verb, eval_str=True).parameters.values():
         hint = parameter.annotation
         shown = next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Fields)), None)
+        several = next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, FieldsOf)), None)
+        if several is not None:
+            made, builders[parameter.name] = _of_several(parameter.name, several)
+            parameters += made
+            continue
         if shown is None:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=_with_paths(hint)))
             continue
@@ -256,7 +309,7 @@ class _Options:
         self.partial = get_origin(kind) is partial
         self.config: type = get_args(kind)[0] if self.partial else kind
         self.prefix, self.leave_out, self.flags = prefix, shown.leave_out, dict(shown.flags or {})
-        self.readers = dict[str, Callable[[Any], Any]]()
+        self.readers, self.called = dict[str, Callable[[Any], Any]](), dict[str, str]()
         self.parameters = list(self._parameters(self.config, ""))
         unknown = (set(self.flags) | set(self.leave_out)) - set(_paths(self.config))
         if unknown:
@@ -283,6 +336,7 @@ class _Options:
         default = default if flag.default is MISSING else flag.default
         called = next(name for name in names if name.startswith("--")).split("/")[0]
         kind, metavar, self.readers[path] = _read_as(hint, called, path)
+        self.called[path] = called
         if text.split(" ")[0].rstrip(",:") not in (default, *get_args(hint)):  # a value is shown as it is typed
             text = text[:1].upper() + text[1:]
         help = " ".join(filter(None, (text if flag.help is None else flag.help, flag.more)))
@@ -302,15 +356,60 @@ class _Options:
         chosen = self._chosen(self.config, "", values)
         return partial(self.config, **chosen) if self.partial else self.config(**chosen)
 
+    def chosen(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the config for some of its fields, by their paths."""
+        return self._chosen(self.config, "", values)
+
     def _chosen(self, config: Any, within: str, values: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401 - as above
         chosen = dict[str, Any]()
         for field in fields(config):
             path, default = within + field.name, _default(config, field)
             if path in values:
                 chosen[field.name] = values[path]
-            elif is_dataclass(default) and not isinstance(default, type):
+            elif is_dataclass(default) and not isinstance(default, type) and any(key.startswith(f"{path}.") for key in values):
                 chosen[field.name] = replace(default, **self._chosen(default, f"{path}.", values))
         return chosen
+
+
+def _of_several(prefix: str, shown: FieldsOf) -> tuple[list[inspect.Parameter], Callable[[dict[str, Any]], Typed]]:
+    """Return the options of several configs, and a function that notes which were typed."""
+    options = dict[str, _Options]()
+    for key, config in shown.configs.items():
+        paths = set(_paths(config))
+        flags = {path: flag for path, flag in (shown.flags or {}).items() if path in paths}
+        options[key] = _Options(prefix, config, Fields(flags, tuple(path for path in shown.leave_out if path in paths)))
+    having = dict[str, dict[str, inspect.Parameter]]()
+    for key, one in options.items():
+        for parameter in one.parameters:
+            having.setdefault(parameter.name, {})[key] = parameter
+    made = [_shared(found, list(options)) for found in having.values()]
+
+    def note(given: dict[str, Any]) -> Typed:
+        paths = {one._name(path): path for one in options.values() for path in one.readers}  # noqa: SLF001 - of this file
+        return Typed(options, {path: given[name] for name, path in paths.items() if given[name] is not None})
+
+    return made, note
+
+
+def _shared(found: Mapping[str, inspect.Parameter], keys: Sequence[str]) -> inspect.Parameter:
+    """Return the option of a field that some configs have: without a default, since each has its own, which the help says."""
+    first = next(iter(found.values()))
+    kind, *marks = get_args(first.annotation)
+    option = copy(marks[0])
+    groups = dict[str, list[str]]()
+    for key, parameter in found.items():
+        groups.setdefault("none" if parameter.default is None else str(parameter.default), []).append(key)
+    everywhere = len(found) == len(keys)
+    if len(groups) == 1 and everywhere:
+        note = f"Default: {next(iter(groups))}."
+    elif len(groups) == 1:
+        note = f"Of {', '.join(found)}; default: {next(iter(groups))}."
+    else:
+        each = [f"{value} of {', '.join(group)}" for value, group in groups.items()]
+        note = f"Default: {'; '.join(each)}."
+    option.help = " ".join(filter(None, (option.help, note)))
+    optional = kind if first.default is None else kind | None
+    return first.replace(annotation=Annotated[optional, option], default=None)
 
 
 def _paths(config: Any, within: str = "") -> Iterator[str]:  # noqa: ANN401 - a dataclass, or one with defaults
@@ -354,12 +453,14 @@ def _plain_of(hint: Any, path: str) -> Any:  # noqa: ANN401 - types
 
 
 def documented(config: object) -> dict[str, str]:
-    """Return the text of each field in the ``Args`` and ``Attributes`` of a dataclass' docstring, without its marks of code.
+    """Return the text of each field in the ``Args`` and ``Attributes`` of a dataclass' docstring and its bases', without marks of code.
 
     An entry may be for several names, ``steps, batch: ...``, and go on in lines that are further in.
     """
     found, names, within = dict[str, list[str]](), list[str](), False
-    for line in inspect.cleandoc(config.__doc__ or "").splitlines():
+    kind = config if isinstance(config, type) else type(config)
+    texts = [inspect.cleandoc(one.__doc__ or "") for one in reversed(kind.__mro__) if is_dataclass(one)]
+    for line in "\n\n".join(texts).splitlines():
         if line and not line.startswith(" "):
             within, names = line in ("Args:", "Attributes:"), []
         elif within and (entry := re.match(r"    (\w+(?:, \w+)*): +(.*)", line)):

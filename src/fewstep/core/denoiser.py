@@ -62,6 +62,20 @@ class FlowMap(ABC):
         """Plain values that the map depends on beside the network's weights, for the model's fingerprint."""
         return ()
 
+    def at(self, scale: float) -> FlowMap:
+        """Return the map at a guidance scale; by default there is but one, and its guidance is in its weights.
+
+        Raises:
+            ModelError: the map has no such scale.
+        """
+        if scale != 1:
+            raise ModelError(f"a flow map has its guidance in its weights: use guidance 1, not {scale:g}")
+        return self
+
+    def arithmetic(self, t: Tensor) -> float | None:
+        """Return the cost of jumping through the times ``t [N+1]``, in evaluations of the network alone; None where that is not known."""
+        return None
+
     @abstractmethod
     def __call__(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return the states ``[B, *D]`` at time ``t`` on the trajectories through ``x`` at time ``s``.

@@ -6,7 +6,7 @@ exact where ``D`` does not change on the way. Students are ones by training.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from fewstep.core.denoiser import Cond, Denoiser, FlowMap
 from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes
+from fewstep.models.flow_map_student import FlowMapStudent
 from fewstep.models.networks.operator import OperatorStudent
 from fewstep.runtime.errors import SolverError
 
-__all__ = ["FirstOrderMap", "OperatorMap"]
+__all__ = ["FirstOrderMap", "OperatorMap", "StudentMap"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,9 @@ class OperatorMap(FlowMap):
     def __call__(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         return self.student.jump(x, s, t, cond)
 
+    def arithmetic(self, t: Tensor) -> float:
+        return self.student.arithmetic(t)
+
     def check(self, t: Tensor) -> None:
         times, anywhere = self.student.times, self.student.form.anywhere
         use = "use ddim on the grid optimized, with the numbers of passes that it has"
@@ -64,3 +68,40 @@ class OperatorMap(FlowMap):
             raise SolverError(f"this operator starts at t = {times[0]:g} only, not at {t[0]:g}: {use}")
         if len(t) > 2 and not anywhere:
             raise SolverError(f"this operator makes one pass only, not {len(t) - 1}: {use}")
+
+
+@dataclass(frozen=True, eq=False)
+class StudentMap(FlowMap):
+    """A flow map student (arXiv 2406.07505): it jumps from any time that it was trained between to any later one.
+
+    Attributes:
+        student: its network.
+        scale: the guidance scale that it is told, where it is told one.
+    """
+
+    student: FlowMapStudent = field(repr=False)
+    scale: float = 1.0
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.student.schedule
+
+    @property
+    def definition(self) -> tuple[Any, ...]:
+        student = self.student
+        return astuple(student.form), student.first, student.last, *([] if student.scales is None else [student.scales])
+
+    def at(self, scale: float) -> StudentMap:
+        return replace(self, scale=scale)
+
+    def __call__(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        return self.student.jump(x, s, t, cond, self.scale)
+
+    def arithmetic(self, t: Tensor) -> float:
+        return float(len(t) - 1)  # the small networks of its embeddings apart
+
+    def check(self, t: Tensor) -> None:
+        first, last = self.student.first, self.student.last
+        slack = 1e-9 * abs(first - last)
+        if not bool(((t - last) * (t - first) <= slack * abs(first - last)).all()):
+            raise SolverError(f"this flow map knows times from {first:g} to {last:g}, not {t[0]:g} to {t[-1]:g}: use a grid between them")

@@ -33,6 +33,7 @@ from fewstep.models.networks.calls import (
     unwritten,
     whole_times,
 )
+from fewstep.models.networks.scaled_call import ScaledCall
 from fewstep.models.tuned import Tuned
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError
 from fewstep.runtime.front_door import checked_class, is_count, whole
@@ -70,6 +71,8 @@ class Model:
         time_dtype: the dtype of the time that it is given, as ``torch.int64`` for an embedding of whole times; by default at least float32.
         identity: a word that stands for its weights and code in the fingerprint, where these cannot be read (weights that are offloaded or
             sharded, functions that hold what has no values); by default they are hashed.
+        scales: the least and the largest guidance scale, where the network is told its scale and answers by one call, as a student of
+            guided distillation does.
         flow_map: for a student, the map along the trajectory that takes the place of denoising.
         name: the model's name in tables and errors; by default the class of the network.
         data: the data set it was trained on, by the name `load_images` knows, or None.
@@ -102,6 +105,7 @@ class Model:
     dtype: torch.dtype | None = None
     time_dtype: torch.dtype | None = None
     identity: str = ""
+    scales: tuple[float, float] | None = None
     flow_map: FlowMap | None = None
     name: str = ""
     data: str | None = None
@@ -140,6 +144,10 @@ class Model:
             raise ModelError(f"time and call are functions, t -> time and (network, x, time, cond) -> output, got {self.time}, {self.call}")
         if not (self.build is None or callable(self.build)) or isinstance(self.build, nn.Module):
             raise ModelError(f"build is what builds the network again, as functools.partial(Net, width=64), got {str(self.build)[:80]!r}")
+        if self.scales is not None and not (isinstance(self.call, ScaledCall) or self.flow_map is not None):
+            raise ModelError(
+                f"scales are those of a network that is told its guidance scale, which the call of {self.name} does not tell it"
+            )
         if not isinstance(self.flow_map, FlowMap | None):
             raise ModelError(f"flow_map is a fewstep.FlowMap, got {type(self.flow_map).__name__}: subclass it")
         object.__setattr__(self, "prediction", prediction(self.prediction))
@@ -222,9 +230,22 @@ class Model:
     def guided(self, scale: float = 1.0) -> Denoiser | FlowMap:
         """Return the denoiser with classifier-free guidance; scale 1 is the model as it is, and a student is its flow map.
 
+        A network that is told its scale answers by one call.
+
         Raises:
-            ModelError: the model has no null label to guide away from, or is a student and the scale is not 1.
+            ModelError: the model has no null label to guide away from, is a student of one scale and this is not 1, or was not taught this
+                scale.
         """
+        if self.scales is not None:
+            low, high = self.scales
+            if not low <= scale <= high:
+                raise ModelError(
+                    f"{self.name} knows guidance scales from {low:g} to {high:g}, not {scale:g}: use one of those, or distil a wider range"
+                )
+            if self.flow_map is not None:
+                return self.flow_map.at(scale)
+            assert isinstance(self.call, ScaledCall)  # checked at birth
+            return self if scale == self.call.scale else replace(self, call=replace(self.call, scale=scale))
         if self.flow_map is not None:
             if scale != 1:
                 raise ModelError(f"{self.name} is a student: its guidance is in its weights; use guidance 1")

@@ -10,20 +10,22 @@ import typer
 
 from fewstep.apps.console import console, next_command, print_json, progress, show_table
 from fewstep.apps.models import guidance_of, model_words, open_model
-from fewstep.apps.options import NUM, AsJson, Fields, Flag, ModelName, TeacherGuidance, Trust, checked, command
+from fewstep.apps.options import NUM, AsJson, FieldsOf, Flag, ModelName, TeacherGuidance, Trust, Typed, checked, command
+from fewstep.data.images import load_images
 from fewstep.evaluate.metrics.features import load_digits_features
 from fewstep.evaluate.pictures import save_comparison
 from fewstep.learn.networks.distill import distill as make_student
-from fewstep.learn.networks.objectives import OBJECTIVES, DistillConfig
+from fewstep.learn.networks.objectives import OBJECTIVES
 from fewstep.learn.teacher.trajectories import Trajectories
+from fewstep.models.flow_map import OperatorMap
 from fewstep.models.model import Model
-from fewstep.models.networks.operator import OperatorStudent
 from fewstep.runtime.errors import FewstepError
 from fewstep.runtime.process import default_device
 
 __all__ = ["distill"]
 
-FIGURES = ("curve", "slots", "passes", "arithmetic", "seconds")
+FIGURES = ("curve", "slots", "passes", "arithmetic", "trained_on", "seconds")
+METHODS = "; ".join(f"{name}: {method.about}" for name, method in OBJECTIVES.items()) + "."
 FLAGS = {
     "num": NUM,
     "form.anywhere": Flag("--anywhere/--one-pass", help="Start at any of the slots' times, for several passes, or at the noise only."),
@@ -39,11 +41,12 @@ def distill(
     model: ModelName,
     *,
     out: Annotated[Path, typer.Option(help="Folder for the student.")],
-    method: Annotated[
-        str, typer.Option(metavar="|".join(OBJECTIVES), help="dsno: slots that meet in temporal layers; slots: they do not; kd: one slot.")
-    ] = "dsno",
-    config: Annotated[DistillConfig, Fields(FLAGS, ("guidance",))],
+    method: Annotated[str, typer.Option(metavar="|".join(OBJECTIVES), help=METHODS)] = "dsno",
+    config: Annotated[Typed, FieldsOf({name: method.config for name, method in OBJECTIVES.items()}, FLAGS, ("guidance",))],
     guidance: TeacherGuidance = None,
+    data: Annotated[
+        str | None, typer.Option(help="For targets of a flow map that learn from pictures: digits, an .npz or a folder.")
+    ] = None,
     trajectories: Annotated[Path | None, typer.Option(help="A folder of trajectories; by default they are made.")] = None,
     begin: Annotated[str | None, typer.Option("--from", help="A student to begin with; by default the teacher's weights.")] = None,
     trust: Trust = False,
@@ -54,20 +57,22 @@ def distill(
     A killed run continues where it stopped; the processes of torchrun share trajectories and batches.
     """
     checked(method, tuple(OBJECTIVES), "--method")
-    opened, features = open_model(model, trust=trust), load_digits_features().smooth if config.loss == "features" else None
+    chosen = config.config(method, "--method")
+    opened, features = open_model(model, trust=trust), load_digits_features().smooth if chosen.loss == "features" else None
     if features is not None and opened.shape != (1, 8, 8):
         raise FewstepError(f"the bundled features are of 8x8 digits, {opened.name} makes {opened.shape}: use another loss")
     stored = None if trajectories is None else Trajectories.load(trajectories)
-    with progress(f"distilling {opened.name}", config.steps) as report:
+    with progress(f"distilling {opened.name}", chosen.steps) as report:
         student = make_student(
             opened,
             method,
             guidance=guidance_of(opened, guidance),
             out=out,
-            config=config,
+            config=chosen,
             trajectories=stored,
             begin=None if begin is None else open_model(begin, trust=trust),
             features=features,
+            images=None if data is None else load_images(data),
             device=default_device(),
             command=command(),
             on_progress=report,
@@ -76,9 +81,10 @@ def distill(
         return
     shown = Trajectories.load(out / "work" / "trajectories") if stored is None else stored
     done = {"model": opened.name, "student": str(out)}
-    if len(opened.need_shape()) == 3:
-        done["picture"] = str(_draw(student, shown, range(config.num, config.num + min(6, config.held_out)), out / "slots.png"))
-    done |= {key: student.card[key] for key in FIGURES}
+    if len(opened.need_shape()) == 3 and "passes" in student.card:
+        held_out = range(len(shown))[-chosen.held_out :][:6]
+        done["picture"] = str(_draw(student, shown, held_out, out / "slots.png"))
+    done |= {key: student.card[key] for key in FIGURES if key in student.card}
     if json:
         print_json(done)
         return
@@ -102,12 +108,13 @@ def _show(done: dict[str, Any]) -> None:
 @torch.no_grad()
 def _draw(student: Model, stored: Trajectories, index: range, path: Path) -> Path:
     """Draw the state in each slot of one pass, below the teacher's trajectory, each scaled to unit size."""
-    operator, schedule = student.to(default_device()).network, student.schedule
-    assert isinstance(operator, OperatorStudent)  # just made
-    t = operator.times
+    flow_map, schedule = student.to(default_device()).flow_map, student.schedule
+    assert flow_map is not None  # just made
+    t = flow_map.student.times if isinstance(flow_map, OperatorMap) else stored.t[:: max(1, (len(stored.t) - 1) // 4)]
     places = [int((stored.t - wanted).abs().argmin()) for wanted in t]
     x, labels = stored.states(index, at=places).to(default_device()), stored.labels(index)
-    ours = operator(x[:, 0], t[1:], None if labels is None else labels.to(x.device))
+    cond = None if labels is None else labels.to(x.device)
+    ours = torch.stack([flow_map(x[:, 0], t[0], later, cond) for later in t[1:]], 1)
     cells = {}
     for name, states in (("teacher", x), ("one pass", torch.cat([x[:, :1], ours], 1))):
         for k, now in enumerate(t):

@@ -95,6 +95,9 @@ class TimedFlowMap(_Counted, FlowMap):
     def __call__(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         return self.count(x, s, lambda: self.flow_map(x, s, t, cond))
 
+    def arithmetic(self, t: Tensor) -> float | None:
+        return self.flow_map.arithmetic(t)
+
     def check(self, t: Tensor) -> None:
         self.flow_map.check(t)
 

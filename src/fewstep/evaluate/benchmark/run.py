@@ -29,7 +29,6 @@ from fewstep.evaluate.metrics.quality import NO_METRICS, Quality
 from fewstep.evaluate.rows import REFERENCE, Key, Row, has_errors, picture_file, read_results, read_samples, save_samples
 from fewstep.models.formats.folders import imports_code
 from fewstep.models.model import Model
-from fewstep.models.networks.operator import OperatorStudent
 from fewstep.models.problem import Problem
 from fewstep.models.zoo import load_model
 from fewstep.runtime.artifact import Number, held_to, read_file, write_whole
@@ -296,9 +295,8 @@ class _Bench:
         save_samples(path, made.samples, errors)
         cost = {"seconds": made.seconds, "solver_seconds": made.solver_seconds, "peak_memory": made.peak_memory, "levels": made.levels}
         cost |= {"processes": self.job.world, "threads": torch.get_num_threads()}
-        student = self.problem.model.network
-        if isinstance(student, OperatorStudent) and isinstance(self.problem.denoiser, FlowMap):
-            cost["arithmetic"] = student.arithmetic(entry.time_grid.t)
+        if isinstance(self.problem.denoiser, FlowMap):
+            cost["arithmetic"] = self.problem.denoiser.arithmetic(entry.time_grid.t)
         if made.evaluations != entry.nfe:
             cost |= {"nfe": made.evaluations, "planned": entry.nfe}
         return self._row(entry, {**self.errors(errors), **measured, **cost})

@@ -23,6 +23,7 @@ from fewstep.core.tableau import Nodes
 from fewstep.data.images import Images
 from fewstep.learn.networks.loop import LoopConfig, forget_checkpoint
 from fewstep.learn.networks.objectives.steps import LandingObjective, ScoreObjective, StepsObjective
+from fewstep.learn.networks.score_matching import check_images
 from fewstep.learn.networks.trainer import dropout_as, may_write_model, teacher_name, train_student
 from fewstep.learn.search.bound import Bound
 from fewstep.learn.teacher.batches import TeacherData
@@ -181,7 +182,7 @@ def finetune(
     if config.form == "score" and images is None:
         raise FewstepError("the form score matches scores on images: pass the data that the model was trained on, or use the form mean")
     if config.form == "score" and images is not None:
-        _check_images(images, model)
+        check_images(images, model)
     for count in (config.batch, config.held_out):
         share(range(count))
     with Job.open("finetune", out, device=device or model.device, on_progress=on_progress, command=command) as job:
@@ -189,17 +190,6 @@ def finetune(
         tuning = _Tuning(Problem(model, config.guidance, job.device), config, images, job)
         history = tuning.alternate()
         return None if job.rank else _result(tuning, history, job)
-
-
-def _check_images(images: Images, model: Model) -> None:
-    if tuple(images.x.shape[1:]) != model.need_shape():
-        raise FewstepError(
-            f"the images of {images.name} have shape {tuple(images.x.shape[1:])}, those of {model.name} {model.need_shape()}"
-        )
-    if model.classes is not None and (images.labels is None or int(images.labels.max()) >= model.classes):
-        raise FewstepError(
-            f"{model.name} has labels 0 to {model.classes - 1}, and {images.name} has none or others: pass images with these"
-        )
 
 
 class _Tuning:

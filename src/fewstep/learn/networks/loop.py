@@ -96,6 +96,7 @@ def run_loop(
     folder: Path,
     *,
     identity: str = "",
+    averaged: nn.Module | None = None,
     observe: Callable[[int, float], None] | None = None,
 ) -> N:
     """Train a network and return it with its averaged (EMA) weights.
@@ -111,6 +112,7 @@ def run_loop(
         config: how to train.
         folder: where the checkpoint lies.
         identity: what is trained on what, beside the configuration; a checkpoint of anything else is refused.
+        averaged: a copy of the network, which has the averaged weights whenever ``loss`` is called.
         observe: called with the step and the mean loss since the last call, about 100 times a run.
 
     Raises:
@@ -135,6 +137,8 @@ def run_loop(
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
     identity = f"{identity} {identity_of(config)}".strip()
+    if averaged is not None:
+        averaged.to(accelerator.device)
     first, resumed = _resume(accelerator, folder, identity, config.steps)
     every, counted = max(1, config.steps // 100), first % max(1, config.steps // 100)
     total = torch.tensor(resumed, device=accelerator.device)
@@ -151,6 +155,8 @@ def run_loop(
             torch.manual_seed(generator.initial_seed() + rank)  # dropout
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
+            if averaged is not None:
+                ema.copy_to(averaged.parameters())
             value = loss(network, config.batch, generator) * (mine * world / config.batch)  # whose mean over processes is that over samples
             accelerator.backward(value)
             accelerator.clip_grad_norm_(network.parameters(), config.clip)

@@ -11,9 +11,10 @@ from fewstep.core.prediction import add_noise, aligned, from_x0, prediction
 from fewstep.data.images import Images
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import answer_of, network_device, plain_call
+from fewstep.runtime.errors import FewstepError
 from fewstep.runtime.process import share
 
-__all__ = ["score_matching"]
+__all__ = ["check_images", "score_matching"]
 
 
 def score_matching(
@@ -61,6 +62,22 @@ def score_matching(
         return (output.float() - from_x0(kind, x0, x, alpha, sigma)).square().mean()
 
     return loss
+
+
+def check_images(images: Images, model: Model) -> None:
+    """Refuse pictures that are none of a model's.
+
+    Raises:
+        FewstepError: they have another shape, or the model has labels that they lack.
+    """
+    if tuple(images.x.shape[1:]) != model.need_shape():
+        raise FewstepError(
+            f"the images of {images.name} have shape {tuple(images.x.shape[1:])}, those of {model.name} {model.need_shape()}"
+        )
+    if model.classes is not None and (images.labels is None or int(images.labels.max()) >= model.classes):
+        raise FewstepError(
+            f"{model.name} has labels 0 to {model.classes - 1}, and {images.name} has none or others: pass images with these"
+        )
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.learn.networks.loop import LoopConfig, LossCurve, run_loop
-from fewstep.learn.networks.objectives.objective import Objective
+from fewstep.learn.networks.objectives.objective import Networks, Objective
 from fewstep.learn.teacher.batches import TeacherData
 from fewstep.models.formats.folders import check_savable, holds_model, write_model
 from fewstep.models.model import Model
@@ -67,16 +68,18 @@ def train_student(
     """
     curve = LossCurve(folder / "curve.json", identity)
 
+    averaged = copy.deepcopy(student).eval().requires_grad_(False) if objective.averaged else None
+
     def loss(network: nn.Module, size: int, generator: torch.Generator) -> Tensor:
         batch = objective.batch(data, size, generator).to(network_device(network))  # that of the loop, which may be another
-        return objective.loss(network, batch, generator)
+        return objective.loss(Networks(network, averaged), batch, generator)
 
     def observe(step: int, value: float) -> None:
         curve.add(step, value)
         on_step(step, value)
 
     student.requires_grad_(True)
-    trained: Any = run_loop(student, loss, loop, folder, identity=identity, observe=observe).to(data.problem.device)
+    trained: Any = run_loop(student, loss, loop, folder, identity=identity, averaged=averaged, observe=observe).to(data.problem.device)
     return Trained(trained.requires_grad_(False), curve.points, curve.seconds)
 
 

@@ -159,6 +159,11 @@ class TeacherData:
             x, labels = self.trajectories.states(part, at=self.places), self.trajectories.labels(part)
             yield Batch(x, labels).to(self.problem.device)
 
+    def batches_trained_on(self, num: int, size: int = 256) -> Iterator[Batch]:
+        """Yield the first ``num`` training trajectories in order, on the problem's device."""
+        for part in torch.arange(min(num, self.num)).split(size):
+            yield self._stored(part).to(self.problem.device)
+
     @cached_property
     def _solver(self) -> TrajectorySolver:
         return TrajectorySolver(self.problem.teacher, make_solver(self.config.solver), self.grid, self.config.nfe)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from fewstep.core.between import between
 from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule, VPLinear, schedule_from_config
@@ -134,11 +135,7 @@ def teacher_grid(schedule: NoiseSchedule, grid: TimeGrid, nfe: int, evaluations_
     parts = -(-(nfe + saved) // (grid.steps * evaluations_per_step))
     weight, times = torch.arange(1, parts, dtype=torch.float64) / parts, [grid.t[:1]]
     for ends in grid.t.unfold(0, 2, 1):
-        lam, angle = schedule.lam(ends), torch.atan2(schedule.sigma(ends), schedule.alpha(ends))
-        inner = torch.lerp(lam[0], lam[1], weight)
-        if not bool(torch.isfinite(lam).all()):
-            inner = -torch.log(torch.tan(torch.lerp(angle[0], angle[1], weight)))
-        times += [schedule.t_of_lam(inner), ends[1:]]
+        times += [between(schedule, ends[0].expand(len(weight)), ends[1].expand(len(weight)), weight), ends[1:]]
     return TimeGrid(torch.cat(times))
 
 

@@ -20,10 +20,12 @@ from torch import Tensor
 from fewstep.core.prediction import Prediction, prediction
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
 from fewstep.models.carried import FITTED, OPTIMIZED, Carried
-from fewstep.models.flow_map import OperatorMap
+from fewstep.models.flow_map import OperatorMap, StudentMap
+from fewstep.models.flow_map_student import FlowMapStudent
 from fewstep.models.formats.description import description
 from fewstep.models.formats.diffusers_law import noise_law
 from fewstep.models.formats.own import OwnRecord, entries, own_files, own_model
+from fewstep.models.guided import load_guided
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import NetworkTime, edm_time, image_size, same_time, unet_call
 from fewstep.models.networks.operator import OperatorStudent
@@ -45,6 +47,7 @@ from fewstep.runtime.job import Job
 
 __all__ = [
     "DESCRIPTION",
+    "as_student",
     "check_savable",
     "describe",
     "described",
@@ -107,13 +110,17 @@ def load_folder(source: str | Path, *, trust: bool = False) -> Model:
     """
     path = named_path(source)
     model = _load_network(path, source, trust)
-    return _as_operator(model, path) if (path / "operator.json").is_file() else model
+    if (path / "guided.json").is_file():
+        model = load_guided(path, model)
+    if (path / "operator.json").is_file():
+        return as_student(model, OperatorStudent.load(path, model))
+    return as_student(model, FlowMapStudent.load(path, model)) if (path / "flow-map.json").is_file() else model
 
 
-def _as_operator(model: Model, path: Path) -> Model:
-    """Return the student around a network that was read already."""
-    student = OperatorStudent.load(path, model)
-    return model.with_network(student, flow_map=OperatorMap(student), null_label=None)  # the guidance is in the weights
+def as_student(model: Model, student: OperatorStudent | FlowMapStudent) -> Model:
+    """Return the student that was made of a model. Its guidance is in its weights, or it is told its scale."""
+    flow_map = OperatorMap(student) if isinstance(student, OperatorStudent) else StudentMap(student)
+    return model.with_network(student, flow_map=flow_map, null_label=None)
 
 
 def _load_network(path: Path, source: str | Path, trust: bool) -> Model:

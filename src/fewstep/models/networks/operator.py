@@ -16,7 +16,6 @@ where ``r = sigma_k/sigma_s`` and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from fewstep.core.prediction import Prediction, aligned, prediction
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes
 from fewstep.models.networks.calls import image_size, network_device, network_dtype, plain_call, refusals, unet_call, whole_times
+from fewstep.models.networks.extra_embedding import level_features
 from fewstep.models.networks.slot_rows import SlotRows
 from fewstep.models.networks.temporal_unet import Mixing, TemporalUNet, has_blocks
 from fewstep.models.networks.unets import NETWORKS
@@ -190,7 +190,9 @@ class OperatorStudent(nn.Module):
         scaled = x if self.prediction.input_scale is None else x * aligned(self.prediction.input_scale(alpha, sigma), x)
         given, other = (start.expand(len(t)), t) if self.form.time == "start" else (t, start.expand(len(t)))
         time = self._told(given).to(self.time_dtype or torch.promote_types(dtype, torch.float32)).to(x.device)
-        features = None if self.operator.extra_embedding is None else _features(self.schedule, other).to(dtype).to(x.device)
+        features = (
+            None if self.operator.extra_embedding is None else level_features(self.schedule.lam(other), FEATURES).to(dtype).to(x.device)
+        )
         with refusals(x):
             output = self.operator(scaled.to(dtype), time, cond, features, last_only).to(x.dtype)
         a, b = (coefficient.to(x.dtype).to(x.device).reshape(-1, *(1,) * (x.ndim - 1)) for coefficient in (a, b))
@@ -322,11 +324,3 @@ def _check_rows(form: OperatorForm, slots: int, kind: str) -> None:
             f"a {kind} is told one time, and slots that start anywhere, or at the time start, want two: use time slot and one pass "
             "(OperatorForm(time='slot', anywhere=False), or --time slot --one-pass), or one slot (the method kd)"
         )
-
-
-def _features(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """Return features of times ``t [T]``: waves in ``arctan(sigma/alpha)`` and in ``lam`` from -8 to 8, ``[T, FEATURES]``."""
-    angle = torch.atan2(schedule.sigma(t), schedule.alpha(t)) * (2 / math.pi)
-    level = (schedule.lam(t).clamp(-8, 8) + 8) / 16
-    waves = math.pi * torch.arange(1, FEATURES // 2 + 1, dtype=torch.float64)
-    return torch.cos(torch.cat([angle[:, None] * waves, level[:, None] * waves], 1))

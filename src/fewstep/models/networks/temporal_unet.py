@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fewstep.core.denoiser import Cond
 from fewstep.models.networks.calls import unet_call
+from fewstep.models.networks.extra_embedding import AddEmbedding, EmbeddingContext, embedding_width, zero_embedding
 from fewstep.models.networks.temporal_conv import FORMS, TemporalConv
 from fewstep.runtime.errors import ModelError, look_up
 from fewstep.runtime.front_door import check_fields, checked_class
@@ -55,7 +56,7 @@ class Mixing:
         return self.form in ("none", "one-way")
 
 
-class ForwardContext:
+class ForwardContext(EmbeddingContext):
     """Per-call context that the hooks of one network share: number of slots, batch size, extra embedding.
 
     Outside a call (``count`` 0) the hooks do nothing, and the network alone is as it was.
@@ -68,8 +69,8 @@ class ForwardContext:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.count, self.batch, self.last_only = 0, 0, False
-        self.embedding: Tensor | None = None
 
 
 @dataclass
@@ -82,16 +83,6 @@ class TemporalHook:
     def __call__(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         count = self.context.count
         return self.layer(output.unflatten(0, (-1, count))).flatten(0, 1) if count else output
-
-
-@dataclass
-class AddEmbedding:
-    """A forward hook that adds the extra embedding to the network's time embedding."""
-
-    context: ForwardContext
-
-    def __call__(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        return output if self.context.embedding is None else output + self.context.embedding
 
 
 @dataclass
@@ -152,11 +143,7 @@ class TemporalUNet(nn.Module):
                 self.temporal.append(layer)
                 module.register_forward_hook(TemporalHook(layer, self._context))
         if features:
-            width = unet.time_embedding.linear_2.out_features
-            last = nn.Linear(width, width)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-            self.extra_embedding = nn.Sequential(nn.Linear(features, width), nn.SiLU(), last)
+            self.extra_embedding = zero_embedding(features, embedding_width(unet.time_embedding))
         unet.time_embedding.register_forward_hook(AddEmbedding(self._context))
         by_time = unet.config.time_embedding_type == "fourier"  # it divides by the time, row by row, at its end
         for block in _blocks(unet) if mixing.insert_after == "inner" and not by_time else ():

@@ -1,41 +1,84 @@
-"""Name the objectives that students are trained for, as ``distill(model, METHOD)`` and ``fewstep distill --method`` take."""
+"""Name the methods of distillation, as ``distill(model, METHOD)`` and ``fewstep distill --method`` take."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fewstep.data.images import Images
+from fewstep.learn.networks.objectives.config import StudentConfig
+from fewstep.learn.networks.objectives.flow_map import FlowMapConfig, FlowMapObjective
+from fewstep.learn.networks.objectives.objective import StudentObjective
 from fewstep.learn.networks.objectives.operator import DistillConfig, OperatorObjective
 from fewstep.models.networks.temporal_unet import Mixing
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["OBJECTIVES", "DistillConfig"]
+__all__ = ["OBJECTIVES", "DistillConfig", "FlowMapConfig", "Given", "Method", "StudentConfig"]
 
-Features = Callable[[Tensor], Tensor] | None
 APART = "none"  # slots that do not meet
 
 
-def _dsno(problem: Problem, config: DistillConfig, features: Features) -> OperatorObjective:
+class Given(NamedTuple):
+    """Data that a method may learn from beside the teacher.
+
+    Attributes:
+        features: network of the loss ``features``, from pictures ``[B, *D]`` to ``[B, F]``.
+        images: pictures.
+    """
+
+    features: Callable[[Tensor], Tensor] | None = None
+    images: Images | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of distillation.
+
+    Attributes:
+        config: its configuration.
+        make: ``(problem, config, given) -> objective``.
+        takes: the names of the data in `Given` that it takes.
+        about: a few words, for help.
+    """
+
+    config: type[StudentConfig]
+    make: Callable[[Problem, Any, Given], StudentObjective]
+    takes: tuple[str, ...]
+    about: str
+
+
+def _dsno(problem: Problem, config: DistillConfig, given: Given) -> OperatorObjective:
     """Make an operator whose slots meet in temporal layers."""
     if config.form.mixing.form == APART:
         raise FewstepError("the slots of dsno meet in temporal layers: say mixing real, fft or one-way, or use the method slots")
-    return OperatorObjective(problem, config, features)
+    return OperatorObjective(problem, config, given.features)
 
 
-def _slots(problem: Problem, config: DistillConfig, features: Features) -> OperatorObjective:
+def _slots(problem: Problem, config: DistillConfig, given: Given) -> OperatorObjective:
     """Make an operator without temporal layers, whose slots do not meet: a control."""
     mixing: Mixing = replace(config.form.mixing, form=APART)
-    return OperatorObjective(problem, replace(config, form=replace(config.form, mixing=mixing)), features)
+    return OperatorObjective(problem, replace(config, form=replace(config.form, mixing=mixing)), given.features)
 
 
-def _kd(problem: Problem, config: DistillConfig, features: Features) -> OperatorObjective:
+def _kd(problem: Problem, config: DistillConfig, given: Given) -> OperatorObjective:
     """Make an operator of one slot: knowledge distillation."""
     if config.slots not in (None, 1):
         raise FewstepError(f"kd has one slot, got {config.slots}: use the method slots, or leave slots out")
-    return _slots(problem, replace(config, slots=1), features)
+    return _slots(problem, replace(config, slots=1), given)
 
 
-OBJECTIVES: dict[str, Callable[[Problem, DistillConfig, Features], OperatorObjective]] = {"dsno": _dsno, "slots": _slots, "kd": _kd}
+def _flow_map(problem: Problem, config: FlowMapConfig, given: Given) -> FlowMapObjective:
+    """Make one student for any number of passes."""
+    return FlowMapObjective(problem, config, given.images)
+
+
+OBJECTIVES: dict[str, Method] = {
+    "flow-map": Method(FlowMapConfig, _flow_map, ("images",), "any number of passes"),
+    "dsno": Method(DistillConfig, _dsno, ("features",), "slots that meet in temporal layers"),
+    "slots": Method(DistillConfig, _slots, ("features",), "slots that do not meet"),
+    "kd": Method(DistillConfig, _kd, ("features",), "one slot"),
+}

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.grid import TimeGrid
 from fewstep.learn.teacher.batches import Batch, TeacherData
+from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.models.model import Model
+from fewstep.models.problem import Problem
+from fewstep.runtime.errors import ModelError
 
-__all__ = ["Objective"]
+__all__ = ["Networks", "Objective", "StudentObjective"]
+
+
+class Networks(NamedTuple):
+    """The networks of a training step.
+
+    Attributes:
+        student: the network in training. It may be wrapped (for several processes, or compiled), so only call it.
+        averaged: its copy with averaged weights, without gradients, for targets; None where the objective asks for none.
+    """
+
+    student: nn.Module
+    averaged: Any = None
 
 
 class Objective(ABC):
     """One way to train a student on a teacher's trajectories: all that the trainer knows of it.
 
     To add one, write a subclass in a file of its own and name it in ``OBJECTIVES``.
+
+    Attributes:
+        averaged: whether its targets are made with averaged weights.
     """
+
+    averaged: bool = False
 
     @abstractmethod
     def student(self) -> nn.Module:
@@ -30,11 +52,8 @@ class Objective(ABC):
         return data.draw(size, generator)
 
     @abstractmethod
-    def loss(self, student: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Return the mean loss ``[]`` over the samples of a batch.
-
-        ``student`` may be wrapped (for several processes, or compiled), so only call it.
-        """
+    def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Return the mean loss ``[]`` over the samples of a batch."""
 
     @abstractmethod
     def finish(self, student: nn.Module, data: TeacherData) -> dict[str, Any]:
@@ -47,3 +66,58 @@ class Objective(ABC):
     @abstractmethod
     def save(self, student: nn.Module, folder: Path) -> None:
         """Write the student as a model folder that `load_model` reads."""
+
+
+class StudentObjective(Objective):
+    """A method of `distill`: an objective that makes a new kind of model of a teacher.
+
+    Attributes:
+        kind: the word for it in ``tuned.json``.
+        problem: the teacher and its guidance.
+        config: how to distil.
+        grid: the times at which trajectories are stored.
+    """
+
+    kind: ClassVar[str]
+    problem: Problem
+    config: Any  # a `StudentConfig` of its own kind
+    grid: TimeGrid
+
+    @property
+    def trajectories(self) -> TrajectoryConfig:
+        """The configuration of the stored trajectories, those to learn from followed by those that are held out."""
+        return self.config.trajectories
+
+    @property
+    def identity(self) -> str:
+        """What the objective learns from beside the teacher's trajectories, for checkpoints."""
+        return ""
+
+    def take_over(self, student: nn.Module, begin: Model) -> None:
+        """Begin with the weights of another student, where they fit.
+
+        Raises:
+            ModelError: it is no student of this kind.
+        """
+        theirs: Any = begin.network
+        if type(theirs) is not type(student):
+            raise ModelError(f"{begin.name} is no student of the method {self.kind} to begin with: name one, or leave it out")
+        ours = student.state_dict()
+        fitting = {name: value for name, value in theirs.state_dict().items() if name in ours and ours[name].shape == value.shape}
+        student.load_state_dict(fitting, strict=False)
+
+    @abstractmethod
+    def network(self, student: nn.Module) -> nn.Module:
+        """Return the network inside a student that is of the teacher's kind."""
+
+    def grids(self, figures: Mapping[str, Any]) -> dict[int, TimeGrid]:
+        """Return the times that the student is to be sampled at, by the number of passes; by default none of its own."""
+        return {n: TimeGrid(torch.tensor(times, dtype=torch.float64)) for n, (times, _) in figures.get("passes", {}).items()}
+
+    @abstractmethod
+    def facts(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """Return figures for the student's own card."""
+
+    @abstractmethod
+    def describe(self, student: nn.Module, facts: Mapping[str, Any]) -> None:
+        """Give a student its card, plain JSON values."""

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,42 +24,20 @@ from torch import Tensor, nn
 
 from fewstep.core.denoiser import Cond
 from fewstep.core.tableau import Nodes
-from fewstep.learn.networks.loop import LoopConfig
-from fewstep.learn.networks.objectives.objective import Objective
+from fewstep.learn.networks.objectives.config import StudentConfig
+from fewstep.learn.networks.objectives.distances import DISTANCES
+from fewstep.learn.networks.objectives.objective import Networks, StudentObjective
 from fewstep.learn.teacher.batches import Batch, TeacherData
-from fewstep.learn.teacher.trajectories import TrajectoryConfig
-from fewstep.models.flow_map import OperatorMap
-from fewstep.models.formats.folders import save_like
+from fewstep.models.formats.folders import as_student, save_like
 from fewstep.models.model import Model
 from fewstep.models.networks.operator import OperatorForm, OperatorStudent
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError, look_up
-from fewstep.runtime.front_door import at_least, check_fields, checked_class
+from fewstep.runtime.front_door import at_least, checked_class
 from fewstep.runtime.process import process, share, sum_over_processes
 
-__all__ = ["DISTANCES", "WEIGHTS", "DistillConfig", "OperatorObjective"]
+__all__ = ["WEIGHTS", "DistillConfig", "OperatorObjective"]
 
-
-def _l1(error: Tensor) -> Tensor:
-    return error.abs().mean((0, *range(2, error.ndim)))
-
-
-def _l2(error: Tensor) -> Tensor:
-    return error.square().mean((0, *range(2, error.ndim)))
-
-
-def _huber(error: Tensor) -> Tensor:
-    """Return the pseudo-Huber distance (Song and Dhariwal, arXiv 2310.14189).
-
-    It is ``(sqrt(|e|^2 + c^2) - c) / sqrt(D)`` of each sample's norm, with ``c = 0.00054 sqrt(D)``.
-    """
-    size = math.prod(error.shape[2:])
-    c = 0.00054 * math.sqrt(size)
-    return (torch.sqrt(error.flatten(2).square().sum(2) + c * c) - c).mean(0) / math.sqrt(size)
-
-
-# error [B, T, *D] -> distance [T]
-DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {"l1": _l1, "l2": _l2, "huber": _huber}
 
 # alpha/sigma of the slots [T] -> weight [T]
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -73,8 +50,8 @@ SLOTS = 4
 
 @checked_class
 @dataclass(frozen=True)
-class DistillConfig:
-    """Configure a distillation.
+class DistillConfig(StudentConfig):
+    """Configure the distillation of an operator student, by the methods dsno, slots and kd.
 
     Args:
         slots: times below the start that one pass answers for; by default 4, and 1 of the method kd.
@@ -84,20 +61,6 @@ class DistillConfig:
         loss: huber, l1, l2, or features, which compares features of pictures.
         weights: weights of the slots: equal, snr (alpha/sigma, from 1 to 10) or paper (to 10000: little but the last slot is left).
         first: share of each batch that starts at the noise, where the student starts anywhere.
-        dropout: dropout in the network's blocks.
-        steps: training steps.
-        batch: trajectories in a step.
-        lr: learning rate at its peak.
-        weight_decay: weight decay of AdamW.
-        ema: decay of the averaged weights, which are saved.
-        mixed_precision: no, bf16, fp16.
-        num: stored trajectories to learn from.
-        held_out: held-out trajectories after them, which measure.
-        fresh: share of each batch that is not stored but solved while training.
-        teacher_nfe: network evaluations of the teacher per trajectory.
-        guidance: scale at which the teacher samples; the student takes labels but no scale.
-        seed: seed of the first trajectory; far from those that benchmarks start with.
-        half: save the weights in float16.
 
     Raises:
         FewstepError: a number out of range, or an unknown word.
@@ -109,48 +72,22 @@ class DistillConfig:
     loss: str = "huber"
     weights: str = "equal"
     first: float = 0.5
-    dropout: float = 0.0
-    steps: int = 6000
-    batch: int = 128
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    ema: float = 0.999
-    mixed_precision: str = "no"
-    num: int = 16384
-    held_out: int = 512
-    fresh: float = 0.0
-    teacher_nfe: int = 32
-    guidance: float = 1.0
-    seed: int = 6_000_000
-    half: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        at_least(self, num_slots=1, num=1, held_out=2, teacher_nfe=1)
-        if not 0 <= self.fresh <= 1 or not 0 < self.first <= 1 or not 0 <= self.dropout < 1:
-            raise FewstepError(f"fresh lies in [0, 1], first in (0, 1], dropout in [0, 1), got {self.fresh}, {self.first}, {self.dropout}")
+        super().__post_init__()
+        at_least(self, num_slots=1)
+        if not 0 < self.first <= 1:
+            raise FewstepError(f"first lies in (0, 1], got {self.first}")
         look_up(self.loss, {**DISTANCES, "features": None}, "loss", FewstepError)
         look_up(self.weights, WEIGHTS, "weights of the slots", FewstepError)
-        _ = self.loop
 
     @property
     def num_slots(self) -> int:
         """The number of times below the start that one pass answers for."""
         return SLOTS if self.slots is None else self.slots
 
-    @property
-    def loop(self) -> LoopConfig:
-        """The configuration of the training loop."""
-        options = {"weight_decay": self.weight_decay, "ema": self.ema, "seed": self.seed, "mixed_precision": self.mixed_precision}
-        return LoopConfig(self.steps, self.batch, self.lr, min(200, self.steps // 10), **options)
 
-    @property
-    def trajectories(self) -> TrajectoryConfig:
-        """The configuration of the training trajectories followed by held-out ones."""
-        return TrajectoryConfig(self.num + self.held_out, self.teacher_nfe, seed=self.seed, guidance=self.guidance)
-
-
-class OperatorObjective(Objective):
+class OperatorObjective(StudentObjective):
     """Regression of an operator student onto its teacher's trajectories.
 
     Args:
@@ -162,6 +99,8 @@ class OperatorObjective(Objective):
         FewstepError: the loss ``features`` without any.
         ModelError: a network that operators cannot be made of.
     """
+
+    kind = "operator"
 
     def __init__(self, problem: Problem, config: DistillConfig, features: Callable[[Tensor], Tensor] | None = None) -> None:
         if config.loss == "features" and features is None:
@@ -182,8 +121,8 @@ class OperatorObjective(Objective):
         teacher = self.problem.model.with_network(network)
         return OperatorStudent(teacher, self.grid.t, self.config.form).to(self.problem.device)
 
-    def loss(self, student: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        x, cond = batch
+    def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:
+        (x, cond), student = batch, networks.student
         at_noise = self._at_noise(int(sum_over_processes(torch.tensor(len(x)))))
         total = at_noise / len(x) * self._from(student, x[:at_noise], None if cond is None else cond[:at_noise], 0)
         if at_noise < len(x):  # both in each step: one or the other in turn would shake the weights
@@ -260,9 +199,24 @@ class OperatorObjective(Objective):
         arithmetic = {n: student.arithmetic(times) for n, (times, _) in passes.items()}
         return {"slots": (slot_error.sqrt() / size).tolist(), "passes": passes, "arithmetic": arithmetic}
 
+    def network(self, student: nn.Module) -> nn.Module:
+        assert isinstance(student, OperatorStudent)
+        return student.operator.network
+
+    def facts(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "sequential evaluations": list(figures["passes"]),
+            "arithmetic, in evaluations of the teacher": [round(cost, 2) for cost in figures["arithmetic"].values()],
+            "RMSE to the teacher on trajectories held out": [round(error, 4) for _, error in figures["passes"].values()],
+        }
+
+    def describe(self, student: nn.Module, facts: Mapping[str, Any]) -> None:
+        assert isinstance(student, OperatorStudent)
+        student.card.update(facts)
+
     def model(self, student: nn.Module) -> Model:
         assert isinstance(student, OperatorStudent)
-        return self.problem.model.with_network(student, flow_map=OperatorMap(student), null_label=None)
+        return as_student(self.problem.model, student)
 
     def save(self, student: nn.Module, folder: Path) -> None:
         assert isinstance(student, OperatorStudent)

@@ -24,7 +24,7 @@ from fewstep.core.grid import TimeGrid
 from fewstep.core.prediction import aligned
 from fewstep.core.tableau import Nodes
 from fewstep.data.images import Images
-from fewstep.learn.networks.objectives.objective import Objective
+from fewstep.learn.networks.objectives.objective import Networks, Objective
 from fewstep.learn.networks.score_matching import score_matching
 from fewstep.learn.teacher.batches import Batch, TeacherData
 from fewstep.learn.teacher.gram import Gram
@@ -107,8 +107,8 @@ class LandingObjective(StepsObjective):
                 module.p = 0.0  # its targets are exact: noise would only blur them
         return network
 
-    def loss(self, student: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        denoiser, states = self.model(student), batch.x[:, self.index]
+    def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:
+        denoiser, states = self.model(networks.student), batch.x[:, self.index]
         here, total = states[:, 0], torch.zeros((), device=states.device)
         for i in range(len(self.ratio)):
             answer = denoiser(here, self.nodes.t[i], batch.cond)
@@ -131,5 +131,5 @@ class ScoreObjective(StepsObjective):
         """Draw nothing: score matching draws its own images, of the whole batch."""
         return Batch(torch.empty(size, 0), None)
 
-    def loss(self, student: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        return self.matching(student, len(batch.x), generator)
+    def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:
+        return self.matching(networks.student, len(batch.x), generator)

@@ -1,0 +1,381 @@
+r"""Distil a model into a flow map: one student for any number of passes (after Boffi et al., arXiv 2406.07505).
+
+Each row of a batch is a pair of times ``s > t`` and a state at ``s``. What the student should answer there is said by a target, see
+`flow_map_targets`; the error is taken in the network's own output, where all pairs have one size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.between import between_in_angle
+from fewstep.core.prediction import add_noise, aligned
+from fewstep.core.tableau import Nodes
+from fewstep.data.images import Images
+from fewstep.learn.networks.objectives.config import StudentConfig
+from fewstep.learn.networks.objectives.distances import DISTANCES
+from fewstep.learn.networks.objectives.flow_map_targets import LOWEST, TARGETS, Mean, Pairs, Step
+from fewstep.learn.networks.objectives.objective import Networks, StudentObjective
+from fewstep.learn.networks.score_matching import check_images
+from fewstep.learn.teacher.batches import Batch, TeacherData
+from fewstep.learn.teacher.jvp import JVP_METHODS, choose_jvp
+from fewstep.learn.teacher.trajectories import TrajectoryConfig
+from fewstep.models.flow_map_student import FlowMapForm, FlowMapStudent
+from fewstep.models.formats.folders import as_student, save_like
+from fewstep.models.model import Model
+from fewstep.models.problem import Problem
+from fewstep.runtime.errors import FewstepError, ModelError, look_up
+from fewstep.runtime.front_door import at_least, checked_class
+from fewstep.runtime.process import share
+
+__all__ = ["PRESETS", "FlowMapConfig", "FlowMapObjective"]
+
+# names in the literature: the target that each is, and the options that it fixes
+PRESETS: dict[str, tuple[str, dict[str, float]]] = {
+    "consistency": ("eulerian", {"last": 1.0}),
+    "consistency-continuous": ("eulerian-jvp", {"last": 1.0}),
+    "ctm": ("eulerian", {}),
+    "meanflow": ("eulerian-jvp", {}),
+    "shortcut": ("semigroup", {}),
+    "progressive": ("semigroup", {}),
+}
+EXACT = ("trajectory", "eulerian")  # targets that read stored trajectories between their ends
+SHARES = {"first": 0.5, "last": 0.4, "anchor": 0.6}
+
+
+@checked_class
+@dataclass(frozen=True)
+class FlowMapConfig(StudentConfig):
+    """Configure the distillation of a flow map, one student for any number of passes.
+
+    Args:
+        target: what the student should answer: trajectory, lagrangian, eulerian, semigroup, lagrangian-jvp, eulerian-jvp or matching; or a
+            name in the literature: consistency, consistency-continuous, ctm, meanflow, shortcut, progressive.
+        slots: number of stored times below the start, between which pairs are drawn.
+        grid: the spacing of those times, or optimized: the model's own for ddim.
+        states: where pairs start: on the ``stored`` trajectories, or at their ends ``noised`` anew in each step.
+        first: share of each batch that starts at the noise; by default 0.5.
+        last: share that leads to the image; by default 0.4, and 1 of consistency.
+        anchor: share of the pairs of semigroup whose times are neighbours, and of matching whose times are one; by default 0.6.
+        max_passes: numbers of passes, from 1 on, whose inner times are chosen after training.
+        form: the student's parts.
+        loss: huber, l1 or l2.
+
+    Raises:
+        FewstepError: a number out of range, or an unknown word.
+    """
+
+    target: str = "trajectory"
+    slots: int = 16
+    grid: str = "angle"
+    states: str = "stored"
+    first: float | None = None
+    last: float | None = None
+    anchor: float | None = None
+    max_passes: int = 8
+    form: FlowMapForm = field(default_factory=FlowMapForm)
+    loss: str = "huber"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, slots=2, max_passes=1)
+        look_up(self.target, {**TARGETS, **PRESETS}, "target of a flow map", FewstepError)
+        look_up(self.loss, DISTANCES, "loss", FewstepError)
+        look_up(self.states, dict.fromkeys(("stored", "noised")), "states of a flow map", FewstepError)
+        for name in SHARES:
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
+                raise FewstepError(f"{name}, a share of each batch, lies in [0, 1], got {value}")
+        for name, value in PRESETS.get(self.target, ("", {}))[1].items():
+            if getattr(self, name) not in (None, value):
+                raise FewstepError(
+                    f"{self.target} is {PRESETS[self.target][0]} with {name} {value:g}: leave {name} out, or name that target"
+                )
+        if self.max_passes > self.slots:
+            raise FewstepError(f"{self.max_passes} passes go through as many of the {self.slots} slots: ask for fewer passes or more slots")
+        if self.states == "noised" and self.equation in EXACT:
+            raise FewstepError(f"the target {self.target} needs stored trajectories: leave states out, or use another target")
+
+    @property
+    def equation(self) -> str:
+        """The key of `TARGETS` that the target is."""
+        return PRESETS[self.target][0] if self.target in PRESETS else self.target
+
+    def share(self, name: str) -> float:
+        """Return the share ``first``, ``last`` or ``anchor`` that holds."""
+        value = getattr(self, name)
+        return PRESETS.get(self.target, ("", {}))[1].get(name, SHARES[name]) if value is None else value
+
+
+class FlowMapObjective(StudentObjective):
+    """Regression of a flow map onto one of the equations that it satisfies.
+
+    Args:
+        problem: the teacher and its guidance.
+        config: how to distil.
+        images: pictures whose noised states pairs start from; by default those of the teacher's trajectories.
+
+    Raises:
+        FewstepError: images that the target does not take, or none where it needs some.
+        ModelError: a network that no flow map can be made of, or that cannot be differentiated.
+    """
+
+    kind = "flow-map"
+
+    def __init__(self, problem: Problem, config: FlowMapConfig, images: Images | None = None) -> None:
+        self.problem, self.config, self.images = problem, config, images
+        self.equation = config.equation
+        self.averaged = self.equation not in ("trajectory", "lagrangian-jvp")
+        if images is not None and self.equation == "trajectory":
+            raise FewstepError("the target trajectory learns from the teacher's trajectories: leave data out, or use another target")
+        if images is None and self.equation == "matching":
+            raise FewstepError("the target matching learns from pictures: pass images=..., the data that the model was trained on (--data)")
+        if images is not None:
+            check_images(images, problem.model)
+        self.grid = problem.model.trajectory_grid(config.grid, config.slots, problem.guidance)
+        self.from_pictures = images is not None or config.states == "noised"
+        student = self.student()  # what cannot be made is refused before long work
+        self.prediction = student.prediction
+        _ = self._derivative if self.equation in ("eulerian-jvp", "matching") else None
+        if self.equation == "lagrangian-jvp":
+            self._try_derivative(student)
+
+    @property
+    def trajectories(self) -> TrajectoryConfig:
+        made = self.config.trajectories
+        return made if self.images is None else replace(made, num=self.config.held_out)
+
+    @property
+    def identity(self) -> str:
+        if self.images is None:
+            return ""
+        images = self.images
+        return f" on {images.name} {tuple(images.x.shape)}, mean {float(images.x.double().mean()):.12f}"
+
+    def student(self) -> FlowMapStudent:
+        torch.manual_seed(self.config.seed)
+        network: Any = copy.deepcopy(self.problem.model.network)
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = self.config.dropout
+        teacher = self.problem.model.with_network(network)
+        first, last = float(self.grid.t[0]), float(self.grid.t[-1])
+        return FlowMapStudent(teacher, first, last, self.config.form).to(self.problem.device)
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    def batch(self, data: TeacherData, size: int, generator: torch.Generator) -> Batch:
+        if self.images is None:
+            found = data.draw(size, generator)
+            return Batch(found.x[:, -1], found.cond) if self.from_pictures else found
+        images, rows = self.images, torch.tensor(share(range(size)))
+        index = torch.randint(len(images.x), (size,), generator=generator)
+        x0 = images.dequantised(index, generator)[rows]
+        return Batch(x0, None if images.labels is None or self.problem.model.classes is None else images.labels[index][rows])
+
+    def pairs(self, batch: Batch, generator: torch.Generator) -> Pairs:
+        """Draw a pair of times for each sample of a batch: the same for any number of processes."""
+        config, count, steps = self.config, self.config.batch, self.grid.steps
+        rows = torch.tensor(share(range(count)))
+
+        def chosen(name: str) -> Tensor:
+            return torch.rand(count, generator=generator) < config.share(name)
+
+        i = torch.where(chosen("first"), 0, torch.randint(steps, (count,), generator=generator))
+        j = i + 1 + (torch.rand(count, generator=generator) * (steps - i)).long()
+        j = torch.where(chosen("last"), steps, j.clamp(max=steps))
+        near, weight = chosen("anchor"), torch.rand(2, count, generator=generator, dtype=torch.float64)
+        noise = torch.randn(count, *batch.x.shape[1:], generator=generator) if self.from_pictures else None
+        if self.equation == "semigroup":
+            j = torch.where(near, i + 1, j)
+        v = {"lagrangian": j - 1, "eulerian": i + 1, "semigroup": (i + j) // 2}.get(self.equation, i)
+        i, j, v, near = i[rows], j[rows], v[rows], near[rows]
+        t = self.grid.t
+        s_, v_, t_ = t[i], t[v], t[j]
+        if self.equation in ("lagrangian-jvp", "matching", "eulerian-jvp"):  # any times between: no neighbours are needed
+            t_ = between_in_angle(self.problem.schedule, s_, t_, weight[0, rows])
+            if noise is not None:
+                lower = between_in_angle(self.problem.schedule, s_, t[i + 1], weight[1, rows])
+                s_ = torch.where(i > 0, lower, s_)
+            t_ = torch.where(j == steps, t[j], t_)
+            t_ = torch.minimum(t_, s_)
+        if self.equation == "matching":
+            t_ = torch.where(near, s_, t_)
+        if noise is None:
+            at = torch.arange(len(i), device=batch.x.device)
+            x, x_v, x_t = (batch.x[at, one.to(batch.x.device)] for one in (i, v, j))
+            return Pairs(x, s_, v_, t_, batch.cond, x_v, x_t)
+        alpha, sigma = self.problem.schedule.alpha(s_), self.problem.schedule.sigma(s_)
+        x = add_noise(batch.x, noise[rows].to(batch.x.device), alpha, sigma)
+        return Pairs(x, s_, v_, t_, batch.cond, x0=batch.x)
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:
+        pairs = self.pairs(batch, generator)
+        step = Step(pairs, self.problem.schedule, networks.student, networks.averaged, self.problem.teacher, self._derivative_now)
+        answer, target = TARGETS[self.equation](step)
+        error = (answer - target) / aligned(self.output_scale(pairs.s), answer)
+        return DISTANCES[self.config.loss](error[:, None]).mean()
+
+    def output_scale(self, s: Tensor) -> Tensor:
+        """Return what the network's output counts in ``g``, at the times ``s [B]``."""
+        return self.prediction.coefficients(self.problem.schedule.alpha(s), self.problem.schedule.sigma(s))[1].abs()
+
+    @property
+    def _derivative_now(self) -> Any:  # noqa: ANN401 - a Derivative, or None
+        return self._derivative if self.equation in ("eulerian-jvp", "matching") else None
+
+    @cached_property
+    def _derivative(self) -> Any:  # noqa: ANN401 - a Derivative
+        """The way to differentiate the student along a trajectory that works for this network.
+
+        Raises:
+            ModelError: none does.
+        """
+        student, (mean, point, direction, level) = self.student().requires_grad_(False), self._trial()
+        return JVP_METHODS[choose_jvp(lambda x, lam: mean(student, x, lam), point, direction, level)]
+
+    def _trial(self) -> Any:  # noqa: ANN401
+        schedule, problem = self.problem.schedule, self.problem
+        seeds = range(2)
+        t = between_in_angle(schedule, self.grid.t[:1], self.grid.t[-1:], 0.5).expand(2)
+        lam = schedule.lam(t).clamp_min(LOWEST)
+        x, cond = problem.start(list(seeds)) / float(schedule.sigma(schedule.ends[0])), problem.cond(list(seeds))
+        scaled = x * float(torch.exp(-lam[0]))
+
+        def mean(student: Mean, scaled: Tensor, lam: Tensor) -> Tensor:
+            s = schedule.t_of_lam(lam)
+            return student(scaled * aligned(schedule.alpha(s), scaled), s, self.grid.t[-1].expand(len(scaled)), cond)
+
+        return mean, (scaled, lam), (-scaled, torch.ones_like(lam)), float(torch.exp(-lam[0]))
+
+    def _try_derivative(self, student: FlowMapStudent) -> None:
+        """Refuse a network whose derivative in the target time has no gradient.
+
+        Raises:
+            ModelError: it has none.
+        """
+        from fewstep.learn.networks.objectives.flow_map_targets import lagrangian_jvp
+
+        problem, seeds = self.problem, [0, 1]
+        s, t = self.grid.t[:1].expand(2), self.grid.t[-2:-1].expand(2)
+        student.requires_grad_(True)
+        pairs = Pairs(problem.start(seeds), s, s, t, problem.cond(seeds))
+        try:
+            answer, target = lagrangian_jvp(Step(pairs, problem.schedule, student, student, problem.teacher))
+            (answer - target).square().mean().backward()
+        except Exception as error:  # whatever a network's own code raises when it cannot be differentiated
+            raise ModelError(
+                f"the network cannot be differentiated ({error}): use the target lagrangian, which needs no derivative"
+            ) from error
+
+    # -- afterwards -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def finish(self, student: nn.Module, data: TeacherData) -> dict[str, Any]:
+        """Measure the student, and choose the inner times of its passes on the first half of the held-out trajectories.
+
+        Returns:
+            ``slots``: RMSE of one pass from the noise to each stored time, over ``sqrt(alpha^2 + sigma^2)``; ``passes``: for each number of
+            passes the times to go through, and the RMSE to the teacher's endpoints on the other half; ``arithmetic``: of each number of
+            passes; ``trained_on``: RMSE of one pass on as many trajectories that it was trained on, None where there are none.
+        """
+        assert isinstance(student, FlowMapStudent)
+        t, size = self.grid.t, torch.sqrt(self._nodes.alpha[1:] ** 2 + self._nodes.sigma[1:] ** 2)
+        half = data.held_out // 2
+        held_out = [batch for batch in data.batches_held_out(max(1, half))]
+        search, judge = held_out[:1], held_out[1:]
+        paths = self._paths(student, search)
+        slots = torch.zeros(len(size), dtype=torch.float64)
+        for batch in judge:
+            ends = [student.jump(batch.x[:, 0], t[0], t[k], batch.cond) for k in range(1, len(t))]
+            gap = torch.stack(ends, 1) - batch.x[:, 1:]
+            slots += gap.double().cpu().square().mean((0, *range(2, gap.ndim))) * len(batch.x) / (data.held_out - half)
+        passes = {n: (t[list(path)].tolist(), self._rmse(student, path, judge)) for n, path in paths.items()}
+        known = list(data.batches_trained_on(data.held_out)) if data.num else []
+        return {
+            "slots": (slots.sqrt() / size).tolist(),
+            "passes": passes,
+            "arithmetic": {n: float(n) for n in passes},
+            "trained_on": self._rmse(student, (0, len(t) - 1), known) if known else None,
+        }
+
+    @cached_property
+    def _nodes(self) -> Nodes:
+        return Nodes.at(self.problem.schedule, self.grid.t)
+
+    def _rmse(self, student: FlowMapStudent, path: tuple[int, ...], batches: list[Batch]) -> float:
+        square = sum(float((end - x).double().square().mean()) * len(x) for end, x in self._ends(student, path, batches, {}))
+        return (square / sum(len(batch.x) for batch in batches)) ** 0.5
+
+    def _ends(self, student: FlowMapStudent, path: tuple[int, ...], batches: list[Batch], known: dict[Any, Tensor]) -> Iterator[Any]:
+        """Yield where a path of places leads from each batch, and where the teacher's trajectories end."""
+        t = self.grid.t
+        for number, (x, cond) in enumerate(batches):
+            here = x[:, 0]
+            for k in range(1, len(path)):
+                key = number, path[: k + 1]
+                here = known[key] if key in known else student.jump(here, t[path[k - 1]], t[path[k]], cond)
+                if k < len(path) - 1:
+                    known[key] = here
+            yield here, x[:, -1]
+
+    def _paths(self, student: FlowMapStudent, batches: list[Batch]) -> dict[int, tuple[int, ...]]:
+        """Return the best places to go through for each number of passes.
+
+        From the best path of one pass less, all places are tried for one more; then each is moved to its neighbours while that gains.
+        """
+        last, errors, known = self.grid.steps, dict[tuple[int, ...], float](), dict[Any, Tensor]()
+
+        def error(path: tuple[int, ...]) -> float:
+            if path not in errors:
+                gaps = self._ends(student, path, batches, known)
+                errors[path] = sum(float((end - x).double().square().mean()) * len(x) for end, x in gaps)
+            return errors[path]
+
+        best: dict[int, tuple[int, ...]] = {1: (0, last)}
+        for n in range(2, self.config.max_passes + 1):
+            before = best[n - 1]
+            tried = [tuple(sorted({*before, k})) for k in range(1, last) if k not in before]
+            path = min(tried, key=error)
+            while True:
+                moves = {tuple(sorted({*path[:k], path[k] + by, *path[k + 1 :]})) for k in range(1, n) for by in (-1, 1)}
+                moves = {one for one in moves if len(one) == n + 1 and one[0] == 0 and one[-1] == last}
+                better = min(moves, key=error, default=path)
+                if error(better) >= error(path):
+                    break
+                path = better
+            best[n] = path
+        return best
+
+    def network(self, student: nn.Module) -> nn.Module:
+        assert isinstance(student, FlowMapStudent)
+        return student.network.network
+
+    def facts(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "target": self.config.target,
+            "passes": list(figures["passes"]),
+            "RMSE to the teacher on trajectories held out": [round(error, 4) for _, error in figures["passes"].values()],
+        }
+
+    def describe(self, student: nn.Module, facts: Mapping[str, Any]) -> None:
+        assert isinstance(student, FlowMapStudent)
+        student.card.update(facts)
+
+    def model(self, student: nn.Module) -> Model:
+        assert isinstance(student, FlowMapStudent)
+        return as_student(self.problem.model, student)
+
+    def save(self, student: nn.Module, folder: Path) -> None:
+        assert isinstance(student, FlowMapStudent)
+        student.save(folder)
+        save_like(self.problem.model, student.network.network, folder)

@@ -1,0 +1,122 @@
+"""Guided students: models that are told their guidance scale and answer it with one call (Meng et al., arXiv 2210.03142)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewstep.models.flow_map_student import load_beside
+from fewstep.models.model import Model
+from fewstep.models.networks.calls import plain_call
+from fewstep.models.networks.extra_embedding import ConditionedNetwork
+from fewstep.models.networks.scaled_call import SCALE, ScaledCall
+from fewstep.runtime.artifact import ArtifactRecord, load_artifact, named_path, save_artifact
+from fewstep.runtime.errors import FewstepError, ModelError
+from fewstep.runtime.front_door import at_least, check_fields, checked_class
+
+__all__ = ["GuidedForm", "guided_model", "load_guided", "save_guided"]
+
+NETWORK = "network."  # its weights, which lie in a file of their own
+
+
+@checked_class
+@dataclass(frozen=True)
+class GuidedForm:
+    """The parts of a guided student, as options.
+
+    Args:
+        w_min: least guidance scale that it is taught.
+        w_max: largest guidance scale that it is taught; others are refused.
+        features: number of features of a scale.
+        insert_at: submodule of the network whose output is its time embedding; known of the usual ones.
+
+    Raises:
+        FewstepError: scales that are no range, or a number out of range.
+    """
+
+    w_min: float = 1.0
+    w_max: float = 4.0
+    features: int = 16
+    insert_at: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        at_least(self, features=2)
+        if not 0 <= self.w_min < self.w_max < float("inf"):
+            raise FewstepError(f"guidance scales range from w_min of at least 0 to a larger w_max, got {self.w_min:g} to {self.w_max:g}")
+
+
+@dataclass(frozen=True)
+class GuidedRecord(ArtifactRecord):
+    """The fields of ``guided.json``: the form and provenance."""
+
+    FORMAT = "fewstep-guided"
+
+    form: dict[str, Any]
+    card: dict[str, Any]
+
+
+def guided_model(teacher: Model, form: GuidedForm, network: ConditionedNetwork | None = None) -> Model:
+    """Return a model whose network is told its guidance scale. New, it is the conditional teacher at every scale, to the bit.
+
+    Args:
+        teacher: the model to begin with; its network gets a hook, so pass a copy.
+        form: its parts.
+        network: the network, where it was made before.
+
+    Raises:
+        ModelError: a network that is no module, or does not say where its time is embedded.
+    """
+    if not isinstance(teacher.network, nn.Module):
+        raise ModelError(f"{teacher.name} is a function, which cannot be trained: make the Model of a torch.nn.Module")
+    if network is None:
+        network = ConditionedNetwork(teacher.network, teacher.call or plain_call, form.insert_at).tell(SCALE, form.features)
+    call = ScaledCall(form.w_max, form.features, max(1.0, form.w_min))
+    return teacher.with_network(network, call=call, scales=(form.w_min, form.w_max), null_label=None)
+
+
+def save_guided(network: nn.Module, form: GuidedForm, card: Mapping[str, Any], folder: str | Path) -> Path:
+    """Write ``guided.json``, ``guided.safetensors`` and a card; the network itself is saved beside them by `save_like`.
+
+    Raises:
+        ArtifactError: the folder cannot be written, or the card is not JSON-able.
+    """
+    folder = named_path(folder)
+    tensors = {name: value for name, value in network.state_dict().items() if not name.startswith(NETWORK)}
+    return save_artifact(folder, "guided", {"form": asdict(form), "card": dict(card)}, tensors, _readme(folder.name, form, card))
+
+
+def load_guided(folder: str | Path, teacher: Model) -> Model:
+    """Load a student that `save_guided` wrote, around the model of the same folder.
+
+    Raises:
+        ArtifactError: a file is missing, damaged or of another version.
+    """
+
+    def build(meta: GuidedRecord, tensors: dict[str, Tensor]) -> Model:
+        model = guided_model(teacher, GuidedForm(**meta.form))
+        assert isinstance(model.network, nn.Module)  # made so
+        load_beside(model.network, tensors, NETWORK)
+        model.network.eval().requires_grad_(False)
+        return model
+
+    return load_artifact(folder, "guided", GuidedRecord, build)
+
+
+def _readme(name: str, form: GuidedForm, card: Mapping[str, Any]) -> str:
+    facts = "\n".join(f"- {key}: {value}" for key, value in card.items())
+    return f"""# {name}
+
+A guided student: it is told the guidance scale, from {form.w_min:g} to {form.w_max:g}, and answers with one call of its network.
+
+{facts}
+
+```
+fewstep sample {name} --guidance 2 --solver unipc-2 --nfe 8 --out runs/sample
+fewstep bench {name} --guidance 2 --out runs/bench
+```
+"""
