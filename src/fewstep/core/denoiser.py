@@ -62,14 +62,14 @@ class FlowMap(ABC):
         """Plain values that the map depends on beside the network's weights, for the model's fingerprint."""
         return ()
 
-    def at(self, scale: float) -> FlowMap:
+    def at(self, scale: float | Tensor) -> FlowMap:
         """Return the map at a guidance scale; by default there is but one, and its guidance is in its weights.
 
         Raises:
             ModelError: the map has no such scale.
         """
-        if scale != 1:
-            raise ModelError(f"a flow map has its guidance in its weights: use guidance 1, not {scale:g}")
+        if isinstance(scale, Tensor) or scale != 1:
+            raise ModelError(f"a flow map has its guidance in its weights: use guidance 1, not {scale}")
         return self
 
     def arithmetic(self, t: Tensor) -> float | None:

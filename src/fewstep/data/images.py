@@ -57,6 +57,11 @@ class Images:
         x = self.x[index]
         return x + (torch.rand(x.shape, generator=generator) - 0.5) * (2 / self.levels)
 
+    @property
+    def identity(self) -> str:
+        """Its name, shape and mean, for work that belongs to it alone."""
+        return f" on {self.name} {tuple(self.x.shape)}, mean {float(self.x.double().mean()):.12f}"
+
 
 def load_images(source: str | Path) -> Images:
     """Load a data set of images.

@@ -133,7 +133,7 @@ def check_inspected(model: Model, num: int, seed: int) -> None:
     """
     if model.flow_map is not None:
         raise ModelError(f"{model.name} is a student, which makes few jumps and has no trajectory in between: inspect its teacher")
-    if model.tuned is not None:
+    if model.tuned is not None and model.tuned.solver is not None:
         raise ModelError(
             f"{model.name} was tuned for {model.tuned.nfe} steps of {model.tuned.solver}, to end where its teacher does: sample it as it "
             "is, or inspect its teacher"

@@ -80,7 +80,7 @@ class StudentMap(FlowMap):
     """
 
     student: FlowMapStudent = field(repr=False)
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -91,7 +91,7 @@ class StudentMap(FlowMap):
         student = self.student
         return astuple(student.form), student.first, student.last, *([] if student.scales is None else [student.scales])
 
-    def at(self, scale: float) -> StudentMap:
+    def at(self, scale: float | Tensor) -> StudentMap:
         return replace(self, scale=scale)
 
     def __call__(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:

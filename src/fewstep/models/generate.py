@@ -318,8 +318,10 @@ def best_sampler(model: Model, nfe: int | None = None, guidance: float = 1.0) ->
         SolverError: it carries none (and what there is).
     """
     tuned = model.tuned
-    if tuned is not None and guidance == 1 and (nfe is None or nfe in (model.num_jumps or (tuned.nfe,))):
-        return _said(model, _on_own_grid(model, tuned.solver, tuned.nfe if nfe is None else nfe, guidance))
+    if tuned is not None and tuned.solver is not None and (guidance == 1 or tuned.guidance is None):
+        count = tuned.nfe if nfe is None else nfe
+        if count is not None and count in (model.num_jumps or (tuned.nfe,)):
+            return _said(model, _on_own_grid(model, tuned.solver, count, guidance))
     fitted = {one.nfe: one for one in model.carried.samplers if one.card.get("guidance") == guidance}
     tables = [table for table in model.carried.grids if table.guidance == guidance]
     if nfe is None:

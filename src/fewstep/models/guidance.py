@@ -17,24 +17,37 @@ from fewstep.runtime.errors import ModelError
 from fewstep.runtime.front_door import number
 from fewstep.sampling.splitting import log_gradient
 
-__all__ = ["Wrapped", "classifier_free", "classifier_guided", "dynamic_threshold", "static_threshold", "thresholded"]
+__all__ = ["Wrapped", "calls_of", "classifier_free", "classifier_guided", "dynamic_threshold", "static_threshold", "thresholded"]
 
 LARGEST = torch.finfo(torch.float32).max  # the scale that states of float32 can be multiplied by
 
 
 @dataclass(frozen=True, eq=False)
 class Wrapped:
-    """A denoiser made of a function and a schedule."""
+    """A denoiser made of a function and a schedule.
+
+    Attributes:
+        schedule: the noise law.
+        function: ``(x, t, cond) -> x0``.
+        calls: of the network for one sample in an evaluation.
+    """
 
     schedule: NoiseSchedule
     function: Callable[[Tensor, Tensor, Cond], Tensor] = field(repr=False)
+    calls: int = 1
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         return self.function(x, t, cond)
 
 
+def calls_of(denoiser: object) -> int:
+    """Return how many calls of its network a denoiser makes for one sample in an evaluation: 2 with guidance by two answers, else 1."""
+    found = getattr(denoiser, "calls", 1)
+    return found if isinstance(found, int) else 1
+
+
 def classifier_free(
-    denoiser: Denoiser, scale: float, uncond: Cond, *, interval: tuple[float, float] = (0.0, math.inf), rescale: float = 0.0
+    denoiser: Denoiser, scale: float | Tensor, uncond: Cond, *, interval: tuple[float, float] = (0.0, math.inf), rescale: float = 0.0
 ) -> Denoiser:
     r"""Return a denoiser with classifier-free guidance, ``x0 = uncond + scale (cond - uncond)`` (Ho and Salimans, arXiv 2207.12598).
 
@@ -43,7 +56,7 @@ def classifier_free(
 
     Args:
         denoiser: the conditional model.
-        scale: guidance scale.
+        scale: guidance scale, or one for each sample of a batch ``[B]``.
         uncond: the null condition, of the form of the condition: a label, a tensor for one sample, or a tuple, list, dict or dataclass of
             those, broadcast to the batch. A condition of texts has a text.
         interval: noise levels ``sigma/alpha`` within which to guide; outside it the scale is 1 (Kynkaanniemi et al., arXiv 2404.07724).
@@ -53,11 +66,13 @@ def classifier_free(
         ModelError: a rescale outside [0, 1], an empty interval, or a call whose condition has no counterpart in ``uncond``.
     """
     check_denoiser(denoiser, "classifier_free")
-    scale, rescale = number(scale, "the scale of guidance", ModelError), number(rescale, "rescale", ModelError)
+    each, rescale = isinstance(scale, Tensor) and scale.ndim == 1, number(rescale, "rescale", ModelError)
+    scale = scale if each else number(scale, "the scale of guidance", ModelError)
+    largest = float(torch.as_tensor(scale).abs().max()) if each else abs(float(scale))
     if not isinstance(interval, Sequence) or len(interval) != 2:
         raise ModelError(f"the interval of guidance is a pair of noise levels, as (0.2, 5.0), got {interval!r}")
     interval = (number(interval[0], "the interval's low end", ModelError), number(interval[1], "the interval's high end", ModelError))
-    if not abs(scale) <= LARGEST or not 0 <= rescale <= 1 or not interval[0] < interval[1]:
+    if not largest <= LARGEST or not 0 <= rescale <= 1 or not interval[0] < interval[1]:
         raise ModelError(f"guidance wants a finite scale, rescale in [0, 1] and interval (low, high), got {scale}, {rescale}, {interval}")
 
     def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -65,11 +80,11 @@ def classifier_free(
             raise ModelError("guidance needs a condition: pass cond to sample")
         level = torch.exp(-denoiser.schedule.lam(t.detach())).reshape(-1)
         active = (level >= interval[0]) & (level <= interval[1])
-        if scale == 1 or not bool(active.any()):
+        if (not each and scale == 1) or not bool(active.any()):
             return denoiser(x, t, cond)
         both = with_null(uncond, cond, len(x))
         null, wanted = denoiser(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, both).chunk(2)
-        x0 = torch.lerp(null, wanted, scale)
+        x0 = torch.lerp(null, wanted, aligned(scale, wanted) if isinstance(scale, Tensor) else scale)
         if rescale:
             dims = tuple(range(1, x0.ndim))
             ratio = wanted.std(dims, correction=0, keepdim=True) / x0.std(dims, correction=0, keepdim=True).clamp_min(1e-12)
@@ -77,7 +92,7 @@ def classifier_free(
         inside = active.to(x.device).reshape((-1,) + (1,) * (x.ndim - 1))
         return torch.where(inside, x0, wanted)
 
-    return Wrapped(denoiser.schedule, guided)
+    return Wrapped(denoiser.schedule, guided, calls=2 * calls_of(denoiser))
 
 
 def classifier_guided(denoiser: Denoiser, log_prob: Callable[[Tensor, Tensor, Cond], Tensor], scale: float) -> Denoiser:
@@ -105,7 +120,7 @@ def classifier_guided(denoiser: Denoiser, log_prob: Callable[[Tensor, Tensor, Co
         gain = torch.where(alpha > 0, scale * sigma**2 / alpha, torch.zeros_like(alpha))
         return x0 + aligned(gain, x) * gradient
 
-    return Wrapped(denoiser.schedule, guided)
+    return Wrapped(denoiser.schedule, guided, calls_of(denoiser))
 
 
 def static_threshold(denoiser: Denoiser, bound: float = 1.0) -> Denoiser:
@@ -118,7 +133,7 @@ def static_threshold(denoiser: Denoiser, bound: float = 1.0) -> Denoiser:
     bound = number(bound, "the bound of a threshold", ModelError)
     if not bound > 0:
         raise ModelError(f"the bound of a threshold must be positive, got {bound}")
-    return Wrapped(denoiser.schedule, lambda x, t, cond: denoiser(x, t, cond).clamp(-bound, bound))
+    return Wrapped(denoiser.schedule, lambda x, t, cond: denoiser(x, t, cond).clamp(-bound, bound), calls_of(denoiser))
 
 
 def dynamic_threshold(denoiser: Denoiser, quantile: float = 0.995, *, bound: float = 1.0, most: float = math.inf) -> Denoiser:
@@ -143,7 +158,7 @@ def dynamic_threshold(denoiser: Denoiser, quantile: float = 0.995, *, bound: flo
     def clipped(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return thresholded(denoiser(x, t, cond), quantile, bound, most)
 
-    return Wrapped(denoiser.schedule, clipped)
+    return Wrapped(denoiser.schedule, clipped, calls_of(denoiser))
 
 
 def thresholded(x0: Tensor, quantile: float, bound: float = 1.0, most: float = math.inf) -> Tensor:

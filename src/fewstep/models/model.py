@@ -227,30 +227,26 @@ class Model:
         """The denoiser without guidance."""
         return self
 
-    def guided(self, scale: float = 1.0) -> Denoiser | FlowMap:
+    def guided(self, scale: float | Tensor = 1.0) -> Denoiser | FlowMap:
         """Return the denoiser with classifier-free guidance; scale 1 is the model as it is, and a student is its flow map.
 
         A network that is told its scale answers by one call.
+
+        Args:
+            scale: guidance scale, or one for each sample of a batch ``[B]``.
 
         Raises:
             ModelError: the model has no null label to guide away from, is a student of one scale and this is not 1, or was not taught this
                 scale.
         """
         if self.scales is not None:
-            low, high = self.scales
-            if not low <= scale <= high:
-                raise ModelError(
-                    f"{self.name} knows guidance scales from {low:g} to {high:g}, not {scale:g}: use one of those, or distil a wider range"
-                )
-            if self.flow_map is not None:
-                return self.flow_map.at(scale)
-            assert isinstance(self.call, ScaledCall)  # checked at birth
-            return self if scale == self.call.scale else replace(self, call=replace(self.call, scale=scale))
+            return self._at_scale(scale, *self.scales)
+        alone = isinstance(scale, float | int) and scale == 1
         if self.flow_map is not None:
-            if scale != 1:
+            if not alone:
                 raise ModelError(f"{self.name} is a student: its guidance is in its weights; use guidance 1")
             return self.flow_map
-        if scale == 1:
+        if alone:
             return self.conditional
         if self.null_label is None:
             raise ModelError(f"{self.name} cannot be guided: it is not class-conditional with a null label; use guidance 1")
@@ -264,7 +260,21 @@ class Model:
                 )
             return guided(x, t, cond)
 
-        return Wrapped(self.schedule, by_label)
+        return Wrapped(self.schedule, by_label, calls=2)
+
+    def _at_scale(self, scale: float | Tensor, low: float, high: float) -> Denoiser | FlowMap:
+        """Return a model that is told its scale, at one between ``low`` and ``high``."""
+        least, most = (float(torch.as_tensor(bound(scale) if isinstance(scale, Tensor) else scale)) for bound in (torch.min, torch.max))
+        if not low <= least <= most <= high:
+            raise ModelError(
+                f"{self.name} knows guidance scales from {low:g} to {high:g}, not {most if low <= least else least:g}: use one of those, "
+                "or distil a wider range"
+            )
+        if self.flow_map is not None:
+            return self.flow_map.at(scale)
+        assert isinstance(self.call, ScaledCall)  # checked at birth
+        same = not isinstance(scale, Tensor) and not isinstance(self.call.scale, Tensor) and scale == self.call.scale
+        return self if same else replace(self, call=replace(self.call, scale=scale))
 
     def at_any_time(self) -> Model:
         """Return the model for learners, which ask between the times of its network's table.
@@ -285,7 +295,7 @@ class Model:
         except ModelError as error:
             raise ModelError(f"{error}; all times of its table have to be whole: {mend}, or another time=") from error
         between = BetweenTimes(self.call or plain_call, self.time_dtype, float(told.min()), float(told.max()))
-        return replace(self, call=between, time_dtype=torch.float64)
+        return replace(self, call=between, time_dtype=torch.float64, scales=None)
 
     def condition(self, cond: Cond, count: int) -> Cond:
         """Return what the network of a model with classes is conditioned on: labels of any library as a tensor ``[B]``.

@@ -90,6 +90,8 @@ class Problem:
             ModelError: the model is a student, or cannot be asked at any time.
         """
         model = self.model.need_denoiser().at_any_time()
+        if isinstance(self.denoiser, Model):  # without guidance, or told its scale
+            return self.denoiser.at_any_time()
         denoiser = self.denoiser if model is self.model else model.guided(self.guidance)
         assert not isinstance(denoiser, FlowMap)
         return denoiser

@@ -21,9 +21,9 @@ class TunedRecord(Record):
 
     teacher: str
     fingerprint: str
-    guidance: Number
-    solver: str
-    nfe: Count
+    guidance: Number | None
+    solver: str | None
+    nfe: Count | None
     form: str
 
 
@@ -34,17 +34,17 @@ class Tuned:
     Attributes:
         teacher: a bundled name or a folder. The file names one beside or in the model's own relative to it, so both can be moved together.
         fingerprint: the teacher's.
-        guidance: the scale at which the teacher sampled; the tuned model itself is sampled without.
-        solver: the solver that it was tuned for, on the grid of ``optimized/``.
-        nfe: the network evaluations that it was tuned for.
-        form: how it was tuned: mean, score or operator.
+        guidance: the scale at which the teacher sampled, and the tuned model itself is sampled without; None where it is told the scale.
+        solver: the solver that it was tuned for, on the grid of ``optimized/``; None where it is sampled by any, as its teacher is.
+        nfe: the network evaluations that it was tuned for, or None.
+        form: how it was made: mean, score, operator, flow-map, guided or progressive.
     """
 
     teacher: str
     fingerprint: str
-    guidance: float
-    solver: str
-    nfe: int
+    guidance: float | None
+    solver: str | None
+    nfe: int | None
     form: str
 
     def save(self, folder: Path) -> None:

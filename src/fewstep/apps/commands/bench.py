@@ -148,9 +148,10 @@ def _refuse(flags: Sequence[str], purpose: str, instead: str) -> None:
 
 def _rows(model: Model) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
     """Return solvers, grids and evaluations where nothing was typed: a tuned model is tried with what it was tuned for."""
-    if model.tuned is None:
+    tuned = model.tuned
+    if tuned is None or tuned.solver is None:
         return SOLVERS, GRIDS, NFE
-    return (model.tuned.solver,), (OPTIMIZED,), model.num_jumps or (model.tuned.nfe,)
+    return (tuned.solver,), (OPTIMIZED,), model.num_jumps or (tuned.nfe or NFE[0],)
 
 
 def run_bench(model: Model, config: BenchmarkConfig, out: Path, typed: str, *, report: bool = False) -> Comparison:

@@ -256,7 +256,9 @@ class _Choice:
             check_made_for(loaded, model, guidance, self.sampler)
             return self._from_level(loaded, model, guidance).with_card(grid=str(self.sampler))
         tuned = model.tuned
-        solver, spacing, nfe = (SOLVER, default_grid(model), NFE) if tuned is None else (tuned.solver, OPTIMIZED, tuned.nfe)
+        solver, spacing, nfe = (
+            (SOLVER, default_grid(model), NFE) if tuned is None or tuned.solver is None else (tuned.solver, OPTIMIZED, tuned.nfe or NFE)
+        )
         solver, spacing = solver if self.solver is None else self.solver, spacing if self.grid is None else self.grid
         nfe = nfe if self.nfe is None else self.nfe
         if solver == FITTED:

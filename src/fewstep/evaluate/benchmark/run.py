@@ -30,6 +30,7 @@ from fewstep.evaluate.rows import REFERENCE, Key, Row, has_errors, picture_file,
 from fewstep.models.formats.folders import imports_code
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem
+from fewstep.models.tuned import Tuned
 from fewstep.models.zoo import load_model
 from fewstep.runtime.artifact import Number, held_to, read_file, write_whole
 from fewstep.runtime.errors import FewstepError, ModelError, SolverError
@@ -137,6 +138,11 @@ def _teacher(model: Model) -> Model | None:
     return teacher
 
 
+def _scale_of(tuned: Tuned, problem: Problem) -> float:
+    """Return the scale at which the teacher of a tuned model sampled; where the model is told its scale, that one."""
+    return problem.guidance if tuned.guidance is None else tuned.guidance
+
+
 class _Run(NamedTuple):
     """The samples ``[num, *D]`` of a sampler, and what they cost: seconds in all and without the network, evaluations of each, bytes.
 
@@ -178,7 +184,7 @@ class _Bench:
         if teacher is not None:
             self.identity["reference"]["teacher"] = teacher.fingerprint
         self.quality = self._quality(setup.data or problem.model.data or (None if teacher is None else teacher.data))
-        exact = problem if teacher is None or tuned is None else Problem(teacher, tuned.guidance, problem.device)
+        exact = problem if teacher is None or tuned is None else Problem(teacher, _scale_of(tuned, problem), problem.device)
         self.exact, self.reference_error = self._reference(exact)
 
     def _quality(self, data: str | None) -> Quality | None:

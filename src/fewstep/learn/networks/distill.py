@@ -92,9 +92,12 @@ def distill(
         identity = f"{model.fingerprint} {asdict(replace(options, half=False))}{objective.identity}"
         check_checkpoint(work.folder, identity)
         wanted = objective.trajectories
-        data = TeacherData(problem, objective.grid, wanted, options.held_out, work, given=trajectories, fresh=options.fresh)
-        student = objective.student()
-        identity = f"{identity} {data.trajectories.identity}"
+        data, student = None, objective.student()
+        if wanted is not None:
+            data = TeacherData(problem, objective.grid, wanted, options.held_out, work, given=trajectories, fresh=options.fresh)
+            identity = f"{identity} {data.trajectories.identity}"
+        elif trajectories is not None:
+            raise FewstepError(f"the method {method} learns from no stored trajectories with these options: leave trajectories out")
         if begin is not None:
             objective.take_over(student, begin)
             identity += f" from {begin.fingerprint}"
@@ -115,7 +118,8 @@ def _result(objective: StudentObjective, trained: Trained, figures: dict[str, An
     dropout_as(network, model.network)
     if config.half:
         student.half()
-    tuned = Tuned(teacher_name(model, None if job.in_memory else job.folder), model.fingerprint, config.guidance, "ddim", 1, objective.kind)
+    named = teacher_name(model, None if job.in_memory else job.folder)
+    tuned = Tuned(named, model.fingerprint, *objective.sampled_by(config.guidance), objective.kind)
     grids = objective.grids(figures)
 
     def table(made: Model) -> GridTable:

@@ -205,7 +205,7 @@ class _Tuning:
         self.nodes = Nodes.at(problem.schedule, self.grid.t)
         self.identity = f"{problem.fingerprint} {asdict(replace(config, rounds=1, enough=0.0, half=False))}"
         if config.form == "score" and images is not None:
-            self.identity += f" on {images.name} {tuple(images.x.shape)}, mean {float(images.x.double().mean()):.12f}"
+            self.identity += images.identity
 
     def _levels(self) -> TimeGrid:
         """Return the times of the teacher's own best schedule of many first-order steps: close together where it changes."""

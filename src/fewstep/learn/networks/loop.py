@@ -20,7 +20,16 @@ from fewstep.runtime.errors import ArtifactError, FewstepError, first_line, look
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
 from fewstep.runtime.process import from_first, process, share
 
-__all__ = ["LoopConfig", "LossCurve", "check_checkpoint", "forget_checkpoint", "identity_of", "run_loop"]
+__all__ = [
+    "LoopConfig",
+    "LossCurve",
+    "check_checkpoint",
+    "forget_checkpoint",
+    "identity_of",
+    "run_loop",
+    "seeded",
+    "step_of",
+]
 
 
 @checked_class
@@ -84,6 +93,16 @@ def identity_of(config: Any) -> str:  # noqa: ANN401 - any dataclass
     """
     later = [f"{one.name}={value!r}" for one in fields(config) if not one.repr and (value := getattr(config, one.name)) != one.default]
     return " ".join([repr(config), *later])
+
+
+def seeded(seed: int, step: int) -> torch.Generator:
+    """Return the generator of a training step."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4099)
+
+
+def step_of(generator: torch.Generator, seed: int) -> int:
+    """Return the training step that a generator was `seeded` for."""
+    return generator.initial_seed() // 4099 - seed * 1_000_003
 
 
 N = TypeVar("N", bound=nn.Module)
@@ -151,7 +170,7 @@ def run_loop(
     done, whole = first, True
     try:
         for step in range(first, config.steps):
-            generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 4099)
+            generator = seeded(config.seed, step)
             torch.manual_seed(generator.initial_seed() + rank)  # dropout
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(step)

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from fewstep.core.prediction import add_noise, aligned, from_x0, prediction
 from fewstep.data.images import Images
+from fewstep.learn.teacher.batches import Batch
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import answer_of, network_device, plain_call
 from fewstep.runtime.errors import FewstepError
 from fewstep.runtime.process import share
 
-__all__ = ["check_images", "score_matching"]
+__all__ = ["check_images", "draw_images", "score_matching"]
 
 
 def score_matching(
@@ -62,6 +63,12 @@ def score_matching(
         return (output.float() - from_x0(kind, x0, x, alpha, sigma)).square().mean()
 
     return loss
+
+
+def draw_images(images: Images, size: int, generator: torch.Generator) -> Batch:
+    """Draw dequantised pictures ``[b, C, H, W]`` with their labels, and return this process's share of ``size`` of them."""
+    rows, index = torch.tensor(share(range(size))), torch.randint(len(images.x), (size,), generator=generator)
+    return Batch(images.dequantised(index, generator)[rows], None if images.labels is None else images.labels[index][rows])
 
 
 def check_images(images: Images, model: Model) -> None:

@@ -112,7 +112,7 @@ def train(
         )
     config.attends(*images.x.shape[2:])
     check_writable(out)
-    identity = f"{identity_of(config)} on {images.name} {tuple(images.x.shape)}, mean {float(images.x.double().mean()):.12f}"
+    identity = f"{identity_of(config)}{images.identity}"
     network = _network(images, config)
     model, levels = _model(network, images, config)
     null = None if images.labels is None else int(images.labels.max()) + 1

@@ -45,7 +45,7 @@ class Trained:
 def train_student(
     objective: Objective,
     student: nn.Module,
-    data: TeacherData,
+    data: TeacherData | None,
     loop: LoopConfig,
     folder: Path,
     *,
@@ -57,7 +57,7 @@ def train_student(
     Args:
         objective: gives the loss of a batch.
         student: the network to train.
-        data: the teacher's trajectories.
+        data: the teacher's trajectories, where the objective learns from some.
         loop: the options of the training loop.
         folder: for the checkpoint and the loss curve.
         identity: what is trained on what; a checkpoint of anything else is refused.
@@ -79,7 +79,7 @@ def train_student(
         on_step(step, value)
 
     student.requires_grad_(True)
-    trained: Any = run_loop(student, loss, loop, folder, identity=identity, averaged=averaged, observe=observe).to(data.problem.device)
+    trained: Any = run_loop(student, loss, loop, folder, identity=identity, averaged=averaged, observe=observe).to(objective.problem.device)
     return Trained(trained.requires_grad_(False), curve.points, curve.seconds)
 
 

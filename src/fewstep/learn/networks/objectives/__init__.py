@@ -11,13 +11,14 @@ from torch import Tensor
 from fewstep.data.images import Images
 from fewstep.learn.networks.objectives.config import StudentConfig
 from fewstep.learn.networks.objectives.flow_map import FlowMapConfig, FlowMapObjective
+from fewstep.learn.networks.objectives.guided import GuidedConfig, GuidedObjective
 from fewstep.learn.networks.objectives.objective import StudentObjective
 from fewstep.learn.networks.objectives.operator import DistillConfig, OperatorObjective
 from fewstep.models.networks.temporal_unet import Mixing
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["OBJECTIVES", "DistillConfig", "FlowMapConfig", "Given", "Method", "StudentConfig"]
+__all__ = ["OBJECTIVES", "DistillConfig", "FlowMapConfig", "Given", "GuidedConfig", "Method", "StudentConfig"]
 
 APART = "none"  # slots that do not meet
 
@@ -76,7 +77,13 @@ def _flow_map(problem: Problem, config: FlowMapConfig, given: Given) -> FlowMapO
     return FlowMapObjective(problem, config, given.images)
 
 
+def _guided(problem: Problem, config: GuidedConfig, given: Given) -> GuidedObjective:
+    """Make one student that is told its guidance scale."""
+    return GuidedObjective(problem, config, given.images)
+
+
 OBJECTIVES: dict[str, Method] = {
+    "guided": Method(GuidedConfig, _guided, ("images",), "one call for any guidance scale"),
     "flow-map": Method(FlowMapConfig, _flow_map, ("images",), "any number of passes"),
     "dsno": Method(DistillConfig, _dsno, ("features",), "slots that meet in temporal layers"),
     "slots": Method(DistillConfig, _slots, ("features",), "slots that do not meet"),

@@ -24,7 +24,7 @@ from fewstep.learn.networks.objectives.config import StudentConfig
 from fewstep.learn.networks.objectives.distances import DISTANCES
 from fewstep.learn.networks.objectives.flow_map_targets import LOWEST, TARGETS, Mean, Pairs, Step
 from fewstep.learn.networks.objectives.objective import Networks, StudentObjective
-from fewstep.learn.networks.score_matching import check_images
+from fewstep.learn.networks.score_matching import check_images, draw_images
 from fewstep.learn.teacher.batches import Batch, TeacherData
 from fewstep.learn.teacher.jvp import JVP_METHODS, choose_jvp
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
@@ -154,10 +154,7 @@ class FlowMapObjective(StudentObjective):
 
     @property
     def identity(self) -> str:
-        if self.images is None:
-            return ""
-        images = self.images
-        return f" on {images.name} {tuple(images.x.shape)}, mean {float(images.x.double().mean()):.12f}"
+        return "" if self.images is None else self.images.identity
 
     def student(self) -> FlowMapStudent:
         torch.manual_seed(self.config.seed)
@@ -175,10 +172,8 @@ class FlowMapObjective(StudentObjective):
         if self.images is None:
             found = data.draw(size, generator)
             return Batch(found.x[:, -1], found.cond) if self.from_pictures else found
-        images, rows = self.images, torch.tensor(share(range(size)))
-        index = torch.randint(len(images.x), (size,), generator=generator)
-        x0 = images.dequantised(index, generator)[rows]
-        return Batch(x0, None if images.labels is None or self.problem.model.classes is None else images.labels[index][rows])
+        found = draw_images(self.images, size, generator)
+        return found if self.problem.model.classes is not None else Batch(found.x, None)
 
     def pairs(self, batch: Batch, generator: torch.Generator) -> Pairs:
         """Draw a pair of times for each sample of a batch: the same for any number of processes."""
@@ -359,6 +354,9 @@ class FlowMapObjective(StudentObjective):
     def network(self, student: nn.Module) -> nn.Module:
         assert isinstance(student, FlowMapStudent)
         return student.network.network
+
+    def sampled_by(self, guidance: float) -> tuple[float | None, str | None, int | None]:
+        return None if self.problem.model.scales is not None else guidance, "ddim", 1
 
     def facts(self, figures: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.grid import TimeGrid
-from fewstep.learn.teacher.batches import Batch, TeacherData
+from fewstep.learn.teacher.batches import Batch
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem
@@ -39,16 +39,18 @@ class Objective(ABC):
 
     Attributes:
         averaged: whether its targets are made with averaged weights.
+        problem: the teacher and its guidance.
     """
 
     averaged: bool = False
+    problem: Problem
 
     @abstractmethod
     def student(self) -> nn.Module:
         """Return a new student that begins with the teacher's weights."""
 
-    def batch(self, data: TeacherData, size: int, generator: torch.Generator) -> Batch:
-        """Draw the data of one training step, and return this process's share; by default teacher trajectories."""
+    def batch(self, data: Any, size: int, generator: torch.Generator) -> Batch:  # noqa: ANN401
+        """Draw the data of one training step from `TeacherData`, or None, and return this process's share; by default trajectories."""
         return data.draw(size, generator)
 
     @abstractmethod
@@ -56,7 +58,7 @@ class Objective(ABC):
         """Return the mean loss ``[]`` over the samples of a batch."""
 
     @abstractmethod
-    def finish(self, student: nn.Module, data: TeacherData) -> dict[str, Any]:
+    def finish(self, student: nn.Module, data: Any) -> dict[str, Any]:  # noqa: ANN401 - as of `batch`
         """Measure the trained student on held-out trajectories and return figures for its card, as plain JSON values."""
 
     @abstractmethod
@@ -73,24 +75,22 @@ class StudentObjective(Objective):
 
     Attributes:
         kind: the word for it in ``tuned.json``.
-        problem: the teacher and its guidance.
         config: how to distil.
         grid: the times at which trajectories are stored.
     """
 
     kind: ClassVar[str]
-    problem: Problem
     config: Any  # a `StudentConfig` of its own kind
     grid: TimeGrid
 
     @property
-    def trajectories(self) -> TrajectoryConfig:
-        """The configuration of the stored trajectories, those to learn from followed by those that are held out."""
+    def trajectories(self) -> TrajectoryConfig | None:
+        """The configuration of the stored trajectories, those to learn from followed by those that are held out; None without any."""
         return self.config.trajectories
 
     @property
     def identity(self) -> str:
-        """What the objective learns from beside the teacher's trajectories, for checkpoints."""
+        """A word for all that it learns from beside the teacher's trajectories, for checkpoints."""
         return ""
 
     def take_over(self, student: nn.Module, begin: Model) -> None:
@@ -109,6 +109,14 @@ class StudentObjective(Objective):
     @abstractmethod
     def network(self, student: nn.Module) -> nn.Module:
         """Return the network inside a student that is of the teacher's kind."""
+
+    def sampled_by(self, guidance: float) -> tuple[float | None, str | None, int | None]:
+        """Return guidance scale, solver and evaluations that the student is made for, see `Tuned`: by default one first-order step.
+
+        Args:
+            guidance: the scale of the teacher's trajectories.
+        """
+        return guidance, "ddim", 1
 
     def grids(self, figures: Mapping[str, Any]) -> dict[int, TimeGrid]:
         """Return the times that the student is to be sampled at, by the number of passes; by default none of its own."""

@@ -1,0 +1,240 @@
+r"""Distil guidance: a student that is told the scale and answers with one call (Meng et al., arXiv 2210.03142, stage 1).
+
+With the guided denoiser ``D^w(x, t, y) = D(x, t, 0) + w (D(x, t, y) - D(x, t, 0))``, the loss is
+
+    E_w  distance( (S(x, t, y, w) - D^w(x, t, y)) / b(t) ),      w uniform in [w_min, w_max],
+
+with ``b`` the coefficient of the network's output in ``x0``: the error in the network's own output, where all levels have one size. A
+finite network has to be taught where it will be used, so what matters is which states it sees: see `GuidedConfig`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.grid import TimeGrid
+from fewstep.core.prediction import add_noise, aligned, prediction
+from fewstep.core.tableau import Nodes
+from fewstep.data.images import Images
+from fewstep.learn.networks.loop import step_of
+from fewstep.learn.networks.objectives.config import StudentConfig
+from fewstep.learn.networks.objectives.distances import DISTANCES
+from fewstep.learn.networks.objectives.objective import Networks, StudentObjective
+from fewstep.learn.networks.objectives.rollout import Rollout, Rows
+from fewstep.learn.networks.score_matching import check_images, draw_images
+from fewstep.learn.teacher.batches import FIRST_FRESH, Batch, TeacherData
+from fewstep.learn.teacher.trajectories import TrajectoryConfig
+from fewstep.models.formats.folders import save_like
+from fewstep.models.guided import GuidedForm, guided_model, save_guided
+from fewstep.models.model import Model
+from fewstep.models.networks.extra_embedding import ConditionedNetwork
+from fewstep.models.networks.scaled_call import ScaledCall
+from fewstep.models.problem import Problem
+from fewstep.runtime.errors import FewstepError, ModelError, look_up
+from fewstep.runtime.front_door import at_least, checked_class
+from fewstep.runtime.process import share
+from fewstep.sampling.loop import steps
+from fewstep.sampling.sampler import Sampler
+from fewstep.solvers import make_solver
+
+__all__ = ["STATES", "GuidedConfig", "GuidedObjective"]
+
+STATES = ("guided", "teacher", "noised", "data")
+FINE = 24  # evaluations of the guided trajectories along which a student is measured
+ABOVE = 3 * 2**40  # where their seeds begin
+
+
+@checked_class
+@dataclass(frozen=True)
+class GuidedConfig(StudentConfig):
+    """Configure the distillation of guidance: a student that is told its scale.
+
+    Args:
+        form: the scales that it is told, and its parts.
+        states: where it is taught: on fresh ``guided`` trajectories, each at a scale of its own, which go on from step to step; on stored
+            trajectories of the ``teacher``; on their ends ``noised`` anew; or on noised pictures (``data``).
+        slots: number of times of these trajectories.
+        grid: the spacing of those times.
+        loss: huber, l1 or l2.
+
+    Raises:
+        FewstepError: a number out of range, or an unknown word.
+    """
+
+    lr: float = 5e-4
+    form: GuidedForm = field(default_factory=GuidedForm)
+    states: str = "guided"
+    slots: int = 24
+    grid: str = "angle"
+    loss: str = "huber"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, slots=2)
+        look_up(self.states, dict.fromkeys(STATES), "states of guided distillation", FewstepError)
+        look_up(self.loss, DISTANCES, "loss", FewstepError)
+
+
+class GuidedObjective(StudentObjective):
+    """Regression of a student that is told its scale onto the guided teacher.
+
+    Args:
+        problem: the teacher, without guidance.
+        config: how to distil.
+        images: for the states ``data``.
+
+    Raises:
+        ModelError: a teacher that cannot be guided, is a student, or whose network cannot be told a scale.
+        FewstepError: images that the states do not take, or none where they need some.
+    """
+
+    kind = "guided"
+
+    def __init__(self, problem: Problem, config: GuidedConfig, images: Images | None = None) -> None:
+        model = problem.model.need_denoiser()
+        if model.scales is not None:
+            raise ModelError(f"{model.name} is told its guidance scale already: there is nothing to distil; name its teacher")
+        if model.null_label is None:
+            raise ModelError(f"{model.name} cannot be guided, since it has no null label: there is nothing to distil")
+        if (config.states == "data") != (images is not None):
+            needs = "the states data are noised pictures: pass images=... (--data)"
+            raise FewstepError(needs if images is None else f"the states {config.states} need no pictures: leave data out")
+        if images is not None:
+            check_images(images, model)
+        self.problem, self.config, self.images = problem, config, images
+        self.grid = model.trajectory_grid(config.grid, config.slots)
+        self.nodes, self.output = Nodes.at(problem.schedule, self.grid.t), prediction(model.prediction)
+        _ = self.student()  # what cannot be made is refused before long work
+
+    @property
+    def trajectories(self) -> TrajectoryConfig | None:
+        return self.config.trajectories if self.config.states in ("teacher", "noised") else None
+
+    @property
+    def identity(self) -> str:
+        return "" if self.images is None else self.images.identity
+
+    def student(self) -> ConditionedNetwork:
+        torch.manual_seed(self.config.seed)
+        network: Any = copy.deepcopy(self.problem.model.network)
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = self.config.dropout
+        made: Any = guided_model(self.problem.model.with_network(network), self.config.form).network
+        return made.to(self.problem.device)
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def batch(self, data: TeacherData | None, size: int, generator: torch.Generator) -> Batch:
+        if self.images is not None:
+            return draw_images(self.images, size, generator)
+        if data is not None:
+            return data.draw(size, generator)
+        return Batch(torch.empty(len(share(range(size))), 0), None)
+
+    def rows(self, batch: Batch, generator: torch.Generator) -> Rows:
+        """Return the states of a training step with their times and scales, this process's share."""
+        config, form = self.config, self.config.form
+        if config.states == "guided":
+            return self._rollout.at(step_of(generator, config.seed))
+        mine, steps = torch.tensor(share(range(config.batch))), self.grid.steps
+        i = torch.randint(steps, (config.batch,), generator=generator)[mine]
+        u = torch.rand(config.batch, generator=generator, dtype=torch.float64)[mine]
+        scale, where = form.w_min + (form.w_max - form.w_min) * u, torch.arange(len(mine), device=batch.x.device)
+        if config.states == "teacher":
+            x = batch.x[where, i.to(batch.x.device)]
+        else:
+            x0 = batch.x if self.images is not None else batch.x[:, -1]
+            noise = torch.randn(config.batch, *x0.shape[1:], generator=generator)[mine].to(x0.device)
+            x = add_noise(x0, noise, self.nodes.alpha[i], self.nodes.sigma[i])
+        return Rows(x, i, batch.cond, scale, torch.zeros_like(x))
+
+    def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:
+        rows = self.rows(batch, generator)
+        t = self.grid.t[rows.i]
+        with torch.no_grad():
+            target = self.problem.model.guided(rows.scale)(rows.x, t, rows.cond)
+        student = self._told(networks.student, rows.scale)
+        error = student(rows.x, t, rows.cond) - target
+        if self.config.states == "guided":
+            self._rollout.advance(*self._moved(rows, target))
+        scale = self.output.coefficients(self.nodes.alpha[rows.i], self.nodes.sigma[rows.i])[1].abs()
+        return DISTANCES[self.config.loss]((error / aligned(scale, error))[:, None]).mean()
+
+    def _told(self, network: Any, scale: float | Tensor) -> Model:  # noqa: ANN401 - a ConditionedNetwork, maybe wrapped
+        form = self.config.form
+        return replace(self.problem.model, network=network, call=ScaledCall(form.w_max, form.features, scale), null_label=None)
+
+    @cached_property
+    def _rollout(self) -> Rollout:
+        form = self.config.form
+
+        def move(rows: Rows) -> tuple[Tensor, Tensor]:
+            return self._moved(rows, self.problem.model.guided(rows.scale)(rows.x, self.grid.t[rows.i], rows.cond))
+
+        return Rollout(self.problem, self.nodes, self.config.batch, (form.w_min, form.w_max), move, self.config.seed)
+
+    def _moved(self, rows: Rows, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows' states at their next times by DPM-Solver++ 2M (arXiv 2211.01095), and ``x0`` to remember."""
+        i, lam = rows.i, self.nodes.lam
+        ratio, gain = self.nodes.first_order()
+        h, before = lam[i + 1] - lam[i], lam[i] - lam[(i - 1).clamp(min=0)]
+        weight = torch.where((i > 0) & torch.isfinite(h) & torch.isfinite(before), h / (2 * before), torch.zeros_like(h))
+        weight = torch.where(weight.isfinite(), weight, 0)
+        extrapolated = x0 + aligned(weight, x0) * (x0 - rows.before)
+        return aligned(ratio[i], x0) * rows.x + aligned(gain[i], x0) * extrapolated, x0
+
+    # -- afterwards -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def finish(self, student: nn.Module, data: TeacherData | None) -> dict[str, Any]:
+        """Measure the student along the guided teacher's own trajectories.
+
+        Returns:
+            ``calls``: for some scales the RMSE of one call to the guided teacher, over all states, and that at the worst time.
+        """
+        form, problem = self.config.form, self.problem
+        sampler = Sampler.build(make_solver("dpm-solver-pp-2m"), TimeGrid(problem.model.trajectory_grid("angle", FINE).t), problem.schedule)
+        seeds = [ABOVE + FIRST_FRESH + k for k in range(min(128, self.config.held_out))]
+        calls: dict[str, tuple[float, float]] = {}
+        for scale in sorted({form.w_min, min(max(2.0, form.w_min), form.w_max), form.w_max}):
+            teacher, told, cond = problem.model.guided(scale), self._told(student, scale), problem.cond(seeds)
+            errors = []
+            for step in steps(teacher, sampler.tableau, problem.start(seeds, sampler.tableau.nodes), cond):
+                errors.append(float((told(step.x, step.t, cond) - step.x0).double().square().mean()))
+            calls[f"{scale:g}"] = ((sum(errors) / len(errors)) ** 0.5, max(errors) ** 0.5)
+        return {"calls": calls}
+
+    def network(self, student: nn.Module) -> nn.Module:
+        assert isinstance(student, ConditionedNetwork)
+        return student.network
+
+    def sampled_by(self, guidance: float) -> tuple[float | None, str | None, int | None]:
+        return None, None, None
+
+    def facts(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        form = self.config.form
+        return {
+            "guidance": f"{form.w_min:g} to {form.w_max:g}, told",
+            "RMSE of one call to the guided teacher": {scale: round(error, 4) for scale, (error, _) in figures["calls"].items()},
+        }
+
+    def describe(self, student: nn.Module, facts: Mapping[str, Any]) -> None:
+        self._card = dict(facts)
+
+    def model(self, student: nn.Module) -> Model:
+        assert isinstance(student, ConditionedNetwork)
+        return guided_model(self.problem.model, self.config.form, student)
+
+    def save(self, student: nn.Module, folder: Path) -> None:
+        assert isinstance(student, ConditionedNetwork)
+        save_guided(student, self.config.form, self._card, folder)
+        save_like(self.problem.model, student.network, folder)
