@@ -22,7 +22,7 @@ from fewstep.core.tableau import Nodes
 from fewstep.data.images import Images
 from fewstep.learn.networks.objectives.config import StudentConfig
 from fewstep.learn.networks.objectives.distances import DISTANCES
-from fewstep.learn.networks.objectives.flow_map_targets import LOWEST, TARGETS, Mean, Pairs, Step
+from fewstep.learn.networks.objectives.flow_map_targets import LOWEST, TARGETS, Mean, Pairs, Step, ratio
 from fewstep.learn.networks.objectives.objective import Networks, StudentObjective
 from fewstep.learn.networks.score_matching import check_images, draw_images
 from fewstep.learn.teacher.batches import Batch, TeacherData
@@ -48,6 +48,7 @@ PRESETS: dict[str, tuple[str, dict[str, float]]] = {
     "progressive": ("semigroup", {}),
 }
 EXACT = ("trajectory", "eulerian")  # targets that read stored trajectories between their ends
+LONG = 0.5  # the ratio of noise levels of a step that is long enough to come back from where a student is
 SHARES = {"first": 0.5, "last": 0.4, "anchor": 0.6}
 
 
@@ -64,6 +65,8 @@ class FlowMapConfig(StudentConfig):
         states: where pairs start: on the ``stored`` trajectories, or at their ends ``noised`` anew in each step.
         first: share of each batch that starts at the noise; by default 0.5.
         last: share that leads to the image; by default 0.4, and 1 of consistency.
+        own: share of the pairs of trajectory that start where the averaged student itself comes to from the noise, by one jump or two, and
+            lead to where the trajectory is; of long steps alone, since a short one could not come back.
         anchor: share of the pairs of semigroup whose times are neighbours, and of matching whose times are one; by default 0.6.
         max_passes: numbers of passes, from 1 on, whose inner times are chosen after training.
         form: the student's parts.
@@ -80,6 +83,7 @@ class FlowMapConfig(StudentConfig):
     first: float | None = None
     last: float | None = None
     anchor: float | None = None
+    own: float = 0.0
     max_passes: int = 8
     form: FlowMapForm = field(default_factory=FlowMapForm)
     loss: str = "huber"
@@ -98,6 +102,8 @@ class FlowMapConfig(StudentConfig):
                 raise FewstepError(
                     f"{self.target} is {PRESETS[self.target][0]} with {name} {value:g}: leave {name} out, or name that target"
                 )
+        if not 0 <= self.own <= 1 or (self.own and self.equation != "trajectory"):
+            raise FewstepError(f"own, a share of the pairs of the target trajectory, lies in [0, 1], got {self.own} of {self.target}")
         if self.max_passes > self.slots:
             raise FewstepError(f"{self.max_passes} passes go through as many of the {self.slots} slots: ask for fewer passes or more slots")
         if self.states == "noised" and self.equation in EXACT:
@@ -132,7 +138,7 @@ class FlowMapObjective(StudentObjective):
     def __init__(self, problem: Problem, config: FlowMapConfig, images: Images | None = None) -> None:
         self.problem, self.config, self.images = problem, config, images
         self.equation = config.equation
-        self.averaged = self.equation not in ("trajectory", "lagrangian-jvp")
+        self.averaged = self.equation not in ("trajectory", "lagrangian-jvp") or config.own > 0
         if images is not None and self.equation == "trajectory":
             raise FewstepError("the target trajectory learns from the teacher's trajectories: leave data out, or use another target")
         if images is None and self.equation == "matching":
@@ -215,10 +221,37 @@ class FlowMapObjective(StudentObjective):
 
     def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:
         pairs = self.pairs(batch, generator)
+        if self.config.own:
+            pairs = self._from_own_states(pairs, batch, networks.averaged, generator)
         step = Step(pairs, self.problem.schedule, networks.student, networks.averaged, self.problem.teacher, self._derivative_now)
         answer, target = TARGETS[self.equation](step)
         error = (answer - target) / aligned(self.output_scale(pairs.s), answer)
         return DISTANCES[self.config.loss](error[:, None]).mean()
+
+    @torch.no_grad()
+    def _from_own_states(self, pairs: Pairs, batch: Batch, averaged: FlowMapStudent, generator: torch.Generator) -> Pairs:
+        """Return the pairs with some of their states replaced by those that the averaged student comes to from the noise."""
+        chosen, weight = torch.rand(2, self.config.batch, generator=generator, dtype=torch.float64)[:, torch.tensor(self._share)]
+        t, schedule = self.grid.t, self.problem.schedule
+        wanted = (chosen < self.config.own) & (pairs.s != t[0]) & (ratio(schedule, pairs.s, pairs.t) < LONG)
+        rows = wanted.nonzero()[:, 0]
+        if not len(rows):
+            return pairs
+        at, first, s = rows.to(batch.x.device), t[:1].expand(len(rows)), pairs.s[rows]
+        cond = None if pairs.cond is None else pairs.cond[at]
+        middle = torch.where(weight[rows] < 0.5, s, between_in_angle(schedule, first, s, 2 * weight[rows] - 1))
+        x = averaged.jump(batch.x[at, 0], first, middle, cond)
+        again = (middle != s).nonzero()[:, 0]
+        if len(again):
+            here = again.to(x.device)
+            x[here] = averaged.jump(x[here], middle[again], s[again], None if cond is None else cond[here])
+        states = pairs.x.clone()
+        states[at] = x
+        return replace(pairs, x=states)
+
+    @property
+    def _share(self) -> range:
+        return share(range(self.config.batch))
 
     def output_scale(self, s: Tensor) -> Tensor:
         """Return what the network's output counts in ``g``, at the times ``s [B]``."""
