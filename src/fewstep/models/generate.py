@@ -323,7 +323,7 @@ def best_sampler(model: Model, nfe: int | None = None, guidance: float = 1.0) ->
         if count is not None and count in (model.num_jumps or (tuned.nfe,)):
             return _said(model, _on_own_grid(model, tuned.solver, count, guidance))
     fitted = {one.nfe: one for one in model.carried.samplers if one.card.get("guidance") == guidance}
-    tables = [table for table in model.carried.grids if table.guidance == guidance]
+    tables = [table for table in model.carried.grids if table.guidance in (guidance, None)]
     if nfe is None:
         known = sorted({*fitted, *(n for table in tables for n in table.grids)})
         carries = f"it carries samplers for {', '.join(map(str, known))} evaluations: pass nfe=" if known else _NOTHING

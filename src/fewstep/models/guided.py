@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fewstep.runtime.artifact import ArtifactRecord, load_artifact, named_path, 
 from fewstep.runtime.errors import FewstepError, ModelError
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
 
-__all__ = ["GuidedForm", "guided_model", "load_guided", "save_guided"]
+__all__ = ["GuidedForm", "guided_model", "load_guided", "save_guided", "untold"]
 
 NETWORK = "network."  # its weights, which lie in a file of their own
 
@@ -77,6 +77,15 @@ def guided_model(teacher: Model, form: GuidedForm, network: ConditionedNetwork |
         network = ConditionedNetwork(teacher.network, teacher.call or plain_call, form.insert_at).tell(SCALE, form.features)
     call = ScaledCall(form.w_max, form.features, max(1.0, form.w_min))
     return teacher.with_network(network, call=call, scales=(form.w_min, form.w_max), null_label=None)
+
+
+def untold(model: Model, network: nn.Module | None = None) -> Model:
+    """Return the model around the network inside one that is told its scale, or around another of its kind; any other model as it is."""
+    told: Any = model.network
+    if model.scales is None or not isinstance(told, ConditionedNetwork):
+        return model if network is None else model.with_network(network)
+    call = None if told.call is plain_call else told.call
+    return replace(model, network=told.network if network is None else network, call=call, scales=None)
 
 
 def save_guided(network: nn.Module, form: GuidedForm, card: Mapping[str, Any], folder: str | Path) -> Path:

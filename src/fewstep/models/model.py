@@ -442,11 +442,11 @@ class Model:
             ArtifactError: it is damaged, or was made for other weights.
         """
         tables = self.carried.grids
-        table = next((table for table in tables if (table.solver, table.guidance) == (solver, guidance)), None)
+        table = next((table for table in tables if table.solver == solver and table.guidance in (guidance, None)), None)
         if table is None and self.flow_map is not None:
             raise GridError(f"{self.name} is a student, sampled by ddim at guidance 1 along its own times: leave --solver and --grid out")
         if table is None:
-            known = ", ".join(f"{table.solver} at {table.guidance:g}" for table in tables)
+            known = ", ".join(f"{table.solver} at {table.scale}" for table in tables)
             there = f"there are some for {known}" if tables else "there are none in its folder"
             raise GridError(
                 f"no optimized grid of {self.name} for {solver} at guidance {guidance:g}, {there}: make a sampler with "

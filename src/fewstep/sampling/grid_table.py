@@ -27,7 +27,7 @@ class GridsRecord(Record):
 
     solver: str
     model: str
-    guidance: Number
+    guidance: Number | None
     schedule: dict[str, Any]
     times: dict[str, list[Number]]
     card: dict[str, Any]
@@ -40,7 +40,7 @@ class GridTable:
     Attributes:
         solver: the name of the solver.
         model: the fingerprint of the model.
-        guidance: its guidance scale.
+        guidance: its guidance scale; None where they are for any, as those of a student that is told its scale.
         schedule: its noise law.
         grids: number of evaluations -> grid.
         card: provenance and figures, plain JSON values.
@@ -48,13 +48,18 @@ class GridTable:
 
     solver: str
     model: str
-    guidance: float
+    guidance: float | None
     schedule: NoiseSchedule
     grids: Mapping[int, TimeGrid]
     card: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"GridTable({self.solver}, {min(self.grids)} to {max(self.grids)} evaluations, guidance {self.guidance:g})"
+        return f"GridTable({self.solver}, {min(self.grids)} to {max(self.grids)} evaluations, guidance {self.scale})"
+
+    @property
+    def scale(self) -> str:
+        """The guidance scale in words."""
+        return "of any scale" if self.guidance is None else f"{self.guidance:g}"
 
     def grid(self, nfe: int) -> TimeGrid:
         """Return the grid for ``nfe`` evaluations.

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from fewstep.data.images import Images
 from fewstep.learn.networks.loop import check_checkpoint, forget_checkpoint
-from fewstep.learn.networks.objectives import OBJECTIVES, DistillConfig, FlowMapConfig, Given, StudentConfig
+from fewstep.learn.networks.objectives import (
+    OBJECTIVES,
+    DistillConfig,
+    FlowMapConfig,
+    Given,
+    GuidedConfig,
+    ProgressiveConfig,
+    StudentConfig,
+)
 from fewstep.learn.networks.objectives.objective import StudentObjective
 from fewstep.learn.networks.trainer import Trained, dropout_as, may_write_model, teacher_name, train_student
 from fewstep.learn.teacher.batches import TeacherData
@@ -23,13 +31,17 @@ from fewstep.models.formats.folders import load_folder
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.models.tuned import Tuned
-from fewstep.runtime.artifact import write_whole
-from fewstep.runtime.errors import FewstepError, look_up
+from fewstep.runtime.artifact import named_path, read_json, write_whole
+from fewstep.runtime.errors import ArtifactError, FewstepError, look_up
 from fewstep.runtime.front_door import checked, config_of, scale_of
 from fewstep.runtime.job import Job, Progress
+from fewstep.runtime.process import from_first, process, wait_for_all
 from fewstep.sampling.grid_table import GridTable
 
-__all__ = ["DistillConfig", "FlowMapConfig", "distill"]
+__all__ = ["DistillConfig", "FlowMapConfig", "GuidedConfig", "ProgressiveConfig", "distill"]
+
+HALVED = ("guided", "progressive")  # students whose own students are measured against their teacher
+STEPS = "steps"  # the folder of the students before the last
 
 
 @checked
@@ -84,6 +96,12 @@ def distill(
         if getattr(given, name) is not None and name not in chosen.takes:
             raise FewstepError(f"the method {method} learns nothing from {name}: leave that out")
     scale = scale_of(guidance, options.guidance)
+    if isinstance(options, ProgressiveConfig) and len(options.nfe) > 1:
+        if begin is not None or trajectories is not None:
+            raise FewstepError(
+                "progressive distillation begins with the model that it halves, and fresh noise: leave begin and trajectories out"
+            )
+        return _halved(model, replace(options, guidance=scale), out, on_progress, device=device, command=command)
     with Job.open("distill", out, device=device or model.device, on_progress=on_progress, command=command) as job:
         may_write_model(model, out, "work/curve.json")  # in the job, which removes what a killed run left
         problem, work = Problem(model, scale, job.device), replace(job, folder=job.folder / "work")
@@ -109,6 +127,41 @@ def distill(
         return _result(objective, trained, figures, job)
 
 
+def _halved(model: Model, config: ProgressiveConfig, out: str | Path | None, on_progress: Progress | None, **how: Any) -> Model | None:  # noqa: ANN401
+    """Make one student after the other, each of half as many steps; those before the last lie in ``steps`` below ``out``.
+
+    Raises:
+        FewstepError: processes that have no folder to hand students on by.
+        ArtifactError: a folder below ``out`` holds a student of other options.
+    """
+    if out is None and process()[1] > 1:
+        raise FewstepError("several processes hand students on by a folder: say out=...")
+    may_write_model(model, out, STEPS)
+    for number, count in enumerate(config.nfe):
+        one = replace(config, nfe=(count,), start=config.begins)
+        below = out if out is None or count == config.nfe[-1] else named_path(out) / STEPS / f"{count:02d}"
+        done = number * config.steps
+        note = None if on_progress is None else lambda step, text, done=done: on_progress(done + step, text)
+        if below not in (None, out) and from_first(process()[0] == 0 and Tuned.in_folder(named_path(below))):
+            _check_made(named_path(below), model, one)
+            made: Model | None = load_folder(below, trust=True)
+        else:
+            made = distill(model, "progressive", config=one, guidance=one.guidance, out=below, on_progress=note, **how)
+        if below == out:
+            return made
+        wait_for_all()
+        model = load_folder(str(below), trust=True) if made is None else made
+        config = replace(config, guidance=1.0) if model.scales is None else config  # the guidance is in the student's weights
+    return None
+
+
+def _check_made(folder: Path, model: Model, config: ProgressiveConfig) -> None:
+    """Refuse a finished student of other options, or of another model."""
+    history = read_json(folder / "history.json")
+    if history.get("of") != model.fingerprint or history.get("config") != json.loads(json.dumps(asdict(config))):
+        raise ArtifactError(f"{folder} holds a student of another model or with other options: remove it, or use another folder")
+
+
 def _result(objective: StudentObjective, trained: Trained, figures: dict[str, Any], job: Job) -> Model:
     """Return the student as a model that carries its passes, from its folder if it has one. ``tuned.json`` is written last."""
     model, config, student = objective.problem.model, objective.config, trained.student
@@ -118,12 +171,16 @@ def _result(objective: StudentObjective, trained: Trained, figures: dict[str, An
     dropout_as(network, model.network)
     if config.half:
         student.half()
-    named = teacher_name(model, None if job.in_memory else job.folder)
-    tuned = Tuned(named, model.fingerprint, *objective.sampled_by(config.guidance), objective.kind)
+    known = model.tuned
+    if known is not None and known.form in HALVED:  # it is measured against what that was
+        named, fingerprint, guidance = known.teacher, known.fingerprint, config.guidance if known.guidance is None else known.guidance
+    else:
+        named, fingerprint, guidance = teacher_name(model, None if job.in_memory else job.folder), model.fingerprint, config.guidance
+    tuned = Tuned(named, fingerprint, *objective.sampled_by(guidance), objective.kind)
     grids = objective.grids(figures)
 
     def table(made: Model) -> GridTable:
-        return GridTable("ddim", made.fingerprint, 1.0, made.schedule, grids, {"command": job.command})
+        return GridTable("ddim", made.fingerprint, None if tuned.guidance is None else 1.0, made.schedule, grids, {"command": job.command})
 
     if job.in_memory:
         made = replace(objective.model(student), name=f"{model.name}-student", data=model.data, folder=None)
@@ -134,7 +191,9 @@ def _result(objective: StudentObjective, trained: Trained, figures: dict[str, An
     objective.save(student, out)
     if grids:
         table(load_folder(out, trust=True)).save(out / OPTIMIZED / "ddim")
-    write_whole(out / "history.json", (json.dumps({"config": asdict(config), **figures}, indent=1) + "\n").encode())
+    write_whole(
+        out / "history.json", (json.dumps({"config": asdict(config), "of": model.fingerprint, **figures}, indent=1) + "\n").encode()
+    )
     tuned.save(out)
     forget_checkpoint(out / "work")
     return replace(load_folder(out, trust=True), card=figures)

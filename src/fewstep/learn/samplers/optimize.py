@@ -344,7 +344,7 @@ def _card(table: GridTable, name: str) -> str:
     made_by = f" Made by\n\n```\n{card['command']}\n```" if card["command"] else ""
     return f"""# Optimized schedules: {name} on {card["of"]}
 
-For the model with fingerprint {table.model} at guidance {table.guidance:g}.{made_by}
+For the model with fingerprint {table.model} at guidance {table.scale}.{made_by}
 
 | evaluations | error | of the best standard grid | from |
 |---|---|---|---|

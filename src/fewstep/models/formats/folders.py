@@ -25,9 +25,10 @@ from fewstep.models.flow_map_student import FlowMapStudent
 from fewstep.models.formats.description import description
 from fewstep.models.formats.diffusers_law import noise_law
 from fewstep.models.formats.own import OwnRecord, entries, own_files, own_model
-from fewstep.models.guided import load_guided
+from fewstep.models.guided import GuidedForm, load_guided, save_guided, untold
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import NetworkTime, edm_time, image_size, same_time, unet_call
+from fewstep.models.networks.extra_embedding import ConditionedNetwork
 from fewstep.models.networks.operator import OperatorStudent
 from fewstep.models.networks.unets import NETWORKS, build_network, empty_network
 from fewstep.runtime.artifact import (
@@ -271,6 +272,7 @@ def check_savable(model: Model) -> None:
     """
     if model.folder is not None and not imports_code(model):
         return
+    model = untold(model)
     if _has_format(model):
         describe(model)
     else:
@@ -313,6 +315,10 @@ def _write_carried(carried: Carried, folder: Path) -> None:
 
 def write_model(model: Model, folder: Path) -> None:
     """Write the files of a model; the description is the last of them."""
+    if model.scales is not None and isinstance(model.network, ConditionedNetwork):
+        call: Any = model.call
+        save_guided(model.network, GuidedForm(*model.scales, call.features), {}, folder)
+    model = untold(model)
     if _has_format(model):
         save_described(model, folder)
         return
@@ -355,7 +361,8 @@ def save_like(model: Model, network: Any, folder: Path) -> None:  # noqa: ANN401
     Raises:
         ModelError: the model is an operator student, or cannot be saved.
     """
-    model.need_denoiser()
+    null = model.need_denoiser().null_label if model.scales is None else model.classes  # as the file says that the classes are
+    model = untold(model)
     if model.folder is None or imports_code(model):
         write_model(model.with_network(network), folder)
         return
@@ -363,7 +370,7 @@ def save_like(model: Model, network: Any, folder: Path) -> None:  # noqa: ANN401
         save_described(model, folder, network)
         return
     if (model.folder / DESCRIPTION).exists():
-        save_ours(folder, network, model.prediction, model.schedule, model.need_shape(), model.null_label)
+        save_ours(folder, network, model.prediction, model.schedule, model.need_shape(), null)
         return
     _save_network(network, folder)
     for file in ("scheduler/scheduler_config.json", "model_index.json"):

@@ -14,11 +14,12 @@ from fewstep.learn.networks.objectives.flow_map import FlowMapConfig, FlowMapObj
 from fewstep.learn.networks.objectives.guided import GuidedConfig, GuidedObjective
 from fewstep.learn.networks.objectives.objective import StudentObjective
 from fewstep.learn.networks.objectives.operator import DistillConfig, OperatorObjective
+from fewstep.learn.networks.objectives.progressive import ProgressiveConfig, ProgressiveObjective
 from fewstep.models.networks.temporal_unet import Mixing
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["OBJECTIVES", "DistillConfig", "FlowMapConfig", "Given", "GuidedConfig", "Method", "StudentConfig"]
+__all__ = ["OBJECTIVES", "DistillConfig", "FlowMapConfig", "Given", "GuidedConfig", "Method", "ProgressiveConfig", "StudentConfig"]
 
 APART = "none"  # slots that do not meet
 
@@ -82,7 +83,13 @@ def _guided(problem: Problem, config: GuidedConfig, given: Given) -> GuidedObjec
     return GuidedObjective(problem, config, given.images)
 
 
+def _progressive(problem: Problem, config: ProgressiveConfig, given: Given) -> ProgressiveObjective:
+    """Make a student of half as many steps."""
+    return ProgressiveObjective(problem, config)
+
+
 OBJECTIVES: dict[str, Method] = {
+    "progressive": Method(ProgressiveConfig, _progressive, (), "half as many steps, again and again"),
     "guided": Method(GuidedConfig, _guided, ("images",), "one call for any guidance scale"),
     "flow-map": Method(FlowMapConfig, _flow_map, ("images",), "any number of passes"),
     "dsno": Method(DistillConfig, _dsno, ("features",), "slots that meet in temporal layers"),
