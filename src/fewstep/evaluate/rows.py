@@ -61,7 +61,8 @@ class Row:
     solver_seconds: float | None  # without the network
     statistics: str | None = None  # the fingerprint of the solver's statistics
     artifact: str | None = None  # fingerprint of an optimised grid, a sampler, own formulas or a third party's source; a peer's version
-    arithmetic: float | None = None  # operations of an operator student, in evaluations of its network alone
+    arithmetic: float | None = None  # operations of a student's passes, in evaluations of its network alone
+    calls: Count | None = None  # of the network for one sample: evaluations times two where guidance takes two answers
     planned: Count | None = None  # evaluations requested, where a third party's sampler made another number
     rmse_ci: Interval | None = None
     error_median: float | None = None  # quantiles of the errors of single samples

@@ -44,7 +44,10 @@ def train(
             train_model(load_images(data), config, loop, out, command=command(), observe=on_progress)
     if process()[0] == 0:
         console.print(f"model: {out}{rate}")
-        console.print(next_command("bench", out, "--out", out / "bench"))
+        if config.kind == "flow-map":
+            console.print(next_command("sample", out, "--nfe", 4, "--out", out / "samples"))
+        else:
+            console.print(next_command("bench", out, "--out", out / "bench"))
 
 
 class Rate:

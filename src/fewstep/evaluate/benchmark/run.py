@@ -28,6 +28,7 @@ from fewstep.evaluate.metrics.distances import rmse
 from fewstep.evaluate.metrics.quality import NO_METRICS, Quality
 from fewstep.evaluate.rows import REFERENCE, Key, Row, has_errors, picture_file, read_results, read_samples, save_samples
 from fewstep.models.formats.folders import imports_code
+from fewstep.models.guidance import calls_of
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem
 from fewstep.models.tuned import Tuned
@@ -303,6 +304,7 @@ class _Bench:
         cost |= {"processes": self.job.world, "threads": torch.get_num_threads()}
         if isinstance(self.problem.denoiser, FlowMap):
             cost["arithmetic"] = self.problem.denoiser.arithmetic(entry.time_grid.t)
+        cost["calls"] = made.evaluations * calls_of(self.problem.denoiser)
         if made.evaluations != entry.nfe:
             cost |= {"nfe": made.evaluations, "planned": entry.nfe}
         return self._row(entry, {**self.errors(errors), **measured, **cost})

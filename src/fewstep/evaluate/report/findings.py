@@ -299,7 +299,12 @@ class Format:
         rows = list(rows)
         self.decimals = {"rmse": digits((row["rmse"] for row in rows), 4), "fd": digits((row.get("fd") for row in rows), 2)}
         self.decimals |= {"kd": digits((row.get("kd") for row in rows), 3), "precision": 2, "recall": 2, "labels": 3}
-        self.decimals |= {"seconds": 1, "solver_seconds": digits((row.get("solver_seconds") for row in rows), 2), "arithmetic": 2}
+        self.decimals |= {
+            "seconds": 1,
+            "solver_seconds": digits((row.get("solver_seconds") for row in rows), 2),
+            "arithmetic": 2,
+            "calls": 0,
+        }
         self.decimals |= dict.fromkeys(("error_median", "error_p95"), self.decimals["rmse"])
 
     def __call__(self, field: str, value: float | None) -> Number | None:

@@ -41,6 +41,7 @@ COLUMNS = {
     "precision": "precision",
     "recall": "recall",
     "labels": "labels as requested",
+    "calls": "calls",
     "arithmetic": "arithmetic",
     "seconds": "seconds",
     "solver_seconds": "without network",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,23 @@ from fewstep.core.prediction import EDM
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, VarianceExploding
 from fewstep.data.images import Images
 from fewstep.learn.networks.loop import LoopConfig, forget_checkpoint, identity_of, run_loop
+from fewstep.learn.networks.objectives.flow_map import FlowMapConfig, FlowMapObjective
+from fewstep.learn.networks.objectives.objective import Networks
 from fewstep.learn.networks.score_matching import score_matching
+from fewstep.models.flow_map_student import FlowMapStudent
 from fewstep.models.formats.folders import save_ours
 from fewstep.models.model import Model
-from fewstep.models.networks.calls import edm_time, unet_call
+from fewstep.models.networks.calls import edm_time, network_device, unet_call
+from fewstep.models.problem import Problem
 from fewstep.runtime.artifact import check_writable, write_whole, written_apart
-from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.errors import FewstepError, look_up
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
+from fewstep.runtime.process import default_device, process
 
 __all__ = ["TrainConfig", "train"]
 
+KINDS = ("edm", "ddpm", "flow-map")
+MATCHING = FlowMapConfig(target="matching", first=0.2, last=0.4, anchor=0.5)  # half of the pairs of flow map matching are denoising
 GROUPS = 16  # of channels, normalised together
 
 
@@ -35,8 +43,9 @@ class TrainConfig:
     """Configure a network to train, and the noise levels that it is trained on.
 
     Args:
-        kind: edm (preconditioned, continuous noise levels, saved with ``fewstep.json``) or ddpm (epsilon prediction, 1000 linear betas,
-            saved as a diffusers pipeline folder).
+        kind: edm (preconditioned, continuous noise levels, saved with ``fewstep.json``), ddpm (epsilon prediction, 1000 linear betas,
+            saved as a diffusers pipeline folder) or flow-map (one network for any number of passes, from pictures alone and without a
+            teacher: flow map matching, with EDM's preconditioning).
         conditional: condition on class labels, with a null label.
         label_dropout: share of labels that training replaces by the null label.
         channels: channels of each level; a level has half the height and width of the one before.
@@ -64,8 +73,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.kind not in ("edm", "ddpm"):
-            raise FewstepError(f"unknown kind of model {self.kind!r}: edm or ddpm")
+        look_up(self.kind, dict.fromkeys(KINDS), "kind of model", FewstepError)
         if not self.channels or any(width < 1 or width % GROUPS for width in self.channels):
             raise FewstepError(f"the channels of each level are a multiple of {GROUPS}, got {', '.join(map(str, self.channels)) or 'none'}")
         at_least(self, layers=1)
@@ -114,6 +122,21 @@ def train(
     check_writable(out)
     identity = f"{identity_of(config)}{images.identity}"
     network = _network(images, config)
+    if config.kind == "flow-map":
+        objective, student = _flow_map(network, images, config, loop)
+        averaged = copy.deepcopy(student).eval().requires_grad_(False)
+
+        def matching(network: nn.Module, size: int, generator: torch.Generator) -> Tensor:
+            batch = objective.batch(None, size, generator).to(network_device(network))
+            return objective.loss(Networks(network, averaged), batch, generator)
+
+        trained = run_loop(student, matching, loop, out, identity=identity, averaged=averaged, observe=observe)
+        if process()[0] == 0:
+            with written_apart(out, last="unet") as scratch:
+                objective.save(trained, scratch)
+                write_whole(scratch / "README.md", _card(network, images, config, loop, command, out.name).encode())
+            forget_checkpoint(out)
+        return out
     model, levels = _model(network, images, config)
     null = None if images.labels is None else int(images.labels.max()) + 1
     labels = {"conditional": config.conditional, "null": null, "dropout": config.label_dropout}
@@ -158,6 +181,16 @@ def _model(network: nn.Module, images: Images, config: TrainConfig) -> tuple[Mod
     schedule = DiscreteVP.from_betas(torch.linspace(1e-4, 0.02, 1000))
     model = Model(network, schedule, "epsilon", call=unet_call)
     return model, lambda b, g: torch.randint(1000, (b,), generator=g).float()
+
+
+def _flow_map(network: nn.Module, images: Images, config: TrainConfig, loop: LoopConfig) -> tuple[FlowMapObjective, FlowMapStudent]:
+    """Return the objective of flow map matching (arXiv 2406.07505), and a new student to train."""
+    null = int(images.labels.max()) + 1 if config.conditional and images.labels is not None else None
+    shape, kind = tuple(images.x.shape[1:]), EDM(round(float(images.x.std()), 2))
+    model = Model(network.eval(), VarianceExploding(), kind, shape=shape, time=edm_time, call=unet_call, classes=null, null_label=null)
+    options = replace(MATCHING, steps=loop.steps, batch=loop.batch, seed=loop.seed, dropout=config.dropout)
+    objective = FlowMapObjective(Problem(model, device=default_device()), options, images)
+    return objective, objective.student().requires_grad_(True).train()
 
 
 def _save(network: Any, model: Model, images: Images, config: TrainConfig, loop: LoopConfig, out: Path, command: str) -> None:  # noqa: ANN401
