@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from fewstep.inverse.posterior import measured, sample_posterior
     from fewstep.inverse.restore import Restoration, restore
     from fewstep.inverse.start import choose_start
-    from fewstep.learn.networks.distill import DistillConfig, distill
+    from fewstep.learn.networks.distill import DistillConfig, FlowMapConfig, GuidedConfig, ProgressiveConfig, distill
     from fewstep.learn.networks.finetune import FinetuneConfig, finetune
     from fewstep.learn.samplers.calibrate import CalibrationConfig, calibrate
     from fewstep.learn.samplers.fit import FitConfig, fit, plan_fit
@@ -66,6 +66,9 @@ _LAZY = {  # imported when first asked for, so that sampling does not wait for w
     "restore": "inverse.restore",
     "choose_start": "inverse.start",
     "DistillConfig": "learn.networks.distill",
+    "FlowMapConfig": "learn.networks.distill",
+    "GuidedConfig": "learn.networks.distill",
+    "ProgressiveConfig": "learn.networks.distill",
     "distill": "learn.networks.distill",
     "FinetuneConfig": "learn.networks.finetune",
     "finetune": "learn.networks.finetune",
@@ -95,13 +98,16 @@ __all__ = [
     "FinetuneConfig",
     "FitConfig",
     "FlowMap",
+    "FlowMapConfig",
     "GridError",
+    "GuidedConfig",
     "Model",
     "ModelError",
     "ModelStatistics",
     "NoiseSchedule",
     "OptimizeConfig",
     "ParallelConfig",
+    "ProgressiveConfig",
     "RectifiedFlow",
     "Restoration",
     "Sampler",

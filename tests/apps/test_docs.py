@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,18 @@ PAGES = tuple(
         "inspect",
     )
 )
-LONGER = ("index", "choose", "fitted", "schedules", "statistics", "dsno", "report", "extending")  # they learn or compare
+LONGER = (
+    "index",
+    "choose",
+    "fitted",
+    "schedules",
+    "statistics",
+    "dsno",
+    "flow-maps",
+    "guided",
+    "report",
+    "extending",
+)  # they learn or compare
 LONG = ("README.md", *(f"docs/{name}.md" for name in LONGER))
 ROWS = ROOT / "benchmarks" / "results"
 QUICK = {
@@ -41,6 +53,7 @@ QUICK = {
     "OptimizeConfig": {"levels": 12, "num": 4, "noises": 8, "held_out": 8, "iterations": 1},
     "DistillConfig": {"num": 8, "held_out": 4, "steps": 2, "batch": 4},
 }
+STUDENT = {"held_out": 4, "steps": 2, "batch": 4}  # of the configurations that guides of students write down
 
 
 MY_NETWORKS = """import torch
@@ -75,6 +88,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         function, small = getattr(fewstep, verb), getattr(fewstep, config)(**QUICK[config])
         call = lambda *args, function=function, small=small, **options: function(*args, **{"config": small, **options})  # noqa: E731
         monkeypatch.setattr(fewstep, verb, call, raising=False)
+    for config in ("FlowMapConfig", "GuidedConfig", "ProgressiveConfig"):
+        monkeypatch.setattr(fewstep, config, partial(getattr(fewstep, config), **STUDENT, num=8), raising=False)
     compare = fewstep.compare
     monkeypatch.setattr(fewstep, "compare", lambda *args, **options: compare(*args, **{**options, "num": 8}), raising=False)
 

@@ -174,8 +174,9 @@ class FlowMapObjective(StudentObjective):
 
     # -- data -------------------------------------------------------------------------------------------------------
 
-    def batch(self, data: TeacherData, size: int, generator: torch.Generator) -> Batch:
+    def batch(self, data: TeacherData | None, size: int, generator: torch.Generator) -> Batch:
         if self.images is None:
+            assert data is not None  # without pictures there are trajectories
             found = data.draw(size, generator)
             return Batch(found.x[:, -1], found.cond) if self.from_pictures else found
         found = draw_images(self.images, size, generator)
