@@ -90,7 +90,7 @@ class StudentObjective(Objective):
 
     @property
     def identity(self) -> str:
-        """What the objective learns from beside the teacher's trajectories, for checkpoints."""
+        """Identity of what the objective learns from beside the teacher's trajectories, for checkpoints."""
         return ""
 
     def take_over(self, student: nn.Module, begin: Model) -> None:
@@ -101,7 +101,7 @@ class StudentObjective(Objective):
         """
         theirs: Any = begin.network
         if type(theirs) is not type(student):
-            raise ModelError(f"{begin.name} is no student of the method {self.kind} to begin with: name one, or leave it out")
+            raise ModelError(f"{begin.name} is no {self.kind} student to begin with: name one, or leave it out")
         ours = student.state_dict()
         fitting = {name: value for name, value in theirs.state_dict().items() if name in ours and ours[name].shape == value.shape}
         student.load_state_dict(fitting, strict=False)
