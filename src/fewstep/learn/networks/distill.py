@@ -91,12 +91,13 @@ def distill(
         options = objective.config
         identity = f"{model.fingerprint} {asdict(replace(options, half=False))}{objective.identity}"
         check_checkpoint(work.folder, identity)
+        student = objective.student()
+        if begin is not None:
+            objective.take_over(student, begin)  # what cannot be begun with is refused before long work
         wanted = objective.trajectories
         data = TeacherData(problem, objective.grid, wanted, options.held_out, work, given=trajectories, fresh=options.fresh)
-        student = objective.student()
         identity = f"{identity} {data.trajectories.identity}"
         if begin is not None:
-            objective.take_over(student, begin)
             identity += f" from {begin.fingerprint}"
         note = lambda step, value: job.on_progress(step, f"loss {value:.3e}")  # noqa: E731
         trained = train_student(objective, student, data, options.loop, work.folder, identity=identity, on_step=note)
