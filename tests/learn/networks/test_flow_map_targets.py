@@ -31,7 +31,8 @@ def column(values: Tensor) -> Tensor:
 class Exact:
     """The mean of the denoiser along exact trajectories of Gaussian data, ``(x [B, D], s [B], t [B]) -> g [B, D]``, from s = t on.
 
-    With ``R^2 = alpha^2 v + sigma^2`` it is ``m + v (sigma_s alpha_t + sigma_t alpha_s) / (R_s (R_t sigma_s + R_s sigma_t)) (x - alpha_s m)``.
+    With ``R^2 = alpha^2 v + sigma^2`` it is
+    ``m + v (sigma_s alpha_t + sigma_t alpha_s) / (R_s (R_t sigma_s + R_s sigma_t)) (x - alpha_s m)``.
     """
 
     def __init__(self, schedule: NoiseSchedule, mean: Tensor = MEAN, std: Tensor = STD) -> None:
