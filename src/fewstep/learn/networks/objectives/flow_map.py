@@ -169,6 +169,30 @@ class FlowMapObjective(StudentObjective):
         first, last = float(self.grid.t[0]), float(self.grid.t[-1])
         return FlowMapStudent(teacher, first, last, self.config.form).to(self.problem.device)
 
+    def take_over(self, student: nn.Module, begin: Model) -> None:
+        """Begin with the weights of another student of the same form, teacher and guidance.
+
+        Raises:
+            ModelError: it is of another (which).
+        """
+        assert isinstance(student, FlowMapStudent)
+        theirs: Any = begin.network
+        if isinstance(theirs, FlowMapStudent):
+            forms = [(one.form.features, one.prediction.name, one.form.insert_at) for one in (student, theirs)]
+            if forms[0] != forms[1]:
+                features, output, insert_at = forms[1]
+                raise ModelError(
+                    f"{begin.name} has another form, of {features} features, read as {output}, told at {insert_at or 'the usual place'}: "
+                    "ask for that form, or begin with another student"
+                )
+            tuned, problem = begin.tuned, self.problem
+            if tuned is not None and (tuned.fingerprint, tuned.guidance) != (problem.model.fingerprint, problem.guidance):
+                raise ModelError(
+                    f"{begin.name} is a student of {tuned.teacher} ({tuned.fingerprint}) at guidance {tuned.guidance:g}, not of "
+                    f"{problem.model.name} ({problem.model.fingerprint}) at {problem.guidance:g}: begin with one of the same teacher"
+                )
+        super().take_over(student, begin)
+
     # -- data -------------------------------------------------------------------------------------------------------
 
     def batch(self, data: TeacherData, size: int, generator: torch.Generator) -> Batch:
@@ -200,12 +224,11 @@ class FlowMapObjective(StudentObjective):
         t = self.grid.t
         s_, v_, t_ = t[i], t[v], t[j]
         if self.equation in ("lagrangian-jvp", "matching", "eulerian-jvp"):  # any times between: no neighbours are needed
-            t_ = between_in_angle(self.problem.schedule, s_, t_, weight[0, rows])
             if noise is not None:
                 lower = between_in_angle(self.problem.schedule, s_, t[i + 1], weight[1, rows])
                 s_ = torch.where(i > 0, lower, s_)
+            t_ = torch.minimum(between_in_angle(self.problem.schedule, s_, t_, weight[0, rows]), s_)
             t_ = torch.where(j == steps, t[j], t_)
-            t_ = torch.minimum(t_, s_)
         if self.equation == "matching":
             t_ = torch.where(near, s_, t_)
         if noise is None:
