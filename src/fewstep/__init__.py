@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from fewstep.inverse.posterior import measured, sample_posterior
     from fewstep.inverse.restore import Restoration, restore
     from fewstep.inverse.start import choose_start
-    from fewstep.learn.networks.distill import DistillConfig, distill
+    from fewstep.learn.networks.distill import DistillConfig, FlowMapConfig, distill
     from fewstep.learn.networks.finetune import FinetuneConfig, finetune
     from fewstep.learn.samplers.calibrate import CalibrationConfig, calibrate
     from fewstep.learn.samplers.fit import FitConfig, fit, plan_fit
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from fewstep.learn.samplers.optimize_plan import OptimizeConfig
     from fewstep.learn.search.coefficients import FitForm
     from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
+    from fewstep.models.foreign_maps import flow_map_model
 
 __version__ = version("fewstep")
 
@@ -66,6 +67,7 @@ _LAZY = {  # imported when first asked for, so that sampling does not wait for w
     "restore": "inverse.restore",
     "choose_start": "inverse.start",
     "DistillConfig": "learn.networks.distill",
+    "FlowMapConfig": "learn.networks.distill",
     "distill": "learn.networks.distill",
     "FinetuneConfig": "learn.networks.finetune",
     "finetune": "learn.networks.finetune",
@@ -80,6 +82,7 @@ _LAZY = {  # imported when first asked for, so that sampling does not wait for w
     "Trajectories": "learn.teacher.trajectories",
     "TrajectoryConfig": "learn.teacher.trajectories",
     "generate_trajectories": "learn.teacher.trajectories",
+    "flow_map_model": "models.foreign_maps",
 }
 
 __all__ = [
@@ -95,6 +98,7 @@ __all__ = [
     "FinetuneConfig",
     "FitConfig",
     "FlowMap",
+    "FlowMapConfig",
     "GridError",
     "Model",
     "ModelError",
@@ -121,6 +125,7 @@ __all__ = [
     "distill",
     "finetune",
     "fit",
+    "flow_map_model",
     "from_pipeline",
     "generate_trajectories",
     "load_model",
