@@ -15,6 +15,7 @@ from fewstep import (
     FinetuneConfig,
     FitConfig,
     FitForm,
+    FlowMapConfig,
     OptimizeConfig,
     ParallelConfig,
     TrajectoryConfig,
@@ -23,6 +24,7 @@ from fewstep import (
 from fewstep.apps.commands import optimize
 from fewstep.learn.networks.loop import LoopConfig
 from fewstep.learn.networks.train import TrainConfig
+from fewstep.models.flow_map_student import FlowMapForm
 from fewstep.models.networks.operator import OperatorForm
 from fewstep.models.networks.temporal_unet import Mixing
 from fewstep.models.zoo import WEIGHTS
@@ -185,6 +187,31 @@ def test_distill(passed: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     config = DistillConfig(form=OperatorForm(mixing=Mixing(insert_after="inner", branch_at="inner")))
     assert args == ("dsno",)
     assert options == {"guidance": 1.0, "trajectories": None, "begin": None, "features": None, "images": None, "config": config}
+
+
+def test_distill_into_a_flow_map(passed: Callable) -> None:
+    words = (
+        "--method",
+        "flow-map",
+        "--target",
+        "ctm",
+        "--slots",
+        8,
+        "--grid",
+        "karras",
+        "--states",
+        "stored",
+        "--first",
+        0.25,
+        "--last",
+        0.5,
+    )
+    form = ("--anchor", 0.75, "--max-passes", 3, "--features", 8, "--output", "v", "--insert-at", "mid", "--loss", "l2", "--lr", 0.1)
+    args, options = passed("make_student", "distill", "digits-edm", *words, *form, "--data", "digits")
+    own = {"target": "ctm", "slots": 8, "grid": "karras", "states": "stored", "first": 0.25, "last": 0.5, "anchor": 0.75, "max_passes": 3}
+    assert args == ("flow-map",) and options["config"] == FlowMapConfig(**own, form=FlowMapForm(8, "v", "mid"), loss="l2", lr=0.1)
+    assert options["images"].name == "digits" and options["features"] is None
+    assert passed("make_student", "distill", "digits-edm", "--method", "flow-map")[1]["config"] == FlowMapConfig()
 
 
 def test_train(passed: Callable) -> None:

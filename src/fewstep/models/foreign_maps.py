@@ -99,10 +99,10 @@ class VelocityMap(FlowMap):
         form, dtype = self.form, self.dtype or network_dtype(self.network, x.dtype)
         first, last = (1 - self.law.sigma(time) if form.to_data else self.law.sigma(time) for time in (s, t))
         kind = torch.promote_types(dtype, torch.float32)
-        told = first, (last - first).abs() if form.duration else last
-        told = tuple((form.scale * time).to(kind).to(x.device).expand(len(x)) for time in told)
+        other = (last - first).abs() if form.duration else last
+        here, there = ((form.scale * time).to(kind).to(x.device).expand(len(x)) for time in (first, other))
         with refusals(x), unwritten(x):
-            velocity = answer_of(form.call(self.network, x.to(dtype), *told, cond), x)
+            velocity = answer_of(form.call(self.network, x.to(dtype), here, there, cond), x)
         return x + aligned(last - first, x) * velocity.to(x.dtype)
 
     def arithmetic(self, t: Tensor) -> float:
