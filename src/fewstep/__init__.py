@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from fewstep.learn.samplers.optimize_plan import OptimizeConfig
     from fewstep.learn.search.coefficients import FitForm
     from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
+    from fewstep.models.foreign_maps import flow_map_model
 
 __version__ = version("fewstep")
 
@@ -83,6 +84,7 @@ _LAZY = {  # imported when first asked for, so that sampling does not wait for w
     "Trajectories": "learn.teacher.trajectories",
     "TrajectoryConfig": "learn.teacher.trajectories",
     "generate_trajectories": "learn.teacher.trajectories",
+    "flow_map_model": "models.foreign_maps",
 }
 
 __all__ = [
@@ -127,6 +129,7 @@ __all__ = [
     "distill",
     "finetune",
     "fit",
+    "flow_map_model",
     "from_pipeline",
     "generate_trajectories",
     "load_model",

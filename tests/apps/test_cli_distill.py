@@ -27,7 +27,7 @@ from fewstep import VarianceExploding, load_model
 from fewstep.learn.networks import distill as module
 from fewstep.learn.networks import loop
 from fewstep.learn.networks.loop import LoopConfig, LossCurve
-from fewstep.learn.networks.objectives import operator
+from fewstep.learn.networks.objectives import config, operator
 from fewstep.learn.networks.objectives.operator import OperatorObjective
 from fewstep.learn.teacher import trajectories as stored_module
 from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig
@@ -56,8 +56,8 @@ def few(monkeypatch: pytest.MonkeyPatch, short_reference: None) -> None:
 
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operator, "LoopConfig", partial(LoopConfig, checkpoint_every=3))
-    monkeypatch.setattr(operator, "TrajectoryConfig", partial(TrajectoryConfig, batch=16))
+    monkeypatch.setattr(config, "LoopConfig", partial(LoopConfig, checkpoint_every=3))
+    monkeypatch.setattr(config, "TrajectoryConfig", partial(TrajectoryConfig, batch=16))
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,30 @@ def test_a_student_is_measured_against_its_teacher_on_all_its_passes(monkeypatch
 
 
 @pytest.mark.slow
+def test_a_flow_map_is_made_by_its_own_options(monkeypatch, capsys, tmp_path: Path, made: SimpleNamespace) -> None:
+    words = ("distill", made.teacher, "--method", "flow-map", "--target", "semigroup", "--anchor", 0.7, "--slots", 4, "--max-passes", 2)
+    common = ("--features", 8, "--num", 32, "--steps", 2, "--batch", 8, "--trajectories", made.stored)
+    assert run(monkeypatch, *words, *common, "--out", tmp_path / "pupil", "--json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert list(done["passes"]) == ["1", "2"] and done["trained_on"] > 0 and Path(done["picture"]).is_file()
+    student = load_model(str(tmp_path / "pupil"))
+    assert (student.network.form.features, student.tuned.form) == (8, "flow-map")
+    for nfe, grid in ((2, ()), (5, ("--solver", "ddim", "--grid", "karras"))):
+        assert run(monkeypatch, "sample", tmp_path / "pupil", "--num", 2, "--nfe", nfe, *grid, "--out", tmp_path / str(nfe)) == 0
+    assert run(monkeypatch, *words, *common, "--from", made.student, "--out", tmp_path / "bad") == 2
+    assert run(monkeypatch, *words, "--mixing", "fft", "--out", tmp_path / "bad") == 2
+    assert run(monkeypatch, *words, "--data", "digits", "--out", tmp_path / "bad") == 2
+    said = capsys.readouterr().err
+    for one in (
+        "is no flow-map student to begin with",
+        "--mixing is an option of --method dsno, slots, kd, not of flow-map",
+        "of digits have",
+    ):
+        assert one in said.replace("\n", " ")
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.slow
 def test_the_next_command_that_is_said_works(monkeypatch, capsys, tmp_path: Path, made: SimpleNamespace) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, "trajectories", made.teacher, "-n", 40, "--slots", 2, "--nfe", 4, "--out", "stored") == 0
@@ -157,7 +181,7 @@ MISTAKES = [
     ((*DISTILL, "--grid", "angel"), "did you mean angle"),
     ((*DISTILL, "--grid", "optimized"), "there are none in its folder"),
     ((*DISTILL, "--trajectories", "nowhere"), "cannot read nowhere/manifest.json"),
-    ((*DISTILL, "--method", "dnso"), "--method is dsno or slots or kd, got 'dnso'"),
+    ((*DISTILL, "--method", "dnso"), "--method is flow-map or dsno or slots or kd, got 'dnso'"),
     ((*DISTILL, "--method", "kd", "--slots", 2), "kd has one slot, got 2: use the method slots, or leave slots out"),
     ((*DISTILL, "--mixing", "none"), "the slots of dsno meet in temporal layers"),
     ((*DISTILL, "--mixing", "complex"), "unknown form of mixing 'complex'"),

@@ -15,6 +15,7 @@ from fewstep import (
     FinetuneConfig,
     FitConfig,
     FitForm,
+    FlowMapConfig,
     OptimizeConfig,
     ParallelConfig,
     TrajectoryConfig,
@@ -23,6 +24,7 @@ from fewstep import (
 from fewstep.apps.commands import optimize
 from fewstep.learn.networks.loop import LoopConfig
 from fewstep.learn.networks.train import TrainConfig
+from fewstep.models.flow_map_student import FlowMapForm
 from fewstep.models.networks.operator import OperatorForm
 from fewstep.models.networks.temporal_unet import Mixing
 from fewstep.models.zoo import WEIGHTS
@@ -170,12 +172,13 @@ def test_distill(passed: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     data = ("-n", 7, "--held-out", 6, "--fresh", 0.5, "--teacher-nfe", 5, "--seed", 4, "--guidance", 2, "--trajectories", "stored")
     args, options = passed("make_student", "distill", "digits-edm", *words, *form, *loop, *data, "--from", STUDENT)
     student = OperatorForm("skip", "slot", False, Mixing("fft", 1, "inner"))
-    training = {"steps": 9, "batch": 8, "lr": 0.1, "weight_decay": 0.2, "ema": 0.5, "mixed_precision": "bf16", "half": True}
+    training = {"dropout": 0.1, "steps": 9, "batch": 8, "lr": 0.1, "weight_decay": 0.2, "ema": 0.5, "mixed_precision": "bf16", "half": True}
     taught = {"num": 7, "held_out": 6, "fresh": 0.5, "teacher_nfe": 5, "seed": 4}
-    config = DistillConfig(3, "karras", student, "features", "snr", 0.25, 0.1, **training, **taught)
+    own = {"slots": 3, "grid": "karras", "form": student, "loss": "features", "weights": "snr", "first": 0.25}
+    config = DistillConfig(**own, **training, **taught)
     assert args == ("slots",) and options.pop("begin").fingerprint == load_model(STUDENT).fingerprint
     assert options.pop("features")(torch.zeros(2, 1, 8, 8)).shape[0] == 2
-    assert options == {"guidance": 2.0, "trajectories": "those in stored", "config": config}
+    assert options == {"guidance": 2.0, "trajectories": "those in stored", "images": None, "config": config}
     words = ("--branch-at", "inner", "--insert-after", "inner")
     assert passed("make_student", "distill", "digits-edm", *words) == passed(
         "make_student", "distill", "digits-edm", "--fan", "inner", *words[2:]
@@ -183,7 +186,32 @@ def test_distill(passed: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     args, options = passed("make_student", "distill", "digits-edm", "--fan", "inner", "--places", "inner")
     config = DistillConfig(form=OperatorForm(mixing=Mixing(insert_after="inner", branch_at="inner")))
     assert args == ("dsno",)
-    assert options == {"guidance": 1.0, "trajectories": None, "begin": None, "features": None, "config": config}
+    assert options == {"guidance": 1.0, "trajectories": None, "begin": None, "features": None, "images": None, "config": config}
+
+
+def test_distill_into_a_flow_map(passed: Callable) -> None:
+    words = (
+        "--method",
+        "flow-map",
+        "--target",
+        "ctm",
+        "--slots",
+        8,
+        "--grid",
+        "karras",
+        "--states",
+        "stored",
+        "--first",
+        0.25,
+        "--last",
+        0.5,
+    )
+    form = ("--anchor", 0.75, "--max-passes", 3, "--features", 8, "--output", "v", "--insert-at", "mid", "--loss", "l2", "--lr", 0.1)
+    args, options = passed("make_student", "distill", "digits-edm", *words, *form, "--data", "digits")
+    own = {"target": "ctm", "slots": 8, "grid": "karras", "states": "stored", "first": 0.25, "last": 0.5, "anchor": 0.75, "max_passes": 3}
+    assert args == ("flow-map",) and options["config"] == FlowMapConfig(**own, form=FlowMapForm(8, "v", "mid"), loss="l2", lr=0.1)
+    assert options["images"].name == "digits" and options["features"] is None
+    assert passed("make_student", "distill", "digits-edm", "--method", "flow-map")[1]["config"] == FlowMapConfig()
 
 
 def test_train(passed: Callable) -> None:

@@ -50,6 +50,7 @@ PUBLIC = [
     "distill",
     "finetune",
     "fit",
+    "flow_map_model",
     "from_pipeline",
     "generate_trajectories",
     "load_model",

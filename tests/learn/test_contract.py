@@ -109,6 +109,9 @@ FIT = fewstep.FitConfig(num=8, held_out=4, levels=6, noises=4, iterations=1, bat
 OPTIMIZE = fewstep.OptimizeConfig(levels=6, num=2, noises=8, held_out=8, iterations=4)
 FINETUNE = fewstep.FinetuneConfig(nfe=2, rounds=2, steps=3, batch=4, num=8, held_out=4, levels=6, teacher_nfe=8, enough=-1.0)
 DISTILL = fewstep.DistillConfig(slots=2, steps=4, batch=4, lr=1e-2, ema=0.5, num=8, held_out=4, teacher_nfe=4)
+FLOW_MAP = fewstep.FlowMapConfig(
+    target="semigroup", slots=2, max_passes=2, steps=4, batch=4, lr=1e-2, ema=0.5, num=8, held_out=4, teacher_nfe=4
+)  # whose targets are made with averaged weights
 TRAJECTORIES = fewstep.TrajectoryConfig(num=8, nfe=8, batch=2)
 
 SAMPLER = {"name", "of", "model", "prediction", "guidance", "chosen", "error", "rmse", "held_out_noises", "network_evaluations"}
@@ -159,6 +162,16 @@ LEARNERS = {
         guidance=lambda found: found.tuned.guidance,
         use=lambda model, found: pictures(found, None, nfe=1),
         figures={"curve", "slots", "passes", "arithmetic", "seconds"},
+        total=4,
+        reads=False,
+    ),
+    "distill flow-map": Learner(
+        run=lambda model, **given: fewstep.distill(model, "flow-map", **{"config": FLOW_MAP, **given}),
+        load=saved_student,
+        numbers=of_student,
+        guidance=lambda found: found.tuned.guidance,
+        use=lambda model, found: pictures(found, None, nfe=2),
+        figures={"curve", "slots", "passes", "arithmetic", "trained_on", "seconds"},
         total=4,
         reads=False,
     ),
@@ -536,7 +549,7 @@ def test_two_processes_give_the_result_of_one(
 ) -> None:
     name, (folder, (first, second)) = request.node.callspec.params["learner"], together
     if learner.in_memory:
-        assert f"several processes can only {name} together with a folder to meet in" in first[f"{name} in memory"]
+        assert f"several processes can only {name.split()[0]} together with a folder to meet in" in first[f"{name} in memory"]
     assert second[name] is None if not learner.everywhere else bits(second[name]) == bits(first[name])
     assert bits(learner.numbers(learner.load(folder / name))) == bits(first[name])
     if name == "generate_trajectories":

@@ -283,7 +283,7 @@ def default_grid(model: Model | Denoiser | FlowMap) -> str:
     There an error of the network at the start counts ``sigma/alpha`` times, and `angle`, whose first step is the longest of all, carries
     it on (docs/decisions/0036).
     """
-    divided = isinstance(model, Model) and prediction(model.prediction).undefined_at_zero_alpha
+    divided = isinstance(model, Model) and model.flow_map is None and prediction(model.prediction).undefined_at_zero_alpha
     start = torch.tensor(model.schedule.t_max, dtype=torch.float64)
     return "uniform" if divided and float(model.schedule.alpha(start)) < VANISHING else "angle"
 
@@ -311,6 +311,8 @@ def check_statistics(solver: Solver, model: Model | Denoiser | FlowMap, guidance
 def best_sampler(model: Model, nfe: int | None = None, guidance: float = 1.0) -> Sampler:
     """Return the best sampler that a model carries for a number of evaluations: what it was tuned for, a fitted one, or an optimised grid.
 
+    A flow map that can jump between any times does so on the default grid where it carries none.
+
     Args:
         nfe: by default what the model was tuned for, and the fewest jumps of a student.
 
@@ -326,19 +328,35 @@ def best_sampler(model: Model, nfe: int | None = None, guidance: float = 1.0) ->
     tables = [table for table in model.carried.grids if table.guidance in (guidance, None)]
     if nfe is None:
         known = sorted({*fitted, *(n for table in tables for n in table.grids)})
-        carries = f"it carries samplers for {', '.join(map(str, known))} evaluations: pass nfe=" if known else _NOTHING
+        nothing = _NOTHING if model.flow_map is None else "pass nfe=, the number of its jumps, as nfe=1"
+        carries = f"it carries samplers for {', '.join(map(str, known))} evaluations: pass nfe=" if known else nothing
         raise SolverError(f"say how to sample {model.name}: {carries}")
     if nfe in fitted:
         return _said(model, model.fitted(nfe, guidance))
     rows = [(row["error"][0], table.solver) for table in tables for row in table.card.get("rows", ()) if row["nfe"] == nfe]
     if rows:
         return _said(model, _on_own_grid(model, min(rows)[1], nfe, guidance))
+    if model.flow_map is not None and (anywhere := _jumps_anywhere(model, nfe)) is not None:
+        return anywhere
     known = sorted({*fitted, *(n for table in tables for n in table.grids)})
     there = f"it carries some for {', '.join(map(str, known))}; " if known else ""
-    raise SolverError(f"{model.name} carries no sampler for {nfe} evaluations at guidance {guidance:g}: {there}{_NOTHING}")
+    mend = _NOTHING if model.flow_map is None else _KNOWN_TIMES
+    raise SolverError(f"{model.name} carries no sampler for {nfe} evaluations at guidance {guidance:g}: {there}{mend}")
 
 
 _NOTHING = "name a solver, as in sample(model, 'unipc-2', nfe=8, seeds=range(4)), or make a sampler with fewstep.fit"
+_KNOWN_TIMES = "name a grid of times that it knows, as in sample(model, 'ddim', grid=fewstep.TimeGrid(times), seeds=range(4))"
+
+
+def _jumps_anywhere(model: Model, nfe: int) -> Sampler | None:
+    """Return a flow map's sampler on the default grid, which it needs no times of its own for; None where it does not know those."""
+    assert model.flow_map is not None
+    sampler = Sampler.build("ddim", default_grid(model), model.schedule, nfe=nfe)
+    try:
+        model.flow_map.check(sampler.tableau.nodes.t)
+    except SolverError:
+        return None
+    return sampler
 
 
 def _on_own_grid(model: Model, solver: str, nfe: int, guidance: float) -> Sampler:

@@ -29,8 +29,10 @@ from fewstep import (
 )
 from fewstep.learn.networks import loop
 from fewstep.learn.networks.loop import LoopConfig
-from fewstep.learn.networks.objectives import operator as module
-from fewstep.learn.networks.objectives.operator import DISTANCES, WEIGHTS, OperatorObjective
+from fewstep.learn.networks.objectives import config as module
+from fewstep.learn.networks.objectives.distances import DISTANCES
+from fewstep.learn.networks.objectives.objective import Networks
+from fewstep.learn.networks.objectives.operator import WEIGHTS, OperatorObjective
 from fewstep.learn.teacher.batches import TeacherData
 from fewstep.models.networks.operator import OperatorForm, OperatorStudent
 from fewstep.models.networks.temporal_unet import Mixing
@@ -138,7 +140,7 @@ def losses(teacher: Model, stored: Trajectories, oracle: Callable[[Tensor], Orac
     with Job.open("distill") as job:
         data = TeacherData(problem, objective.grid, config.trajectories, config.held_out, job, given=stored)
     asked, generators = oracle(objective.grid.t), [torch.Generator().manual_seed(k) for k in range(n)]
-    return [asked, *(objective.loss(asked, objective.batch(data, 8, generator), generator) for generator in generators)]
+    return [asked, *(objective.loss(Networks(asked), objective.batch(data, 8, generator), generator) for generator in generators)]
 
 
 OUTPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # what one unit of the network's output moves a state at t by

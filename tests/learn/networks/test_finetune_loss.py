@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewstep import GaussianDenoiser, Model, TimeGrid, VarianceExploding, VPLinear, finetune, load_model
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.learn.networks.objectives.objective import Networks
 from fewstep.learn.networks.objectives.steps import LandingObjective
 from fewstep.learn.teacher.batches import Batch
 from fewstep.models.problem import Problem
@@ -51,7 +52,7 @@ def test_the_loss_is_the_distance_to_the_teacher_after_each_step(law: str) -> No
     def loss(states_of: str, shift: float) -> float:
         problem = Problem(Model(network := Means(exact, t, shift), schedule, "sample", shape=SHAPE))
         objective = LandingObjective(problem, grid, index, own_states=states_of == "own")
-        return float(objective.loss(network, Batch(states, None), torch.Generator()).detach())
+        return float(objective.loss(Networks(network), Batch(states, None), torch.Generator()).detach())
 
     scale = float(states[:, -1].square().mean())
     for states_of in ("own", "teacher"):

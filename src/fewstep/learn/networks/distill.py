@@ -109,15 +109,17 @@ def distill(
         options = objective.config
         identity = f"{model.fingerprint} {asdict(replace(options, half=False))}{objective.identity}"
         check_checkpoint(work.folder, identity)
+        student = objective.student()
+        if begin is not None:
+            objective.take_over(student, begin)  # what cannot be begun with is refused before long work
         wanted = objective.trajectories
-        data, student = None, objective.student()
+        data = None
         if wanted is not None:
             data = TeacherData(problem, objective.grid, wanted, options.held_out, work, given=trajectories, fresh=options.fresh)
             identity = f"{identity} {data.trajectories.identity}"
         elif trajectories is not None:
             raise FewstepError(f"the method {method} learns from no stored trajectories with these options: leave trajectories out")
         if begin is not None:
-            objective.take_over(student, begin)
             identity += f" from {begin.fingerprint}"
         note = lambda step, value: job.on_progress(step, f"loss {value:.3e}")  # noqa: E731
         trained = train_student(objective, student, data, options.loop, work.folder, identity=identity, on_step=note)

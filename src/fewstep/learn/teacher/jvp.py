@@ -40,7 +40,8 @@ def differentiable() -> Iterator[None]:
 
     handle = register_module_forward_pre_hook(contiguous)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # PyTorch's own use: as an error it would refuse this
             yield
     finally:
         handle.remove()
@@ -48,8 +49,7 @@ def differentiable() -> Iterator[None]:
 
 def _forward(function: Function, point: Pair, direction: Pair, scale: float) -> Pair:
     """Differentiate in forward mode: one pass with dual numbers."""
-    with torch.no_grad(), differentiable(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # PyTorch's own use: as an error it would refuse this
+    with torch.no_grad(), differentiable():
         value, derivative = torch.func.jvp(function, point, direction)[:2]
     return value, derivative
 

@@ -15,6 +15,7 @@ from fewstep.models.networks.calls import answer_of
 from fewstep.runtime.errors import ModelError
 
 __all__ = [
+    "LEVELS",
     "AddEmbedding",
     "ConditionedNetwork",
     "EmbeddingContext",

@@ -47,7 +47,7 @@ PRESETS: dict[str, tuple[str, dict[str, float]]] = {
     "shortcut": ("semigroup", {}),
     "progressive": ("semigroup", {}),
 }
-EXACT = ("trajectory", "eulerian")  # targets that read stored trajectories between their ends
+EXACT = ("trajectory",)  # targets that read stored trajectories between their ends
 LONG = 0.5  # the ratio of noise levels of a step that is long enough to come back from where a student is
 SHARES = {"first": 0.5, "last": 0.4, "anchor": 0.6}
 
@@ -172,6 +172,32 @@ class FlowMapObjective(StudentObjective):
         first, last = float(self.grid.t[0]), float(self.grid.t[-1])
         return FlowMapStudent(teacher, first, last, self.config.form).to(self.problem.device)
 
+    def take_over(self, student: nn.Module, begin: Model) -> None:
+        """Begin with the weights of another student of the same form, teacher and guidance.
+
+        Raises:
+            ModelError: it is of another (which).
+        """
+        assert isinstance(student, FlowMapStudent)
+        theirs: Any = begin.network
+        if isinstance(theirs, FlowMapStudent):
+            forms = [(one.form.features, one.prediction.name, one.form.insert_at) for one in (student, theirs)]
+            if forms[0] != forms[1]:
+                features, output, insert_at = forms[1]
+                raise ModelError(
+                    f"{begin.name} has another form, of {features} features, read as {output}, told at {insert_at or 'the usual place'}: "
+                    "ask for that form, or begin with another student"
+                )
+            tuned, problem = begin.tuned, self.problem
+            wanted = self.sampled_by(problem.guidance)[0]
+            if tuned is not None and (tuned.fingerprint, tuned.guidance) != (problem.model.fingerprint, wanted):
+                scale = "of any scale" if tuned.guidance is None else f"{tuned.guidance:g}"
+                raise ModelError(
+                    f"{begin.name} is a student of {tuned.teacher} ({tuned.fingerprint}) at guidance {scale}, not of "
+                    f"{problem.model.name} ({problem.model.fingerprint}) at {problem.guidance:g}: begin with one of the same teacher"
+                )
+        super().take_over(student, begin)
+
     # -- data -------------------------------------------------------------------------------------------------------
 
     def batch(self, data: TeacherData | None, size: int, generator: torch.Generator) -> Batch:
@@ -202,12 +228,11 @@ class FlowMapObjective(StudentObjective):
         t = self.grid.t
         s_, v_, t_ = t[i], t[v], t[j]
         if self.equation in ("lagrangian-jvp", "matching", "eulerian-jvp"):  # any times between: no neighbours are needed
-            t_ = between_in_angle(self.problem.schedule, s_, t_, weight[0, rows])
             if noise is not None:
                 lower = between_in_angle(self.problem.schedule, s_, t[i + 1], weight[1, rows])
                 s_ = torch.where(i > 0, lower, s_)
+            t_ = torch.minimum(between_in_angle(self.problem.schedule, s_, t_, weight[0, rows]), s_)
             t_ = torch.where(j == steps, t[j], t_)
-            t_ = torch.minimum(t_, s_)
         if self.equation == "matching":
             t_ = torch.where(near, s_, t_)
         if noise is None:

@@ -23,6 +23,7 @@ from fewstep.core.denoiser import Cond, Denoiser
 from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.learn.teacher.jvp import Derivative, differentiable
+from fewstep.models.networks.extra_embedding import LEVELS
 
 __all__ = ["TARGETS", "Pairs", "Step", "Target", "composed", "jump", "short_mean"]
 
@@ -164,7 +165,8 @@ def semigroup(step: Step) -> tuple[Tensor, Tensor]:
 def lagrangian_jvp(step: Step) -> tuple[Tensor, Tensor]:
     """Hold the Lagrangian equation itself, with a derivative in the target time through which gradients go."""
     pairs, schedule = step.pairs, step.schedule
-    lam = schedule.lam(pairs.t)
+    lam = schedule.lam(pairs.t).clamp(LOWEST, LEVELS)  # beyond, a student is told no more of a level; the clean image has no derivative
+    t = schedule.t_of_lam(lam)
 
     def mean(lam: Tensor) -> Tensor:
         return step.student(pairs.x, pairs.s, schedule.t_of_lam(lam), pairs.cond)
@@ -172,8 +174,8 @@ def lagrangian_jvp(step: Step) -> tuple[Tensor, Tensor]:
     with differentiable():
         answer, slope = torch.func.jvp(mean, (lam,), (torch.ones_like(lam),))[:2]
     with torch.no_grad():
-        target = step.teacher(jump(schedule, pairs.x, answer.detach(), pairs.s, pairs.t), pairs.t, pairs.cond)
-    return answer + aligned(1 - ratio(schedule, pairs.s, pairs.t), answer) * slope, target
+        target = step.teacher(jump(schedule, pairs.x, answer.detach(), pairs.s, t), t, pairs.cond)
+    return answer + aligned(1 - ratio(schedule, pairs.s, t), answer) * slope, target
 
 
 def eulerian_jvp(step: Step) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ class StudentObjective(Objective):
         """
         theirs: Any = begin.network
         if type(theirs) is not type(student):
-            raise ModelError(f"{begin.name} is no student of the method {self.kind} to begin with: name one, or leave it out")
+            raise ModelError(f"{begin.name} is no {self.kind} student to begin with: name one, or leave it out")
         ours = student.state_dict()
         fitting = {name: value for name, value in theirs.state_dict().items() if name in ours and ours[name].shape == value.shape}
         student.load_state_dict(fitting, strict=False)
