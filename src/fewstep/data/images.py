@@ -59,7 +59,7 @@ class Images:
 
     @property
     def identity(self) -> str:
-        """Its name, shape and mean, for work that belongs to it alone."""
+        """Name, shape and mean of the data, for work that belongs to it alone."""
         return f" on {self.name} {tuple(self.x.shape)}, mean {float(self.x.double().mean()):.12f}"
 
 
