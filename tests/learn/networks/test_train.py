@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep import ArtifactError, FewstepError, Model, VarianceExploding, load_model
+from fewstep import ArtifactError, FewstepError, Model, VarianceExploding, load_model, sample
 from fewstep.data.images import Images, load_images
 from fewstep.learn.networks import train as module
 from fewstep.learn.networks.loop import LoopConfig, identity_of
@@ -36,6 +36,18 @@ def test_a_trained_folder_loads_as_a_model(tmp_path: Path, kind: str, conditiona
         train(load_images("digits"), config, LOOP, out, command="")
 
 
+def test_a_flow_map_is_trained_from_pictures_alone(tmp_path: Path) -> None:
+    losses: list[float] = []
+    digits, config, loop = load_images("digits"), TrainConfig("flow-map", True, channels=(16, 16)), replace(LOOP, steps=48, lr=3e-3, warmup=0)
+    out = train(digits, config, loop, tmp_path / "map", command="fewstep train", observe=lambda step, value: losses.append(value))
+    model = load_model(out)
+    assert model.flow_map is not None and (model.shape, model.classes, model.null_label) == ((1, 8, 8), 10, None)
+    assert sum(losses[-12:]) < 0.95 * sum(losses[:12]) and not (out / "checkpoint").exists()
+    assert bool(torch.isfinite(sample(model, nfe=3, seeds=range(2))).all())
+    with pytest.raises(FewstepError, match="already holds a trained model"):
+        train(digits, config, loop, out, command="")
+
+
 def test_an_interrupted_run_is_not_continued_as_another_model(tmp_path: Path) -> None:
     digits, config = load_images("digits"), TrainConfig("edm", channels=(16, 16))
 
@@ -57,7 +69,7 @@ def test_a_loop_that_could_not_train_is_refused(options: dict) -> None:
 
 
 def test_wrong_requests_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FewstepError, match="edm or ddpm"):
+    with pytest.raises(FewstepError, match="unknown kind of model 'vae'"):
         TrainConfig("vae")
     unlabelled = Images(torch.zeros(4, 1, 8, 8), None, 256, "grey")
     with pytest.raises(FewstepError, match="no labels"):
@@ -176,7 +188,7 @@ def test_a_killed_run_ends_with_the_weights_of_a_whole_one(tmp_path: Path, confi
     assert load_model(tmp_path / "whole").fingerprint == load_model(tmp_path / "cut").fingerprint
 
 
-@pytest.mark.parametrize("kind", ["edm", "ddpm"])
+@pytest.mark.parametrize("kind", ["edm", "ddpm", "flow-map"])
 def test_a_run_that_was_killed_while_it_saved_is_not_taken_for_a_finished_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

@@ -35,7 +35,7 @@ from fewstep.data.images import read_image
 from fewstep.evaluate.pictures import save_grid, save_singles, to_uint8
 from fewstep.integrations.diffusers.pipelines import PipelineModel
 from fewstep.models.carried import FITTED, OPTIMIZED
-from fewstep.models.generate import check_made_for, default_grid, generate_to, sampler_for, spread_of
+from fewstep.models.generate import best_sampler, check_made_for, default_grid, generate_to, sampler_for, spread_of
 from fewstep.models.model import Model
 from fewstep.models.parallel_plan import plan_parallel
 from fewstep.models.problem import Problem, check_seeds
@@ -261,6 +261,8 @@ class _Choice:
         )
         solver, spacing = solver if self.solver is None else self.solver, spacing if self.grid is None else self.grid
         nfe = nfe if self.nfe is None else self.nfe
+        if model.flow_map is not None and (self.solver, self.grid, self.times, self.sigmas) == (None,) * 4 and nfe not in model.num_jumps:
+            return best_sampler(model, nfe, guidance)  # on times of its own choice
         if solver == FITTED:
             self._leave_out("a fitted sampler takes no statistics", "any_statistics")
             if self.times is not None or self.sigmas is not None or self.grid not in (None, OPTIMIZED) or self.statistics is not None:

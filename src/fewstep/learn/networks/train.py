@@ -110,7 +110,7 @@ def train(
         FewstepError: class-conditional training on images without labels; images that the network's levels do not fit; an output
             folder that holds a finished model.
     """
-    if (out / "unet" / "config.json").exists():
+    if (out / "unet").exists():  # written last of all
         raise FewstepError(f"{out} already holds a trained model: choose another folder, or remove it")
     if config.conditional and images.labels is None:
         raise FewstepError(f"{images.name} has no labels: train without --conditional")
