@@ -10,6 +10,7 @@ from torch import nn
 
 from fewstep import (
     DiscreteVP,
+    FlowMap,
     GaussianDenoiser,
     GridError,
     Model,
@@ -27,7 +28,7 @@ from fewstep import (
 from fewstep.models.generate import generate_to, sampler_for
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import ArtifactError
-from fewstep.sampling.start import begin, level_of
+from fewstep.sampling.start import begin, level_of, noised
 
 EDM, PLAIN = load_model("digits-edm"), toy()
 IMAGES = torch.linspace(-1, 1, 8).reshape(2, 2, 2)
@@ -136,7 +137,7 @@ REFUSED = {
     "a student": (
         lambda: asked(None, of=load_model("digits-dsno"), x0=torch.zeros(1, 8, 8)),
         ModelError,
-        "a student's jumps start at pure noise",
+        "this student's jumps start at pure noise",
     ),
     "no shape": (lambda: asked(of=replace(PLAIN, shape=None), x0=IMAGES[0, 0, 0]), ModelError, r"clean images, \[B, \*D\], got shape \(\)"),
 }
@@ -182,3 +183,30 @@ def test_into_a_folder(tmp_path):
         with pytest.raises(ArtifactError, match="of another command"):
             generate_to(tmp_path, problem, other, seeds, x0=image, batch=2)
     assert names(tmp_path) == before
+
+
+class ExactFlow(FlowMap):
+    """The flow map of Gaussian data, which is known."""
+
+    anywhere = True
+
+    def __init__(self, exact: GaussianDenoiser) -> None:
+        self.exact = exact
+
+    @property
+    def schedule(self):
+        return self.exact.schedule
+
+    def __call__(self, x, s, t, cond=None):
+        return self.exact.flow(x, s, t)
+
+
+@pytest.mark.parametrize("nfe", [1, 3])
+def test_a_flow_map_that_starts_anywhere_begins_with_a_noised_image(nfe: int) -> None:
+    exact = GaussianDenoiser(VPLinear(), torch.zeros(1, 2, 2, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64))
+    model = Model(torch.nn.Identity(), exact.schedule, "sample", shape=(1, 2, 2), flow_map=ExactFlow(exact))
+    x0, seeds = torch.full((3, 1, 2, 2), 0.4, dtype=torch.float64), [5, 6, 7]
+    made = sample(model, "ddim", nfe=nfe, seeds=seeds, x0=x0, strength=0.4)
+    nodes = Sampler.build("ddim", "angle", exact.schedule, nfe=nfe, level=level_of(0.4)).tableau.nodes
+    start = noised(x0, nodes, seeds)
+    torch.testing.assert_close(made.double(), exact.flow(start.double(), nodes.t[0], nodes.t[-1]), rtol=1e-5, atol=1e-5)

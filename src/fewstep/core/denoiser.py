@@ -62,6 +62,11 @@ class FlowMap(ABC):
         """Plain values that the map depends on beside the network's weights, for the model's fingerprint."""
         return ()
 
+    @property
+    def anywhere(self) -> bool:
+        """Whether it starts at any of its times, so that a noised image can be put in; by default at the noise alone."""
+        return False
+
     def at(self, scale: float | Tensor) -> FlowMap:
         """Return the map at a guidance scale; by default there is but one, and its guidance is in its weights.
 

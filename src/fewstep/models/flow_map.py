@@ -30,6 +30,10 @@ class FirstOrderMap(FlowMap):
     denoiser: Denoiser
 
     @property
+    def anywhere(self) -> bool:
+        return True
+
+    @property
     def schedule(self) -> NoiseSchedule:
         return self.denoiser.schedule
 
@@ -90,6 +94,10 @@ class StudentMap(FlowMap):
     def definition(self) -> tuple[Any, ...]:
         student = self.student
         return astuple(student.form), student.first, student.last, *([] if student.scales is None else [student.scales])
+
+    @property
+    def anywhere(self) -> bool:
+        return True
 
     def at(self, scale: float | Tensor) -> StudentMap:
         return replace(self, scale=scale)

@@ -87,6 +87,10 @@ class VelocityMap(FlowMap):
     dtype: torch.dtype | None = None
 
     @property
+    def anywhere(self) -> bool:
+        return True
+
+    @property
     def schedule(self) -> NoiseSchedule:
         return self.law
 

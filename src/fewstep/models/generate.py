@@ -96,7 +96,7 @@ def sample(
 
     Raises:
         ModelError: something that is no model, a model without a shape, or one in training mode; a guidance scale or a condition that it
-            cannot have; images without a strength, or the other way round, or for a student.
+            cannot have; images without a strength, or the other way round, or for a student that starts at the noise alone.
         SolverError: an unknown solver; no ``nfe`` where one is needed, or one that the solver cannot use.
         GridError: an unknown spacing, or one of another number of evaluations; a strength that no step can begin at.
         ArtifactError: a sampler that was made for another model or guidance scale.
@@ -184,8 +184,9 @@ def _images(
     if strength is None:
         raise ModelError("x0 are images to begin with: pass strength=, the share of noise that they get, as strength=0.5, or leave x0 out")
     level_of(strength)
-    if isinstance(model, FlowMap) or (isinstance(model, Model) and model.flow_map is not None):
-        raise ModelError("a student's jumps start at pure noise, and at none of its levels can an image be put in: sample its teacher")
+    flow_map = model.flow_map if isinstance(model, Model) else model if isinstance(model, FlowMap) else None
+    if flow_map is not None and not flow_map.anywhere:
+        raise ModelError("this student's jumps start at pure noise, and at none of its levels can an image be put in: sample its teacher")
     if seeds is None:
         raise ModelError("say which noise the images get: pass seeds=, one for each, as seeds=range(4)")
     shape = model.shape if isinstance(model, Model) else None

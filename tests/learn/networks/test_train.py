@@ -38,7 +38,11 @@ def test_a_trained_folder_loads_as_a_model(tmp_path: Path, kind: str, conditiona
 
 def test_a_flow_map_is_trained_from_pictures_alone(tmp_path: Path) -> None:
     losses: list[float] = []
-    digits, config, loop = load_images("digits"), TrainConfig("flow-map", True, channels=(16, 16)), replace(LOOP, steps=24, lr=1e-2, warmup=0)
+    digits, config, loop = (
+        load_images("digits"),
+        TrainConfig("flow-map", True, channels=(16, 16)),
+        replace(LOOP, steps=24, lr=1e-2, warmup=0),
+    )
     out = train(digits, config, loop, tmp_path / "map", command="fewstep train", observe=lambda step, value: losses.append(value))
     model = load_model(out)
     assert model.flow_map is not None and (model.shape, model.classes, model.null_label) == ((1, 8, 8), 10, None)

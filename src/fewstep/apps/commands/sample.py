@@ -166,7 +166,7 @@ def _image(picture: Path | None, strength: float | None, model: Model) -> Tensor
     if picture is None:
         return None
     level_of(strength)
-    if model.flow_map is not None:
+    if model.flow_map is not None and not model.flow_map.anywhere:
         raise FewstepError(f"{model.name} is a student, whose jumps start at pure noise, so it begins with no picture: sample its teacher")
     index = None if model.folder is None else Path(model.folder) / "model_index.json"
     if isinstance(model, PipelineModel) or (index is not None and index.is_file() and {"vae", "vqvae"} & read_json(index).keys()):
@@ -262,7 +262,7 @@ class _Choice:
         solver, spacing = solver if self.solver is None else self.solver, spacing if self.grid is None else self.grid
         nfe = nfe if self.nfe is None else self.nfe
         if model.flow_map is not None and (self.solver, self.grid, self.times, self.sigmas) == (None,) * 4 and nfe not in model.num_jumps:
-            return best_sampler(model, nfe, guidance)  # on times of its own choice
+            return self._from_level(best_sampler(model, nfe, guidance), model, guidance)  # on times of its own choice
         if solver == FITTED:
             self._leave_out("a fitted sampler takes no statistics", "any_statistics")
             if self.times is not None or self.sigmas is not None or self.grid not in (None, OPTIMIZED) or self.statistics is not None:

@@ -95,6 +95,10 @@ class TimedFlowMap(_Counted, FlowMap):
     def __call__(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         return self.count(x, s, lambda: self.flow_map(x, s, t, cond))
 
+    @property
+    def anywhere(self) -> bool:
+        return self.flow_map.anywhere
+
     def arithmetic(self, t: Tensor) -> float | None:
         return self.flow_map.arithmetic(t)
 
