@@ -76,7 +76,7 @@ OPTIONS: dict[str, FlowMapConfig] = {
     "ema 0.9999": replace(MAP, ema=0.9999),
     "lr 0.002": replace(MAP, lr=2e-3),
 }
-STATES = {name: replace(GUIDED, states=name) for name in ("guided", "teacher", "noised", "data")}
+STATES = {name: replace(GUIDED, states=name) for name in ("fresh", "guided", "teacher", "noised", "data")}
 
 
 class Study:

@@ -17,7 +17,16 @@ from fewstep.runtime.errors import ModelError
 from fewstep.runtime.front_door import number
 from fewstep.sampling.splitting import log_gradient
 
-__all__ = ["Wrapped", "calls_of", "classifier_free", "classifier_guided", "dynamic_threshold", "static_threshold", "thresholded"]
+__all__ = [
+    "Wrapped",
+    "both_answers",
+    "calls_of",
+    "classifier_free",
+    "classifier_guided",
+    "dynamic_threshold",
+    "static_threshold",
+    "thresholded",
+]
 
 LARGEST = torch.finfo(torch.float32).max  # the scale that states of float32 can be multiplied by
 
@@ -44,6 +53,12 @@ def calls_of(denoiser: object) -> int:
     """Return how many calls of its network a denoiser makes for one sample in an evaluation: 2 with guidance by two answers, else 1."""
     found = getattr(denoiser, "calls", 1)
     return found if isinstance(found, int) else 1
+
+
+def both_answers(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Cond, uncond: Cond) -> tuple[Tensor, Tensor]:
+    """Return the answers ``[B, *D]`` without a condition and with it, from one call on a doubled batch."""
+    null, wanted = denoiser(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, with_null(uncond, cond, len(x))).chunk(2)
+    return null, wanted
 
 
 def classifier_free(
@@ -82,8 +97,7 @@ def classifier_free(
         active = (level >= interval[0]) & (level <= interval[1])
         if (not each and scale == 1) or not bool(active.any()):
             return denoiser(x, t, cond)
-        both = with_null(uncond, cond, len(x))
-        null, wanted = denoiser(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, both).chunk(2)
+        null, wanted = both_answers(denoiser, x, t, cond, uncond)
         x0 = torch.lerp(null, wanted, aligned(scale, wanted) if isinstance(scale, Tensor) else scale)
         if rescale:
             dims = tuple(range(1, x0.ndim))

@@ -33,6 +33,7 @@ from fewstep.learn.networks.score_matching import check_images, draw_images
 from fewstep.learn.teacher.batches import FIRST_FRESH, Batch, TeacherData
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.models.formats.folders import save_like
+from fewstep.models.guidance import both_answers
 from fewstep.models.guided import GuidedForm, guided_model, save_guided
 from fewstep.models.model import Model
 from fewstep.models.networks.extra_embedding import ConditionedNetwork
@@ -47,7 +48,8 @@ from fewstep.solvers import make_solver
 
 __all__ = ["STATES", "GuidedConfig", "GuidedObjective"]
 
-STATES = ("guided", "teacher", "noised", "data")
+STATES = ("fresh", "guided", "teacher", "noised", "data")
+ROLLING = ("fresh", "guided")  # which go on from step to step
 FINE = 24  # evaluations of the guided trajectories along which a student is measured
 ABOVE = 3 * 2**40  # where their seeds begin
 
@@ -59,8 +61,9 @@ class GuidedConfig(StudentConfig):
 
     Args:
         form: the scales that it is told, and its parts.
-        states: where it is taught: on fresh ``guided`` trajectories, each at a scale of its own, which go on from step to step; on stored
-            trajectories of the ``teacher``; on their ends ``noised`` anew; or on noised pictures (``data``).
+        states: where it is taught: on ``fresh`` trajectories of the teacher without guidance, which go on from step to step; on such
+            ``guided`` ones, each at a scale of its own; on stored ones of the ``teacher``; on their ends ``noised`` anew; or on noised
+            pictures (``data``).
         slots: number of times of these trajectories.
         grid: the spacing of those times.
         loss: huber, l1 or l2.
@@ -71,7 +74,7 @@ class GuidedConfig(StudentConfig):
 
     lr: float = 5e-4
     form: GuidedForm = field(default_factory=GuidedForm)
-    states: str = "guided"
+    states: str = "fresh"
     slots: int = 24
     grid: str = "angle"
     loss: str = "huber"
@@ -143,12 +146,15 @@ class GuidedObjective(StudentObjective):
     def rows(self, batch: Batch, generator: torch.Generator) -> Rows:
         """Return the states of a training step with their times and scales, this process's share."""
         config, form = self.config, self.config.form
-        if config.states == "guided":
-            return self._rollout.at(step_of(generator, config.seed))
+        rolling = self._rollout.at(step_of(generator, config.seed)) if config.states in ROLLING else None
+        if rolling is not None and config.states == "guided":
+            return rolling
         mine, steps = torch.tensor(share(range(config.batch))), self.grid.steps
-        i = torch.randint(steps, (config.batch,), generator=generator)[mine]
         u = torch.rand(config.batch, generator=generator, dtype=torch.float64)[mine]
         scale, where = form.w_min + (form.w_max - form.w_min) * u, torch.arange(len(mine), device=batch.x.device)
+        if rolling is not None:
+            return rolling._replace(scale=scale)
+        i = torch.randint(steps, (config.batch,), generator=generator)[mine]
         if config.states == "teacher":
             x = batch.x[where, i.to(batch.x.device)]
         else:
@@ -161,11 +167,12 @@ class GuidedObjective(StudentObjective):
         rows = self.rows(batch, generator)
         t = self.grid.t[rows.i]
         with torch.no_grad():
-            target = self.problem.model.guided(rows.scale)(rows.x, t, rows.cond)
+            null, wanted = self._answers(rows)
+            target = torch.lerp(null, wanted, aligned(rows.scale, wanted))
         student = self._told(networks.student, rows.scale)
         error = student(rows.x, t, rows.cond) - target
-        if self.config.states == "guided":
-            self._rollout.advance(*self._moved(rows, target))
+        if self.config.states in ROLLING:
+            self._rollout.advance(*self._moved(rows, target if self.config.states == "guided" else wanted))
         scale = self.output.coefficients(self.nodes.alpha[rows.i], self.nodes.sigma[rows.i])[1].abs()
         return DISTANCES[self.config.loss]((error / aligned(scale, error))[:, None]).mean()
 
@@ -177,10 +184,19 @@ class GuidedObjective(StudentObjective):
     def _rollout(self) -> Rollout:
         form = self.config.form
 
-        def move(rows: Rows) -> tuple[Tensor, Tensor]:
-            return self._moved(rows, self.problem.model.guided(rows.scale)(rows.x, self.grid.t[rows.i], rows.cond))
+        scales = (form.w_min, form.w_max) if self.config.states == "guided" else (1.0, 1.0)
 
-        return Rollout(self.problem, self.nodes, self.config.batch, (form.w_min, form.w_max), move, self.config.seed)
+        def move(rows: Rows) -> tuple[Tensor, Tensor]:
+            null, wanted = self._answers(rows)
+            return self._moved(rows, torch.lerp(null, wanted, aligned(rows.scale, wanted)) if self.config.states == "guided" else wanted)
+
+        return Rollout(self.problem, self.nodes, self.config.batch, scales, move, self.config.seed)
+
+    def _answers(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Return the teacher's answers without a label and with it, from one call on a doubled batch."""
+        model = self.problem.model
+        assert model.null_label is not None  # checked at the beginning
+        return both_answers(model.conditional, rows.x, self.grid.t[rows.i], rows.cond, torch.tensor(model.null_label))
 
     def _moved(self, rows: Rows, x0: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows' states at their next times by DPM-Solver++ 2M (arXiv 2211.01095), and ``x0`` to remember."""
