@@ -132,6 +132,7 @@ def test_a_tuned_model_is_measured_against_its_guided_teacher(tmp_path: Path, gu
     made = sample(student, Sampler.build("ddim", student.optimized("ddim", 2), LAW), seeds=range(FEW["num"]))
     assert row["rmse"] == pytest.approx(float((made - kept).double().square().mean().sqrt()), rel=FLOAT32)
     assert results["problem"]["reference"]["teacher"] == teacher.fingerprint and results["problem"]["fingerprint"] == student.fingerprint
+    assert results["reference"]["guidance"] == guidance and results["problem"]["guidance"] == 1.0  # a student of one scale
 
 
 @pytest.mark.slow
