@@ -24,6 +24,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from fewstep.evaluate.report.findings import ResultsFolder
+from fewstep.evaluate.report.students import families, family_table
+from fewstep.runtime.errors import FewstepError
+
 ROOT = Path(__file__).parents[1]
 STANDARD = ("karras", "logsnr", "uniform", "quadratic", "angle")
 BLOCK = re.compile(r"(<!-- python benchmarks/tables\.py (.*?) -->\n)(.*?)(<!-- end of table -->)", re.S)
@@ -526,6 +530,30 @@ def student(name: str, rows: list[Row], others: list[Row]) -> None:
     print("| arithmetic of the passes, in evaluations | " + " | ".join(f"{row['arithmetic']:.2f}" for row in ours.values()) + " |")
 
 
+STUDENTS = (1, 2, 3, 4, 5, 6, 8, 10)  # network calls
+
+
+def students(results: Sequence[Row]) -> None:
+    """Print students beside the best hand-made and the best prepared samplers of their teacher, by calls of the network.
+
+    Raises:
+        FewstepError: no student's file and its teacher's have the same exact trajectories.
+    """
+    found = families([ResultsFolder.of(file) for file in results])
+    if not found:
+        raise FewstepError("none of these files is of a student whose teacher's is here too, at its guidance scale and on its noises")
+    for number, family in enumerate(found):
+        columns, run = [calls for calls in STUDENTS if calls in family.costs()], family.teacher.runs[-1]
+        teacher = f"`{run.model}`" + ("" if run.guidance == 1 else f", guidance {run.guidance:g}")
+        print("" if number == 0 else "\n", end="")
+        heading(["network calls"], columns)
+        for line, cells in family_table(family, columns):
+            name = f"`{line.name}`" if line.student else line.name.replace("teacher", teacher)
+            rows = [None if cell.priced is None else cell.priced.row for cell in cells]
+            texts = ["" if row is None else figures(row, row["rmse"] if cell.best else None) for cell, row in zip(cells, rows, strict=True)]
+            print(f"| {name} | " + " | ".join(texts) + " |")
+
+
 def best_grids(rows: list[Row], columns: list[int], best: dict[int, float | None]) -> None:
     """Print one line a solver, each cell on the best of its grids."""
     print("| solver | " + " | ".join(f"{n}" for n in columns) + " |")
@@ -574,6 +602,7 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "optimized": lambda results, args: _optimized(rows_of(results, args)),
     "fitted": lambda results, args: fitted(rows_of(results, args, library=None)),
     "student": _student,
+    "students": lambda results, args: students(results),
     "fit-study": lambda results, args: fit_study([row for row in results[0]["rows"] if row["table"] == args.part]),
     "dsno-study": lambda results, args: dsno_study(results[0]["rows"], args.part),
     "pipeline": lambda results, args: pipeline(results[0]),

@@ -86,6 +86,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class _Trajectory:
+    """The exact trajectories of ``results.json``: those of a student are its teacher's."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = OLDER
+
+    teacher: str | None = None  # its fingerprint
+
+
+@dataclass(frozen=True)
 class _Problem:
     """The noises of ``results.json``, and the model that they were sampled with."""
 
@@ -96,6 +105,7 @@ class _Problem:
     num: Count | None = None
     guidance: Number = 1.0
     batch: Count | None = None
+    reference: _Trajectory | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,7 @@ class _Reference:
 
     solver: str = ""
     nfe: Count = 1
+    guidance: Number | None = None  # at which its model was sampled: of a student's teacher another one than the rows'
     error: Number | None = None
     fd: Number | None = None
     fd_data_halves: Number | None = None

@@ -19,7 +19,7 @@ from fewstep.sampling.grid_table import GridTable
 from fewstep.sampling.reference import REFERENCE_NFE, reference_sampler
 
 COLUMNS = {"solver", "library", "grid", "nfe", "num", "guidance", "rmse", "fd", "fd_features", "seconds", "solver_seconds"}
-COLUMNS |= {"statistics", "artifact", "arithmetic", "planned", "rmse_ci", "error_median", "error_p95", "fd_ci", "kd", "kd_ci"}
+COLUMNS |= {"statistics", "artifact", "arithmetic", "calls", "planned", "rmse_ci", "error_median", "error_p95", "fd_ci", "kd", "kd_ci"}
 COLUMNS |= {"precision", "recall", "labels", "peak_memory", "failed", "levels", "processes", "threads"}
 SMALL = {"num": 8, "batch": 4}
 
@@ -132,6 +132,7 @@ def test_a_tuned_model_is_measured_against_its_guided_teacher(tmp_path: Path, gu
     made = sample(student, Sampler.build("ddim", student.optimized("ddim", 2), LAW), seeds=range(FEW["num"]))
     assert row["rmse"] == pytest.approx(float((made - kept).double().square().mean().sqrt()), rel=FLOAT32)
     assert results["problem"]["reference"]["teacher"] == teacher.fingerprint and results["problem"]["fingerprint"] == student.fingerprint
+    assert results["reference"]["guidance"] == guidance and results["problem"]["guidance"] == 1.0  # a student of one scale
 
 
 @pytest.mark.slow

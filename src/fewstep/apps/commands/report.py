@@ -24,7 +24,7 @@ def report(
 ) -> None:
     """Show benchmarks as one page.
 
-    A row that is in several runs is compared, and marked if it got worse.
+    A row that is in several runs is compared, and marked if it got worse. Students are set beside their teacher, where both are there.
     """
     with Job.open("report", out, alone=True):
         page = write_report(folders, out, title=title)

@@ -186,6 +186,7 @@ class _Bench:
             self.identity["reference"]["teacher"] = teacher.fingerprint
         self.quality = self._quality(setup.data or problem.model.data or (None if teacher is None else teacher.data))
         exact = problem if teacher is None or tuned is None else Problem(teacher, _scale_of(tuned, problem), problem.device)
+        self.reference_guidance = exact.guidance
         self.exact, self.reference_error = self._reference(exact)
 
     def _quality(self, data: str | None) -> Quality | None:
@@ -349,6 +350,7 @@ class _Bench:
                 reference, features = old.get("reference") or {}, None if self.quality is None else self.quality.name
                 if "recall" not in reference or reference.get("fd_features") != features:
                     reference = self.reference()
+                reference = {**reference, "guidance": self.reference_guidance}  # which older versions did not write
                 return {**old, "machine": machine, "command": " && ".join(commands), "reference": reference}
             if old.get("rows"):
                 aside = path.with_name(f"results-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.json")
@@ -366,9 +368,10 @@ class _Bench:
         }
 
     def reference(self) -> dict[str, Any]:
-        """Describe the reference trajectory: its solver, its own error, and the quality of the samples at its end."""
+        """Describe the reference trajectory: its solver, guidance and own error, and the quality of the samples at its end."""
         halves = None if self.quality is None else self.quality.halves
-        return {**self.identity["reference"], "error": self.reference_error, **self.measure(self.exact), "fd_data_halves": halves}
+        known = {**self.identity["reference"], "guidance": self.reference_guidance, "error": self.reference_error}
+        return {**known, **self.measure(self.exact), "fd_data_halves": halves}
 
     def write(self, results: dict[str, Any]) -> None:
         """Write the results as they stand, in the first process."""

@@ -18,8 +18,32 @@ from fewstep.evaluate.rows import OWN_FORMULAS, Key, read_results
 from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["Change", "Format", "Name", "Need", "Number", "ResultsFolder", "RowGroup", "SamplerName", "Sentence", "described", "grouped"]
-__all__ += ["interval_of", "pivot", "read_folders", "reference_of", "sampler_of", "summary", "tie_limit", "timed_by", "title_of"]
+__all__ = [
+    "DISTANCES",
+    "Change",
+    "Format",
+    "Name",
+    "Need",
+    "Number",
+    "ResultsFolder",
+    "RowGroup",
+    "SamplerName",
+    "Sentence",
+    "described",
+    "grouped",
+    "interval_of",
+    "listed",
+    "network_calls",
+    "pivot",
+    "prepared",
+    "read_folders",
+    "reference_of",
+    "sampler_of",
+    "summary",
+    "tie_limit",
+    "timed_by",
+    "title_of",
+]
 
 SamplerName = tuple[str, str]  # library, solver
 DISTANCES = ("fd", "fd_ci", "fd_features", "kd", "kd_ci", "precision", "recall", "labels")
@@ -95,6 +119,21 @@ class ResultsFolder:
         return self.model, str(self.results.get("problem", {}).get("fingerprint")), self.guidance
 
     @property
+    def student(self) -> bool:
+        """Whether the model is a student, whose exact trajectories are its teacher's."""
+        return self.trajectories[0] != self.identity[1]
+
+    @property
+    def trajectories(self) -> tuple[str, float, Any, Any]:
+        """The exact trajectories that errors are distances to: the fingerprint and guidance scale of their model, and the noises.
+
+        Files of older versions do not say the scale at which a student's teacher sampled: it is taken to be that of the rows.
+        """
+        known = {**(self.results.get("problem", {}).get("reference") or {}), **(self.results.get("reference") or {})}
+        guidance = self.guidance if known.get("guidance") is None else float(known["guidance"])
+        return str(known.get("teacher") or self.identity[1]), guidance, *self.noises
+
+    @property
     def features(self) -> str | None:
         """The features in which samples were compared with the data, if they were."""
         return next((row["fd_features"] for row in self.results["rows"] if row.get("fd_features")), None)
@@ -132,10 +171,11 @@ class RowGroup:
         for key, (row, run) in first.items():
             if self.homes[key] is not run:
                 names = (run.name, self.homes[key].name)
-                said = verdict(self._version(self.rows[key]), Version(row, run.folder, run.noises))
+                said = verdict(self.version(self.rows[key]), Version(row, run.folder, run.noises))
                 self.changes.append(Change(row, self.rows[key], names, said))
 
-    def _version(self, row: JsonRow) -> Version:
+    def version(self, row: JsonRow) -> Version:
+        """Return a row with its origin."""
         home = self.homes[key_of(row)]
         return Version(row, home.folder, home.noises)
 
@@ -182,9 +222,9 @@ class RowGroup:
 
     def uncertain(self, nfe: int) -> list[JsonRow]:
         """Return the `others` that may be as good as the winner, since chance explains the difference."""
-        least = self._version(self.winners(nfe)[0])
+        least = self.version(self.winners(nfe)[0])
         sure = least.row.get("rmse_ci") is not None
-        return [row for row in self.others(nfe) if sure and row.get("rmse_ci") and verdict(self._version(row), least) != "worse"]
+        return [row for row in self.others(nfe) if sure and row.get("rmse_ci") and verdict(self.version(row), least) != "worse"]
 
     def winners(self, nfe: int) -> list[JsonRow]:
         """Return the rows with the least error with so many evaluations; several if they are equal but for rounding."""
@@ -221,6 +261,21 @@ class RowGroup:
 def sampler_of(row: JsonRow) -> SamplerName:
     """Return the sampler of a row: rows of one sampler differ in the grid and the evaluations."""
     return row["library"], row["solver"]
+
+
+def network_calls(row: JsonRow, *, student: bool) -> int:
+    """Return how many calls of the network a row made for one sample.
+
+    Rows of older versions do not say it. It is as many as evaluations without guidance, and twice as many with it, except for a student:
+    until rows said their calls, students were sampled without guidance.
+
+    Args:
+        row: one that did not fail.
+        student: whether it is of a student.
+    """
+    if row.get("calls") is not None:
+        return row["calls"]
+    return row["nfe"] * (1 if student or row.get("guidance", 1.0) == 1 else 2)
 
 
 def title_of(sampler: SamplerName) -> str:

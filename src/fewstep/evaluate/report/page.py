@@ -201,13 +201,8 @@ def _points(group: RowGroup, measure: str) -> dict[str, list[plots.Point]]:
             if value is not None and value > 0 and (row["nfe"] not in found or value < found[row["nfe"]][measure]):
                 found[row["nfe"]] = row
         if found:
-            series[name] = [_point(found[nfe], measure) for nfe in sorted(found)]
+            series[name] = [plots.point_of(found[nfe], measure, nfe) for nfe in sorted(found)]
     return series
-
-
-def _point(row: JsonRow, measure: str) -> plots.Point:
-    ends, value = row.get(f"{measure}_ci"), row[measure]
-    return plots.Point(row["nfe"], value, None if ends is None else (ends[0] if ends[0] > 0 else value, ends[1]))
 
 
 def _work_precision(group: RowGroup, keep: Keep) -> list[dict[str, Any]]:

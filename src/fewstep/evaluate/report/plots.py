@@ -37,6 +37,7 @@ __all__ = [
     "name_lines",
     "new_axes",
     "png",
+    "point_of",
     "schedules",
     "strip",
     "style",
@@ -56,22 +57,29 @@ SIDE = 64  # pixels of a picture's longer side, at most
 
 
 class Point(NamedTuple):
-    """A number at so many evaluations, and its interval if it has one."""
+    """A number at so many evaluations, or at another cost, and its interval if it has one."""
 
-    nfe: int
+    nfe: float
     value: float
     interval: tuple[float, float] | None
+
+
+def point_of(row: Mapping[str, Any], measure: str, cost: float) -> Point:
+    """Return a measure of a row, with its interval if it has one; its low end, where a logarithmic axis has none, is the measure."""
+    ends, value = row.get(f"{measure}_ci"), row[measure]
+    return Point(cost, value, None if ends is None else (ends[0] if ends[0] > 0 else value, ends[1]))
 
 
 # -- plots ------------------------------------------------------------------------------------------------------------
 
 
-def work_precision(series: Mapping[str, Sequence[Point]], *, floor: float | None = None) -> Figure:
+def work_precision(series: Mapping[str, Sequence[Point]], *, floor: float | None = None, cost: str = "network evaluations") -> Figure:
     """Draw lines over evaluations on log axes, with intervals and the names beside the lines; the first five in colours, the others grey.
 
     Args:
         series: by name; the best first.
         floor: what cannot be beaten, as a dashed line.
+        cost: the name of the horizontal axis, along which points have their ``nfe``.
     """
     counts = sorted({point.nfe for points in series.values() for point in points})
     dodge = np.log(counts[-1] / counts[0] or 1) * 0.012  # intervals beside each other
@@ -96,7 +104,7 @@ def work_precision(series: Mapping[str, Sequence[Point]], *, floor: float | None
             axes.axhline(floor, color=LIGHT["muted"], linewidth=1, linestyle=(0, (3, 3)), zorder=1)
             shown.append((Point(counts[-1], floor, None), "exact samples", "muted"))
         name_lines(axes, shown, counts[-1])
-        axes.set_xlabel("network evaluations")
+        axes.set_xlabel(cost)
     return figure_of(axes)
 
 
@@ -172,7 +180,7 @@ def new_axes(height: float, *, left: float, right: float, bottom: float, top: fl
     return _new(height).add_axes(box)
 
 
-def _limits(axes: Axes, counts: Sequence[int], values: Sequence[float]) -> None:
+def _limits(axes: Axes, counts: Sequence[float], values: Sequence[float]) -> None:
     """Set limits and ticks: evaluations as `evaluation_axis`; values at 1, 2 and 5."""
     evaluation_axis(axes, counts)
     inside = [value for value in values if value > 0]
@@ -181,7 +189,7 @@ def _limits(axes: Axes, counts: Sequence[int], values: Sequence[float]) -> None:
         log_ticks(axes.yaxis, min(inside), max(inside), 7)
 
 
-def evaluation_axis(axes: Axes, counts: Sequence[int]) -> None:
+def evaluation_axis(axes: Axes, counts: Sequence[float]) -> None:
     """Set the limits and ticks of a logarithmic axis of evaluations: those that were run, ascending, as many as have room."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -193,7 +201,7 @@ def evaluation_axis(axes: Axes, counts: Sequence[int]) -> None:
     ticks.append(counts[-1])
     axes.set_xlim(low, high)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value == int(value) else f"{value:.3g}"))
     axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -213,7 +221,7 @@ def log_ticks(axis: Any, low: float, high: float, most: int) -> None:  # noqa: A
     axis.set_minor_locator(NullLocator())
 
 
-def name_lines(axes: Axes, ends: Sequence[tuple[Point, str, str]], last: int) -> None:
+def name_lines(axes: Axes, ends: Sequence[tuple[Point, str, str]], last: float) -> None:
     """Write names to the right of the lines' ends, moved apart where they would overlap."""
     to_pixels, box = axes.transData.transform, axes.bbox
     scale = 72 / figure_of(axes).dpi

@@ -12,6 +12,7 @@ from fewstep.evaluate.report.findings import (
     ResultsFolder,
     RowGroup,
     interval_of,
+    network_calls,
     sampler_of,
     tie_limit,
     timed_by,
@@ -63,7 +64,7 @@ def _table(results: Mapping[str, Any]) -> _Table:
 
 
 def _notes(results: Mapping[str, Any], form: Format) -> list[str]:
-    """Say what the reference is, what a student's passes cost, and which samplers failed or were not run."""
+    """Say what the reference is, what evaluations and a student's passes cost, and which samplers failed or were not run."""
     reference, rows, notes = results.get("reference") or {}, results["rows"], []
     if reference:
         own, distance = "", ""
@@ -74,6 +75,10 @@ def _notes(results: Mapping[str, Any], form: Format) -> list[str]:
             halves = form("fd", reference.get("fd_data_halves"))
             distance += "" if halves is None else f", that of two halves of the data {halves.shown}"
         notes.append(f"reference: {reference['solver']} with {reference['nfe']} evaluations{own}{distance}")
+    run = ResultsFolder.of(results)
+    for calls in sorted({network_calls(row, student=run.student) / row["nfe"] for row in rows if has_error(row)} - {1.0}):
+        guided = "" if run.guidance == 1 else f"at guidance {run.guidance:g} "
+        notes.append(f"{guided}each evaluation is {calls:g} calls of the network")
     for nfe, work in {row["nfe"]: row["arithmetic"] for row in rows if row.get("arithmetic") is not None}.items():
         passes = "1 pass" if nfe == 1 else f"{nfe} passes"
         notes.append(f"{passes} of {results['model']}: the arithmetic of {work:.2f} evaluations of its network")

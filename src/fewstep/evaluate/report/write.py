@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from fewstep.evaluate.report import plots
 from fewstep.evaluate.report.findings import Format, ResultsFolder, RowGroup, grouped, pivot, read_folders
 from fewstep.evaluate.report.page import group_view
+from fewstep.evaluate.report.students import families, family_view
 from fewstep.evaluate.report.template import check_packages, rendered
 from fewstep.evaluate.report.verdict import JsonRow
 from fewstep.runtime.artifact import check_writable, write_whole
@@ -42,8 +43,9 @@ def _report(runs: Sequence[ResultsFolder], title: str | None) -> _Report:
     check_packages()
     groups = grouped(runs)
     views, drawn = [group_view(group, number) for number, group in enumerate(groups)], dict[str, tuple[bytes, bytes]]()
-    for view in views:
-        for figure in view.pop("figures"):
+    students = [family_view(family, number) for number, family in enumerate(families(runs))]
+    for view in [*views, *students]:
+        for figure in view["figures"]:
             name = figure["name"] if len(groups) > 1 else figure["name"].split(".")[1]
             drawn[name] = plots.svg_file(figure["svg"]), figure["png"]
     table = to_csv({"rows": [row for group in groups for row in _merged(group, several=len(runs) > 1)]})
@@ -52,7 +54,7 @@ def _report(runs: Sequence[ResultsFolder], title: str | None) -> _Report:
     for run in runs:
         name = "results.json" if len(runs) == 1 else f"{run.name.replace('/', '-')}.json"
         files_within.append((name, plots.data_uri(json.dumps(run.results, indent=1).encode(), "application/json")))
-    page = rendered("report.html.j2", {"title": title, "names": names, "groups": views, "files": files_within})
+    page = rendered("report.html.j2", {"title": title, "names": names, "groups": views, "families": students, "files": files_within})
     return _Report(page, table, "\n".join(_markdown(group) for group in groups), drawn)
 
 
@@ -70,7 +72,7 @@ def write_report(folders: Sequence[Path], out: Path, *, title: str | None = None
     """Write ``report.html``, ``results.csv``, ``results.md`` and ``plots/`` into ``out``, from the ``results.json`` of benchmarks.
 
     Runs of the same model, weights and guidance scale are merged: of a row in several of them the last is shown, and compared with
-    that of the first.
+    that of the first. Students are set beside the samplers of their teacher, where its runs are among these.
 
     Args:
         folders: as ``fewstep bench`` made them; earlier runs first.
