@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,21 @@ from fewstep.core.condition import with_null
 from fewstep.core.denoiser import Cond, Denoiser, check_denoiser
 from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.runtime.errors import ModelError
+from fewstep.runtime.errors import FewstepError, ModelError
 from fewstep.runtime.front_door import number
 from fewstep.sampling.splitting import log_gradient
 
-__all__ = ["Wrapped", "calls_of", "classifier_free", "classifier_guided", "dynamic_threshold", "static_threshold", "thresholded"]
+__all__ = [
+    "Wrapped",
+    "calls_of",
+    "classifier_free",
+    "classifier_guided",
+    "default_scale",
+    "dynamic_threshold",
+    "scale_range",
+    "static_threshold",
+    "thresholded",
+]
 
 LARGEST = torch.finfo(torch.float32).max  # the scale that states of float32 can be multiplied by
 
@@ -44,6 +55,25 @@ def calls_of(denoiser: object) -> int:
     """Return how many calls of its network a denoiser makes for one sample in an evaluation: 2 with guidance by two answers, else 1."""
     found = getattr(denoiser, "calls", 1)
     return found if isinstance(found, int) else 1
+
+
+def scale_range(scales: Any) -> tuple[float, float]:  # noqa: ANN401
+    """Return the least and the largest of a range of guidance scales, plain numbers.
+
+    Raises:
+        FewstepError: they are no range of scales of at least 0.
+    """
+    if not isinstance(scales, Sequence) or isinstance(scales, str) or len(scales) != 2:
+        raise FewstepError(f"scales are the least and the largest guidance scale, as (1.0, 4.0), got {scales!r}")
+    low, high = (number(scale, "a guidance scale") for scale in scales)
+    if not 0 <= low < high < math.inf:
+        raise FewstepError(f"guidance scales range from one of at least 0 to a larger one, as 1 to 4, got {low:g} to {high:g}")
+    return low, high
+
+
+def default_scale(scales: tuple[float, float] | None) -> float:
+    """Return the guidance scale of calls that name none: 1, or of a model that is told its scale the nearest to it that it knows."""
+    return 1.0 if scales is None else min(max(1.0, scales[0]), scales[1])
 
 
 def classifier_free(
