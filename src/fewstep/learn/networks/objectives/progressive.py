@@ -34,10 +34,9 @@ from fewstep.learn.networks.objectives.rollout import Rollout, Rows
 from fewstep.learn.teacher.batches import FIRST_FRESH, Batch
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.models.formats.folders import save_like
-from fewstep.models.guided import GuidedForm, save_guided
+from fewstep.models.guided import form_of, save_guided
 from fewstep.models.model import Model
 from fewstep.models.networks.extra_embedding import ConditionedNetwork
-from fewstep.models.networks.scaled_call import ScaledCall
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError, look_up
 from fewstep.runtime.front_door import at_least, checked_class
@@ -216,6 +215,5 @@ class ProgressiveObjective(StudentObjective):
     def save(self, student: nn.Module, folder: Path) -> None:
         model = self.problem.model
         if isinstance(student, ConditionedNetwork):
-            assert isinstance(model.call, ScaledCall) and model.scales is not None  # told its scale
-            save_guided(student, GuidedForm(*model.scales, model.call.features), self._card, folder)
+            save_guided(student, form_of(model), self._card, folder)
         save_like(model, self.network(student), folder)
