@@ -93,15 +93,18 @@ class GuidedObjective(StudentObjective):
 
     Raises:
         ModelError: a teacher that cannot be guided, is a student, or whose network cannot be told a scale.
-        FewstepError: images that the states do not take, or none where they need some.
+        FewstepError: a teacher at a guidance scale; images that the states do not take, or none where they need some.
     """
 
     kind = "guided"
 
     def __init__(self, problem: Problem, config: GuidedConfig, images: Images | None = None) -> None:
         model = problem.model.need_denoiser()
-        if model.scales is not None:
-            raise ModelError(f"{model.name} is told its guidance scale already: there is nothing to distil; name its teacher")
+        if problem.guidance != 1:
+            low, high = config.form.w_min, config.form.w_max
+            raise FewstepError(
+                f"a guided student is told its scale, from {low:g} to {high:g}: leave guidance out, and sample it at {problem.guidance:g}"
+            )
         if model.null_label is None:
             raise ModelError(f"{model.name} cannot be guided, since it has no null label: there is nothing to distil")
         if (config.states == "data") != (images is not None):
@@ -161,7 +164,7 @@ class GuidedObjective(StudentObjective):
         rows = self.rows(batch, generator)
         t = self.grid.t[rows.i]
         with torch.no_grad():
-            target = self.problem.model.guided(rows.scale)(rows.x, t, rows.cond)
+            target = self.problem.teacher_at(rows.scale)(rows.x, t, rows.cond)
         student = self._told(networks.student, rows.scale)
         error = student(rows.x, t, rows.cond) - target
         if self.config.states == "guided":
@@ -171,14 +174,15 @@ class GuidedObjective(StudentObjective):
 
     def _told(self, network: Any, scale: float | Tensor) -> Model:  # noqa: ANN401 - a ConditionedNetwork, maybe wrapped
         form = self.config.form
-        return replace(self.problem.model, network=network, call=ScaledCall(form.w_max, form.features, scale), null_label=None)
+        call = ScaledCall(form.w_max, form.features, scale)
+        return replace(self.problem.model, network=network, call=call, null_label=None).at_any_time()
 
     @cached_property
     def _rollout(self) -> Rollout:
         form = self.config.form
 
         def move(rows: Rows) -> tuple[Tensor, Tensor]:
-            return self._moved(rows, self.problem.model.guided(rows.scale)(rows.x, self.grid.t[rows.i], rows.cond))
+            return self._moved(rows, self.problem.teacher_at(rows.scale)(rows.x, self.grid.t[rows.i], rows.cond))
 
         return Rollout(self.problem, self.nodes, self.config.batch, (form.w_min, form.w_max), move, self.config.seed)
 
@@ -206,7 +210,7 @@ class GuidedObjective(StudentObjective):
         seeds = [ABOVE + FIRST_FRESH + k for k in range(min(128, self.config.held_out))]
         calls: dict[str, tuple[float, float]] = {}
         for scale in sorted({form.w_min, min(max(2.0, form.w_min), form.w_max), form.w_max}):
-            teacher, told, cond = problem.model.guided(scale), self._told(student, scale), problem.cond(seeds)
+            teacher, told, cond = problem.teacher_at(scale), self._told(student, scale), problem.cond(seeds)
             errors = []
             for step in steps(teacher, sampler.tableau, problem.start(seeds, sampler.tableau.nodes), cond):
                 errors.append(float((told(step.x, step.t, cond) - step.x0).double().square().mean()))
