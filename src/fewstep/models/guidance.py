@@ -96,6 +96,11 @@ def classifier_free(
         ModelError: a rescale outside [0, 1], an empty interval, or a call whose condition has no counterpart in ``uncond``.
     """
     check_denoiser(denoiser, "classifier_free")
+    if getattr(denoiser, "scales", None) is not None:
+        raise ModelError(
+            "this model is told its guidance scale, and answers by one call: use model.guided(scale); an interval, or rescale, which needs "
+            "the answers with and without the condition, is for its teacher"
+        )
     each, rescale = isinstance(scale, Tensor) and scale.ndim == 1, number(rescale, "rescale", ModelError)
     scale = scale if each else number(scale, "the scale of guidance", ModelError)
     largest = float(torch.as_tensor(scale).abs().max()) if each else abs(float(scale))

@@ -69,8 +69,13 @@ def guided_model(teacher: Model, form: GuidedForm, network: ConditionedNetwork |
         network: the network, where it was made before.
 
     Raises:
-        ModelError: a network that is no module, or does not say where its time is embedded.
+        ModelError: a network that is no module, or does not say where its time is embedded; a pipeline, whose call guides by itself.
     """
+    if teacher.conditional is not teacher:
+        raise ModelError(
+            f"{teacher.name} is a pipeline, which guides by itself: only a model of one network can be told its guidance scale, as "
+            "fewstep.load_model(folder) or a fewstep.Model of a network of your own"
+        )
     if not isinstance(teacher.network, nn.Module):
         raise ModelError(f"{teacher.name} is a function, which cannot be trained: make the Model of a torch.nn.Module")
     if network is None:
