@@ -227,7 +227,7 @@ def test_the_folder_gives_the_measured_errors_back(teacher, stored, whole) -> No
 def test_the_folder_says_what_it_is(teacher, whole) -> None:
     out, figures = whole
     history = json.loads((out / "history.json").read_text())
-    assert history == json.loads(json.dumps({"config": asdict(TINY), **figures}))
+    assert history == json.loads(json.dumps({"config": asdict(TINY), "of": teacher.fingerprint, **figures}))
     assert set(history["passes"]) == {"1", "2"} and set(history["arithmetic"]) == {"1", "2"}
     assert Tuned.load(out) == Tuned(str(teacher.folder.resolve()), teacher.fingerprint, 1.0, "ddim", 1, "operator")
     table = GridTable.load(out / "optimized" / "ddim")

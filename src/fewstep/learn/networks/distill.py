@@ -169,7 +169,7 @@ def _halved(model: Model, config: ProgressiveConfig, out: str | Path | None, on_
             made: Model | None = load_folder(below, trust=True)
         else:
             made = distill(model, "progressive", config=one, guidance=one.guidance, out=below, on_progress=note, **how)
-        if below == out:
+        if count == config.nfe[-1]:
             return made
         wait_for_all()
         model = load_folder(str(below), trust=True) if made is None else made

@@ -12,6 +12,7 @@ to from fresh noise; a model that is told its guidance scale is halved at all sc
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +40,7 @@ from fewstep.models.model import Model
 from fewstep.models.networks.extra_embedding import ConditionedNetwork
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError, look_up
-from fewstep.runtime.front_door import at_least, checked_class
+from fewstep.runtime.front_door import at_least, checked_class, is_count
 from fewstep.runtime.process import share
 from fewstep.sampling.loop import run
 from fewstep.sampling.sampler import Sampler
@@ -78,24 +79,18 @@ class ProgressiveConfig(StudentConfig):
         at_least(self, start=2)
         look_up(self.loss, DISTANCES, "loss", FewstepError)
         object.__setattr__(self, "nfe", tuple(self.nfe) if isinstance(self.nfe, tuple | list) else (self.nfe,))
-        steps = (self.begins, *self.nfe) if self.nfe else ()
-        halved = [
-            isinstance(b, int) and b >= 1 and a % b == 0 and (a // b) & (a // b - 1) == 0 for a, b in zip(steps, steps[1:], strict=False)
-        ]
-        if (
-            not halved
-            or not all(halved)
-            or any(a != 2 * b for a, b in zip(self.nfe, self.nfe[1:], strict=False))
-            or self.begins == self.nfe[0]
-        ):
+        steps = [self.begins, *self.nfe] if self.nfe and all(map(is_count, self.nfe)) else []
+        parts = [one / other for one, other in itertools.pairwise(steps)]
+        if not steps or parts[0] not in (2.0**k for k in range(1, 32)) or any(part != 2 for part in parts[1:]):
             raise FewstepError(
-                f"progressive distillation halves the number of steps, as nfe=(4, 2, 1) from start=8, got nfe={self.nfe} from {self.begins}"
+                f"progressive distillation halves the number of steps, as nfe=(4, 2, 1) from start=8, got nfe={self.nfe} from {self.start}"
             )
+        object.__setattr__(self, "nfe", tuple(int(count) for count in self.nfe))
 
     @property
     def begins(self) -> int:
         """The number of steps of the model that is halved first."""
-        return self.start if self.start is not None else 2 * int(self.nfe[0]) if self.nfe else 0
+        return 2 * self.nfe[0] if self.start is None else self.start
 
 
 class ProgressiveObjective(StudentObjective):
