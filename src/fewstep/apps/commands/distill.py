@@ -62,7 +62,7 @@ def distill(
     if features is not None and opened.shape != (1, 8, 8):
         raise FewstepError(f"the bundled features are of 8x8 digits, {opened.name} makes {opened.shape}: use another loss")
     stored = None if trajectories is None else Trajectories.load(trajectories)
-    with progress(f"distilling {opened.name}", chosen.steps) as report:
+    with progress(f"distilling {opened.name}", chosen.all_steps) as report:
         student = make_student(
             opened,
             method,

@@ -88,6 +88,10 @@ class ProgressiveConfig(StudentConfig):
         object.__setattr__(self, "nfe", tuple(int(count) for count in self.nfe))
 
     @property
+    def all_steps(self) -> int:
+        return self.steps * len(self.nfe)
+
+    @property
     def begins(self) -> int:
         """The number of steps of the model that is halved first."""
         return 2 * self.nfe[0] if self.start is None else self.start
