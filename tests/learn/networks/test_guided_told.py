@@ -79,6 +79,8 @@ VERBS: dict[str, Callable[..., Any]] = {
     "restore": lambda model, out, **given: restored(model, **given),
 }
 
+HEAVY = ("calibrate", "compare", "optimize")
+
 
 def numbers(value: Any) -> Any:
     """What was found, without whose it is."""
@@ -87,7 +89,7 @@ def numbers(value: Any) -> Any:
     return bits(value)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [pytest.param(verb, marks=pytest.mark.slow) if verb in HEAVY else verb for verb in VERBS])
 def test_a_verb_works_at_the_scale_that_was_asked_for_by_one_call(told: Model, tmp_path: Path, verb: str) -> None:
     """It does what it does to a plain model that answers as this one does at that scale, with as many calls of as many rows."""
     found, plain, rows = dict[str, Any](), replace(frozen(told, 2.0), name="plain", folder=None), list[int]()
