@@ -29,6 +29,19 @@ class TableNet(nn.Module):
         return self.last(self.dropout(torch.nn.functional.silu(self.first(x.flatten(1)) + told))).unflatten(1, self.sides)
 
 
+class TimedNet(nn.Module):
+    """Embeds its time by a part whose name nobody knows: ``net(x, t, y)``."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.clock, self.label = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width)), nn.Embedding(CLASSES + 1, width)
+        self.first, self.last = nn.Linear(16, width), nn.Linear(width, 16)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        told = self.clock(t[:, None].to(x.dtype)) + self.label(y)
+        return self.last(torch.nn.functional.silu(self.first(x.flatten(1)) + told)).unflatten(1, (1, 4, 4))
+
+
 class Tied(nn.Module):
     """Two layers of one weight, with a buffer that is not saved."""
 
@@ -69,3 +82,10 @@ def table_model(width: int = 8, seed: int = 0, **given: Any) -> fewstep.Model:
 
 def table() -> fewstep.Model:
     return table_model()
+
+
+def timed_model(seed: int = 0, **given: Any) -> fewstep.Model:
+    """A model of a network whose time embedding has to be named, by random weights."""
+    torch.manual_seed(seed)
+    facts: dict[str, Any] = {"shape": (1, 4, 4), "classes": CLASSES, "null_label": CLASSES, "name": "toy", **given}
+    return fewstep.Model(TimedNet().eval(), fewstep.VPLinear(), "v", **facts)

@@ -1,5 +1,6 @@
 """The solvers, the toy models and the tools that tests share."""
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -16,6 +17,7 @@ from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver
 from fewstep.models.analytic import GaussianDenoiser, MixtureDenoiser
 from fewstep.models.formats.folders import save_ours
+from fewstep.models.guided import GuidedForm, guided_model
 from fewstep.solvers import DDIM, DEIS, IPNDM, SOLVERS, DPMSolverM, DPMSolverPP, DPMSolverV3, SDEDPMSolverPP2M, UniPC, takes_statistics
 from fewstep.solvers.stencil import NEVER
 
@@ -200,6 +202,23 @@ def tiny_folder(folder: Path, classes: int | None = None, *, seed: int = 0, **op
     network = UNet2DModel(**{**UNET, **options}, num_class_embeds=None if classes is None else classes + 1)
     save_ours(folder, network, "edm(0.5)", LAW, (1, 4, 4), classes)
     return folder
+
+
+def told_model(teacher: Model, form: GuidedForm | None = None, seed: int | None = 0) -> Model:
+    """A copy of a teacher that is told its guidance scale, by random weights of a seed; a new one without."""
+    network = copy.deepcopy(teacher.network)
+    made = guided_model(replace(teacher, network=network, folder=None), form or GuidedForm())
+    if seed is not None:
+        torch.manual_seed(seed)
+        for weight in made.network.embeddings.parameters():
+            torch.nn.init.normal_(weight, std=0.5)
+    made.network.eval().requires_grad_(False)
+    return replace(made, name="told")
+
+
+def frozen(told: Model, scale: float) -> Model:
+    """A plain model that answers what one that is told its scale answers at one."""
+    return replace(told, call=replace(told.call, scale=scale), scales=None)
 
 
 def diffusers_folder(folder: Path, classes: int | None = None, **options: object) -> Path:

@@ -23,6 +23,9 @@ from torch import Tensor
 import fewstep
 from fewstep import ArtifactError, FewstepError, GaussianDenoiser, Model, ModelError, ModelStatistics, Sampler, Trajectories
 from fewstep.learn.networks import finetune as finetune_module
+from fewstep.learn.networks.distill import GuidedConfig, ProgressiveConfig
+from fewstep.learn.networks.objectives import guided as guided_module
+from fewstep.learn.networks.objectives import progressive as progressive_module
 from fewstep.learn.samplers import fit_search as fit_search_module
 from fewstep.learn.samplers import optimize_plan
 from fewstep.learn.teacher.gram import GramConfig
@@ -51,6 +54,7 @@ class Learner:
         in_memory: whether it works without a folder.
         everywhere: whether all processes of ``torchrun`` get the result.
         reads: whether a finished folder is read, and not refused.
+        every_scale: whether a result is for all guidance scales, so that one is refused.
     """
 
     run: Callable[..., Any]
@@ -63,6 +67,7 @@ class Learner:
     in_memory: bool = True
     everywhere: bool = False
     reads: bool = True
+    every_scale: bool = False
 
 
 def of_statistics(found: ModelStatistics) -> dict[str, Any]:
@@ -96,7 +101,7 @@ def saved_student(folder: Path, trust: bool = False) -> Model:
     history = json.loads((folder / "history.json").read_text())
     if isinstance(history, list):
         return replace(fewstep.load_model(folder, trust=trust), card={"history": history})
-    figures = {key: value for key, value in history.items() if key != "config"}
+    figures = {key: value for key, value in history.items() if key not in ("config", "of")}
     return replace(fewstep.load_model(folder, trust=trust), card=figures)
 
 
@@ -112,6 +117,8 @@ DISTILL = fewstep.DistillConfig(slots=2, steps=4, batch=4, lr=1e-2, ema=0.5, num
 FLOW_MAP = fewstep.FlowMapConfig(
     target="semigroup", slots=2, max_passes=2, steps=4, batch=4, lr=1e-2, ema=0.5, num=8, held_out=4, teacher_nfe=4
 )  # whose targets are made with averaged weights
+GUIDED = GuidedConfig(slots=4, steps=12, batch=4, lr=1e-2, ema=0.5, held_out=4)
+PROGRESSIVE = ProgressiveConfig(nfe=(2,), steps=12, batch=4, lr=1e-2, ema=0.5, held_out=4)
 TRAJECTORIES = fewstep.TrajectoryConfig(num=8, nfe=8, batch=2)
 
 SAMPLER = {"name", "of", "model", "prediction", "guidance", "chosen", "error", "rmse", "held_out_noises", "network_evaluations"}
@@ -175,6 +182,27 @@ LEARNERS = {
         total=4,
         reads=False,
     ),
+    "distill guided": Learner(
+        run=lambda model, **given: fewstep.distill(model, "guided", **{"config": GUIDED, **given}),
+        load=saved_student,
+        numbers=of_student,
+        guidance=lambda found: found.default_guidance,
+        use=lambda model, found: pictures(found, "ddim", nfe=2, guidance=3),
+        figures={"curve", "calls", "seconds"},
+        total=12,
+        reads=False,
+        every_scale=True,
+    ),
+    "distill progressive": Learner(
+        run=lambda model, **given: fewstep.distill(model, "progressive", **{"config": PROGRESSIVE, **given}),
+        load=saved_student,
+        numbers=of_student,
+        guidance=lambda found: found.tuned.guidance,
+        use=lambda model, found: pictures(found, None),
+        figures={"curve", "ends", "passes", "seconds"},
+        total=12,
+        reads=False,
+    ),
     "generate_trajectories": Learner(
         run=lambda model, **given: fewstep.generate_trajectories(
             model, **{"grid": fewstep.make_grid("angle", LAW, 2), "config": TRAJECTORIES, **given}
@@ -210,6 +238,8 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     """Exact trajectories of few steps, one rival, and few levels to choose from."""
     patch.setattr(fit_search_module, "HAND_MADE", ("dpm-solver-pp-2m",))
     patch.setattr(optimize_plan, "REFERENCE_NFE", 12)
+    patch.setattr(guided_module, "FINE", 2)
+    patch.setattr(progressive_module, "FINE", 2)
     patch.setattr(finetune_module, "GramConfig", lambda num: GramConfig(levels=8, num=2))
 
 
@@ -415,6 +445,10 @@ def bare(value: Any) -> Any:
 
 def test_guidance_reaches_the_work(learner: Learner, model: Model, calls: Calls, whole: SimpleNamespace, tmp_path: Path) -> None:
     calls.begin()
+    if learner.every_scale:
+        with pytest.raises(FewstepError, match="leave guidance out, and sample it at 2"):
+            learner.run(model, guidance=2)
+        return
     result = learner.run(model, guidance=2, out=None if learner.in_memory else tmp_path / "out")
     assert CLASSES in calls.labels  # the null label
     assert learner.guidance(result) == 2.0 and learner.guidance(whole.result) == 1.0

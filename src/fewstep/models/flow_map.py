@@ -80,11 +80,11 @@ class StudentMap(FlowMap):
 
     Attributes:
         student: its network.
-        scale: the guidance scale that it is told, where it is told one.
+        scale: the guidance scale that it is told, where it is told one; by default that of `default_scale`.
     """
 
     student: FlowMapStudent = field(repr=False)
-    scale: float | Tensor = 1.0
+    scale: float | Tensor | None = None
 
     @property
     def schedule(self) -> NoiseSchedule:

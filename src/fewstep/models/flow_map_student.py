@@ -12,7 +12,7 @@ first, so a new student is its teacher's first-order step.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,18 @@ from torch import Tensor, nn
 from fewstep.core.denoiser import Cond
 from fewstep.core.prediction import aligned, prediction
 from fewstep.core.tableau import Nodes
+from fewstep.models.guidance import default_scale
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import plain_call
 from fewstep.models.networks.extra_embedding import ConditionedNetwork, level_features, scale_features
-from fewstep.models.networks.scaled_call import SCALE
+from fewstep.models.networks.scaled_call import SCALE, ScaledCall
 from fewstep.runtime.artifact import ArtifactRecord, Number, load_artifact, named_path, save_artifact
 from fewstep.runtime.errors import ModelError
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
 
 __all__ = ["FlowMapForm", "FlowMapStudent"]
 
-NETWORK = "network.network."  # its weights, which lie in a file of their own
+APART = ("network.network.", f"network.embeddings.{SCALE}.")  # weights that lie in files of their own
 TIME = "time"  # the name of the embedding of the target time
 
 
@@ -73,6 +74,7 @@ class FlowMapRecord(ArtifactRecord):
     first: Number
     last: Number
     card: dict[str, Any]
+    scales: tuple[Number, Number] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,21 +110,26 @@ class FlowMapStudent(nn.Module):
         super().__init__()
         if not isinstance(teacher.network, nn.Module):
             raise ModelError(f"{teacher.name} is a function, which cannot be trained: make the Model of a torch.nn.Module")
-        teacher, network = teacher.at_any_time(), teacher.network
+        network: Any = teacher.network
+        told, self.scales = isinstance(teacher.call, ScaledCall), teacher.scales
+        if told:  # its scale, which the student tells it itself
+            teacher = replace(teacher, call=network.call, scales=None)
+        teacher = teacher.at_any_time()
         kind = prediction(teacher.prediction)
-        self.schedule, self.time, self.scales = teacher.schedule, teacher.time, teacher.scales
+        self.schedule, self.time = teacher.schedule, teacher.time
         self.prediction = prediction(form.output or ("v" if kind.undefined_at_zero_alpha else kind))
         self.dtype, self.time_dtype, self.form, self.card = teacher.dtype, teacher.time_dtype, form, dict(card or {})
         self.first, self.last = first, last
-        if not isinstance(network, ConditionedNetwork):  # as one that is told its scale is already
-            network = ConditionedNetwork(network, teacher.call or plain_call, form.insert_at)
-        self.network = network.tell(TIME, form.features)
+        if told:
+            network.call = teacher.call
+        made: ConditionedNetwork = network if told else ConditionedNetwork(network, teacher.call or plain_call, form.insert_at)
+        self.network = made.tell(TIME, form.features)
 
     def told(self, lam: Tensor, scale: Tensor | float | None = None) -> Model:
         """Return the denoiser that the network is when it is told the level ``lam [B]`` of the target time, and a guidance scale."""
         features = {TIME: level_features(lam, self.form.features)}
         if self.scales is not None:
-            wanted = torch.as_tensor(1.0 if scale is None else scale, dtype=torch.float64).expand(len(lam))
+            wanted = torch.as_tensor(default_scale(self.scales) if scale is None else scale, dtype=torch.float64).expand(len(lam))
             features[SCALE] = scale_features(wanted, self.scales[1], self.network.features[SCALE])
         options = {"time": self.time, "dtype": self.dtype, "time_dtype": self.time_dtype, "name": "the student"}
         return Model(self.network, self.schedule, self.prediction, call=_Tell(features), **options)
@@ -148,12 +155,15 @@ class FlowMapStudent(nn.Module):
     def save(self, folder: str | Path) -> Path:
         """Write ``flow-map.json``, ``flow-map.safetensors`` and a card; the network itself is saved beside them by `save_like`.
 
+        The embedding of its guidance scale, where it is told one, is saved by `save_guided`, before.
+
         Raises:
             ArtifactError: the folder cannot be written, or the card is not JSON-able.
         """
         folder = named_path(folder)
-        tensors = {name: value for name, value in self.state_dict().items() if not name.startswith(NETWORK)}
+        tensors = {name: value for name, value in self.state_dict().items() if not name.startswith(APART)}
         meta = {"form": asdict(self.form), "first": self.first, "last": self.last, "card": self.card}
+        meta |= {} if self.scales is None else {"scales": list(self.scales)}
         return save_artifact(folder, "flow-map", meta, tensors, self._readme(folder.name))
 
     @classmethod
@@ -169,8 +179,10 @@ class FlowMapStudent(nn.Module):
         """
 
         def build(meta: FlowMapRecord, tensors: dict[str, Tensor]) -> FlowMapStudent:
+            if meta.scales != teacher.scales:
+                raise ValueError(f"it knows guidance scales {meta.scales}, and guided.json beside it {teacher.scales}")
             student = cls(teacher, meta.first, meta.last, FlowMapForm(**meta.form), meta.card)
-            load_beside(student, tensors, NETWORK)
+            load_beside(student, tensors, *APART)
             return student.eval().requires_grad_(False)
 
         return load_artifact(folder, "flow-map", FlowMapRecord, build)
@@ -190,13 +202,13 @@ fewstep bench {name} --nfe 1,2,4 --out runs/bench
 """
 
 
-def load_beside(module: nn.Module, tensors: dict[str, Tensor], inner: str) -> None:
-    """Load the weights of a module but those of the network inside it, which lie in a file of their own.
+def load_beside(module: nn.Module, tensors: dict[str, Tensor], *apart: str) -> None:
+    """Load the weights of a module but those that lie in files of their own, as those of the network inside it.
 
     Args:
         module: to load into.
         tensors: by name.
-        inner: how the names of the others begin.
+        apart: how the names of the others begin.
 
     Raises:
         ValueError: some are missing, too many or of another shape.
@@ -205,6 +217,6 @@ def load_beside(module: nn.Module, tensors: dict[str, Tensor], inner: str) -> No
         missing, unexpected = module.load_state_dict(tensors, strict=False)
     except RuntimeError as error:  # torch's, for weights of another shape
         raise ValueError(str(error).splitlines()[-1].strip()) from error
-    missing = [name for name in missing if not name.startswith(inner)]
+    missing = [name for name in missing if not name.startswith(apart)]
     if missing or unexpected:
         raise ValueError(f"the weights {', '.join([*missing, *unexpected][:3])} are missing or too many")

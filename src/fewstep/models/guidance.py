@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from fewstep.core.condition import with_null
 from fewstep.core.denoiser import Cond, Denoiser, check_denoiser
 from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.runtime.errors import ModelError
+from fewstep.runtime.errors import FewstepError, ModelError
 from fewstep.runtime.front_door import number
 from fewstep.sampling.splitting import log_gradient
 
@@ -23,7 +24,9 @@ __all__ = [
     "calls_of",
     "classifier_free",
     "classifier_guided",
+    "default_scale",
     "dynamic_threshold",
+    "scale_range",
     "static_threshold",
     "thresholded",
 ]
@@ -61,6 +64,25 @@ def both_answers(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Cond, uncond: C
     return null, wanted
 
 
+def scale_range(scales: Any) -> tuple[float, float]:  # noqa: ANN401
+    """Return the least and the largest of a range of guidance scales, plain numbers.
+
+    Raises:
+        FewstepError: they are no range of scales of at least 0.
+    """
+    if not isinstance(scales, Sequence) or isinstance(scales, str) or len(scales) != 2:
+        raise FewstepError(f"scales are the least and the largest guidance scale, as (1.0, 4.0), got {scales!r}")
+    low, high = (number(scale, "a guidance scale") for scale in scales)
+    if not 0 <= low < high < math.inf:
+        raise FewstepError(f"guidance scales range from one of at least 0 to a larger one, as 1 to 4, got {low:g} to {high:g}")
+    return low, high
+
+
+def default_scale(scales: tuple[float, float] | None) -> float:
+    """Return the guidance scale of calls that name none: 1, or of a model that is told its scale the nearest to it that it knows."""
+    return 1.0 if scales is None else min(max(1.0, scales[0]), scales[1])
+
+
 def classifier_free(
     denoiser: Denoiser, scale: float | Tensor, uncond: Cond, *, interval: tuple[float, float] = (0.0, math.inf), rescale: float = 0.0
 ) -> Denoiser:
@@ -81,6 +103,11 @@ def classifier_free(
         ModelError: a rescale outside [0, 1], an empty interval, or a call whose condition has no counterpart in ``uncond``.
     """
     check_denoiser(denoiser, "classifier_free")
+    if getattr(denoiser, "scales", None) is not None:
+        raise ModelError(
+            "this model is told its guidance scale, and answers by one call: use model.guided(scale); an interval, or rescale, which needs "
+            "the answers with and without the condition, is for its teacher"
+        )
     each, rescale = isinstance(scale, Tensor) and scale.ndim == 1, number(rescale, "rescale", ModelError)
     scale = scale if each else number(scale, "the scale of guidance", ModelError)
     largest = float(torch.as_tensor(scale).abs().max()) if each else abs(float(scale))

@@ -10,17 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewstep.models.flow_map_student import load_beside
+from fewstep.models.guidance import scale_range
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import plain_call
 from fewstep.models.networks.extra_embedding import ConditionedNetwork
 from fewstep.models.networks.scaled_call import SCALE, ScaledCall
 from fewstep.runtime.artifact import ArtifactRecord, load_artifact, named_path, save_artifact
-from fewstep.runtime.errors import FewstepError, ModelError
+from fewstep.runtime.errors import ModelError
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
 
-__all__ = ["GuidedForm", "guided_model", "load_guided", "save_guided", "untold"]
+__all__ = ["GuidedForm", "form_of", "guided_model", "load_guided", "save_guided", "untold"]
 
-NETWORK = "network."  # its weights, which lie in a file of their own
+EMBEDDING = f"embeddings.{SCALE}."  # the weights beside those of the network, which lie in a file of their own
 
 
 @checked_class
@@ -46,8 +47,7 @@ class GuidedForm:
     def __post_init__(self) -> None:
         check_fields(self)
         at_least(self, features=2)
-        if not 0 <= self.w_min < self.w_max < float("inf"):
-            raise FewstepError(f"guidance scales range from w_min of at least 0 to a larger w_max, got {self.w_min:g} to {self.w_max:g}")
+        scale_range((self.w_min, self.w_max))
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,27 @@ def guided_model(teacher: Model, form: GuidedForm, network: ConditionedNetwork |
         network: the network, where it was made before.
 
     Raises:
-        ModelError: a network that is no module, or does not say where its time is embedded.
+        ModelError: a network that is no module, or does not say where its time is embedded; a pipeline, whose call guides by itself.
     """
+    if teacher.conditional is not teacher:
+        raise ModelError(
+            f"{teacher.name} is a pipeline, which guides by itself: only a model of one network can be told its guidance scale, as "
+            "fewstep.load_model(folder) or a fewstep.Model of a network of your own"
+        )
     if not isinstance(teacher.network, nn.Module):
         raise ModelError(f"{teacher.name} is a function, which cannot be trained: make the Model of a torch.nn.Module")
     if network is None:
         network = ConditionedNetwork(teacher.network, teacher.call or plain_call, form.insert_at).tell(SCALE, form.features)
-    call = ScaledCall(form.w_max, form.features, max(1.0, form.w_min))
-    return teacher.with_network(network, call=call, scales=(form.w_min, form.w_max), null_label=None)
+    scales = (form.w_min, form.w_max)
+    made = teacher.with_network(network, call=ScaledCall(form.w_max, form.features), scales=scales, null_label=None)
+    return replace(made, call=ScaledCall(form.w_max, form.features, made.default_guidance))
+
+
+def form_of(model: Model) -> GuidedForm:
+    """Return the form of a model that is told its scale: one that `guided_model` made."""
+    network, call = model.network, model.call
+    assert model.scales is not None and isinstance(network, ConditionedNetwork) and isinstance(call, ScaledCall)  # made so
+    return GuidedForm(*model.scales, call.features, network.insert_at)
 
 
 def untold(model: Model, network: nn.Module | None = None) -> Model:
@@ -88,14 +101,16 @@ def untold(model: Model, network: nn.Module | None = None) -> Model:
     return replace(model, network=told.network if network is None else network, call=call, scales=None)
 
 
-def save_guided(network: nn.Module, form: GuidedForm, card: Mapping[str, Any], folder: str | Path) -> Path:
+def save_guided(network: ConditionedNetwork, form: GuidedForm, card: Mapping[str, Any], folder: str | Path) -> Path:
     """Write ``guided.json``, ``guided.safetensors`` and a card; the network itself is saved beside them by `save_like`.
+
+    What the network is told beside its scale, as a flow map the time that it leads to, is saved by others.
 
     Raises:
         ArtifactError: the folder cannot be written, or the card is not JSON-able.
     """
     folder = named_path(folder)
-    tensors = {name: value for name, value in network.state_dict().items() if not name.startswith(NETWORK)}
+    tensors = {name: value for name, value in network.state_dict().items() if name.startswith(EMBEDDING)}
     return save_artifact(folder, "guided", {"form": asdict(form), "card": dict(card)}, tensors, _readme(folder.name, form, card))
 
 
@@ -109,7 +124,7 @@ def load_guided(folder: str | Path, teacher: Model) -> Model:
     def build(meta: GuidedRecord, tensors: dict[str, Tensor]) -> Model:
         model = guided_model(teacher, GuidedForm(**meta.form))
         assert isinstance(model.network, nn.Module)  # made so
-        load_beside(model.network, tensors, NETWORK)
+        load_beside(model.network, tensors, "network.")
         model.network.eval().requires_grad_(False)
         return model
 

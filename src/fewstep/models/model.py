@@ -18,7 +18,7 @@ from fewstep.core.prediction import Prediction, aligned, prediction, to_x0
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics
 from fewstep.models.carried import OPTIMIZED, Carried
-from fewstep.models.guidance import Wrapped, classifier_free
+from fewstep.models.guidance import Wrapped, classifier_free, default_scale
 from fewstep.models.identity import Part, digest, parts, rounded, state_of
 from fewstep.models.networks.between_times import BetweenTimes
 from fewstep.models.networks.calls import (
@@ -219,8 +219,8 @@ class Model:
 
     @property
     def default_guidance(self) -> float:
-        """The guidance scale of calls that name none."""
-        return 1.0
+        """The guidance scale of calls that name none: 1, or what is nearest to it among those that it is told."""
+        return default_scale(self.scales)
 
     @property
     def conditional(self) -> Denoiser:

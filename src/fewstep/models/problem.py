@@ -89,11 +89,21 @@ class Problem:
         Raises:
             ModelError: the model is a student, or cannot be asked at any time.
         """
-        model = self.model.need_denoiser().at_any_time()
-        if isinstance(self.denoiser, Model):  # without guidance, or told its scale
-            return self.denoiser.at_any_time()
-        denoiser = self.denoiser if model is self.model else model.guided(self.guidance)
-        assert not isinstance(denoiser, FlowMap)
+        return self.teacher_at(self.guidance)
+
+    def teacher_at(self, scale: float | Tensor) -> Denoiser:
+        """Return the denoiser for learners at another guidance scale, or at one for each sample of a batch ``[B]``, see `teacher`.
+
+        Raises:
+            ModelError: the model is a student, has no such scale, or cannot be asked at any time.
+        """
+        model = self.model.need_denoiser()
+        if model.scales is not None:
+            told = model.guided(scale)
+            assert isinstance(told, Model)  # a denoiser, which is told its scale
+            return told.at_any_time()
+        denoiser = model.at_any_time().guided(scale)
+        assert not isinstance(denoiser, FlowMap)  # see above
         return denoiser
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor
 from fewstep.core.tableau import Nodes
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["seed_list", "seeded_noise", "start_noise"]
+__all__ = ["seed_list", "seeded_noise", "seeded_scales", "start_noise"]
+
+SCALES = 1  # the stream of a seed that its guidance scale is drawn from
 
 
 def seed_list(seeds: Iterable[int] | Tensor) -> list[int]:
@@ -66,3 +69,10 @@ def _mix(seed: int, stream: int) -> int:
 def start_noise(nodes: Nodes, seeds: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:
     """Return the start ``x_T = sigma_T eps [len(seeds), *shape]`` of the sampling ODE at the first node, seeded per sample."""
     return seeded_noise(seeds, shape) * nodes.sigma[0].float()
+
+
+def seeded_scales(seeds: Sequence[int] | Tensor, scales: tuple[float, float]) -> Tensor:
+    """Return a guidance scale for each seed, ``[len(seeds)]`` float64 on the CPU, uniform between the least and the largest."""
+    low, high = scales
+    normal = seeded_noise(seeds, (), stream=SCALES).double()
+    return low + (high - low) * 0.5 * (1 + torch.erf(normal / math.sqrt(2)))

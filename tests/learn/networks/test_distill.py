@@ -320,7 +320,7 @@ def test_a_guided_teacher_moves_into_the_weights(teacher, tmp_path) -> None:
     problem = Problem(teacher, 3.0)
     with Job.open("distill") as job:
         data = TeacherData(problem, make_grid("angle", LAW, 2), config.trajectories, config.held_out, job, given=found)
-    states, labels = data._solved(found.seeds(range(4)).tolist())  # what is solved while training is what would be stored
+    states, labels, _ = data._solved(found.seeds(range(4)).tolist())  # what is solved while training is what would be stored
     torch.testing.assert_close(states, found.states(range(4)), rtol=1e-5, atol=1e-5)
     assert labels.tolist() == found.labels(range(4)).tolist()
 

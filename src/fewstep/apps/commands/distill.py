@@ -24,7 +24,7 @@ from fewstep.runtime.process import default_device
 
 __all__ = ["distill"]
 
-FIGURES = ("curve", "slots", "passes", "arithmetic", "trained_on", "seconds")
+FIGURES = ("curve", "calls", "ends", "slots", "passes", "passes_by_scale", "arithmetic", "trained_on", "seconds")
 METHODS = "; ".join(f"{name}: {method.about}" for name, method in OBJECTIVES.items()) + "."
 FLAGS = {
     "num": NUM,
@@ -62,7 +62,7 @@ def distill(
     if features is not None and opened.shape != (1, 8, 8):
         raise FewstepError(f"the bundled features are of 8x8 digits, {opened.name} makes {opened.shape}: use another loss")
     stored = None if trajectories is None else Trajectories.load(trajectories)
-    with progress(f"distilling {opened.name}", chosen.steps) as report:
+    with progress(f"distilling {opened.name}", chosen.all_steps) as report:
         student = make_student(
             opened,
             method,
@@ -79,9 +79,9 @@ def distill(
         )
     if student is None:
         return
-    shown = Trajectories.load(out / "work" / "trajectories") if stored is None else stored
     done = {"model": opened.name, "student": str(out)}
-    if len(opened.need_shape()) == 3 and "passes" in student.card:
+    if len(opened.need_shape()) == 3 and "slots" in student.card:
+        shown = Trajectories.load(out / "work" / "trajectories") if stored is None else stored
         held_out = range(len(shown))[-chosen.held_out :][:6]
         done["picture"] = str(_draw(student, shown, held_out, out / "slots.png"))
     done |= {key: student.card[key] for key in FIGURES if key in student.card}
@@ -95,14 +95,21 @@ def distill(
 
 def _show(done: dict[str, Any]) -> None:
     """Print the error of the student by the number of passes, and what they cost."""
-    rows = [
-        (str(n), f"{done['arithmetic'][n]:.2f}", f"{error:.4f}", ", ".join(f"{t:.4g}" for t in times))
-        for n, (times, error) in done["passes"].items()
-    ]
-    headings = ("passes", "arithmetic (evaluations)", "RMSE to the teacher", "times")
-    show_table(f"{done['model']} distilled, on held-out trajectories", headings, rows, left=("times",))
-    slots = ", ".join(f"{error:.4f}" for error in done["slots"])
-    console.print(f"error in each slot of one pass: {slots}; {done['seconds']:.0f} s of training")
+    if "calls" in done:
+        called = [(scale, f"{error:.4f}", f"{worst:.4f}") for scale, (error, worst) in done["calls"].items()]
+        show_table(f"{done['model']} distilled", ("guidance", "RMSE of one call to the guided teacher", "at the worst time"), called)
+    if "ends" in done:
+        ended = [(scale, f"{error:.4f}") for scale, error in done["ends"].items()]
+        show_table(f"{done['model']} distilled", ("guidance", "RMSE of its ends to the model that was halved"), ended)
+    if "slots" in done:
+        rows = [
+            (str(n), f"{done['arithmetic'][n]:.2f}", f"{error:.4f}", ", ".join(f"{t:.4g}" for t in times))
+            for n, (times, error) in done["passes"].items()
+        ]
+        headings = ("passes", "arithmetic (evaluations)", "RMSE to the teacher", "times")
+        show_table(f"{done['model']} distilled, on held-out trajectories", headings, rows, left=("times",))
+        console.print(f"error in each slot of one pass: {', '.join(f'{error:.4f}' for error in done['slots'])}")
+    console.print(f"{done['seconds']:.0f} s of training")
 
 
 @torch.no_grad()
@@ -112,7 +119,8 @@ def _draw(student: Model, stored: Trajectories, index: range, path: Path) -> Pat
     assert flow_map is not None  # just made
     t = flow_map.student.times if isinstance(flow_map, OperatorMap) else stored.t[:: max(1, (len(stored.t) - 1) // 4)]
     places = [int((stored.t - wanted).abs().argmin()) for wanted in t]
-    x, labels = stored.states(index, at=places).to(default_device()), stored.labels(index)
+    x, labels, scale = stored.states(index, at=places).to(default_device()), stored.labels(index), stored.scale(index)
+    flow_map = flow_map if scale is None else flow_map.at(scale)
     cond = None if labels is None else labels.to(x.device)
     ours = torch.stack([flow_map(x[:, 0], t[0], later, cond) for later in t[1:]], 1)
     cells = {}

@@ -58,7 +58,13 @@ def trajectories(
     scale = guidance_of(opened, guidance)
     times = opened.trajectory_grid(grid, slots, scale)
     with progress(f"solving {config.num} trajectories of {opened.name}", config.num) as report:
-        about = {"guidance": scale, "config": config, "parallel": together, "device": default_device(), "command": command()}
+        about = {
+            "guidance": scale if config.scales is None else guidance,
+            "config": config,
+            "parallel": together,
+            "device": default_device(),
+            "command": command(),
+        }
         made = generate_trajectories(opened, times, out, **about, on_progress=report)
     if made is None:
         return
@@ -72,5 +78,8 @@ def trajectories(
     console.print(f"trajectories: {out} ({size / 1e6:.0f} MB, own error {own})")
     held_out = min(DISTILL.held_out, config.num // 4)
     which = ["--grid", grid, "--slots", slots, "--num", config.num - held_out, "--held-out", held_out]
-    which += ["--method", "kd"] if slots == 1 else []
+    if config.scales is not None:
+        which += ["--method", "flow-map", *([] if opened.scales else ["--scales", ",".join(f"{scale:g}" for scale in config.scales)])]
+    elif slots == 1:
+        which += ["--method", "kd"]
     console.print(next_command("distill", model, *model_words(opened, guidance), "--trajectories", out, *which, "--out", "runs/student"))

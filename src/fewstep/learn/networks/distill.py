@@ -23,7 +23,7 @@ from fewstep.learn.networks.objectives import (
     StudentConfig,
 )
 from fewstep.learn.networks.objectives.objective import StudentObjective
-from fewstep.learn.networks.trainer import Trained, dropout_as, may_write_model, teacher_name, train_student
+from fewstep.learn.networks.trainer import Trained, check_one_scale, dropout_as, may_write_model, teacher_name, train_student
 from fewstep.learn.teacher.batches import TeacherData
 from fewstep.learn.teacher.trajectories import Trajectories
 from fewstep.models.carried import OPTIMIZED, Carried
@@ -32,7 +32,7 @@ from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.models.tuned import Tuned
 from fewstep.runtime.artifact import named_path, read_json, write_whole
-from fewstep.runtime.errors import ArtifactError, FewstepError, look_up
+from fewstep.runtime.errors import ArtifactError, FewstepError, ModelError, look_up
 from fewstep.runtime.front_door import checked, config_of, scale_of
 from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import from_first, process, wait_for_all
@@ -66,8 +66,9 @@ def distill(
 
     Args:
         model: the teacher; its own weights are never changed.
-        method: a key of `OBJECTIVES`: ``flow-map``, ``dsno``, ``slots`` or ``kd``.
-        guidance: scale at which the teacher samples; by default the configuration's. The student takes labels but no scale.
+        method: a key of `OBJECTIVES`: ``flow-map``, ``guided``, ``progressive``, ``dsno``, ``slots`` or ``kd``.
+        guidance: scale at which the teacher samples; by default the configuration's. The student takes labels but no scale, but for those
+            that are told it: of guided, of flow-map with ``scales``, and of flow-map and progressive where the teacher is told it.
         out: a folder, which becomes a model folder; by default the student stays in memory.
         config: how to distil: a `FlowMapConfig` of flow-map, a `DistillConfig` of dsno, slots and kd.
         trajectories: stored ones to learn from, with the times of ``config.grid`` among theirs; by default they are made.
@@ -96,6 +97,8 @@ def distill(
         if getattr(given, name) is not None and name not in chosen.takes:
             raise FewstepError(f"the method {method} learns nothing from {name}: leave that out")
     scale = scale_of(guidance, options.guidance)
+    if model.need_denoiser().scales is not None:
+        scale = _every_scale(model, method, scale)
     if isinstance(options, ProgressiveConfig) and len(options.nfe) > 1:
         if begin is not None or trajectories is not None:
             raise FewstepError(
@@ -129,6 +132,25 @@ def distill(
         return _result(objective, trained, figures, job)
 
 
+def _every_scale(model: Model, method: str, scale: float) -> float:
+    """Return the guidance scale by which a model is named that is told one, for a method whose student is told it, too.
+
+    Raises:
+        ModelError: the method makes a student of one scale, or one scale was asked for.
+    """
+    if method == "guided":
+        raise ModelError(f"{model.name} is told its guidance scale already: there is nothing to distil; name its teacher")
+    if not OBJECTIVES[method].every_scale:
+        check_one_scale(model, method)
+    if scale not in (1.0, model.default_guidance) and model.scales is not None:
+        low, high = model.scales
+        raise ModelError(
+            f"{model.name} is told its guidance scale, from {low:g} to {high:g}, and so is its student by {method}: leave guidance out, "
+            f"and sample the student at guidance {scale:g}"
+        )
+    return model.default_guidance
+
+
 def _halved(model: Model, config: ProgressiveConfig, out: str | Path | None, on_progress: Progress | None, **how: Any) -> Model | None:  # noqa: ANN401
     """Make one student after the other, each of half as many steps; those before the last lie in ``steps`` below ``out``.
 
@@ -149,7 +171,7 @@ def _halved(model: Model, config: ProgressiveConfig, out: str | Path | None, on_
             made: Model | None = load_folder(below, trust=True)
         else:
             made = distill(model, "progressive", config=one, guidance=one.guidance, out=below, on_progress=note, **how)
-        if below == out:
+        if count == config.nfe[-1]:
             return made
         wait_for_all()
         model = load_folder(str(below), trust=True) if made is None else made

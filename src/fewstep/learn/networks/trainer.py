@@ -22,7 +22,7 @@ from fewstep.runtime.artifact import written_apart
 from fewstep.runtime.errors import FewstepError, ModelError
 from fewstep.runtime.job import folder_of
 
-__all__ = ["Trained", "dropout_as", "may_write_model", "teacher_name", "train_student"]
+__all__ = ["Trained", "check_one_scale", "dropout_as", "may_write_model", "teacher_name", "train_student"]
 
 TEACHER = "teacher"  # the folder of a teacher that has none of its own, below its student's
 
@@ -116,6 +116,19 @@ def may_write_model(model: Model, out: str | Path | None, begun: str) -> None:
         raise FewstepError(f"{folder} already holds a finished student: choose another folder, or remove it")
     if holds_model(folder) and not (folder / begun).exists():  # with it, a run was killed while it saved
         raise FewstepError(f"{folder} already holds a model, which would be lost: choose another folder")
+
+
+def check_one_scale(model: Model, method: str) -> None:
+    """Refuse a model that is told its guidance scale, for a method whose student has one.
+
+    Raises:
+        ModelError: it is told (and how to mend it).
+    """
+    if model.scales is not None:
+        raise ModelError(
+            f"{model.name} is told its guidance scale, and {method} makes a student of one scale: name its teacher with guidance=..., or "
+            "use the method flow-map of distill, whose student is told the scale, too"
+        )
 
 
 def teacher_name(model: Model, folder: Path | None = None) -> str:

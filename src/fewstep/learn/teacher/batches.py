@@ -19,6 +19,7 @@ from fewstep.models.problem import Problem
 from fewstep.runtime.errors import ArtifactError
 from fewstep.runtime.job import Job
 from fewstep.runtime.process import share, sum_over_processes
+from fewstep.sampling.noise import seeded_scales
 from fewstep.solvers import make_solver
 
 __all__ = ["Batch", "StoredBatch", "TeacherData", "stored_batches", "stored_gram"]
@@ -32,14 +33,16 @@ class Batch(NamedTuple):
     Attributes:
         x: teacher states ``[b, T, *D]`` at the times of the grid, or images ``[b, *D]``.
         cond: class labels ``[b]``, or None.
+        scale: guidance scales ``[b]``, float64, which stay on the CPU; None where all have one.
     """
 
     x: Tensor
     cond: Cond
+    scale: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Move the batch."""
-        return Batch(self.x.to(device), None if self.cond is None else self.cond.to(device))
+        return Batch(self.x.to(device), None if self.cond is None else self.cond.to(device), self.scale)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class TeacherData:
         self.problem, self.grid, self.config, self.held_out, self.fresh = problem, grid, config, held_out, fresh
         self.num = config.num - held_out
         self.trajectories = self._made(job) if given is None else given
-        self.trajectories.check(problem)
+        self.trajectories.check(problem, config.scales)
         folder = self.trajectories.folder
         if len(self.trajectories) < config.num:
             wanted = f"{self.num} and {held_out} held out"
@@ -146,18 +149,19 @@ class TeacherData:
         old, new = mixed[order][mixed[order] < len(index)], mixed[order][mixed[order] >= len(index)] - len(index)
         parts = [self._stored(index[old])] if len(old) else []
         parts += [self._solved(seeds[new].tolist())] if len(new) else []
-        labels = [part.cond for part in parts if part.cond is not None]
-        return Batch(torch.cat([part.x for part in parts])[order.argsort()], torch.cat(labels)[order.argsort()] if labels else None)
+        back, labels = order.argsort(), [part.cond for part in parts if part.cond is not None]
+        scales = [part.scale for part in parts if part.scale is not None]
+        x = torch.cat([part.x for part in parts])[back]
+        return Batch(x, torch.cat(labels)[back] if labels else None, torch.cat(scales)[back] if scales else None)
 
     def _stored(self, index: Tensor) -> Batch:
-        return Batch(self.trajectories.states(index, at=self.places), self.trajectories.labels(index))
+        return Batch(self.trajectories.states(index, at=self.places), self.trajectories.labels(index), self.trajectories.scale(index))
 
     def batches_held_out(self, size: int, *, shared: bool = False) -> Iterator[Batch]:
         """Yield the held-out trajectories, or this process's share of them, in order, on the problem's device."""
         held_out = range(self.num, self.num + self.held_out)
         for part in torch.tensor(share(held_out) if shared else held_out).split(size):
-            x, labels = self.trajectories.states(part, at=self.places), self.trajectories.labels(part)
-            yield Batch(x, labels).to(self.problem.device)
+            yield self._stored(part).to(self.problem.device)
 
     def batches_trained_on(self, num: int, size: int = 256) -> Iterator[Batch]:
         """Yield the first ``num`` training trajectories in order, on the problem's device."""
@@ -170,6 +174,9 @@ class TeacherData:
 
     def _solved(self, seeds: list[int]) -> Batch:
         """Solve the trajectories of these seeds at the times of the grid; states and labels on the CPU."""
-        start = self.problem.start(seeds, self._solver.tableau.nodes)
-        states = self._solver.run(start, self.problem.cond(seeds))
-        return Batch(torch.cat([start[:, None].cpu(), states], 1), self.problem.labels(seeds))
+        start, solver, scale = self.problem.start(seeds, self._solver.tableau.nodes), self._solver, None
+        if self.config.scales is not None:
+            scale = seeded_scales(seeds, self.config.scales)
+            solver = solver.told(self.problem.teacher_at(scale))
+        states = solver.run(start, self.problem.cond(seeds))
+        return Batch(torch.cat([start[:, None].cpu(), states], 1), self.problem.labels(seeds), scale)

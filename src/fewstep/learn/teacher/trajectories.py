@@ -5,6 +5,7 @@ The start ``x_T`` is not stored, since its seed gives it; the class label is, wh
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -26,6 +27,7 @@ from fewstep.core.schedule import NoiseSchedule, VPLinear, schedule_from_config
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
 from fewstep.learn.teacher.dense import interpolation
 from fewstep.models.analytic import GaussianDenoiser
+from fewstep.models.guidance import scale_range
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.artifact import Count, Number, Record, Whole, check_file, digest_of, held_to, named_path, read_record, write_whole
@@ -34,7 +36,7 @@ from fewstep.runtime.front_door import at_least, check_fields, checked, checked_
 from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import wait_for_all
 from fewstep.sampling.loop import Step, steps
-from fewstep.sampling.noise import start_noise
+from fewstep.sampling.noise import seeded_scales, start_noise
 from fewstep.sampling.parallel import ParallelConfig, rounds
 from fewstep.solvers import make_solver, takes_statistics
 
@@ -75,6 +77,7 @@ class TrajectoriesRecord(Record):
     identity: str
     shards: list[ShardRecord]
     card: dict[str, Any]
+    scales: tuple[Number, Number] | None = None
 
 
 @checked_class
@@ -91,9 +94,12 @@ class TrajectoryConfig:
         label: one class for all; by default the seed modulo the number of classes.
         batch: number of trajectories solved at a time, and stored in a file.
         dtype: dtype of the stored states: float32, float16 or bfloat16.
+        scales: the least and the largest guidance scale, between which each trajectory has one of its own, drawn by its seed; by default
+            all have that of ``guidance``.
 
     Raises:
-        FewstepError: a number out of range, an unknown dtype or solver, or a solver that adds noise or needs statistics.
+        FewstepError: a number out of range, both scales and a guidance, an unknown dtype or solver, or a solver that adds noise or needs
+            statistics.
     """
 
     num: int = 8192
@@ -104,10 +110,17 @@ class TrajectoryConfig:
     label: int | None = None
     batch: int = 256
     dtype: str = "float32"
+    scales: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         at_least(self, num=1, nfe=1, batch=1)
+        if self.scales is not None:
+            object.__setattr__(self, "scales", scale_range(self.scales))
+            if self.guidance != 1:
+                raise FewstepError(
+                    f"trajectories have one guidance, or scales of their own, not {self.guidance:g} and {self.scales}: leave one out"
+                )
         if not math.isfinite(self.guidance):
             raise FewstepError(f"guidance is a finite scale, got {self.guidance}")
         if self.seed < 0 or self.seed + self.num > 2**63:
@@ -151,6 +164,12 @@ class TrajectorySolver:
             raise SolverError(f"{type(solver).__name__} does not start each of its steps at a time of the grid: use a solver like unipc-3")
         corrected = _in_anchor(self.tableau, denoiser.schedule)
         self.from_anchor = {i: shown for i, shown in enumerate(corrected) if i and i % stride == 0}
+
+    def told(self, denoiser: Denoiser) -> TrajectorySolver:
+        """Return the same solver of another denoiser of the same noise law."""
+        other = copy.copy(self)
+        other.denoiser = denoiser
+        return other
 
     @torch.no_grad()
     def run(self, x: Tensor, cond: Cond, observe: Callable[[float], None] | None = None) -> Tensor:
@@ -243,8 +262,11 @@ def generate_trajectories(
         raise FewstepError(f"parallel is a fewstep.ParallelConfig, got {str(parallel)[:80]!r}")
     if parallel is not None and (parallel.rounds is not None or parallel.devices):
         raise FewstepError("trajectories are solved to their end, on the model's device: leave rounds and devices out")
+    if parallel is not None and config.scales is not None:
+        raise FewstepError("trajectories at scales of their own are solved step after step: leave parallel out")
     with Job.open("make trajectories", out, device=device or model.device, on_progress=on_progress, command=command) as job:
-        made = trajectories_of(Problem(model, config.guidance, job.device), grid, config, job, parallel=parallel)
+        scale = config.guidance if config.scales is None else model.default_guidance
+        made = trajectories_of(Problem(model, scale, job.device), grid, config, job, parallel=parallel)
         return None if job.rank else made
 
 
@@ -262,9 +284,13 @@ def trajectories_of(
     ``checked`` says of how many the error is estimated; by default of the first batch.
     """
     teacher = TrajectorySolver(problem.teacher, make_solver(config.solver), grid, config.nfe, parallel)
-    about = {name: value for name, value in asdict(config).items() if name != "num"} | {
+    scales = config.scales
+    if scales is not None:
+        problem.teacher_at(torch.tensor(scales, dtype=torch.float64))  # scales that it does not have are refused before anything else
+    left_out = ("num",) if scales is not None else ("num", "scales")
+    about = {name: value for name, value in asdict(config).items() if name not in left_out} | {
         "nfe": teacher.tableau.nodes.evaluations,
-        "guidance": problem.guidance,
+        "guidance": problem.guidance if scales is None else config.guidance,
         "times": grid.t.tolist(),
         "shape": list(problem.shape),
         "classes": problem.model.classes,
@@ -279,8 +305,11 @@ def trajectories_of(
     for number, (path, seeds) in list(enumerate(wanted.items()))[job.rank :: job.world]:
         if path not in present:
             x, cond = problem.start(seeds, teacher.tableau.nodes), problem.cond(seeds, config.label)
+            first, one = seeds[:checked], teacher
+            if scales is not None:
+                teacher, one = (teacher.told(problem.teacher_at(seeded_scales(some, scales))) for some in (seeds, first))
             states = teacher.run(x, cond, lambda level, done=done: job.on_progress(done, f"noise level {level:.3g}"))
-            error = {} if number else teacher.error(x[:checked], problem.cond(seeds[:checked], config.label), states[:checked])
+            error = {} if number else one.error(x[:checked], problem.cond(first, config.label), states[:checked])
             labels = problem.labels(seeds, config.label)
             _write_shard(path, about["identity"], seeds, states.to(DTYPES[config.dtype]), labels, error)
         done = seeds[-1] + 1 - config.seed
@@ -356,7 +385,9 @@ def _finish(folder: Path, about: dict[str, Any], wanted: dict[Path, range], of: 
         "shards": listed,
         "card": card,
     }
-    facts = [f"- {key}: {value}" for key, value in {"guidance": about["guidance"], **card}.items()]
+    scales = about.get("scales")
+    guidance = about["guidance"] if scales is None else f"{scales[0]:g} to {scales[1]:g}, each its own"
+    facts = [f"- {key}: {value}" for key, value in {"guidance": guidance, **card}.items()]
     readme = [f"# {num} fewstep teacher trajectories at {len(about['times'])} times", "", *facts]
     readme += ["", "Read them with `fewstep.learn.teacher.trajectories.Trajectories.load`.", ""]
     write_whole(folder / "README.md", "\n".join(readme).encode())
@@ -366,7 +397,8 @@ def _finish(folder: Path, about: dict[str, Any], wanted: dict[Path, range], of: 
 class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
     """A folder of trajectories: the states ``x [T, *D]`` of each at the times ``t [T]``, from the noise of its seed to the last.
 
-    ``shape`` is ``*D``; ``model`` (its fingerprint), ``schedule`` and ``guidance`` are the teacher's; ``card`` has provenance.
+    ``shape`` is ``*D``; ``model`` (its fingerprint), ``schedule`` and ``guidance`` are the teacher's, or ``scales`` the range of their own
+    guidance scales; ``card`` has provenance.
     Shards are mapped, not read, so memory does not grow with them; each is checked when it is first used.
     """
 
@@ -375,6 +407,7 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
         self.t, self.shape = TimeGrid(torch.tensor(meta.times, dtype=torch.float64)).t, tuple(meta.shape)
         self.schedule, self.model, self.guidance = schedule_from_config(meta.schedule), meta.model, meta.guidance
         self.classes, self.card, self.first, self.batch = meta.classes, meta.card, meta.seed, meta.batch
+        self.scales = None if meta.scales is None else scale_range(meta.scales)
         starts = range(0, self.num, self.batch)
         if len(self.shards) != len(starts) or any(
             shard.count != min(self.batch, self.num - start) for shard, start in zip(self.shards, starts, strict=True)
@@ -441,14 +474,23 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
         """Return class labels ``[n]``, or None if the model takes none."""
         return None if self.classes is None else self._gather("labels", self._places(index), torch.int64)
 
-    def check(self, problem: Problem) -> None:
+    def scale(self, index: Sequence[int] | Tensor | slice) -> Tensor | None:
+        """Return the guidance scale of each, ``[n]`` float64, or None if all have that of ``guidance``."""
+        return None if self.scales is None else seeded_scales(self.seeds(index), self.scales)
+
+    def check(self, problem: Problem, scales: tuple[float, float] | None = None) -> None:
         """Refuse another problem than the one these trajectories are of.
+
+        Args:
+            problem: whose they should be.
+            scales: the range of guidance scales that they should have, in place of the problem's own scale.
 
         Raises:
             ArtifactError: the schedule, sample shape, model (by fingerprint) or guidance is another (both sides are named).
         """
-        ours = {"schedule": self.schedule.to_config(), "sample shape": self.shape, "model": self.model, "guidance": self.guidance}
-        theirs = (problem.schedule.to_config(), problem.shape, problem.fingerprint, problem.guidance)  # the fingerprint holds the schedule
+        guidance, wanted = (one if few is None else few for one, few in ((self.guidance, self.scales), (problem.guidance, scales)))
+        ours = {"schedule": self.schedule.to_config(), "sample shape": self.shape, "model": self.model, "guidance": guidance}
+        theirs = (problem.schedule.to_config(), problem.shape, problem.fingerprint, wanted)  # the fingerprint holds the schedule
         for (what, mine), other in zip(ours.items(), theirs, strict=True):
             if mine != other:
                 one, two = (json.dumps(side)[:200] for side in (mine, other))

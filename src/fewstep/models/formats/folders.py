@@ -25,7 +25,7 @@ from fewstep.models.flow_map_student import FlowMapStudent
 from fewstep.models.formats.description import description
 from fewstep.models.formats.diffusers_law import noise_law
 from fewstep.models.formats.own import OwnRecord, entries, own_files, own_model
-from fewstep.models.guided import GuidedForm, load_guided, save_guided, untold
+from fewstep.models.guided import form_of, load_guided, save_guided, untold
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import NetworkTime, edm_time, image_size, same_time, unet_call
 from fewstep.models.networks.extra_embedding import ConditionedNetwork
@@ -316,8 +316,7 @@ def _write_carried(carried: Carried, folder: Path) -> None:
 def write_model(model: Model, folder: Path) -> None:
     """Write the files of a model; the description is the last of them."""
     if model.scales is not None and isinstance(model.network, ConditionedNetwork):
-        call: Any = model.call
-        save_guided(model.network, GuidedForm(*model.scales, call.features), {}, folder)
+        save_guided(model.network, form_of(model), {}, folder)
     model = untold(model)
     if _has_format(model):
         save_described(model, folder)

@@ -101,7 +101,7 @@ class ConditionedNetwork(nn.Module):
     def __init__(self, network: nn.Module, call: Callable[..., Any], insert_at: str | None = None) -> None:
         super().__init__()
         self.network, self.call, self.embeddings, self._context = network, call, nn.ModuleDict(), EmbeddingContext()
-        self.features = dict[str, int]()
+        self.features, self.insert_at = dict[str, int](), insert_at
         kind = type(network).__name__
         place = insert_at or INSERT_AT.get(kind) or ("time_embedding" if hasattr(network, "time_embedding") else None)
         if place is None:

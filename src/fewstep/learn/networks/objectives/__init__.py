@@ -45,12 +45,14 @@ class Method:
         make: ``(problem, config, given) -> objective``.
         takes: the names of the data in `Given` that it takes.
         about: a few words, for help.
+        every_scale: whether it takes a model that is told its guidance scale, at all its scales.
     """
 
     config: type[StudentConfig]
     make: Callable[[Problem, Any, Given], StudentObjective]
     takes: tuple[str, ...]
     about: str
+    every_scale: bool = False
 
 
 def _dsno(problem: Problem, config: DistillConfig, given: Given) -> OperatorObjective:
@@ -89,9 +91,9 @@ def _progressive(problem: Problem, config: ProgressiveConfig, given: Given) -> P
 
 
 OBJECTIVES: dict[str, Method] = {
-    "progressive": Method(ProgressiveConfig, _progressive, (), "half as many steps, again and again"),
+    "progressive": Method(ProgressiveConfig, _progressive, (), "half as many steps, again and again", every_scale=True),
     "guided": Method(GuidedConfig, _guided, ("images",), "one call for any guidance scale"),
-    "flow-map": Method(FlowMapConfig, _flow_map, ("images",), "any number of passes"),
+    "flow-map": Method(FlowMapConfig, _flow_map, ("images",), "any number of passes", every_scale=True),
     "dsno": Method(DistillConfig, _dsno, ("features",), "slots that meet in temporal layers"),
     "slots": Method(DistillConfig, _slots, ("features",), "slots that do not meet"),
     "kd": Method(DistillConfig, _kd, ("features",), "one slot"),

@@ -66,6 +66,11 @@ class StudentConfig:
         return LoopConfig(self.steps, self.batch, self.lr, min(200, self.steps // 10), **options)
 
     @property
+    def all_steps(self) -> int:
+        """The number of training steps of all students that are made."""
+        return self.steps
+
+    @property
     def trajectories(self) -> TrajectoryConfig:
         """The configuration of the training trajectories followed by held-out ones."""
         return TrajectoryConfig(self.num + self.held_out, self.teacher_nfe, seed=self.seed, guidance=self.guidance)

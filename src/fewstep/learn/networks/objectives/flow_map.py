@@ -7,6 +7,7 @@ Each row of a batch is a pair of times ``s > t`` and a state at ``s``. What the 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,7 +31,10 @@ from fewstep.learn.teacher.jvp import JVP_METHODS, choose_jvp
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.models.flow_map_student import FlowMapForm, FlowMapStudent
 from fewstep.models.formats.folders import as_student, save_like
+from fewstep.models.guidance import scale_range
+from fewstep.models.guided import GuidedForm, form_of, guided_model, save_guided
 from fewstep.models.model import Model
+from fewstep.models.networks.extra_embedding import ConditionedNetwork
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError, ModelError, look_up
 from fewstep.runtime.front_door import at_least, checked_class
@@ -71,6 +75,8 @@ class FlowMapConfig(StudentConfig):
         max_passes: numbers of passes, from 1 on, whose inner times are chosen after training.
         form: the student's parts.
         loss: huber, l1 or l2.
+        scales: the least and the largest guidance scale that the student is told, of a model with a null label; by default it has one,
+            ``guidance``. A student of a model that is told its scale is told the same scales.
 
     Raises:
         FewstepError: a number out of range, or an unknown word.
@@ -87,10 +93,17 @@ class FlowMapConfig(StudentConfig):
     max_passes: int = 8
     form: FlowMapForm = field(default_factory=FlowMapForm)
     loss: str = "huber"
+    scales: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, slots=2, max_passes=1)
+        if self.scales is not None:
+            object.__setattr__(self, "scales", scale_range(self.scales))
+            if self.guidance != 1:
+                raise FewstepError(
+                    f"a flow map has one guidance, or is told one of its scales, not {self.guidance:g} and {self.scales}: leave one out"
+                )
         look_up(self.target, {**TARGETS, **PRESETS}, "target of a flow map", FewstepError)
         look_up(self.loss, DISTANCES, "loss", FewstepError)
         look_up(self.states, dict.fromkeys(("stored", "noised")), "states of a flow map", FewstepError)
@@ -130,19 +143,21 @@ class FlowMapObjective(StudentObjective):
 
     Raises:
         FewstepError: images that the target does not take, or none where it needs some.
-        ModelError: a network that no flow map can be made of, or that cannot be differentiated.
+        ModelError: a network that no flow map can be made of, that cannot be differentiated, or that cannot be told these scales.
     """
 
     kind = "flow-map"
 
     def __init__(self, problem: Problem, config: FlowMapConfig, images: Images | None = None) -> None:
         self.problem, self.config, self.images = problem, config, images
-        self.equation = config.equation
+        self.equation, self.scales = config.equation, self._scales()
         self.averaged = self.equation not in ("trajectory", "lagrangian-jvp") or config.own > 0
         if images is not None and self.equation == "trajectory":
             raise FewstepError("the target trajectory learns from the teacher's trajectories: leave data out, or use another target")
         if images is None and self.equation == "matching":
             raise FewstepError("the target matching learns from pictures: pass images=..., the data that the model was trained on (--data)")
+        if self.equation == "matching" and (self.scales is not None or problem.guidance != 1):
+            raise FewstepError("the target matching learns the data, not what guidance makes of it: use another target, or guidance 1")
         if images is not None:
             check_images(images, problem.model)
         self.grid = problem.model.trajectory_grid(config.grid, config.slots, problem.guidance)
@@ -155,7 +170,7 @@ class FlowMapObjective(StudentObjective):
 
     @property
     def trajectories(self) -> TrajectoryConfig:
-        made = self.config.trajectories
+        made = replace(self.config.trajectories, scales=self.scales, guidance=1.0 if self.scales else self.config.guidance)
         return made if self.images is None else replace(made, num=self.config.held_out)
 
     @property
@@ -168,7 +183,7 @@ class FlowMapObjective(StudentObjective):
         for module in network.modules():
             if isinstance(module, nn.Dropout):
                 module.p = self.config.dropout
-        teacher = self.problem.model.with_network(network)
+        teacher = self._told(self.problem.model.with_network(network))
         first, last = float(self.grid.t[0]), float(self.grid.t[-1])
         return FlowMapStudent(teacher, first, last, self.config.form).to(self.problem.device)
 
@@ -198,6 +213,30 @@ class FlowMapObjective(StudentObjective):
                 )
         super().take_over(student, begin)
 
+    # -- guidance scales that it is told ------------------------------------------------------------------------------
+
+    def _scales(self) -> tuple[float, float] | None:
+        """Return the range of guidance scales that the student is told, if any.
+
+        Raises:
+            ModelError: the model is told its scale already, or cannot be guided.
+        """
+        model, asked = self.problem.model.need_denoiser(), self.config.scales
+        if asked is None:
+            return model.scales
+        if model.scales is not None:
+            low, high = model.scales
+            raise ModelError(f"{model.name} is told its guidance scale, from {low:g} to {high:g}, and so is its flow map: leave scales out")
+        if model.null_label is None:
+            raise ModelError(f"{model.name} cannot be guided, since it has no null label: leave scales out")
+        return asked
+
+    def _told(self, model: Model, network: ConditionedNetwork | None = None) -> Model:
+        """Return a model that is told the scales, as its flow map is; the model itself where that is told none, or it is told already."""
+        if self.config.scales is None:
+            return model
+        return guided_model(model, GuidedForm(*self.config.scales, insert_at=self.config.form.insert_at), network)
+
     # -- data -------------------------------------------------------------------------------------------------------
 
     def batch(self, data: TeacherData | None, size: int, generator: torch.Generator) -> Batch:
@@ -205,8 +244,11 @@ class FlowMapObjective(StudentObjective):
             assert data is not None  # without pictures there are trajectories
             found = data.draw(size, generator)
             return Batch(found.x[:, -1], found.cond) if self.from_pictures else found
-        found = draw_images(self.images, size, generator)
-        return found if self.problem.model.classes is not None else Batch(found.x, None)
+        found, scale = draw_images(self.images, size, generator), None
+        if self.scales is not None:
+            low, high = self.scales
+            scale = (low + (high - low) * torch.rand(size, generator=generator, dtype=torch.float64))[torch.tensor(share(range(size)))]
+        return Batch(found.x, found.cond if self.problem.model.classes is not None else None, scale)
 
     def pairs(self, batch: Batch, generator: torch.Generator) -> Pairs:
         """Draw a pair of times for each sample of a batch: the same for any number of processes."""
@@ -238,10 +280,10 @@ class FlowMapObjective(StudentObjective):
         if noise is None:
             at = torch.arange(len(i), device=batch.x.device)
             x, x_v, x_t = (batch.x[at, one.to(batch.x.device)] for one in (i, v, j))
-            return Pairs(x, s_, v_, t_, batch.cond, x_v, x_t)
+            return Pairs(x, s_, v_, t_, batch.cond, x_v, x_t, scale=batch.scale)
         alpha, sigma = self.problem.schedule.alpha(s_), self.problem.schedule.sigma(s_)
         x = add_noise(batch.x, noise[rows].to(batch.x.device), alpha, sigma)
-        return Pairs(x, s_, v_, t_, batch.cond, x0=batch.x)
+        return Pairs(x, s_, v_, t_, batch.cond, x0=batch.x, scale=batch.scale)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -249,7 +291,10 @@ class FlowMapObjective(StudentObjective):
         pairs = self.pairs(batch, generator)
         if self.config.own:
             pairs = self._from_own_states(pairs, batch, networks.averaged, generator)
-        step = Step(pairs, self.problem.schedule, networks.student, networks.averaged, self.problem.teacher, self._derivative_now)
+        problem, scale = self.problem, pairs.scale
+        teacher = problem.teacher if scale is None else problem.teacher_at(scale)
+        student, averaged = (_at(network, scale) for network in networks)
+        step = Step(pairs, problem.schedule, student, averaged, teacher, self._derivative_now, problem.teacher_at)
         answer, target = TARGETS[self.equation](step)
         error = (answer - target) / aligned(self.output_scale(pairs.s), answer)
         return DISTANCES[self.config.loss](error[:, None]).mean()
@@ -264,13 +309,14 @@ class FlowMapObjective(StudentObjective):
         if not len(rows):
             return pairs
         at, first, s = rows.to(batch.x.device), t[:1].expand(len(rows)), pairs.s[rows]
-        cond = None if pairs.cond is None else pairs.cond[at]
+        cond, scale = (None if of is None else of[rows.to(of.device)] for of in (pairs.cond, pairs.scale))
         middle = torch.where(weight[rows] < 0.5, s, between_in_angle(schedule, first, s, 2 * weight[rows] - 1))
-        x = averaged.jump(batch.x[at, 0], first, middle, cond)
+        x = averaged.jump(batch.x[at, 0], first, middle, cond, scale)
         again = (middle != s).nonzero()[:, 0]
         if len(again):
             here = again.to(x.device)
-            x[here] = averaged.jump(x[here], middle[again], s[again], None if cond is None else cond[here])
+            conds, scales = (None if of is None else of[again.to(of.device)] for of in (cond, scale))
+            x[here] = averaged.jump(x[here], middle[again], s[again], conds, scales)
         states = pairs.x.clone()
         states[at] = x
         return replace(pairs, x=states)
@@ -340,7 +386,8 @@ class FlowMapObjective(StudentObjective):
         Returns:
             ``slots``: RMSE of one pass from the noise to each stored time, over ``sqrt(alpha^2 + sigma^2)``; ``passes``: for each number of
             passes the times to go through, and the RMSE to the teacher's endpoints on the other half; ``arithmetic``: of each number of
-            passes; ``trained_on``: RMSE of one pass on as many trajectories that it was trained on, None where there are none.
+            passes; ``trained_on``: RMSE of one pass on as many trajectories that it was trained on, None where there are none. Of a student
+            that is told its guidance scale also ``passes_by_scale``: by the third of the scales, the RMSE of each number of passes.
         """
         assert isinstance(student, FlowMapStudent)
         t, size = self.grid.t, torch.sqrt(self._nodes.alpha[1:] ** 2 + self._nodes.sigma[1:] ** 2)
@@ -350,17 +397,34 @@ class FlowMapObjective(StudentObjective):
         paths = self._paths(student, search)
         slots = torch.zeros(len(size), dtype=torch.float64)
         for batch in judge:
-            ends = [student.jump(batch.x[:, 0], t[0], t[k], batch.cond) for k in range(1, len(t))]
+            ends = [student.jump(batch.x[:, 0], t[0], t[k], batch.cond, batch.scale) for k in range(1, len(t))]
             gap = torch.stack(ends, 1) - batch.x[:, 1:]
             slots += gap.double().cpu().square().mean((0, *range(2, gap.ndim))) * len(batch.x) / (data.held_out - half)
         passes = {n: (t[list(path)].tolist(), self._rmse(student, path, judge)) for n, path in paths.items()}
         known = list(data.batches_trained_on(data.held_out)) if data.num else []
+        by_scale = {} if self.scales is None else {"passes_by_scale": self._by_scale(student, paths, judge, self.scales)}
         return {
             "slots": (slots.sqrt() / size).tolist(),
             "passes": passes,
             "arithmetic": {n: float(n) for n in passes},
             "trained_on": self._rmse(student, (0, len(t) - 1), known) if known else None,
+            **by_scale,
         }
+
+    def _by_scale(
+        self, student: FlowMapStudent, paths: Mapping[int, tuple[int, ...]], batches: list[Batch], scales: tuple[float, float]
+    ) -> dict[str, dict[int, float | None]]:
+        """Return the RMSE of each number of passes in each third of the guidance scales; None where no trajectory has such a scale."""
+        low, high = scales
+        edges = [low + (high - low) * k / 3 for k in range(4)]
+        third = torch.cat([torch.bucketize(batch.scale, torch.tensor(edges[1:3]).double()) for batch in batches if batch.scale is not None])
+        found: dict[str, dict[int, float | None]] = {f"{a:.3g} to {b:.3g}": {} for a, b in itertools.pairwise(edges)}
+        for n, path in paths.items():
+            squares = [(end - x).double().square().flatten(1).mean(1).cpu() for end, x in self._ends(student, path, batches, {})]
+            for k, errors in enumerate(found.values()):
+                mine = torch.cat(squares)[third == k]
+                errors[n] = float(mine.mean().sqrt()) if len(mine) else None
+        return found
 
     @cached_property
     def _nodes(self) -> Nodes:
@@ -373,11 +437,11 @@ class FlowMapObjective(StudentObjective):
     def _ends(self, student: FlowMapStudent, path: tuple[int, ...], batches: list[Batch], known: dict[Any, Tensor]) -> Iterator[Any]:
         """Yield where a path of places leads from each batch, and where the teacher's trajectories end."""
         t = self.grid.t
-        for number, (x, cond) in enumerate(batches):
+        for number, (x, cond, scale) in enumerate(batches):
             here = x[:, 0]
             for k in range(1, len(path)):
                 key = number, path[: k + 1]
-                here = known[key] if key in known else student.jump(here, t[path[k - 1]], t[path[k]], cond)
+                here = known[key] if key in known else student.jump(here, t[path[k - 1]], t[path[k]], cond, scale)
                 if k < len(path) - 1:
                     known[key] = here
             yield here, x[:, -1]
@@ -415,10 +479,12 @@ class FlowMapObjective(StudentObjective):
         return student.network.network
 
     def sampled_by(self, guidance: float) -> tuple[float | None, str | None, int | None]:
-        return None if self.problem.model.scales is not None else guidance, "ddim", 1
+        return None if self.scales is not None else guidance, "ddim", 1
 
     def facts(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        told = {} if self.scales is None else {"guidance": f"{self.scales[0]:g} to {self.scales[1]:g}, told"}
         return {
+            **told,
             "target": self.config.target,
             "passes": list(figures["passes"]),
             "RMSE to the teacher on trajectories held out": [round(error, 4) for _, error in figures["passes"].values()],
@@ -430,9 +496,16 @@ class FlowMapObjective(StudentObjective):
 
     def model(self, student: nn.Module) -> Model:
         assert isinstance(student, FlowMapStudent)
-        return as_student(self.problem.model, student)
+        return as_student(self._told(self.problem.model, student.network), student)
 
     def save(self, student: nn.Module, folder: Path) -> None:
         assert isinstance(student, FlowMapStudent)
+        if self.scales is not None:
+            save_guided(student.network, form_of(self._told(self.problem.model, student.network)), {}, folder)
         student.save(folder)
         save_like(self.problem.model, student.network.network, folder)
+
+
+def _at(network: Any, scale: Tensor | None) -> Mean:  # noqa: ANN401 - a FlowMapStudent, maybe wrapped, or None
+    """Return the mean that a student answers when it is told guidance scales ``[B]``."""
+    return network if scale is None else lambda x, s, t, cond: network(x, s, t, cond, scale)

@@ -41,6 +41,7 @@ class Pairs:
         cond: the condition.
         x_v, x_t: states of the same trajectories; None where only ``x`` is known.
         x0: the images that ``x`` are noised; None where they are not known.
+        scale: the guidance scale of each ``[B]``, float64; None where all have one.
     """
 
     x: Tensor
@@ -51,6 +52,7 @@ class Pairs:
     x_v: Tensor | None = None
     x_t: Tensor | None = None
     x0: Tensor | None = None
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Step:
         averaged: the mean by the averaged weights.
         teacher: the teacher's denoiser.
         derivative: how to differentiate the averaged student.
+        teacher_at: the teacher at the guidance scales ``[b]`` of some of the pairs, where they have their own.
     """
 
     pairs: Pairs
@@ -72,11 +75,17 @@ class Step:
     averaged: Mean
     teacher: Denoiser
     derivative: Derivative | None = None
+    teacher_at: Callable[[Tensor], Denoiser] | None = None
 
     def answer(self) -> Tensor:
         """Return the student's own ``g_st(x)``."""
         pairs = self.pairs
         return self.student(pairs.x, pairs.s, pairs.t, pairs.cond)
+
+    def teacher_of(self, chosen: Tensor) -> Denoiser:
+        """Return the teacher of those pairs where ``chosen [B]`` says so, each at its own guidance scale."""
+        scale = self.pairs.scale
+        return self.teacher if scale is None or self.teacher_at is None else self.teacher_at(scale[chosen])
 
 
 Target = Callable[[Step], tuple[Tensor, Tensor]]
@@ -157,8 +166,10 @@ def semigroup(step: Step) -> tuple[Tensor, Tensor]:
             rows = near.nonzero()[:, 0].to(pairs.x.device)
             x, s, t = pairs.x[rows], pairs.s[near], pairs.t[near]
             cond = None if pairs.cond is None else pairs.cond[rows]
-            exact = short_mean(step.teacher, x, s, t, cond) if pairs.x_t is None else landed(schedule, x, pairs.x_t[rows], s, t)
-            target[rows] = exact
+            if pairs.x_t is None:
+                target[rows] = short_mean(step.teacher_of(near), x, s, t, cond)
+            else:
+                target[rows] = landed(schedule, x, pairs.x_t[rows], s, t)
     return step.answer(), target
 
 

@@ -96,15 +96,18 @@ class GuidedObjective(StudentObjective):
 
     Raises:
         ModelError: a teacher that cannot be guided, is a student, or whose network cannot be told a scale.
-        FewstepError: images that the states do not take, or none where they need some.
+        FewstepError: a teacher at a guidance scale; images that the states do not take, or none where they need some.
     """
 
     kind = "guided"
 
     def __init__(self, problem: Problem, config: GuidedConfig, images: Images | None = None) -> None:
         model = problem.model.need_denoiser()
-        if model.scales is not None:
-            raise ModelError(f"{model.name} is told its guidance scale already: there is nothing to distil; name its teacher")
+        if problem.guidance != 1:
+            low, high = config.form.w_min, config.form.w_max
+            raise FewstepError(
+                f"a guided student is told its scale, from {low:g} to {high:g}: leave guidance out, and sample it at {problem.guidance:g}"
+            )
         if model.null_label is None:
             raise ModelError(f"{model.name} cannot be guided, since it has no null label: there is nothing to distil")
         if (config.states == "data") != (images is not None):
@@ -178,7 +181,8 @@ class GuidedObjective(StudentObjective):
 
     def _told(self, network: Any, scale: float | Tensor) -> Model:  # noqa: ANN401 - a ConditionedNetwork, maybe wrapped
         form = self.config.form
-        return replace(self.problem.model, network=network, call=ScaledCall(form.w_max, form.features, scale), null_label=None)
+        call = ScaledCall(form.w_max, form.features, scale)
+        return replace(self.problem.model, network=network, call=call, null_label=None).at_any_time()
 
     @cached_property
     def _rollout(self) -> Rollout:
@@ -194,7 +198,7 @@ class GuidedObjective(StudentObjective):
 
     def _answers(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Return the teacher's answers without a label and with it, from one call on a doubled batch."""
-        model = self.problem.model
+        model = self.problem.model.at_any_time()
         assert model.null_label is not None  # checked at the beginning
         return both_answers(model.conditional, rows.x, self.grid.t[rows.i], rows.cond, torch.tensor(model.null_label))
 
@@ -222,7 +226,7 @@ class GuidedObjective(StudentObjective):
         seeds = [ABOVE + FIRST_FRESH + k for k in range(min(128, self.config.held_out))]
         calls: dict[str, tuple[float, float]] = {}
         for scale in sorted({form.w_min, min(max(2.0, form.w_min), form.w_max), form.w_max}):
-            teacher, told, cond = problem.model.guided(scale), self._told(student, scale), problem.cond(seeds)
+            teacher, told, cond = problem.teacher_at(scale), self._told(student, scale), problem.cond(seeds)
             errors = []
             for step in steps(teacher, sampler.tableau, problem.start(seeds, sampler.tableau.nodes), cond):
                 errors.append(float((told(step.x, step.t, cond) - step.x0).double().square().mean()))

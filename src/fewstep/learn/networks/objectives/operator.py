@@ -122,7 +122,7 @@ class OperatorObjective(StudentObjective):
         return OperatorStudent(teacher, self.grid.t, self.config.form).to(self.problem.device)
 
     def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:
-        (x, cond), student = batch, networks.student
+        x, cond, student = batch.x, batch.cond, networks.student
         at_noise = self._at_noise(int(sum_over_processes(torch.tensor(len(x)))))
         total = at_noise / len(x) * self._from(student, x[:at_noise], None if cond is None else cond[:at_noise], 0)
         if at_noise < len(x):  # both in each step: one or the other in turn would shake the weights
@@ -183,7 +183,7 @@ class OperatorObjective(StudentObjective):
         counts = [n for n in range(most) if slots <= 7 or n <= 2 or n == slots - 1]  # inner times: all 64 paths, or some
         paths = [(0, *inner, slots) for n in counts for inner in itertools.combinations(range(1, slots), n)]
         slot_error, path_error = torch.zeros(slots, dtype=torch.float64), torch.zeros(len(paths), dtype=torch.float64)
-        for x, cond in data.batches_held_out(256):
+        for x, cond, _ in data.batches_held_out(256):
             share = len(x) / data.held_out
             slot_error += (student(x[:, 0], t[1:], cond) - x[:, 1:]).double().cpu().square().mean((0, *range(2, x.ndim))) * share
             for k, path in enumerate(paths):

@@ -12,6 +12,7 @@ to from fresh noise; a model that is told its guidance scale is halved at all sc
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,13 +35,12 @@ from fewstep.learn.networks.objectives.rollout import Rollout, Rows
 from fewstep.learn.teacher.batches import FIRST_FRESH, Batch
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.models.formats.folders import save_like
-from fewstep.models.guided import GuidedForm, save_guided
+from fewstep.models.guided import form_of, save_guided
 from fewstep.models.model import Model
 from fewstep.models.networks.extra_embedding import ConditionedNetwork
-from fewstep.models.networks.scaled_call import ScaledCall
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError, look_up
-from fewstep.runtime.front_door import at_least, checked_class
+from fewstep.runtime.front_door import at_least, checked_class, is_count
 from fewstep.runtime.process import share
 from fewstep.sampling.loop import run
 from fewstep.sampling.sampler import Sampler
@@ -79,24 +79,22 @@ class ProgressiveConfig(StudentConfig):
         at_least(self, start=2)
         look_up(self.loss, DISTANCES, "loss", FewstepError)
         object.__setattr__(self, "nfe", tuple(self.nfe) if isinstance(self.nfe, tuple | list) else (self.nfe,))
-        steps = (self.begins, *self.nfe) if self.nfe else ()
-        halved = [
-            isinstance(b, int) and b >= 1 and a % b == 0 and (a // b) & (a // b - 1) == 0 for a, b in zip(steps, steps[1:], strict=False)
-        ]
-        if (
-            not halved
-            or not all(halved)
-            or any(a != 2 * b for a, b in zip(self.nfe, self.nfe[1:], strict=False))
-            or self.begins == self.nfe[0]
-        ):
+        steps = [self.begins, *self.nfe] if self.nfe and all(map(is_count, self.nfe)) else []
+        parts = [one / other for one, other in itertools.pairwise(steps)]
+        if not steps or parts[0] not in (2.0**k for k in range(1, 32)) or any(part != 2 for part in parts[1:]):
             raise FewstepError(
-                f"progressive distillation halves the number of steps, as nfe=(4, 2, 1) from start=8, got nfe={self.nfe} from {self.begins}"
+                f"progressive distillation halves the number of steps, as nfe=(4, 2, 1) from start=8, got nfe={self.nfe} from {self.start}"
             )
+        object.__setattr__(self, "nfe", tuple(int(count) for count in self.nfe))
+
+    @property
+    def all_steps(self) -> int:
+        return self.steps * len(self.nfe)
 
     @property
     def begins(self) -> int:
         """The number of steps of the model that is halved first."""
-        return self.start if self.start is not None else 2 * int(self.nfe[0]) if self.nfe else 0
+        return 2 * self.nfe[0] if self.start is None else self.start
 
 
 class ProgressiveObjective(StudentObjective):
@@ -216,6 +214,5 @@ class ProgressiveObjective(StudentObjective):
     def save(self, student: nn.Module, folder: Path) -> None:
         model = self.problem.model
         if isinstance(student, ConditionedNetwork):
-            assert isinstance(model.call, ScaledCall) and model.scales is not None  # told its scale
-            save_guided(student, GuidedForm(*model.scales, model.call.features), self._card, folder)
+            save_guided(student, form_of(model), self._card, folder)
         save_like(model, self.network(student), folder)

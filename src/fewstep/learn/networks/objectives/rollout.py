@@ -6,7 +6,6 @@ computed anyway. A batch has trajectories at all times, since each row starts an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,11 +17,9 @@ from fewstep.core.tableau import Nodes
 from fewstep.learn.teacher.batches import FIRST_FRESH
 from fewstep.models.problem import Problem
 from fewstep.runtime.process import share
-from fewstep.sampling.noise import seeded_noise
+from fewstep.sampling.noise import seeded_scales
 
 __all__ = ["Rollout", "Rows"]
-
-SCALES = 1  # the stream of a seed that its guidance scale is drawn from
 
 
 class Rows(NamedTuple):
@@ -96,17 +93,12 @@ class Rollout:
         i, number = phase % self.times, phase // self.times
         seeds = (FIRST_FRESH + self.seed * 2**20 + number * self.size + self.rows).tolist()
         new = (i == 0).nonzero()[:, 0]
-        scale, cond = self._drawn(seeds), self.problem.cond(seeds)
+        scale, cond = seeded_scales(seeds, self.scales), self.problem.cond(seeds)
         if len(new):
             begun = new.to(x.device)
             x, before = x.clone(), before.clone()
             x[begun], before[begun] = self.problem.start([seeds[k] for k in new.tolist()], self.nodes), torch.zeros_like(before[begun])
         self.now = Rows(x, i, cond, scale, before)
-
-    def _drawn(self, seeds: list[int]) -> Tensor:
-        low, high = self.scales
-        normal = seeded_noise(seeds, (), stream=SCALES).double()
-        return low + (high - low) * 0.5 * (1 + torch.erf(normal / math.sqrt(2)))
 
     @torch.no_grad()
     def _replay(self, step: int) -> None:

@@ -75,7 +75,7 @@ class StepsObjective(Objective):
         """Measure ``rmse``, the student's error to its teacher's endpoints, of which the processes share the noises."""
         student.eval()
         sampler, square = Sampler.build(DDIM(), TimeGrid(self.grid.t[self.index]), self.problem.schedule), 0.0
-        for x, cond in data.batches_held_out(128, shared=True):
+        for x, cond, _ in data.batches_held_out(128, shared=True):
             ends = run(self.model(student), sampler.tableau, x[:, 0], cond)
             square += float((ends - x[:, -1]).double().square().mean() * len(x))
         return {"rmse": (float(sum_over_processes(torch.tensor(square, dtype=torch.float64))) / data.held_out) ** 0.5}
