@@ -113,7 +113,7 @@ def test_guided_targets_are_the_teachers_at_the_scale_of_each_row(teacher: Model
 # -- fresh trajectories ----------------------------------------------------------------------------------------------
 
 
-def rolled(steps: int, begin: int = 0, first: Rollout | None = None) -> Any:
+def rolled(steps: int, begin: int = 0, blocks: int = 1) -> Any:
     problem = Problem(toy(classes=2))
     nodes = fewstep.core.tableau.Nodes.at(LAW, make_grid("angle", LAW, 3).t)
 
@@ -121,7 +121,7 @@ def rolled(steps: int, begin: int = 0, first: Rollout | None = None) -> Any:
         x0 = problem.teacher_at(rows.scale)(rows.x, nodes.t[rows.i], rows.cond)
         return jump(LAW, rows.x, x0, nodes.t[rows.i], nodes.t[rows.i + 1]), x0
 
-    rollout = Rollout(problem, nodes, 5, (1.0, 4.0), move)
+    rollout = Rollout(problem, nodes, 5, (1.0, 4.0), move, blocks=blocks)
     seen = []
     for step in range(begin, steps):
         rows = rollout.at(step)
@@ -140,6 +140,16 @@ def test_a_rollout_that_continues_has_the_trajectories_of_one_that_was_not_stopp
         goes_on = after.i > 0
         assert torch.equal(after.scale[goes_on], before.scale[goes_on]) and torch.equal(after.cond[goes_on], before.cond[goes_on])
         assert bool((after.i[goes_on] == before.i[goes_on] + 1).all()) and bool((after.before[~goes_on] == 0).all())
+
+
+def test_blocks_of_a_rollout_take_turns() -> None:
+    whole = rolled(8, blocks=2)
+    for begin in (1, 4):
+        for ours, theirs in zip(rolled(8, begin, blocks=2), whole[begin:], strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    for before, between, after in zip(whole, whole[1:], whole[2:], strict=False):
+        goes_on = after.i > 0
+        assert torch.equal(after.scale[goes_on], before.scale[goes_on]) and not bool((between.scale == before.scale).any())
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------

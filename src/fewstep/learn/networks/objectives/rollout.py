@@ -40,13 +40,16 @@ class Rows(NamedTuple):
     before: Tensor
 
 
+BLOCKS = 16
+
 Move = Callable[[Rows], tuple[Tensor, Tensor]]  # rows -> their states at the next times, and what to remember
 
 
 class Rollout:
     """Trajectories that go on from training step to training step, each at a guidance scale of its own.
 
-    What they are at a step depends on that step alone: a run that continues moves those of the steps before again, and has the same.
+    They are in blocks of one batch, which take turns: so the states of consecutive steps have nothing to do with each other. What a
+    trajectory is at a step depends on that step alone: a run that continues moves those of the steps before again, and has the same.
 
     Args:
         problem: gives starts and conditions.
@@ -55,43 +58,57 @@ class Rollout:
         scales: the least and the largest guidance scale, between which they are drawn uniformly.
         move: moves trajectories on by one time; it has to answer alike whenever it is asked.
         seed: of the trajectories.
+        blocks: number of blocks.
     """
 
-    def __init__(self, problem: Problem, nodes: Nodes, size: int, scales: tuple[float, float], move: Move, seed: int = 0) -> None:
-        self.problem, self.nodes, self.size, self.scales, self.move, self.seed = problem, nodes, size, scales, move, seed
-        self.rows = torch.tensor(share(range(size)))
-        self.step: int | None = None
-        self.now: Rows | None = None
-
-    @property
-    def times(self) -> int:
-        """The number of times ``M`` at which a trajectory is learned from."""
-        return self.nodes.evaluations
+    def __init__(
+        self, problem: Problem, nodes: Nodes, size: int, scales: tuple[float, float], move: Move, seed: int = 0, blocks: int = BLOCKS
+    ) -> None:
+        first = FIRST_FRESH + seed * 2**20
+        self.blocks = [_Block(problem, nodes, size, scales, move, first + k * size, blocks * size) for k in range(blocks)]
+        self.present = self.blocks[0]
 
     def at(self, step: int) -> Rows:
         """Return the trajectories at a training step, this process's share of them."""
-        if self.step != step or self.now is None:
-            self._replay(step)
+        self.present = self.blocks[step % len(self.blocks)]
+        return self.present.at(step // len(self.blocks))
+
+    def advance(self, x: Tensor, remember: Tensor) -> None:
+        """Move the trajectories of this training step on.
+
+        Args:
+            x: their states at their next times, ``[b, *D]``.
+            remember: what `move` answers beside them.
+        """
+        self.present.advance(x, remember)
+
+
+class _Block:
+    """The trajectories of one batch. A row's first seed is ``first`` plus its number, and grows by ``every`` with each trajectory."""
+
+    def __init__(self, problem: Problem, nodes: Nodes, size: int, scales: tuple[float, float], move: Move, first: int, every: int) -> None:
+        self.problem, self.nodes, self.scales, self.move, self.first, self.every = problem, nodes, scales, move, first, every
+        self.rows = torch.tensor(share(range(size)))
+        self.turn: int | None = None
+        self.now: Rows | None = None
+
+    def at(self, turn: int) -> Rows:
+        if self.turn != turn or self.now is None:
+            self._replay(turn)
         assert self.now is not None  # just made
         return self.now
 
     def advance(self, x: Tensor, remember: Tensor) -> None:
-        """Go to the next training step.
-
-        Args:
-            x: the states of the rows of this step at their next times, ``[b, *D]``.
-            remember: what `move` answers beside them.
-        """
-        assert self.step is not None and self.now is not None  # `at` comes first
-        self.step += 1
+        assert self.turn is not None and self.now is not None  # `at` comes first
+        self.turn += 1
         self._begin(x.detach(), remember.detach())
 
     def _begin(self, x: Tensor, before: Tensor) -> None:
-        """Take states for those of the present step, where no new trajectory begins."""
-        assert self.step is not None  # set by the callers
-        phase = self.step + self.rows
-        i, number = phase % self.times, phase // self.times
-        seeds = (FIRST_FRESH + self.seed * 2**20 + number * self.size + self.rows).tolist()
+        """Take states for those of the present turn, where no new trajectory begins."""
+        assert self.turn is not None  # set by the callers
+        phase, times = self.turn + self.rows, self.nodes.evaluations
+        i, number = phase % times, phase // times
+        seeds = (self.first + number * self.every + self.rows).tolist()
         new = (i == 0).nonzero()[:, 0]
         scale, cond = seeded_scales(seeds, self.scales), self.problem.cond(seeds)
         if len(new):
@@ -101,11 +118,11 @@ class Rollout:
         self.now = Rows(x, i, cond, scale, before)
 
     @torch.no_grad()
-    def _replay(self, step: int) -> None:
-        """Move trajectories on from as far back as any of those at a step has begun."""
-        self.step = step - self.times
+    def _replay(self, turn: int) -> None:
+        """Move trajectories on from as far back as any of those at a turn has begun."""
+        self.turn = turn - self.nodes.evaluations
         empty = torch.zeros(len(self.rows), *self.problem.shape, device=self.problem.device)
         self._begin(empty, empty)
-        while self.step < step:
+        while self.turn < turn:
             assert self.now is not None  # begun
             self.advance(*self.move(self.now))
