@@ -92,7 +92,9 @@ def test_a_student_that_answers_the_target_has_no_loss(request: pytest.FixtureRe
             return objective._two_steps(rows)[1]
 
     exact = Exact()
-    objective._told = lambda network, scale: model.guided(scale) if network is None else lambda x, t, cond: exact(objective._rollout.now)
+    objective._told = lambda network, scale: (
+        model.guided(scale) if network is None else lambda x, t, cond: exact(objective._rollout.present.now)
+    )
     for step in (0, 1, 5):
         generator = loop.seeded(HALVED.seed, step)
         batch = objective.batch(None, 4, generator)
@@ -100,7 +102,7 @@ def test_a_student_that_answers_the_target_has_no_loss(request: pytest.FixtureRe
 
 
 def test_guided_targets_are_the_teachers_at_the_scale_of_each_row(teacher: Model) -> None:
-    for states in ("guided", "teacher", "noised", "data"):
+    for states in ("fresh", "guided", "teacher", "noised", "data"):
         pictures = Images(torch.rand(20, 1, 4, 4) * 2 - 1, torch.arange(20) % 2, 16, "squares") if states == "data" else None
         objective = GuidedObjective(Problem(teacher), replace(GUIDED, states=states, batch=6), pictures)
         objective._told = lambda network, scale, objective=objective: objective.problem.teacher_at(scale)
@@ -259,7 +261,7 @@ def pictures(labels: bool = True) -> Images:
 MISTAKES: dict[str, tuple[Any, str, dict[str, Any], str]] = {
     "no-null-label": (lambda model: replace(model, null_label=None), "guided", {}, "no null label: there is nothing to distil"),
     "data-left-out": (lambda model: model, "guided", {"config": replace(GUIDED, states="data")}, r"pass images=... \(--data\)"),
-    "data-not-taken": (lambda model: model, "guided", {"images": pictures()}, "the states guided need no pictures: leave data out"),
+    "data-not-taken": (lambda model: model, "guided", {"images": pictures()}, "the states fresh need no pictures: leave data out"),
     "no-labels": (
         lambda model: model,
         "guided",
