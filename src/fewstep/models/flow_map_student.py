@@ -24,6 +24,7 @@ from fewstep.core.prediction import aligned, prediction
 from fewstep.core.tableau import Nodes
 from fewstep.models.guidance import default_scale
 from fewstep.models.model import Model
+from fewstep.models.networks.beside import load_beside
 from fewstep.models.networks.calls import plain_call
 from fewstep.models.networks.extra_embedding import ConditionedNetwork, level_features, scale_features
 from fewstep.models.networks.scaled_call import SCALE, ScaledCall
@@ -200,23 +201,3 @@ fewstep sample {name} --nfe 1 --out runs/sample
 fewstep bench {name} --nfe 1,2,4 --out runs/bench
 ```
 """
-
-
-def load_beside(module: nn.Module, tensors: dict[str, Tensor], *apart: str) -> None:
-    """Load the weights of a module but those that lie in files of their own, as those of the network inside it.
-
-    Args:
-        module: to load into.
-        tensors: by name.
-        apart: how the names of the others begin.
-
-    Raises:
-        ValueError: some are missing, too many or of another shape.
-    """
-    try:
-        missing, unexpected = module.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:  # torch's, for weights of another shape
-        raise ValueError(str(error).splitlines()[-1].strip()) from error
-    missing = [name for name in missing if not name.startswith(apart)]
-    if missing or unexpected:
-        raise ValueError(f"the weights {', '.join([*missing, *unexpected][:3])} are missing or too many")

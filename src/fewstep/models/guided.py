@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fewstep.models.flow_map_student import load_beside
 from fewstep.models.guidance import scale_range
 from fewstep.models.model import Model
+from fewstep.models.networks.beside import load_beside
 from fewstep.models.networks.calls import plain_call
 from fewstep.models.networks.extra_embedding import ConditionedNetwork
 from fewstep.models.networks.scaled_call import SCALE, ScaledCall

@@ -28,6 +28,7 @@ from fewstep.core.denoiser import Cond
 from fewstep.core.prediction import Prediction, aligned, prediction
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes
+from fewstep.models.networks.beside import load_beside
 from fewstep.models.networks.calls import image_size, network_device, network_dtype, plain_call, refusals, unet_call, whole_times
 from fewstep.models.networks.extra_embedding import level_features
 from fewstep.models.networks.slot_rows import SlotRows
@@ -280,13 +281,7 @@ class OperatorStudent(nn.Module):
                 )
             form = OperatorForm(**{**meta.form, "mixing": Mixing(**meta.form["mixing"])})
             student = cls(network, torch.tensor(meta.times, dtype=torch.float64), form, meta.card)
-            try:
-                missing, unexpected = student.load_state_dict(tensors, strict=False)
-            except RuntimeError as error:  # torch's, for weights of another shape
-                raise ValueError(str(error).splitlines()[-1].strip()) from error
-            missing = [name for name in missing if not name.startswith(NETWORK)]
-            if missing or unexpected:
-                raise ValueError(f"the weights {', '.join([*missing, *unexpected][:3])} are missing or too many")
+            load_beside(student, tensors, *NETWORK)
             return student.eval().requires_grad_(False)
 
         return load_artifact(folder, "operator", OperatorRecord, build)

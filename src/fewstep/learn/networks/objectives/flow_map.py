@@ -6,7 +6,6 @@ Each row of a batch is a pair of times ``s > t`` and a state at ``s``. What the 
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -178,12 +177,7 @@ class FlowMapObjective(StudentObjective):
         return "" if self.images is None else self.images.identity
 
     def student(self) -> FlowMapStudent:
-        torch.manual_seed(self.config.seed)
-        network: Any = copy.deepcopy(self.problem.model.network)
-        for module in network.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = self.config.dropout
-        teacher = self._told(self.problem.model.with_network(network))
+        teacher = self._told(self.problem.model.with_network(self.copied()))
         first, last = float(self.grid.t[0]), float(self.grid.t[-1])
         return FlowMapStudent(teacher, first, last, self.config.form).to(self.problem.device)
 

@@ -10,7 +10,6 @@ finite network has to be taught where it will be used, so what matters is which 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -129,12 +128,7 @@ class GuidedObjective(StudentObjective):
         return "" if self.images is None else self.images.identity
 
     def student(self) -> ConditionedNetwork:
-        torch.manual_seed(self.config.seed)
-        network: Any = copy.deepcopy(self.problem.model.network)
-        for module in network.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = self.config.dropout
-        made: Any = guided_model(self.problem.model.with_network(network), self.config.form).network
+        made: Any = guided_model(self.problem.model.with_network(self.copied()), self.config.form).network
         return made.to(self.problem.device)
 
     # -- training ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,6 +83,15 @@ class StudentObjective(Objective):
     kind: ClassVar[str]
     config: Any  # a `StudentConfig` of its own kind
     grid: TimeGrid
+
+    def copied(self) -> Any:  # noqa: ANN401 - a network
+        """Return a copy of the teacher's network to begin with, with the dropout of the configuration; what is new in it is seeded."""
+        torch.manual_seed(self.config.seed)
+        network: Any = copy.deepcopy(self.problem.model.network)
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = self.config.dropout
+        return network
 
     @property
     def trajectories(self) -> TrajectoryConfig | None:

@@ -12,7 +12,6 @@ knowledge distillation; several that do not meet are several such tasks on one n
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -113,12 +112,7 @@ class OperatorObjective(StudentObjective):
         self.form = self.student()  # what cannot be made is refused before long work; knows the scale of each slot's output
 
     def student(self) -> OperatorStudent:
-        torch.manual_seed(self.config.seed)
-        network: Any = copy.deepcopy(self.problem.model.network)
-        for module in network.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = self.config.dropout
-        teacher = self.problem.model.with_network(network)
+        teacher = self.problem.model.with_network(self.copied())
         return OperatorStudent(teacher, self.grid.t, self.config.form).to(self.problem.device)
 
     def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:

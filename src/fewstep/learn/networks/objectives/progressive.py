@@ -11,7 +11,6 @@ to from fresh noise; a model that is told its guidance scale is halved at all sc
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,12 +120,7 @@ class ProgressiveObjective(StudentObjective):
         return None
 
     def student(self) -> nn.Module:
-        torch.manual_seed(self.config.seed)
-        network: Any = copy.deepcopy(self.problem.model.network)
-        for module in network.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = self.config.dropout
-        return network
+        return self.copied()
 
     # -- training ---------------------------------------------------------------------------------------------------
 
