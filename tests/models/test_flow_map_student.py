@@ -212,5 +212,5 @@ def test_damaged_weights_are_refused(tmp_path: Path, damage: str) -> None:
 
 def test_a_form_is_checked_by_its_fields() -> None:
     assert replace(FlowMapForm(), features=4).features == 4
-    with pytest.raises(FewstepError, match="featurs.*did you mean features"):
-        FlowMapForm(featurs=4)
+    with pytest.raises(FewstepError, match="featuring.*did you mean features"):
+        FlowMapForm(featuring=4)

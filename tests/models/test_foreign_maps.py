@@ -208,7 +208,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "no shape": (lambda: flow_map_model(Net("x12")), "missing a required argument: 'shape'"),
     "shift": (lambda: flow_map_model(Net("x12"), shape=SHAPE, shift=-1.0), "a positive shift"),
     "call": (lambda: flow_map_model(Net("x12"), shape=SHAPE, call="net"), "call is a function .*, got 'net'"),
-    "misspelt": (lambda: flow_map_model(Net("x12"), shape=SHAPE, shfit=2), "'shfit'; did you mean shift"),
+    "misspelt": (lambda: flow_map_model(Net("x12"), shape=SHAPE, shifted=2), "'shifted'; did you mean shift"),
     "guidance": (lambda: sample(flow_map_model(Net("x12"), shape=SHAPE), nfe=1, seeds=[0], guidance=2), "its guidance is in its weights"),
     "solver": (lambda: sample(flow_map_model(Net("x12"), shape=SHAPE), "unipc-2", nfe=4, seeds=[0]), "first-order steps alone: use"),
     "answer": (
