@@ -31,6 +31,8 @@ SAID = {  # what its last lines are about
     "14": "unipc-2 on karras: RMSE after 8, 9 and 10 evaluations",
     "15": "fitted on its own levels: 5 evaluations from t = 0.429",
     "16": "evaluations a sample: 10, backward passes: 0",
+    "17": "image to image moves by",
+    "18": "4 images at guidance 3 in 2 calls each",
 }
 
 
