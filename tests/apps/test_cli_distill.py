@@ -181,7 +181,7 @@ MISTAKES = [
     ((*DISTILL, "--grid", "angel"), "did you mean angle"),
     ((*DISTILL, "--grid", "optimized"), "there are none in its folder"),
     ((*DISTILL, "--trajectories", "nowhere"), "cannot read nowhere/manifest.json"),
-    ((*DISTILL, "--method", "dnso"), "--method is flow-map or dsno or slots or kd, got 'dnso'"),
+    ((*DISTILL, "--method", "dnso"), "--method is flow-map or guided or progressive or dsno or slots or kd, got 'dnso'"),
     ((*DISTILL, "--method", "kd", "--slots", 2), "kd has one slot, got 2: use the method slots, or leave slots out"),
     ((*DISTILL, "--mixing", "none"), "the slots of dsno meet in temporal layers"),
     ((*DISTILL, "--mixing", "complex"), "unknown form of mixing 'complex'"),

@@ -261,7 +261,8 @@ class _Choice:
         )
         solver, spacing = solver if self.solver is None else self.solver, spacing if self.grid is None else self.grid
         nfe = nfe if self.nfe is None else self.nfe
-        if model.flow_map is not None and (self.solver, self.grid, self.times, self.sigmas) == (None,) * 4 and nfe not in model.num_jumps:
+        free = model.flow_map is not None and model.flow_map.anywhere
+        if free and (self.solver, self.grid, self.times, self.sigmas) == (None,) * 4 and nfe not in model.num_jumps:
             return self._from_level(best_sampler(model, nfe, guidance), model, guidance)  # on times of its own choice
         if solver == FITTED:
             self._leave_out("a fitted sampler takes no statistics", "any_statistics")

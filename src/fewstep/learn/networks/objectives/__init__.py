@@ -91,9 +91,9 @@ def _progressive(problem: Problem, config: ProgressiveConfig, given: Given) -> P
 
 
 OBJECTIVES: dict[str, Method] = {
-    "progressive": Method(ProgressiveConfig, _progressive, (), "half as many steps, again and again", every_scale=True),
-    "guided": Method(GuidedConfig, _guided, ("images",), "one call for any guidance scale"),
     "flow-map": Method(FlowMapConfig, _flow_map, ("images",), "any number of passes", every_scale=True),
+    "guided": Method(GuidedConfig, _guided, ("images",), "one call for any guidance scale"),
+    "progressive": Method(ProgressiveConfig, _progressive, (), "half as many steps, again and again", every_scale=True),
     "dsno": Method(DistillConfig, _dsno, ("features",), "slots that meet in temporal layers"),
     "slots": Method(DistillConfig, _slots, ("features",), "slots that do not meet"),
     "kd": Method(DistillConfig, _kd, ("features",), "one slot"),
