@@ -8,6 +8,8 @@ import pytest
 from tests.learn.test_contract import (
     CLASSES,
     DISTILL,
+    FLOW_MAP,
+    GUIDED,
     LEARNERS,
     Calls,
     Learner,
@@ -34,6 +36,8 @@ from torch import Tensor
 
 import fewstep
 from fewstep import Model
+from fewstep.models.flow_map_student import FlowMapForm
+from fewstep.models.guided import GuidedForm
 
 __all__ = [
     "half",
@@ -57,6 +61,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 TRUSTED: dict[str, Any] = {"load": lambda folder: saved_student(folder, trust=True)}
 KD = replace(DISTILL, slots=None, steps=12)
+OWN_MAP = replace(FLOW_MAP, form=FlowMapForm(insert_at="time"))
+OWN_GUIDED = replace(GUIDED, form=GuidedForm(insert_at="time"))
 OWN = {
     **LEARNERS,
     "finetune": replace(LEARNERS["finetune"], **TRUSTED),
@@ -66,6 +72,17 @@ OWN = {
         total=12,
         **TRUSTED,
     ),
+    "distill flow-map": replace(
+        LEARNERS["distill flow-map"],
+        run=lambda model, **given: LEARNERS["distill flow-map"].run(model, **{"config": OWN_MAP, **given}),
+        **TRUSTED,
+    ),
+    "distill guided": replace(
+        LEARNERS["distill guided"],
+        run=lambda model, **given: LEARNERS["distill guided"].run(model, **{"config": OWN_GUIDED, **given}),
+        **TRUSTED,
+    ),
+    "distill progressive": replace(LEARNERS["distill progressive"], **TRUSTED),
     "generate_trajectories": replace(
         LEARNERS["generate_trajectories"],
         run=lambda model, **given: LEARNERS["generate_trajectories"].run(model, **{"grid": fewstep.make_grid("angle", LAW, 2), **given}),

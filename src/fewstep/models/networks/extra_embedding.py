@@ -72,15 +72,15 @@ class AddEmbedding:
 
 
 def embedding_width(module: nn.Module) -> int:
-    """Return the width of what a time embedding answers: that of its last linear layer.
+    """Return the width of what a time embedding answers: that of its last linear layer, or of its table.
 
     Raises:
         ModelError: it has none.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Embedding)]
     if not layers:
         raise ModelError(f"a {type(module).__name__} has no linear layer, so it is no time embedding: name another module as insert_at")
-    return layers[-1].out_features
+    return layers[-1].out_features if isinstance(layers[-1], nn.Linear) else layers[-1].embedding_dim
 
 
 class ConditionedNetwork(nn.Module):
