@@ -26,7 +26,7 @@ from fewstep.models.guidance import default_scale
 from fewstep.models.model import Model
 from fewstep.models.networks.beside import load_beside
 from fewstep.models.networks.calls import plain_call
-from fewstep.models.networks.extra_embedding import ConditionedNetwork, level_features, scale_features
+from fewstep.models.networks.extra_embedding import ConditionedNetwork, even, level_features, scale_features
 from fewstep.models.networks.scaled_call import SCALE, ScaledCall
 from fewstep.runtime.artifact import ArtifactRecord, Number, load_artifact, named_path, save_artifact
 from fewstep.runtime.errors import ModelError
@@ -61,6 +61,7 @@ class FlowMapForm:
     def __post_init__(self) -> None:
         check_fields(self)
         at_least(self, features=2)
+        even(self.features)
         if self.output is not None:
             prediction(self.output)
 
@@ -123,6 +124,11 @@ class FlowMapStudent(nn.Module):
         self.first, self.last = first, last
         if told:
             network.call = teacher.call
+            if form.insert_at not in (None, network.insert_at):
+                raise ModelError(
+                    f"{teacher.name} is told its scale at {network.insert_at or 'the usual place'}, where its student is told its time, "
+                    f"not at {form.insert_at}: leave insert_at out"
+                )
         made: ConditionedNetwork = network if told else ConditionedNetwork(network, teacher.call or plain_call, form.insert_at)
         self.network = made.tell(TIME, form.features)
 

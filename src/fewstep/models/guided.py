@@ -13,7 +13,7 @@ from fewstep.models.guidance import scale_range
 from fewstep.models.model import Model
 from fewstep.models.networks.beside import load_beside
 from fewstep.models.networks.calls import plain_call
-from fewstep.models.networks.extra_embedding import ConditionedNetwork
+from fewstep.models.networks.extra_embedding import ConditionedNetwork, even
 from fewstep.models.networks.scaled_call import SCALE, ScaledCall
 from fewstep.runtime.artifact import ArtifactRecord, load_artifact, named_path, save_artifact
 from fewstep.runtime.errors import ModelError
@@ -47,6 +47,7 @@ class GuidedForm:
     def __post_init__(self) -> None:
         check_fields(self)
         at_least(self, features=2)
+        even(self.features)
         scale_range((self.w_min, self.w_max))
 
 

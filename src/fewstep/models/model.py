@@ -36,7 +36,7 @@ from fewstep.models.networks.calls import (
 from fewstep.models.networks.scaled_call import ScaledCall
 from fewstep.models.tuned import Tuned
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError
-from fewstep.runtime.front_door import checked_class, is_count, whole
+from fewstep.runtime.front_door import checked_class, is_count, number, whole
 from fewstep.sampling.sampler import Sampler
 
 __all__ = ["Model"]
@@ -264,6 +264,10 @@ class Model:
 
     def _at_scale(self, scale: float | Tensor, low: float, high: float) -> Denoiser | FlowMap:
         """Return a model that is told its scale, at one between ``low`` and ``high``."""
+        if not isinstance(scale, Tensor):
+            scale = number(scale, "a guidance scale", ModelError)
+        elif scale.ndim > 1 or not scale.numel():
+            raise ModelError(f"guidance is a scale, or one for each sample [B], not a tensor of shape {tuple(scale.shape)}")
         least, most = (float(torch.as_tensor(bound(scale) if isinstance(scale, Tensor) else scale)) for bound in (torch.min, torch.max))
         if not low <= least <= most <= high:
             raise ModelError(

@@ -212,8 +212,8 @@ def test_a_network_of_ones_own_is_told_where_it_embeds_its_time(tmp_path: Path) 
     model = table_model()
     with pytest.raises(ModelError, match="a TableNet does not say where its time is embedded"):
         made(model, BRIEF)
-    with pytest.raises(ModelError, match="a Embedding has no linear layer, so it is no time embedding"):
-        made(model, replace(BRIEF, form=FlowMapForm(insert_at="time")))
+    with pytest.raises(ModelError, match="a Dropout has no linear layer, so it is no time embedding"):
+        made(model, replace(BRIEF, form=FlowMapForm(insert_at="dropout")))
 
 
 def test_a_student_to_begin_with(teacher: Model, stored: Trajectories, whole: Any, tmp_path: Path) -> None:

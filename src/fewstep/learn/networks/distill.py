@@ -99,11 +99,13 @@ def distill(
     scale = scale_of(guidance, options.guidance)
     if model.need_denoiser().scales is not None:
         scale = _every_scale(model, method, scale)
+    if not isinstance(images, Images | None) or not isinstance(begin, Model | None):
+        raise FewstepError("images are fewstep.data.images.load_images(...), and begin is a Model, as fewstep.load_model(folder)")
+    if isinstance(options, ProgressiveConfig) and (begin is not None or trajectories is not None):
+        raise FewstepError(
+            "progressive distillation begins with the model that it halves, and fresh noise: leave begin and trajectories out"
+        )
     if isinstance(options, ProgressiveConfig) and len(options.nfe) > 1:
-        if begin is not None or trajectories is not None:
-            raise FewstepError(
-                "progressive distillation begins with the model that it halves, and fresh noise: leave begin and trajectories out"
-            )
         return _halved(model, replace(options, guidance=scale), out, on_progress, device=device, command=command)
     with Job.open("distill", out, device=device or model.device, on_progress=on_progress, command=command) as job:
         may_write_model(model, out, "work/curve.json")  # in the job, which removes what a killed run left

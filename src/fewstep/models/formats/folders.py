@@ -65,6 +65,7 @@ __all__ = [
 
 DESCRIPTION, WEIGHTS, OWN_WEIGHTS = "fewstep.json", "unet/model.safetensors", "network.safetensors"
 FORMAT = "fewstep-model"
+STUDENTS = ("operator", "flow-map", "guided")  # the files beside a network that make a student of it
 LARGEST = 1 << 31  # numbers in one sample
 
 
@@ -111,6 +112,9 @@ def load_folder(source: str | Path, *, trust: bool = False) -> Model:
     """
     path = named_path(source)
     model = _load_network(path, source, trust)
+    for kind in STUDENTS:
+        if (path / f"{kind}.safetensors").exists() and not (path / f"{kind}.json").exists():
+            raise ArtifactError(f"{path} has {kind}.safetensors, the rest of a student, and no {kind}.json: fetch or make it again")
     if (path / "guided.json").is_file():
         model = load_guided(path, model)
     if (path / "operator.json").is_file():

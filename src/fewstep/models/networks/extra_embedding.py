@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.core.denoiser import Cond
 from fewstep.models.networks.calls import answer_of
-from fewstep.runtime.errors import ModelError
+from fewstep.runtime.errors import FewstepError, ModelError
 
 __all__ = [
     "LEVELS",
@@ -20,6 +20,7 @@ __all__ = [
     "ConditionedNetwork",
     "EmbeddingContext",
     "embedding_width",
+    "even",
     "level_features",
     "scale_features",
     "zero_embedding",
@@ -27,6 +28,16 @@ __all__ = [
 
 INSERT_AT = {"UNet2DModel": "time_embedding", "SongUNet": "map_layer1", "DhariwalUNet": "map_layer1"}  # whose output is the time embedding
 LEVELS = 8.0  # log(alpha/sigma) beyond which two levels are one to the features
+
+
+def even(features: int) -> None:
+    """Refuse an odd number of features, which come in pairs.
+
+    Raises:
+        FewstepError: it is odd.
+    """
+    if features % 2:
+        raise FewstepError(f"features come in pairs, so their number is even, got {features}")
 
 
 def level_features(lam: Tensor, count: int) -> Tensor:
@@ -68,7 +79,15 @@ class AddEmbedding:
     context: EmbeddingContext
 
     def __call__(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        return output if self.context.embedding is None else output + self.context.embedding
+        added = self.context.embedding
+        if added is None:
+            return output
+        if output.ndim != 2 or output.shape[-1] != added.shape[-1]:
+            raise ModelError(
+                f"a {type(module).__name__} answers {list(output.shape)}, so it is no time embedding [B, {added.shape[-1]}]: name another "
+                "submodule as insert_at"
+            )
+        return output + added
 
 
 def embedding_width(module: nn.Module) -> int:

@@ -96,6 +96,8 @@ class FlowMapConfig(StudentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.form, FlowMapForm):
+            raise FewstepError(f"form is a fewstep FlowMapForm, got {str(self.form)[:80]!r}")
         at_least(self, slots=2, max_passes=1)
         if self.scales is not None:
             object.__setattr__(self, "scales", scale_range(self.scales))
@@ -161,11 +163,13 @@ class FlowMapObjective(StudentObjective):
             check_images(images, problem.model)
         self.grid = problem.model.trajectory_grid(config.grid, config.slots, problem.guidance)
         self.from_pictures = images is not None or config.states == "noised"
-        student = self.student()  # what cannot be made is refused before long work
+        student = self.student()  # what cannot be made or asked is refused before long work
         self.prediction = student.prediction
         _ = self._derivative if self.equation in ("eulerian-jvp", "matching") else None
         if self.equation == "lagrangian-jvp":
             self._try_derivative(student)
+        with torch.no_grad():
+            student(problem.start([0]), self.grid.t[0], self.grid.t[-1], problem.cond([0]))
 
     @property
     def trajectories(self) -> TrajectoryConfig:
@@ -190,11 +194,13 @@ class FlowMapObjective(StudentObjective):
         assert isinstance(student, FlowMapStudent)
         theirs: Any = begin.network
         if isinstance(theirs, FlowMapStudent):
-            forms = [(one.form.features, one.prediction.name, one.form.insert_at) for one in (student, theirs)]
+            forms = [(one.form.features, one.prediction.name, one.form.insert_at, one.scales) for one in (student, theirs)]
             if forms[0] != forms[1]:
-                features, output, insert_at = forms[1]
+                features, output, insert_at, scales = forms[1]
+                told = "no guidance scale" if scales is None else f"guidance scales from {scales[0]:g} to {scales[1]:g}"
                 raise ModelError(
-                    f"{begin.name} has another form, of {features} features, read as {output}, told at {insert_at or 'the usual place'}: "
+                    f"{begin.name} has another form, of {features} features, read as {output}, told at {insert_at or 'the usual place'}, "
+                    f"and of {told}: "
                     "ask for that form, or begin with another student"
                 )
             tuned, problem = begin.tuned, self.problem

@@ -33,7 +33,7 @@ from fewstep.learn.teacher.batches import FIRST_FRESH, Batch, TeacherData
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.models.formats.folders import save_like
 from fewstep.models.guidance import both_answers
-from fewstep.models.guided import GuidedForm, guided_model, save_guided
+from fewstep.models.guided import GuidedForm, form_of, guided_model, save_guided
 from fewstep.models.model import Model
 from fewstep.models.networks.extra_embedding import ConditionedNetwork
 from fewstep.models.networks.scaled_call import ScaledCall
@@ -80,6 +80,8 @@ class GuidedConfig(StudentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.form, GuidedForm):
+            raise FewstepError(f"form is a fewstep GuidedForm, got {str(self.form)[:80]!r}")
         at_least(self, slots=2)
         look_up(self.states, dict.fromkeys(STATES), "states of guided distillation", FewstepError)
         look_up(self.loss, DISTANCES, "loss", FewstepError)
@@ -117,7 +119,8 @@ class GuidedObjective(StudentObjective):
         self.problem, self.config, self.images = problem, config, images
         self.grid = model.trajectory_grid(config.grid, config.slots)
         self.nodes, self.output = Nodes.at(problem.schedule, self.grid.t), prediction(model.prediction)
-        _ = self.student()  # what cannot be made is refused before long work
+        with torch.no_grad():  # what cannot be made or asked is refused before long work
+            self._told(self.student(), config.form.w_max)(problem.start([0]), self.grid.t[0], problem.cond([0]))
 
     @property
     def trajectories(self) -> TrajectoryConfig | None:
@@ -130,6 +133,21 @@ class GuidedObjective(StudentObjective):
     def student(self) -> ConditionedNetwork:
         made: Any = guided_model(self.problem.model.with_network(self.copied()), self.config.form).network
         return made.to(self.problem.device)
+
+    def take_over(self, student: nn.Module, begin: Model) -> None:
+        """Begin with the weights of another guided student of the same form and teacher.
+
+        Raises:
+            ModelError: it is none, or of another (which).
+        """
+        tuned = begin.tuned
+        if tuned is None or tuned.form != self.kind or begin.scales is None:
+            raise ModelError(f"{begin.name} is no guided student to begin with: name one, or leave it out")
+        if form_of(begin) != self.config.form:
+            raise ModelError(f"{begin.name} has another form, {form_of(begin)}: ask for that form, or begin with another student")
+        if tuned.fingerprint != self.problem.fingerprint:
+            raise ModelError(f"{begin.name} is a student of {tuned.teacher} ({tuned.fingerprint}): begin with one of the same teacher")
+        super().take_over(student, begin)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
