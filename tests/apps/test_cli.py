@@ -193,7 +193,7 @@ SAMPLE = ("sample", "digits-edm", "--num", "2")
         (("bench", "digits-edm", "--solver", "dim"), "did you mean ddim"),
         (("bench", "digits-edm", "--peers", "difusers"), "did you mean diffusers"),
         (("train", "--data", "nowhere"), "no images at"),
-        (("train", "--kind", "gan"), "edm or ddpm"),
+        (("train", "--kind", "gan"), "unknown kind of model 'gan'"),
         (("calibrate", "digits-emd"), "did you mean digits-edm"),
         (("calibrate", "digits-edm", "--levels", "1"), "levels is at least 2, got 1"),
         (("calibrate", "digits-edm", "--num", "0"), "num is at least 2, got 0"),

@@ -71,7 +71,7 @@ DAMAGE = {
     "law": lambda meta: {**meta, "schedule": {"law": "edmm"}},
     "no-theta": lambda meta: {**meta, "schedule": {"law": "discrete-vp"}},
     "field": lambda meta: {**meta, "schedule": {"law": "edm", "t_mid": 1.0}},
-    "guidance": lambda meta: {**meta, "guidance": None},
+    "guidance": lambda meta: {**meta, "guidance": "two"},
     "no-evaluations": lambda meta: {**meta, "times": {"0": [2.0, 1.0]}},
     "infinite": lambda meta: {**meta, "times": {"5": [math.inf, 1.0]}},
     "long-number": lambda meta: {**meta, "guidance": 10**400},
