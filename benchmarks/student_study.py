@@ -46,9 +46,9 @@ from fewstep.sampling.reference import reference_sampler
 
 FRESH = range(1024)  # noises that rows are measured on
 SEEDS, STEPS, BATCH, NUM, HELD_OUT, PASSES = 3, 1000, 64, 16384, 512, (1, 2, 4)
-COMMON = {"steps": STEPS, "batch": BATCH, "num": NUM, "held_out": HELD_OUT}
-MAP = FlowMapConfig(max_passes=4, **COMMON)
-ONE = DistillConfig(slots=1, form=OperatorForm(anywhere=False), **COMMON)
+COMMON = {"steps": STEPS, "batch": BATCH, "held_out": HELD_OUT}
+MAP = FlowMapConfig(max_passes=4, num=NUM, **COMMON)
+ONE = DistillConfig(slots=1, form=OperatorForm(anywhere=False), num=NUM, **COMMON)
 GUIDED = GuidedConfig(slots=16, **COMMON)
 
 TARGETS: dict[str, FlowMapConfig | DistillConfig] = {
@@ -76,7 +76,8 @@ OPTIONS: dict[str, FlowMapConfig] = {
     "ema 0.9999": replace(MAP, ema=0.9999),
     "lr 0.002": replace(MAP, lr=2e-3),
 }
-STATES = {name: replace(GUIDED, states=name) for name in ("fresh", "guided", "teacher", "noised", "data")}
+STATES = {name: replace(GUIDED, states=name) for name in ("fresh", "guided", "data")}
+STATES |= {name: replace(GUIDED, states=name, num=NUM) for name in ("teacher", "noised")}
 
 
 class Study:
@@ -173,7 +174,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     args = parser.parse_args()
     study = Study(args.work)
-    about = {"command": f"python benchmarks/student_study.py --out {args.out}", "model": "digits-edm", **COMMON}
+    about = {"command": f"python benchmarks/student_study.py --out {args.out}", "model": "digits-edm", "num": NUM, **COMMON}
     known: dict[str, Any] = {}
     if args.out.exists():
         known = {row["row"]: row for row in json.loads(args.out.read_text())["rows"]}

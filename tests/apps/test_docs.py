@@ -89,7 +89,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         call = lambda *args, function=function, small=small, **options: function(*args, **{"config": small, **options})  # noqa: E731
         monkeypatch.setattr(fewstep, verb, call, raising=False)
     for config in ("FlowMapConfig", "GuidedConfig", "ProgressiveConfig"):
-        monkeypatch.setattr(fewstep, config, partial(getattr(fewstep, config), **STUDENT, num=8), raising=False)
+        monkeypatch.setattr(
+            fewstep,
+            config,
+            partial(getattr(fewstep, config), **STUDENT, **({"num": 8} if config == "FlowMapConfig" else {})),
+            raising=False,
+        )
     compare = fewstep.compare
     monkeypatch.setattr(fewstep, "compare", lambda *args, **options: compare(*args, **{**options, "num": 8}), raising=False)
 

@@ -1,6 +1,7 @@
 """Numbers along lam: their integrals against plain quadrature, the time grids through their points, and whose they are."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from scipy.integrate import cumulative_trapezoid, quad, trapezoid
 
-from fewstep import ArtifactError, GridError, TimeGrid, VPLinear, tabulate
+from fewstep import ArtifactError, DiscreteVP, GridError, TimeGrid, VPLinear, tabulate
 from fewstep.core.statistics import ModelStatistics
 from fewstep.solvers import DPMSolverV3
 
@@ -236,3 +237,12 @@ def test_numbers_are_kept_in_float64_without_gradients():
     assert statistics.element == (2,)
     assert STATISTICS.element == SHAPE
     assert make(l=torch.zeros(5, 1), s=torch.zeros(5, 1), b=torch.zeros(5, 1)).element == (1,)
+
+
+def test_the_last_digits_of_a_noise_table_may_differ_as_machines_do() -> None:
+    law = DiscreteVP.scaled_linear(20)
+    nudged, other = (DiscreteVP(law.theta * (1 + by)) for by in (1e-15, 1e-6))
+    statistics = replace(STATISTICS, schedule=law)
+    statistics.check(model="abc", guidance=2, schedule=nudged, shape=SHAPE)  # the scale as a whole number, too
+    with pytest.raises(ArtifactError, match="made for schedule"):
+        statistics.check(model="abc", guidance=2, schedule=other, shape=SHAPE)

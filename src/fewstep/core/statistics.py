@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
-from fewstep.runtime.artifact import ArtifactRecord, Count, Number, load_artifact, named_path, save_artifact, tensor_of
+from fewstep.runtime.artifact import ArtifactRecord, Count, Number, load_artifact, named_path, rounded, save_artifact, tensor_of
 from fewstep.runtime.errors import ArtifactError, GridError
 from fewstep.runtime.hub import Shared, header
 
@@ -245,10 +245,10 @@ class ModelStatistics(Shared):
         Raises:
             ArtifactError: they differ; the message names both sides.
         """
-        ours = {"model": self.model, "guidance": self.guidance, "sample shape": self.shape, "schedule": self.schedule.to_config()}
-        theirs = {"model": model, "guidance": guidance, "sample shape": tuple(shape), "schedule": schedule.to_config()}
+        ours = {"model": self.model, "guidance": self.guidance, "sample shape": self.shape, "schedule": rounded(self.schedule.to_config())}
+        theirs = {"model": model, "guidance": guidance, "sample shape": tuple(shape), "schedule": rounded(schedule.to_config())}
         for what, mine in ours.items():
-            if _rounded(mine) != _rounded(theirs[what]) and not (what == "model" and "" in (mine, model)):
+            if mine != theirs[what] and not (what == "model" and "" in (mine, model)):
                 one, two = (json.dumps(side)[:200] for side in (mine, theirs[what]))
                 raise ArtifactError(
                     f"these statistics were made for {what} {one}, but are used with {what} {two}: calibrate this model, or say that any "
@@ -322,12 +322,3 @@ def _gauss_legendre(points: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _NODES, _WEIGHTS, _PARTIAL = _gauss_legendre(6)  # to rounding for cells of a few tenths
-
-
-def _rounded(value: Any) -> Any:  # noqa: ANN401 - plain values
-    """Return plain values with nine digits of each float: machines differ in the last."""
-    if isinstance(value, float):
-        return f"{value:.9g}"
-    if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
-    return [_rounded(part) for part in value] if isinstance(value, list | tuple) else value

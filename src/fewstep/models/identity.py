@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fewstep.models.networks.calls import unwrapped
 from fewstep.runtime.errors import ModelError
 
-__all__ = ["Part", "digest", "parts", "rounded", "state_of"]
+__all__ = ["Part", "digest", "parts", "state_of"]
 
 LIBRARIES = ("accelerate", "diffusers", "einops", "fewstep", "math", "numpy", "peft", "safetensors", "timm", "torch", "transformers")
 BARE = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_is_hf_initialized", "_is_torch_compile"}  # of any module
@@ -46,15 +46,6 @@ class Stored:
 
 
 LEAVES = (*PLAIN, Tensor, np.ndarray, Stored)
-
-
-def rounded(value: Any) -> Any:  # noqa: ANN401
-    """Return plain values with their floats as words of nine digits, since machines differ in the last."""
-    if isinstance(value, float):
-        return f"{value:.9g}"
-    if isinstance(value, Mapping):
-        return {key: rounded(part) for key, part in value.items()}
-    return [rounded(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def digest(found: Iterable[Part]) -> str:

@@ -19,7 +19,7 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics
 from fewstep.models.carried import OPTIMIZED, Carried
 from fewstep.models.guidance import Wrapped, classifier_free, default_scale
-from fewstep.models.identity import Part, digest, parts, rounded, state_of
+from fewstep.models.identity import Part, digest, parts, state_of
 from fewstep.models.networks.between_times import BetweenTimes
 from fewstep.models.networks.calls import (
     answer_of,
@@ -35,6 +35,7 @@ from fewstep.models.networks.calls import (
 )
 from fewstep.models.networks.scaled_call import ScaledCall
 from fewstep.models.tuned import Tuned
+from fewstep.runtime.artifact import rounded
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError
 from fewstep.runtime.front_door import checked_class, is_count, number, whole
 from fewstep.sampling.sampler import Sampler

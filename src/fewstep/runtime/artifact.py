@@ -51,6 +51,7 @@ __all__ = [
     "read_file",
     "read_json",
     "read_record",
+    "rounded",
     "save_artifact",
     "tensor_of",
     "write_whole",
@@ -390,3 +391,12 @@ def _reader(kind: type[T]) -> TypeAdapter[T]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
+
+
+def rounded(value: Any) -> Any:  # noqa: ANN401
+    """Return plain values with their floats as words of nine digits, since machines differ in the last."""
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    if isinstance(value, Mapping):
+        return {key: rounded(part) for key, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list | tuple) else value

@@ -30,7 +30,8 @@ from fewstep.models.guided import GuidedForm
 from fewstep.models.problem import Problem
 from fewstep.solvers import DDIM
 
-GUIDED = GuidedConfig(slots=4, steps=7, batch=4, lr=1e-2, ema=0.5, num=8, held_out=4, teacher_nfe=4)
+GUIDED = GuidedConfig(slots=4, steps=7, batch=4, lr=1e-2, ema=0.5, held_out=4)
+STORED = replace(GUIDED, states="teacher", num=8, teacher_nfe=4)
 HALVED = ProgressiveConfig(nfe=(2, 1), steps=7, batch=4, lr=1e-2, ema=0.5, held_out=4)
 LAWS: list[NoiseSchedule] = [VPLinear(), VarianceExploding(0.02, 20.0), RectifiedFlow(), DiscreteVP.scaled_linear()]
 
@@ -175,7 +176,7 @@ def same(ours: Model | None, theirs: Model | None) -> bool:
 
 RUNS: dict[str, tuple[str, Any]] = {
     "guided": ("guided", GUIDED),
-    "guided of stored states": ("guided", replace(GUIDED, states="teacher")),
+    "guided of stored states": ("guided", STORED),
     "progressive, told": ("progressive", replace(HALVED, nfe=(2,))),
     "progressive": ("progressive", replace(HALVED, nfe=(2,))),
 }
@@ -308,7 +309,7 @@ def test_trajectories_of_another_guidance_are_refused(teacher: Model, tmp_path: 
     config = fewstep.TrajectoryConfig(num=12, nfe=4, seed=GUIDED.seed, guidance=2.0)
     stored = fewstep.generate_trajectories(teacher, make_grid("angle", LAW, 4), tmp_path / "stored", config=config)
     with pytest.raises(ArtifactError, match="of guidance 2.0, but they are used with guidance 1.0"):
-        distill(teacher, "guided", config=replace(GUIDED, states="teacher"), trajectories=stored)
+        distill(teacher, "guided", config=STORED, trajectories=stored)
     with pytest.raises(FewstepError, match="learns from no stored trajectories with these options: leave trajectories out"):
         distill(teacher, "guided", config=GUIDED, trajectories=stored)
 
@@ -322,3 +323,19 @@ def test_a_form_without_meaning_is_refused(form: dict[str, Any]) -> None:
 def test_a_folder_of_diffusers_has_no_null_label(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be guided, since it has no null label"):
         distill(load_model(diffusers_folder(tmp_path / "model", 2)), "guided", config=GUIDED)
+
+
+@pytest.mark.parametrize("option", [{"num": 8}, {"fresh": 0.5}, {"teacher_nfe": 8}])
+def test_options_of_stored_trajectories_are_refused_where_there_are_none(option: dict[str, Any]) -> None:
+    for config in (GUIDED, HALVED):
+        with pytest.raises(FewstepError, match=f"{next(iter(option))} changes nothing here"):
+            replace(config, **option)
+    assert replace(GUIDED, states="noised", **option)
+
+
+def test_a_student_of_few_steps_is_no_teacher() -> None:
+    for method in ("flow-map", "guided", "kd"):
+        with pytest.raises(
+            ModelError, match="digits-edm-3step was made for 3 steps of ddim alone, and is no teacher: name its own, digits-edm"
+        ):
+            distill(load_model("digits-edm-3step"), method)

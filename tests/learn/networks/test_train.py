@@ -52,6 +52,14 @@ def test_a_flow_map_is_trained_from_pictures_alone(tmp_path: Path) -> None:
         train(digits, config, loop, out, command="")
 
 
+@pytest.mark.parametrize(
+    ("kind", "option"), [("flow-map", {"flip": True}), ("flow-map", {"label_dropout": 0.2}), ("ddpm", {"p_mean": 1.0})]
+)
+def test_options_that_a_kind_does_not_have_are_refused(kind: str, option: dict) -> None:
+    with pytest.raises(FewstepError, match=f"{next(iter(option))} changes nothing of the kind {kind}"):
+        TrainConfig(kind, **option)
+
+
 def test_an_interrupted_run_is_not_continued_as_another_model(tmp_path: Path) -> None:
     digits, config = load_images("digits"), TrainConfig("edm", channels=(16, 16))
 

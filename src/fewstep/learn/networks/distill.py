@@ -105,6 +105,9 @@ def distill(
         raise FewstepError(
             "progressive distillation begins with the model that it halves, and fresh noise: leave begin and trajectories out"
         )
+    few = model.tuned
+    if few is not None and few.solver is not None and not (isinstance(options, ProgressiveConfig) and few.form == "progressive"):
+        raise ModelError(f"{model.name} was made for {few.nfe} steps of {few.solver} alone, and is no teacher: name its own, {few.teacher}")
     if isinstance(options, ProgressiveConfig) and len(options.nfe) > 1:
         return _halved(model, replace(options, guidance=scale), out, on_progress, device=device, command=command)
     with Job.open("distill", out, device=device or model.device, on_progress=on_progress, command=command) as job:
@@ -191,8 +194,6 @@ def _check_made(folder: Path, model: Model, config: ProgressiveConfig) -> None:
 def _result(objective: StudentObjective, trained: Trained, figures: dict[str, Any], job: Job) -> Model:
     """Return the student as a model that carries its passes, from its folder if it has one. ``tuned.json`` is written last."""
     model, config, student = objective.problem.model, objective.config, trained.student
-    about = {"teacher": model.name, "fingerprint": model.fingerprint, "guidance": config.guidance, "trajectories": config.num}
-    objective.describe(student, {**about, **objective.facts(figures), "command": job.command})
     network: Any = objective.network(student)
     dropout_as(network, model.network)
     if config.half:
@@ -203,6 +204,9 @@ def _result(objective: StudentObjective, trained: Trained, figures: dict[str, An
     else:
         named, fingerprint, guidance = teacher_name(model, None if job.in_memory else job.folder), model.fingerprint, config.guidance
     tuned = Tuned(named, fingerprint, *objective.sampled_by(guidance), objective.kind)
+    about = {"teacher": model.name, "fingerprint": model.fingerprint, "guidance": "told" if tuned.guidance is None else tuned.guidance}
+    about |= {} if objective.trajectories is None else {"trajectories": config.num}
+    objective.describe(student, {**about, **objective.facts(figures), "command": job.command})
     grids = objective.grids(figures)
 
     def table(made: Model) -> GridTable:

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ __all__ = ["TrainConfig", "train"]
 
 KINDS = ("edm", "ddpm", "flow-map")
 MATCHING = FlowMapConfig(target="matching", first=0.2, last=0.4, anchor=0.5)  # half of the pairs of flow map matching are denoising
+UNUSED = {"p_mean": KINDS[1:], "p_std": KINDS[1:], "label_dropout": KINDS[2:], "flip": KINDS[2:]}  # options that kinds do not have
 GROUPS = 16  # of channels, normalised together
 
 
@@ -46,7 +47,7 @@ class TrainConfig:
         kind: edm (preconditioned, continuous noise levels, saved with ``fewstep.json``), ddpm (epsilon prediction, 1000 linear betas,
             saved as a diffusers pipeline folder) or flow-map (one network for any number of passes, from pictures alone and without a
             teacher: flow map matching, with EDM's preconditioning).
-        conditional: condition on class labels, with a null label.
+        conditional: condition on class labels, with a null label but for a flow map, which is not guided.
         label_dropout: share of labels that training replaces by the null label.
         channels: channels of each level; a level has half the height and width of the one before.
         layers: residual blocks of a level.
@@ -79,6 +80,9 @@ class TrainConfig:
         at_least(self, layers=1)
         if not 0 <= self.dropout < 1 or not 0 <= self.label_dropout <= 1:
             raise FewstepError(f"dropout lies in [0, 1), label_dropout in [0, 1], got {self.dropout} and {self.label_dropout}")
+        ignored = [one for one in fields(self) if self.kind in UNUSED.get(one.name, ()) and getattr(self, one.name) != one.default]
+        if ignored:
+            raise FewstepError(f"{ignored[0].name} changes nothing of the kind {self.kind}: leave it out, or train another kind")
         if not (math.isfinite(self.p_mean) and 0 < self.p_std < math.inf):
             raise FewstepError(f"log sigma is drawn with a finite mean and a positive deviation, got {self.p_mean}, {self.p_std}")
 

@@ -30,7 +30,19 @@ from fewstep.models.analytic import GaussianDenoiser
 from fewstep.models.guidance import scale_range
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
-from fewstep.runtime.artifact import Count, Number, Record, Whole, check_file, digest_of, held_to, named_path, read_record, write_whole
+from fewstep.runtime.artifact import (
+    Count,
+    Number,
+    Record,
+    Whole,
+    check_file,
+    digest_of,
+    held_to,
+    named_path,
+    read_record,
+    rounded,
+    write_whole,
+)
 from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError, look_up
 from fewstep.runtime.front_door import at_least, check_fields, checked, checked_class, config_of
 from fewstep.runtime.job import Job, Progress
@@ -489,8 +501,8 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
             ArtifactError: the schedule, sample shape, model (by fingerprint) or guidance is another (both sides are named).
         """
         guidance, wanted = (one if few is None else few for one, few in ((self.guidance, self.scales), (problem.guidance, scales)))
-        ours = {"schedule": self.schedule.to_config(), "sample shape": self.shape, "model": self.model, "guidance": guidance}
-        theirs = (problem.schedule.to_config(), problem.shape, problem.fingerprint, wanted)  # the fingerprint holds the schedule
+        ours = {"schedule": rounded(self.schedule.to_config()), "sample shape": self.shape, "model": self.model, "guidance": guidance}
+        theirs = (rounded(problem.schedule.to_config()), problem.shape, problem.fingerprint, wanted)  # the fingerprint holds the schedule
         for (what, mine), other in zip(ours.items(), theirs, strict=True):
             if mine != other:
                 one, two = (json.dumps(side)[:200] for side in (mine, other))

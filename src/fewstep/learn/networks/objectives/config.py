@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from fewstep.learn.networks.loop import LoopConfig
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.runtime.errors import FewstepError
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
 
-__all__ = ["StudentConfig"]
+__all__ = ["STORED", "StudentConfig"]
+
+
+STORED = ("num", "fresh", "teacher_nfe")  # options of stored trajectories
 
 
 @checked_class
@@ -58,6 +61,16 @@ class StudentConfig:
         if not 0 <= self.fresh <= 1 or not 0 <= self.dropout < 1:
             raise FewstepError(f"fresh lies in [0, 1], dropout in [0, 1), got {self.fresh} and {self.dropout}")
         _ = self.loop
+
+    def check_unused(self, *names: str) -> None:
+        """Refuse options that would change nothing, where they are not at their defaults.
+
+        Raises:
+            FewstepError: one is not (which).
+        """
+        for one in fields(self):
+            if one.name in names and getattr(self, one.name) != one.default:
+                raise FewstepError(f"{one.name} changes nothing here, since nothing is learned from stored trajectories: leave it out")
 
     @property
     def loop(self) -> LoopConfig:

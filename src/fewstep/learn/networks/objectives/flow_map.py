@@ -111,6 +111,8 @@ class FlowMapConfig(StudentConfig):
         for name in SHARES:
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise FewstepError(f"{name}, a share of each batch, lies in [0, 1], got {value}")
+        if self.anchor is not None and self.equation not in ("semigroup", "matching"):
+            raise FewstepError(f"anchor is a share of the pairs of semigroup and matching, not of {self.target}: leave it out")
         for name, value in PRESETS.get(self.target, ("", {}))[1].items():
             if getattr(self, name) not in (None, value):
                 raise FewstepError(
@@ -160,6 +162,7 @@ class FlowMapObjective(StudentObjective):
         if self.equation == "matching" and (self.scales is not None or problem.guidance != 1):
             raise FewstepError("the target matching learns the data, not what guidance makes of it: use another target, or guidance 1")
         if images is not None:
+            config.check_unused("fresh")
             check_images(images, problem.model)
         self.grid = problem.model.trajectory_grid(config.grid, config.slots, problem.guidance)
         self.from_pictures = images is not None or config.states == "noised"

@@ -24,7 +24,7 @@ from fewstep.core.prediction import add_noise, aligned, prediction
 from fewstep.core.tableau import Nodes
 from fewstep.data.images import Images
 from fewstep.learn.networks.loop import step_of
-from fewstep.learn.networks.objectives.config import StudentConfig
+from fewstep.learn.networks.objectives.config import STORED, StudentConfig
 from fewstep.learn.networks.objectives.distances import DISTANCES
 from fewstep.learn.networks.objectives.objective import Networks, StudentObjective
 from fewstep.learn.networks.objectives.rollout import Rollout, Rows
@@ -85,6 +85,8 @@ class GuidedConfig(StudentConfig):
         at_least(self, slots=2)
         look_up(self.states, dict.fromkeys(STATES), "states of guided distillation", FewstepError)
         look_up(self.loss, DISTANCES, "loss", FewstepError)
+        if self.states not in ("teacher", "noised"):
+            self.check_unused(*STORED)
 
 
 class GuidedObjective(StudentObjective):

@@ -26,7 +26,7 @@ from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.prediction import aligned, prediction
 from fewstep.core.tableau import Nodes
 from fewstep.learn.networks.loop import step_of
-from fewstep.learn.networks.objectives.config import StudentConfig
+from fewstep.learn.networks.objectives.config import STORED, StudentConfig
 from fewstep.learn.networks.objectives.distances import DISTANCES
 from fewstep.learn.networks.objectives.flow_map_targets import composed, jump
 from fewstep.learn.networks.objectives.objective import Networks, StudentObjective
@@ -77,6 +77,7 @@ class ProgressiveConfig(StudentConfig):
         super().__post_init__()
         at_least(self, start=2)
         look_up(self.loss, DISTANCES, "loss", FewstepError)
+        self.check_unused(*STORED)
         object.__setattr__(self, "nfe", tuple(self.nfe) if isinstance(self.nfe, tuple | list) else (self.nfe,))
         steps = [self.begins, *self.nfe] if self.nfe and all(map(is_count, self.nfe)) else []
         parts = [one / other for one, other in itertools.pairwise(steps)]
