@@ -1,6 +1,6 @@
 """Distil a flow map, one student for any number of passes, and use it in one pass, in four, on another grid, and from a noised image.
 
-A student that is worth having takes an hour of training; this one learns for seconds, to show how it goes.
+A student that is worth having takes far longer to train; this one learns for seconds, to show how it goes.
 """
 
 import fewstep

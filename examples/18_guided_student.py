@@ -1,6 +1,6 @@
 """Distil guidance: a student that is told the scale and answers with one call where its teacher makes two.
 
-A student that is worth having takes an hour of training; this one learns for seconds, to show how it goes.
+A student that is worth having takes far longer to train; this one learns for seconds, to show how it goes.
 """
 
 import fewstep

@@ -134,6 +134,8 @@ def load_guided(folder: str | Path, teacher: Model) -> Model:
 
 def _readme(name: str, form: GuidedForm, card: Mapping[str, Any]) -> str:
     facts = "\n".join(f"- {key}: {value}" for key, value in card.items())
+    options = "" if "steps" in card else " --solver unipc-2 --nfe 8"  # one of few steps has times of its own
+    scale = min(max(2.0, form.w_min), form.w_max)
     return f"""# {name}
 
 A guided student: it is told the guidance scale, from {form.w_min:g} to {form.w_max:g}, and answers with one call of its network.
@@ -141,7 +143,7 @@ A guided student: it is told the guidance scale, from {form.w_min:g} to {form.w_
 {facts}
 
 ```
-fewstep sample {name} --guidance 2 --solver unipc-2 --nfe 8 --out runs/sample
-fewstep bench {name} --guidance 2 --out runs/bench
+fewstep sample {name} --guidance {scale:g}{options} --out runs/sample
+fewstep bench {name} --guidance {scale:g} --out runs/bench
 ```
 """
