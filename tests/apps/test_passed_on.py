@@ -194,7 +194,7 @@ def test_distill_into_a_flow_map(passed: Callable) -> None:
         "--method",
         "flow-map",
         "--target",
-        "ctm",
+        "matching",
         "--slots",
         8,
         "--grid",
@@ -208,7 +208,7 @@ def test_distill_into_a_flow_map(passed: Callable) -> None:
     )
     form = ("--anchor", 0.75, "--max-passes", 3, "--features", 8, "--output", "v", "--insert-at", "mid", "--loss", "l2", "--lr", 0.1)
     args, options = passed("make_student", "distill", "digits-edm", *words, *form, "--data", "digits")
-    own = {"target": "ctm", "slots": 8, "grid": "karras", "states": "stored", "first": 0.25, "last": 0.5, "anchor": 0.75, "max_passes": 3}
+    own = {"target": "matching", "slots": 8, "grid": "karras", "states": "stored", "first": 0.25, "last": 0.5, "anchor": 0.75, "max_passes": 3}
     assert args == ("flow-map",) and options["config"] == FlowMapConfig(**own, form=FlowMapForm(8, "v", "mid"), loss="l2", lr=0.1)
     assert options["images"].name == "digits" and options["features"] is None
     assert passed("make_student", "distill", "digits-edm", "--method", "flow-map")[1]["config"] == FlowMapConfig()
@@ -216,12 +216,14 @@ def test_distill_into_a_flow_map(passed: Callable) -> None:
 
 def test_train(passed: Callable) -> None:
     words = ("--kind", "ddpm", "--conditional", "--label-dropout", 0.3, "--channels", "16,32", "--layers", 2, "--dropout", 0.2)
-    more = ("--p-mean", -1, "--p-std", 2, "--attention", "8", "--flip", "--steps", 9, "--batch", 8, "--lr", 0.1, "--warmup", 7)
+    more = ("--attention", "8", "--flip", "--steps", 9, "--batch", 8, "--lr", 0.1, "--warmup", 7)
     loop = ("--weight-decay", 0.5, "--clip", 0.25, "--ema", 0.75, "--seed", 6, "--checkpoint-every", 5, "--mixed-precision", "bf16")
     args, _ = passed("train_model", "train", *words, *more, *loop, "--compile", "--channels-last")
     assert args[:2] == (
-        TrainConfig("ddpm", True, 0.3, (16, 32), 2, 0.2, -1.0, 2.0, (8,), True),
+        TrainConfig("ddpm", True, 0.3, (16, 32), 2, 0.2, attention=(8,), flip=True),
         LoopConfig(9, 8, 0.1, 7, 0.5, 0.25, 0.75, 6, 5, "bf16", True, True),
     )
+    args, _ = passed("train_model", "train", "--kind", "edm", "--p-mean", -1, "--p-std", 2)
+    assert args[0] == TrainConfig("edm", p_mean=-1.0, p_std=2.0)
     args, _ = passed("train_model", "train")
     assert args[:2] == (TrainConfig("edm"), LoopConfig(8000))

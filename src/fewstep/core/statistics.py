@@ -245,10 +245,10 @@ class ModelStatistics(Shared):
         Raises:
             ArtifactError: they differ; the message names both sides.
         """
-        ours = {"model": self.model, "guidance": self.guidance, "sample shape": self.shape, "schedule": rounded(self.schedule.to_config())}
-        theirs = {"model": model, "guidance": guidance, "sample shape": tuple(shape), "schedule": rounded(schedule.to_config())}
+        ours = {"model": self.model, "guidance": self.guidance, "sample shape": self.shape, "schedule": self.schedule.to_config()}
+        theirs = {"model": model, "guidance": guidance, "sample shape": tuple(shape), "schedule": schedule.to_config()}
         for what, mine in ours.items():
-            if mine != theirs[what] and not (what == "model" and "" in (mine, model)):
+            if rounded(mine) != rounded(theirs[what]) and not (what == "model" and "" in (mine, model)):
                 one, two = (json.dumps(side)[:200] for side in (mine, theirs[what]))
                 raise ArtifactError(
                     f"these statistics were made for {what} {one}, but are used with {what} {two}: calibrate this model, or say that any "

@@ -501,10 +501,10 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
             ArtifactError: the schedule, sample shape, model (by fingerprint) or guidance is another (both sides are named).
         """
         guidance, wanted = (one if few is None else few for one, few in ((self.guidance, self.scales), (problem.guidance, scales)))
-        ours = {"schedule": rounded(self.schedule.to_config()), "sample shape": self.shape, "model": self.model, "guidance": guidance}
-        theirs = (rounded(problem.schedule.to_config()), problem.shape, problem.fingerprint, wanted)  # the fingerprint holds the schedule
+        ours = {"schedule": self.schedule.to_config(), "sample shape": self.shape, "model": self.model, "guidance": guidance}
+        theirs = (problem.schedule.to_config(), problem.shape, problem.fingerprint, wanted)  # the fingerprint holds the schedule
         for (what, mine), other in zip(ours.items(), theirs, strict=True):
-            if mine != other:
+            if rounded(mine) != rounded(other):
                 one, two = (json.dumps(side)[:200] for side in (mine, other))
                 raise ArtifactError(f"{self.folder} has trajectories of {what} {one}, but they are used with {what} {two}: make them again")
 
