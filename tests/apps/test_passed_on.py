@@ -208,7 +208,16 @@ def test_distill_into_a_flow_map(passed: Callable) -> None:
     )
     form = ("--anchor", 0.75, "--max-passes", 3, "--features", 8, "--output", "v", "--insert-at", "mid", "--loss", "l2", "--lr", 0.1)
     args, options = passed("make_student", "distill", "digits-edm", *words, *form, "--data", "digits")
-    own = {"target": "matching", "slots": 8, "grid": "karras", "states": "stored", "first": 0.25, "last": 0.5, "anchor": 0.75, "max_passes": 3}
+    own = {
+        "target": "matching",
+        "slots": 8,
+        "grid": "karras",
+        "states": "stored",
+        "first": 0.25,
+        "last": 0.5,
+        "anchor": 0.75,
+        "max_passes": 3,
+    }
     assert args == ("flow-map",) and options["config"] == FlowMapConfig(**own, form=FlowMapForm(8, "v", "mid"), loss="l2", lr=0.1)
     assert options["images"].name == "digits" and options["features"] is None
     assert passed("make_student", "distill", "digits-edm", "--method", "flow-map")[1]["config"] == FlowMapConfig()

@@ -310,7 +310,11 @@ ARTIFACTS = {
         GridError,
         "digits-dsno makes 1, 2, 3, 4 passes, not 9",
     ),
-    "grids of a student's solver": (lambda: load_model("digits-dsno").optimized("heun", 2), GridError, "is a student, sampled by ddim"),
+    "grids of a student's solver": (
+        lambda: load_model("digits-dsno").optimized("heun", 2),
+        GridError,
+        "is a student, which jumps by ddim alone",
+    ),
     "fits of a student": (
         lambda: load_model("digits-dsno").fitted(2),
         SolverError,

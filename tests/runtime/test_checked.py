@@ -142,6 +142,12 @@ def test_a_field_of_another_type_is_refused(changes, says):
         Settings(**changes)
 
 
+def test_a_field_that_is_not_a_number_is_refused():
+    with pytest.raises(FewstepError, match="Settings: rate is not a number \\(NaN\\)"):
+        Settings(rate=math.nan)
+    assert Settings(rate=math.inf).rate == math.inf
+
+
 def test_numbers_of_other_libraries_become_plain_ones():
     made = Settings(num=np.int64(4), rate=np.float32(0.25), most=np.int64(2))
     assert json.dumps([made.num, made.rate, made.most]) == "[4, 0.25, 2]"

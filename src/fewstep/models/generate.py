@@ -220,6 +220,8 @@ def sampler_for(
     strength: float | None = None,
 ) -> Sampler | Tableau:
     """Return the sampler that `sample` would run. Arguments and errors are those of `sample` and `solver_for`."""
+    if isinstance(model, Model):
+        model.guided(guidance)  # refuses a scale that it cannot have, before a sampler for it is looked for
     level = math.inf if strength is None else level_of(strength)
     if not isinstance(nfe, SupportsInt | None):
         raise SolverError(f"nfe is one number of network evaluations, as nfe=8, got {nfe!r}")

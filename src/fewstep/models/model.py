@@ -204,7 +204,7 @@ class Model:
 
         Raises:
             ModelError: something that has no name to import it by (a lambda, a class inside a function or of the running script), a network
-                that is built again otherwise, or a student; each says how to mend it.
+                that is built again otherwise, or somebody else's flow map; each says how to mend it.
             ArtifactError: the folder holds a model already, is in use, or cannot be written.
         """
         from fewstep.models.formats.folders import save_model  # which makes models
@@ -249,6 +249,8 @@ class Model:
             return self.flow_map
         if alone:
             return self.conditional
+        if self.tuned is not None:
+            raise ModelError(f"{self.name} is a student: its guidance is in its weights; use guidance 1")
         if self.null_label is None:
             raise ModelError(f"{self.name} cannot be guided: it is not class-conditional with a null label; use guidance 1")
         guided = classifier_free(self.conditional, scale, torch.tensor(self.null_label))
@@ -449,7 +451,9 @@ class Model:
         tables = self.carried.grids
         table = next((table for table in tables if table.solver == solver and table.guidance in (guidance, None)), None)
         if table is None and self.flow_map is not None:
-            raise GridError(f"{self.name} is a student, sampled by ddim at guidance 1 along its own times: leave --solver and --grid out")
+            if solver != "ddim":
+                raise GridError(f"{self.name} is a student, which jumps by ddim alone: leave --solver out")
+            raise GridError(f"{self.name} is a student without times of its own at guidance {guidance:g}: leave --grid and --guidance out")
         if table is None:
             known = ", ".join(f"{table.solver} at {table.scale}" for table in tables)
             there = f"there are some for {known}" if tables else "there are none in its folder"
@@ -459,7 +463,8 @@ class Model:
             )
         if table.model != self.fingerprint:
             raise ArtifactError(f"the optimized grids in {self.folder} were made for other weights ({table.model}, not {self.fingerprint})")
-        if self.flow_map is not None and nfe not in table.grids:
+        fixed = self.flow_map is not None or (self.tuned is not None and self.tuned.form == "progressive")
+        if fixed and nfe not in table.grids:
             raise GridError(f"{self.name} makes {', '.join(map(str, sorted(table.grids)))} passes, not {nfe}")
         return table.grid(nfe)
 

@@ -217,7 +217,7 @@ def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
 
 @contextmanager
 def written_apart(folder: Path, last: str) -> Generator[Path, None, None]:
-    """Write files into a temporary folder, which is handed out, and then move them into another.
+    """Write files into a temporary folder of the same name, which is handed out, and then move them into another.
 
     Args:
         folder: where they go; made if it is not there. What has their names is replaced.
@@ -228,9 +228,11 @@ def written_apart(folder: Path, last: str) -> Generator[Path, None, None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY) as scratch:
-            yield Path(scratch)
-            for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == last):
+        with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY) as temporary:
+            scratch = Path(temporary, folder.resolve().name)
+            scratch.mkdir(exist_ok=True)
+            yield scratch
+            for path in sorted(scratch.iterdir(), key=lambda path: path.name == last):
                 if (there := folder / path.name).is_dir():
                     rmtree(there)
                 path.replace(there)

@@ -98,7 +98,7 @@ def scale_of(value: Any, default: float) -> float:  # noqa: ANN401
     """
     found = default if value is None else _float(value)
     if not math.isfinite(found):
-        raise ModelError(f"guidance is a scale, as 2.0, got {value!r}")
+        raise ModelError(f"guidance is a scale, as 2.0, got {found if value is None else repr(value)}")
     return found
 
 
@@ -138,7 +138,7 @@ def check_fields(config: Any) -> None:  # noqa: ANN401
     """Check the types of the numbers, switches and words in a dataclass, and make numbers of other libraries plain ones.
 
     Raises:
-        FewstepError: one is of another type.
+        FewstepError: one is of another type, or NaN.
     """
     cls = type(config)
     for field in fields(config):
@@ -148,6 +148,8 @@ def check_fields(config: Any) -> None:  # noqa: ANN401
         test, make, meaning = _TYPES[kind]
         if not test(value):
             raise FewstepError(f"{cls.__name__}: {field.name} is {meaning}, got {value!r}")
+        if value != value:
+            raise FewstepError(f"{cls.__name__}: {field.name} is not a number (NaN)")
         object.__setattr__(config, field.name, make(value))
 
 

@@ -13,6 +13,7 @@ from tests.problems import LAW, diffusers_folder, tiny_folder
 from torch import Tensor, nn
 
 from fewstep import (
+    ArtifactError,
     FewstepError,
     Model,
     ModelError,
@@ -26,7 +27,7 @@ from fewstep import (
     sample,
 )
 from fewstep.data.images import Images
-from fewstep.learn.networks.distill import FlowMapConfig
+from fewstep.learn.networks.distill import DistillConfig, FlowMapConfig, GuidedConfig, ProgressiveConfig
 from fewstep.learn.networks.objectives.flow_map import PRESETS, FlowMapObjective
 from fewstep.learn.networks.objectives.flow_map_targets import TARGETS
 from fewstep.learn.teacher.batches import Batch
@@ -36,6 +37,7 @@ from fewstep.models.problem import Problem
 
 SLOTS = 4
 BRIEF = FlowMapConfig(slots=SLOTS, steps=2, batch=8, lr=1e-2, ema=0.5, num=16, held_out=8, teacher_nfe=8, max_passes=2)
+NUM = FlowMapConfig().num  # which says nothing where there are pictures to learn from
 WHOLE = replace(BRIEF, steps=40, batch=16, ema=0.9, num=64, held_out=32, max_passes=3)
 
 
@@ -81,7 +83,7 @@ MANY = 4000
 
 def drawn(teacher: Model, images: Images | None = None, **changes: Any) -> tuple[FlowMapObjective, Any]:
     """An objective, and the pairs that it draws of many trajectories, whose states are the numbers of their times."""
-    objective = FlowMapObjective(Problem(teacher), replace(BRIEF, batch=MANY, **changes), images)
+    objective = FlowMapObjective(Problem(teacher), replace(BRIEF, batch=MANY, num=NUM if images else BRIEF.num, **changes), images)
     states = torch.arange(SLOTS + 1.0).reshape(1, -1, 1, 1, 1).expand(MANY, -1, 1, 4, 4)
     batch = Batch(torch.zeros(MANY, 1, 4, 4) if objective.from_pictures else states, torch.arange(MANY) % 2)
     return objective, objective.pairs(batch, torch.Generator().manual_seed(0))
@@ -152,6 +154,7 @@ CASES = [(target, data) for target in (*TARGETS, "consistency") for data, refuse
 def test_every_target_trains_a_student(teacher: Model, stored: Trajectories, pictures: Images, target: str, data: str) -> None:
     config = replace(BRIEF, target=target, states="noised" if data == "noised" else "stored")
     given = {"images": pictures} if data == "pictures" else {"trajectories": stored}
+    config = replace(config, num=NUM) if data == "pictures" else config
     student = made(teacher, config, **given)
     assert len(student.card["curve"]) == 2 and all(value < 10 for _, value in student.card["curve"])
     assert list(student.card["passes"]) == list(student.num_jumps) == [1, 2] and len(student.card["slots"]) == SLOTS
@@ -243,6 +246,7 @@ def test_a_killed_run_ends_with_the_same_weights(
     """Targets are made with averaged weights, so these have to continue, too."""
     config = replace(BRIEF, target=target, steps=6, dropout=0.1)
     given: dict[str, Any] = {"images": pictures} if target == "matching" else {"trajectories": stored}
+    config = replace(config, num=NUM) if target == "matching" else config
     wanted = made(teacher, config, tmp_path / "whole", **given)
 
     def interrupt(done: int, note: str) -> None:
@@ -261,7 +265,7 @@ def test_a_killed_run_ends_with_the_same_weights(
 
 @pytest.mark.slow
 def test_other_pictures_do_not_take_over_a_half_finished_run(teacher: Model, pictures: Images, tmp_path: Path) -> None:
-    config = replace(BRIEF, target="matching", steps=4)
+    config = replace(BRIEF, target="matching", steps=4, num=NUM)
     with pytest.raises(ZeroDivisionError):
         made(teacher, config, tmp_path, images=pictures, on_progress=lambda done, note: done == 2 and 1 / 0)
     with pytest.raises(KeyboardInterrupt):
@@ -288,6 +292,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "preset": ({"target": "consistency", "last": 0.5}, "consistency is eulerian with last 1: leave last out, or name that target"),
     "loss": ({"loss": "l3"}, "unknown loss 'l3'"),
     "words": ({"states": "fresh"}, "unknown states of a flow map 'fresh'"),
+    "bf16": ({"target": "lagrangian-jvp", "mixed_precision": "bf16"}, "lagrangian-jvp is differentiated forward, which mixed precision"),
+    "nan": ({"guidance": float("nan")}, "guidance is not a number"),
 }
 
 
@@ -299,10 +305,11 @@ def test_options_without_meaning_are_refused(mistake: str) -> None:
 
 
 def test_data_without_meaning_is_refused_before_any_work(teacher: Model, pictures: Images, whole: Any, tmp_path: Path) -> None:
-    matching, out = replace(BRIEF, target="matching"), tmp_path / "out"
+    matching, out = replace(BRIEF, target="matching", num=NUM), tmp_path / "out"
     for config, given, says in (
         (BRIEF, {"images": pictures}, "the target trajectory learns from the teacher's trajectories: leave data out"),
         (matching, {}, "the target matching learns from pictures: pass images=..., .*--data"),
+        (replace(matching, num=17), {"images": pictures}, "num changes nothing here, since nothing is learned from stored trajectories"),
         (matching, {"images": replace(pictures, labels=None)}, "teacher has labels 0 to 1, and squares has none or others"),
         (matching, {"images": replace(pictures, labels=pictures.labels + 1)}, "teacher has labels 0 to 1, and squares has none or others"),
         (matching, {"images": replace(pictures, x=pictures.x[..., :3])}, r"the images of squares have shape \(1, 4, 3\), those of teacher"),
@@ -331,5 +338,38 @@ class Rounding(nn.Module):
 
 def test_a_network_that_cannot_be_differentiated_is_told_of_a_target_that_needs_none() -> None:
     model = Model(Rounding(), LAW, "sample", shape=(1, 4, 4))
-    with pytest.raises(ModelError, match="the network cannot be differentiated .*: use the target lagrangian, which needs no derivative"):
-        made(model, replace(BRIEF, target="lagrangian-jvp"))
+    for target, other in (("lagrangian-jvp", ": use the target lagrangian"), ("eulerian-jvp", ", or use the target eulerian")):
+        with pytest.raises(ModelError, match=f"the network cannot be .*{other}, which needs n"):
+            made(model, replace(BRIEF, target=target))
+
+
+# -- students that were made in memory -------------------------------------------------------------------------------
+
+IN_MEMORY: dict[str, Any] = {
+    "flow-map": BRIEF,
+    "flow-map, told": replace(BRIEF, scales=(1.0, 3.0)),
+    "dsno": DistillConfig(slots=SLOTS, steps=2, batch=8, num=16, held_out=8, teacher_nfe=8),
+    "guided": GuidedConfig(slots=SLOTS, steps=2, batch=8, held_out=8),
+    "progressive": ProgressiveConfig(nfe=(2,), steps=2, batch=8, held_out=8),
+}
+
+
+@pytest.mark.every(2)
+@pytest.mark.parametrize("what", IN_MEMORY)
+def test_a_student_made_in_memory_is_saved_whole(teacher: Model, tmp_path: Path, what: str) -> None:
+    student = distill(teacher, what.partition(",")[0], config=IN_MEMORY[what])
+    assert student is not None
+    loaded = load_model(student.save(tmp_path / "kept"))
+    assert loaded.fingerprint == student.fingerprint and loaded.tuned == student.tuned and loaded.num_jumps == student.num_jumps
+    how = {"what": "unipc-2", "nfe": 3} if what == "guided" else {"nfe": 2}
+    for scale in (1.0, 2.0) if student.scales else (1.0,):
+        assert torch.equal(*(sample(one, seeds=range(3), guidance=scale, **how) for one in (student, loaded)))
+    assert what == "progressive" or (tmp_path / "kept" / "README.md").read_text().startswith("# kept\n")
+    with pytest.raises(ArtifactError, match="already holds a model, which would be lost"):
+        student.save(tmp_path / "kept")
+
+
+def test_a_flow_map_of_ones_own_code_is_not_saved(teacher: Model, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="teacher is a flow map of your own code, which makes it anew: save its network's weights"):
+        replace(teacher, flow_map=FirstOrderMap(teacher)).save(tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()

@@ -12,7 +12,19 @@ from tests.problems import LAW, diffusers_folder, tiny_folder, told_model, toy
 from torch import Tensor
 
 import fewstep
-from fewstep import ArtifactError, DiscreteVP, FewstepError, GaussianDenoiser, Model, ModelError, VPLinear, load_model, make_grid, sample
+from fewstep import (
+    ArtifactError,
+    DiscreteVP,
+    FewstepError,
+    GaussianDenoiser,
+    GridError,
+    Model,
+    ModelError,
+    VPLinear,
+    load_model,
+    make_grid,
+    sample,
+)
 from fewstep.core.schedule import NoiseSchedule, RectifiedFlow, VarianceExploding
 from fewstep.data.images import Images
 from fewstep.learn.networks import loop
@@ -228,6 +240,12 @@ def test_steps_are_halved_again_and_again(request: pytest.FixtureRequest, tmp_pa
         pictures = sample(one, seeds=range(3))
         assert torch.equal(pictures, sample(one, nfe=steps, seeds=range(3)))
         assert model.scales is None or float((sample(one, seeds=range(3), guidance=3) - pictures).abs().max()) > 1e-4
+        assert "2 first-order steps" in (tmp_path / "out/steps/02/README.md").read_text() or model.scales
+        with pytest.raises(GridError, match=f"makes {steps} passes, not 3"):
+            sample(one, "ddim", nfe=3, seeds=[0], grid="optimized")
+        if model.scales is None:
+            with pytest.raises(ModelError, match="is a student: its guidance is in its weights; use guidance 1"):
+                sample(one, seeds=[0], guidance=2.0)
     (tmp_path / "new").mkdir()
     (tmp_path / "out" / "steps").rename(tmp_path / "new" / "steps")
     for other, config in ((model, replace(HALVED, lr=1e-3)), (made, HALVED)):

@@ -241,7 +241,9 @@ def test_pairs_of_the_students_own_states_are_at_their_scales(teacher: Model) ->
 
 def test_pictures_get_scales_of_their_own(teacher: Model) -> None:
     pictures = Images(torch.rand(20, 1, 4, 4) * 2 - 1, torch.arange(20) % 2, 16, "squares")
-    objective = FlowMapObjective(Problem(teacher), replace(MAP, target="semigroup", scales=(1.0, 4.0), batch=64), pictures)
+    objective = FlowMapObjective(
+        Problem(teacher), replace(MAP, target="semigroup", scales=(1.0, 4.0), batch=64, num=FlowMapConfig().num), pictures
+    )
     batch = objective.batch(None, 64, torch.Generator().manual_seed(0))
     assert batch.scale is not None and 1 <= float(batch.scale.min()) < 1.5 and 3.5 < float(batch.scale.max()) <= 4
     network = objective.student()

@@ -16,6 +16,7 @@ from tests.problems import contents, names
 
 import fewstep
 from fewstep import ArtifactError, Model, ModelError, RectifiedFlow, VarianceExploding, VPLinear, load_model
+from fewstep.models.flow_map import FirstOrderMap
 from fewstep.models.formats import folders
 from fewstep.models.networks.calls import NetworkTime, edm_time
 
@@ -215,10 +216,7 @@ REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
     "no shape": (lambda: replace(tied(), shape=None), "does not know the shape of its samples"),
     "state beside the weights": (lambda: replace(tied(), network=Stateful(), build=Stateful), "_extra_state of its state is no tensor"),
     "weights without values": (lambda: replace(tied(), network=Tied().to("meta"), identity="x"), "weight .* is on the meta device"),
-    "a student": (
-        lambda: fewstep.distill(table_model(), "kd", config=fewstep.DistillConfig(steps=1, batch=2, num=4, held_out=2, teacher_nfe=2)),
-        "is a student",
-    ),
+    "a flow map": (lambda: replace(table_model(), flow_map=FirstOrderMap(table_model())), "is a flow map of your own code"),
 }
 
 

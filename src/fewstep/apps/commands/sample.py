@@ -244,8 +244,7 @@ class _Choice:
 
     def sampler_for(self, model: Model, guidance: float) -> Sampler:
         """Return the sampler: one from a folder, or a solver on explicit times, on explicit noise levels, or on a named grid."""
-        if model.flow_map is not None:
-            model.guided(guidance)  # refuses a scale that a student cannot have
+        model.guided(guidance)  # refuses a scale that it cannot have, before a sampler for it is looked for
         if sum(option is not None for option in (self.sampler, self.times, self.sigmas)) > 1:
             raise FewstepError("give one of --sampler, --times and --sigmas")
         if self.times is not None or self.sigmas is not None:

@@ -292,7 +292,7 @@ class _ForeignEntry(Entry):
 
     def why_not(self) -> str:
         if isinstance(self.problem.denoiser, FlowMap):
-            return f"{self.problem.name} is a student, which jumps along its own times alone: no sampler of {self.library} is for it"
+            return f"{self.problem.name} is a student, which jumps from time to time: no sampler of {self.library} is for it"
         try:
             _ = self.time_grid
         except (GridError, SolverError) as error:

@@ -287,18 +287,37 @@ def save_model(model: Model, folder: str | Path) -> Path:
     """Write a model as a folder, whole or not at all: by its description where that says all, else with the names of its code.
 
     Raises:
-        ModelError: it is a student, or cannot be described (see `describe`) nor built again (see `own_files`).
+        ModelError: it is somebody else's flow map, or cannot be described (see `describe`) nor built again (see `own_files`).
         ArtifactError: the folder holds a model, is in use, or cannot be written.
     """
-    folder, model = named_path(folder), model.need_denoiser()
-    check_savable(model)
+    folder, made_of = named_path(folder), _made_of(model)
+    check_savable(made_of)
     with Job.open("save", folder, alone=True):
         if holds_model(folder):
             raise ArtifactError(f"{folder} already holds a model, which would be lost: choose another folder, or remove it")
         with written_apart(folder, last=DESCRIPTION) as scratch:
-            write_model(model, scratch)
+            write_model(made_of, scratch)
+            if made_of is not model:
+                model.network.save(scratch)
             _write_carried(model.carried, scratch)
     return folder
+
+
+def _made_of(model: Model) -> Model:
+    """Return the model of the network inside a student, the opposite of `as_student`; any other model as it is.
+
+    Raises:
+        ModelError: it is somebody else's flow map.
+    """
+    student = model.network
+    if isinstance(student, OperatorStudent):
+        return model.with_network(student.operator.network, flow_map=None)
+    if isinstance(student, FlowMapStudent):
+        told = model.scales is not None
+        return model.with_network(student.network if told else student.network.network, flow_map=None)
+    if model.flow_map is not None:
+        raise ModelError(f"{model.name} is a flow map of your own code, which makes it anew: save its network's weights with that code")
+    return model
 
 
 def _write_carried(carried: Carried, folder: Path) -> None:

@@ -122,6 +122,11 @@ class FlowMapConfig(StudentConfig):
             raise FewstepError(f"own, a share of the pairs of the target trajectory, lies in [0, 1], got {self.own} of {self.target}")
         if self.max_passes > self.slots:
             raise FewstepError(f"{self.max_passes} passes go through as many of the {self.slots} slots: ask for fewer passes or more slots")
+        if self.equation == "lagrangian-jvp" and self.mixed_precision != "no":
+            raise FewstepError(
+                "the target lagrangian-jvp is differentiated forward, which mixed precision does not know: leave that out, or use the "
+                "target lagrangian"
+            )
         if self.states == "noised" and self.equation in EXACT:
             raise FewstepError(f"the target {self.target} needs stored trajectories: leave states out, or use another target")
 
@@ -162,7 +167,7 @@ class FlowMapObjective(StudentObjective):
         if self.equation == "matching" and (self.scales is not None or problem.guidance != 1):
             raise FewstepError("the target matching learns the data, not what guidance makes of it: use another target, or guidance 1")
         if images is not None:
-            config.check_unused("fresh")
+            config.check_unused("num", "fresh")
             check_images(images, problem.model)
         self.grid = problem.model.trajectory_grid(config.grid, config.slots, problem.guidance)
         self.from_pictures = images is not None or config.states == "noised"
@@ -344,7 +349,12 @@ class FlowMapObjective(StudentObjective):
             ModelError: none does.
         """
         student, (mean, point, direction, level) = self.student().requires_grad_(False), self._trial()
-        return JVP_METHODS[choose_jvp(lambda x, lam: mean(student, x, lam), point, direction, level)]
+        try:
+            return JVP_METHODS[choose_jvp(lambda x, lam: mean(student, x, lam), point, direction, level)]
+        except ModelError as error:
+            raise ModelError(
+                f"the target {self.config.target} is a derivative along trajectories: {error}, or use the target eulerian, which needs none"
+            ) from error
 
     def _trial(self) -> Any:  # noqa: ANN401
         schedule, problem = self.problem.schedule, self.problem

@@ -38,6 +38,7 @@ from fewstep.models.guided import form_of, save_guided
 from fewstep.models.model import Model
 from fewstep.models.networks.extra_embedding import ConditionedNetwork
 from fewstep.models.problem import Problem
+from fewstep.runtime.artifact import write_whole
 from fewstep.runtime.errors import FewstepError, look_up
 from fewstep.runtime.front_door import at_least, checked_class, is_count
 from fewstep.runtime.process import share
@@ -210,4 +211,20 @@ class ProgressiveObjective(StudentObjective):
         model = self.problem.model
         if isinstance(student, ConditionedNetwork):
             save_guided(student, form_of(model), self._card, folder)
+        else:
+            write_whole(folder / "README.md", _card(folder.name, self._card).encode())
         save_like(model, self.network(student), folder)
+
+
+def _card(name: str, facts: Mapping[str, Any]) -> str:
+    lines = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    return f"""# {name}
+
+A student of {facts["steps"]} first-order steps, made by halving those of its teacher. Its guidance is in its weights.
+
+{lines}
+
+```
+fewstep sample {name} --out runs/sample
+```
+"""
