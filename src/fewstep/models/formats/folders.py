@@ -290,6 +290,7 @@ def save_model(model: Model, folder: str | Path) -> Path:
         ModelError: it is somebody else's flow map, or cannot be described (see `describe`) nor built again (see `own_files`).
         ArtifactError: the folder holds a model, is in use, or cannot be written.
     """
+    student: Any = model.network
     folder, made_of = named_path(folder), _made_of(model)
     check_savable(made_of)
     with Job.open("save", folder, alone=True):
@@ -298,7 +299,7 @@ def save_model(model: Model, folder: str | Path) -> Path:
         with written_apart(folder, last=DESCRIPTION) as scratch:
             write_model(made_of, scratch)
             if made_of is not model:
-                model.network.save(scratch)
+                student.save(scratch)
             _write_carried(model.carried, scratch)
     return folder
 
