@@ -22,6 +22,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from tests.apps.conftest import run as run_command
 from tests.apps.conftest import samples
+from tests.problems import told_model
 
 from fewstep import VarianceExploding, load_model
 from fewstep.learn.networks import distill as module
@@ -164,6 +165,20 @@ def test_the_next_command_that_is_said_works(monkeypatch, capsys, tmp_path: Path
     assert run(monkeypatch, *shlex.split(line), "--steps", 1, "--batch", 2) == 0, capsys.readouterr().err
     (line,) = re.findall(r"^next: fewstep (.*)$", capsys.readouterr().out, re.M)
     assert run(monkeypatch, *shlex.split(line), "--num", 4) == 0
+
+
+def test_trajectories_of_one_scale_are_nothing_that_a_told_model_learns_from(
+    monkeypatch, capsys, tmp_path: Path, made: SimpleNamespace
+) -> None:
+    told = told_model(load_model(made.teacher)).save(tmp_path / "told")
+    assert run(monkeypatch, "trajectories", told, "-n", 4, "--slots", 2, "--nfe", 4, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "learn from trajectories of many: --scales 1,4" in said and "next:" not in said
+
+
+def test_a_model_is_nothing_to_push(monkeypatch, capsys, made: SimpleNamespace) -> None:
+    assert run(monkeypatch, "push", made.student, "me/one") == 2
+    assert "holds a model, and push takes a sampler or statistics: name one of those in it" in capsys.readouterr().err
 
 
 def test_one_step_has_no_error_of_its_own_to_print(monkeypatch, capsys, tmp_path: Path, made: SimpleNamespace) -> None:

@@ -202,7 +202,7 @@ def test_damaged_single_files_and_folders(tmp_path: Path, checkpoints: dict) -> 
 def test_what_is_no_checkpoint_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no file at .*nowhere.pkl: name a checkpoint"):
         load_checkpoint(tmp_path / "nowhere.pkl", trust=True)
-    with pytest.raises(ModelError, match="no file at"):
+    with pytest.raises(ModelError, match="is a folder, and a checkpoint is one file: name that, or give the folder to load_model"):
         load_checkpoint(tmp_path)
     for name, content in {"a.pt": {"weight": torch.ones(2)}, "b.pt": [1, 2], "c.pt": {1: 2}, "d.pt": {"a": 1}}.items():
         torch.save(content, tmp_path / name)

@@ -9,6 +9,8 @@ import typer
 
 from fewstep.apps.console import console
 from fewstep.core.statistics import ModelStatistics
+from fewstep.models.formats.folders import holds_model
+from fewstep.runtime.errors import ArtifactError
 from fewstep.sampling.sampler import Sampler
 
 __all__ = ["push"]
@@ -22,6 +24,11 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="If the repository is new, only you see it.")] = False,
 ) -> None:
     """Put a saved sampler or statistics on the hub."""
+    if holds_model(folder):
+        raise ArtifactError(
+            f"{folder} holds a model, and push takes a sampler or statistics: name one of those in it, or put the model on the hub by "
+            "huggingface_hub.upload_folder"
+        )
     kind = ModelStatistics if (folder / "statistics.json").exists() else Sampler
     pictures = sorted(folder.glob("*.png"))
     address = kind.load(folder).push_to_hub(repository, subfolder=subfolder, pictures=pictures, private=private or None)

@@ -82,4 +82,10 @@ def trajectories(
         which += ["--method", "flow-map", *([] if opened.scales else ["--scales", ",".join(f"{scale:g}" for scale in config.scales)])]
     elif slots == 1:
         which += ["--method", "kd"]
+    if opened.scales is not None and config.scales is None:
+        low, high = opened.scales
+        console.print(
+            f"note: students of {opened.name} are told their scale and learn from trajectories of many: --scales {low:g},{high:g}"
+        )
+        return
     console.print(next_command("distill", model, *model_words(opened, guidance), "--trajectories", out, *which, "--out", "runs/student"))

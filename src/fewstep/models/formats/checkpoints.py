@@ -55,6 +55,8 @@ def load_checkpoint(path: str | Path, *, format: str | None = None, config: Mapp
             are missing, unknown, or contradicted by the weights.
     """
     path, config = named_path(path), dict(config or {})
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder, and a checkpoint is one file: name that, or give the folder to load_model as it is")
     if not path.is_file():
         raise ModelError(f"no file at {path}: name a checkpoint, or see load_model for folders and names")
     check_file(path)
