@@ -35,6 +35,7 @@ VARIANTS = ":steps=1 :steps=2:predictor=true :predictor=true :corrector=none :co
 OWN = "4,5,6,8,10"  # evaluations of optimised grids and fitted samplers
 GUIDED = "5,8"  # of fitted samplers at guidance 2
 TUNED = "4"  # of phase 2
+SLOTS, PASSES = "--grid angle --slots 16", "1,2,3,4,6,8"  # of the flow map
 NETWORK = "--kind edm --conditional --flip --p-mean=-1.2 --p-std 1.2 --lr 0.001 --mixed-precision bf16"
 
 
@@ -49,7 +50,9 @@ class Preset:
         num, quality: noises of every row, and of the teacher's own quality.
         nfe: of the rows on standard grids.
         calibrate: options of the statistics; ``pooling``: of those that are compared, as levels, data, pooling.
-        optimize, fit, finetune, distill: options of these commands; None leaves one out.
+        optimize, fit, finetune: options of these commands; None leaves one out.
+        trajectories: that the flow map learns from.
+        distill: options of its training.
         tag: of the folders, if it is no study to be kept.
     """
 
@@ -64,7 +67,8 @@ class Preset:
     optimize: str | None
     fit: str | None
     finetune: str | None
-    distill: str | None
+    trajectories: int
+    distill: str
     features: str
     tag: str = ""
 
@@ -83,7 +87,8 @@ PRESETS = {
         optimize="--num 128 --noises 128 --held-out 512",
         fit="--held-out 256",
         finetune="--rounds 2 --half",
-        distill=None,
+        trajectories=32768,
+        distill="--steps 5000 --half",
         features="cpu",
     ),
     "gpu": Preset(
@@ -99,7 +104,8 @@ PRESETS = {
         optimize="",
         fit="-n 4096 --held-out 1024",
         finetune="--rounds 3 --steps 2000 --half",
-        distill="--slots 4 --steps 20000 -n 50000",
+        trajectories=262144,
+        distill="--steps 20000 --batch 512 --half",
         features="gpu",
     ),
     "smoke": Preset(  # everything once, in minutes, with a network that has learned nothing
@@ -114,7 +120,8 @@ PRESETS = {
         optimize="--levels 16 --num 8 --noises 8 --held-out 8",
         fit="-n 16 --held-out 8 --iterations 0",
         finetune="--rounds 1 --steps 2",
-        distill=None,
+        trajectories=16,
+        distill="--steps 2 --batch 4 --held-out 8",
         features="smoke",
         tag="-smoke",
     ),
@@ -182,10 +189,13 @@ def stages(preset: Preset, shared: Path, work: Path, docs: Path) -> Iterator[Sta
         options = ["--nfe", TUNED, *preset.finetune.split(), "--out", str(made)]
         yield Stage("phase 2", [*fewstep, "finetune", str(teacher), *options], made / "tuned.json")
         yield Stage("its row", [*fewstep, "bench", str(made), *compared, "--out", str(rows / "tuned")])
-    if preset.distill is not None:
-        made = work / f"{label}-student"
-        yield Stage("operator", [*fewstep, "distill", str(teacher), *preset.distill.split(), "--out", str(made)], made / "history.json")
-        yield Stage("its rows", [*fewstep, "bench", str(made), *compared, "--out", str(rows / "student")])
+    stored, made = work / f"{label}-trajectories", Path("assets") / f"{label}-flow-map"
+    solve = [*fewstep, "trajectories", str(teacher), *SLOTS.split(), "--nfe", "32", "--seed", "6000000"]
+    yield Stage("trajectories", [*solve, "--num", str(preset.trajectories + 512), "--out", str(stored)], made / "tuned.json")
+    learn = [*fewstep, "distill", str(teacher), "--method", "flow-map", "--trajectories", str(stored), *SLOTS.split(), "--own", "0.5"]
+    learn += ["--num", str(preset.trajectories), *preset.distill.split(), "--out", str(made)]
+    yield Stage("flow map", learn, made / "tuned.json")
+    yield Stage("its rows", [*fewstep, "bench", str(made), *compared, "--nfe", PASSES, "--out", str(rows / "student")])
 
     guided, kept = ["--guidance", "2"], ["--out", str(rows / "guidance-2")]
     yield calibrated("statistics at guidance 2", teacher / "statistics-guidance-2", *preset.calibrate.split(), *guided)
