@@ -175,7 +175,7 @@ def test_a_flow_map_without_its_scales_beside_it_is_damaged(teacher: Model, tmp_
 @pytest.mark.parametrize("scales", [(2.0, 2.0), (3.0, 1.0), (-1.0, 4.0), (1.0, float("inf")), (float("nan"), 4.0)])
 def test_scales_that_are_no_range_are_refused(scales: tuple[float, float]) -> None:
     for make in (lambda: GuidedForm(*scales), lambda: scale_range(scales)):
-        with pytest.raises(FewstepError, match=r"guidance scales range from one of at least 0 to a larger one|is a number|is not a number"):
+        with pytest.raises(FewstepError, match=r"guidance scales range from one of at least 0 to a larger one|is a number"):
             make()
 
 

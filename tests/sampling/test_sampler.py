@@ -185,7 +185,7 @@ def test_json_that_is_not_text_is_refused(saved):
         ({"schedule": {"law": "discrete-vp"}}, "not a whole sampler"),
         ({"schedule": {"law": "discrete-vp", "theta": [0.0, "x"]}}, "not a whole sampler"),
         ({"schedule": {"law": "discrete-vp", "theta": [0.0, 1.0, 0.5]}}, "not a whole sampler"),
-        ({"schedule": {"law": "flow", "t_max": math.nan}}, "t_clean <= t_min < t_max, all finite"),
+        ({"schedule": {"law": "flow", "t_max": math.nan}}, "RectifiedFlow: t_max is a number, got nan"),
         ({"schedule": {"law": "vp-linear", "beta_max": -1e9}}, "t_clean <= t_min < t_max, all finite"),
         ({"schedule": {"law": "edm", "t_max": "80"}}, "VarianceExploding: t_max is a number, got '80'"),
         ({"card": None}, "sampler.json is damaged: card: field required"),

@@ -248,7 +248,7 @@ class ModelStatistics(Shared):
         ours = {"model": self.model, "guidance": self.guidance, "sample shape": self.shape, "schedule": self.schedule.to_config()}
         theirs = {"model": model, "guidance": guidance, "sample shape": tuple(shape), "schedule": schedule.to_config()}
         for what, mine in ours.items():
-            if rounded(mine) != rounded(theirs[what]) and not (what == "model" and "" in (mine, model)):
+            if mine != theirs[what] and rounded(mine) != rounded(theirs[what]) and not (what == "model" and "" in (mine, model)):
                 one, two = (json.dumps(side)[:200] for side in (mine, theirs[what]))
                 raise ArtifactError(
                     f"these statistics were made for {what} {one}, but are used with {what} {two}: calibrate this model, or say that any "

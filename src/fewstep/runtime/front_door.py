@@ -146,10 +146,8 @@ def check_fields(config: Any) -> None:  # noqa: ANN401
         if kind not in _TYPES or (optional and value is None):
             continue
         test, make, meaning = _TYPES[kind]
-        if not test(value):
+        if not test(value) or value != value:
             raise FewstepError(f"{cls.__name__}: {field.name} is {meaning}, got {value!r}")
-        if value != value:
-            raise FewstepError(f"{cls.__name__}: {field.name} is not a number (NaN)")
         object.__setattr__(config, field.name, make(value))
 
 

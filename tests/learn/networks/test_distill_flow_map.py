@@ -293,7 +293,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "loss": ({"loss": "l3"}, "unknown loss 'l3'"),
     "words": ({"states": "fresh"}, "unknown states of a flow map 'fresh'"),
     "bf16": ({"target": "lagrangian-jvp", "mixed_precision": "bf16"}, "lagrangian-jvp is differentiated forward, which mixed precision"),
-    "nan": ({"guidance": float("nan")}, "guidance is not a number"),
+    "nan": ({"guidance": float("nan")}, "guidance is a number, got nan"),
 }
 
 

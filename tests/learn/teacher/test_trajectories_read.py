@@ -101,7 +101,7 @@ REFUSED = [
     ({"num": 0}, "num is at least 1, got 0"),
     ({"nfe": 0}, "nfe is at least 1, got 0"),
     ({"batch": 0}, "batch is at least 1, got 0"),
-    ({"guidance": float("nan")}, "guidance is a finite scale, got nan"),
+    ({"guidance": float("nan")}, "guidance is a number, got nan"),
     ({"seed": -1}, "seeds must lie between 0 and 2.63, got -1"),
     ({"seed": 2**63 - 5}, "seeds must lie between"),
     ({"dtype": "float64"}, "unknown dtype of trajectories 'float64'"),

@@ -188,7 +188,7 @@ def test_damaged_single_files_and_folders(tmp_path: Path, checkpoints: dict) -> 
         ({"schedule": {**meta["schedule"], "t_max": -1.0}}, "t_clean <= t_min < t_max"),
         ({"time": {**meta["time"], "factor": "1"}}, "NetworkTime: factor is a number"),
         ({"time": {**meta["time"], "scale": math.inf}}, "which are not finite"),
-        ({"time": {**meta["time"], "scale": math.nan}}, "NetworkTime: scale is not a number"),
+        ({"time": {**meta["time"], "scale": math.nan}}, "NetworkTime: scale is a number, got nan"),
         ({"network": {"class": "UNet2DModel", "options": {"time_embedding_type": "x"}}}, "no UNet2DModel has the options"),
     ]:
         says(words, {**meta, **change})

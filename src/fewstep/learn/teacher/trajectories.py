@@ -504,7 +504,7 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
         ours = {"schedule": self.schedule.to_config(), "sample shape": self.shape, "model": self.model, "guidance": guidance}
         theirs = (problem.schedule.to_config(), problem.shape, problem.fingerprint, wanted)  # the fingerprint holds the schedule
         for (what, mine), other in zip(ours.items(), theirs, strict=True):
-            if rounded(mine) != rounded(other):
+            if mine != other and rounded(mine) != rounded(other):
                 one, two = (json.dumps(side)[:200] for side in (mine, other))
                 raise ArtifactError(f"{self.folder} has trajectories of {what} {one}, but they are used with {what} {two}: make them again")
 
