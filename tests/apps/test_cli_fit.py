@@ -119,7 +119,7 @@ def test_fitted_samplers_of_the_models_own_folder_are_used(monkeypatch, capsys, 
         ("--nfe", 5): f"no fitted sampler of owner with 5 evaluations at guidance 1, there are some of 2 at 1, 3 at 1: make one with "
         f"'fewstep fit {owner} --nfe 5 --out DIR'",
         (): "no fitted sampler of owner with 8 evaluations",  # the default
-        ("--nfe", 3, "--guidance", 2): "at guidance 2",
+        ("--nfe", 3, "--guidance", 2): "owner cannot be guided",
     }.items():
         assert run(monkeypatch, "sample", owner, "--solver", "fitted", *words, "--out", tmp_path / "d") == 2
         message = capsys.readouterr().err.strip()
@@ -154,7 +154,8 @@ def test_fitted_samplers_are_compared(monkeypatch, capsys, tmp_path: Path, owner
         (("MODEL", "--parent", "dpm-solver-v3"), "statistics"),
         (("MODEL", "--history", "0"), "history is at least 1, got 0"),
         (("MODEL", "--ridge", "-1"), "ridge lies between 0 and 1e6"),
-        (("MODEL", "--shrink", "nan"), "shrink lies between 0 and 1e6"),
+        (("MODEL", "--shrink", "nan"), "shrink is a number, got nan"),
+        (("MODEL", "--shrink", "inf"), "shrink lies between 0 and 1e6"),
         (("MODEL", "--seed", "-1"), "seed is at least 0, got -1"),
         (("MODEL", "--iterations", "-1"), "iterations is at least 0, got -1"),
         (("MODEL", "--num", "1"), "num is at least 2, got 1"),
