@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
-from fewstep.runtime.artifact import ArtifactRecord, Count, Number, load_artifact, named_path, rounded, save_artifact, tensor_of
+from fewstep.runtime.artifact import ArtifactRecord, Count, Number, alike, load_artifact, named_path, save_artifact, tensor_of
 from fewstep.runtime.errors import ArtifactError, GridError
 from fewstep.runtime.hub import Shared, header
 
@@ -248,7 +248,7 @@ class ModelStatistics(Shared):
         ours = {"model": self.model, "guidance": self.guidance, "sample shape": self.shape, "schedule": self.schedule.to_config()}
         theirs = {"model": model, "guidance": guidance, "sample shape": tuple(shape), "schedule": schedule.to_config()}
         for what, mine in ours.items():
-            if mine != theirs[what] and rounded(mine) != rounded(theirs[what]) and not (what == "model" and "" in (mine, model)):
+            if not alike(mine, theirs[what]) and not (what == "model" and "" in (mine, model)):
                 one, two = (json.dumps(side)[:200] for side in (mine, theirs[what]))
                 raise ArtifactError(
                     f"these statistics were made for {what} {one}, but are used with {what} {two}: calibrate this model, or say that any "

@@ -243,13 +243,9 @@ class Model:
         if self.scales is not None:
             return self._at_scale(scale, *self.scales)
         alone = isinstance(scale, float | int) and scale == 1
-        if self.flow_map is not None:
-            if not alone:
-                raise ModelError(f"{self.name} is a student: its guidance is in its weights; use guidance 1")
-            return self.flow_map
         if alone:
-            return self.conditional
-        if self.tuned is not None:
+            return self.conditional if self.flow_map is None else self.flow_map
+        if self.flow_map is not None or self.tuned is not None:
             raise ModelError(f"{self.name} is a student: its guidance is in its weights; use guidance 1")
         if self.null_label is None:
             raise ModelError(f"{self.name} cannot be guided: it is not class-conditional with a null label; use guidance 1")

@@ -39,6 +39,7 @@ __all__ = [
     "Number",
     "Record",
     "Whole",
+    "alike",
     "check_file",
     "check_writable",
     "digest_of",
@@ -393,6 +394,11 @@ def _reader(kind: type[T]) -> TypeAdapter[T]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
+
+
+def alike(one: Any, other: Any) -> bool:  # noqa: ANN401
+    """Return whether plain values are equal, their floats to nine digits."""
+    return bool(one == other) or rounded(one) == rounded(other)
 
 
 def rounded(value: Any) -> Any:  # noqa: ANN401

@@ -348,6 +348,7 @@ def test_a_network_that_cannot_be_differentiated_is_told_of_a_target_that_needs_
 IN_MEMORY: dict[str, Any] = {
     "flow-map": BRIEF,
     "flow-map, told": replace(BRIEF, scales=(1.0, 3.0)),
+    "flow-map, half": replace(BRIEF, half=True),
     "dsno": DistillConfig(slots=SLOTS, steps=2, batch=8, num=16, held_out=8, teacher_nfe=8),
     "guided": GuidedConfig(slots=SLOTS, steps=2, batch=8, held_out=8),
     "progressive": ProgressiveConfig(nfe=(2,), steps=2, batch=8, held_out=8),

@@ -20,6 +20,7 @@ from fewstep import (
     GridError,
     Model,
     ModelError,
+    SolverError,
     VPLinear,
     load_model,
     make_grid,
@@ -241,6 +242,11 @@ def test_steps_are_halved_again_and_again(request: pytest.FixtureRequest, tmp_pa
         assert torch.equal(pictures, sample(one, nfe=steps, seeds=range(3)))
         assert model.scales is None or float((sample(one, seeds=range(3), guidance=3) - pictures).abs().max()) > 1e-4
         assert "2 first-order steps" in (tmp_path / "out/steps/02/README.md").read_text() or model.scales
+        own = make_grid("angle", model.schedule, steps)
+        assert torch.equal(pictures, sample(one, "ddim", nfe=steps, grid=own, seeds=range(3)))
+        for other in ({"what": "unipc-2", "nfe": 8}, {"what": "ddim", "nfe": 3, "grid": "karras"}, {"what": "ddim", "nfe": 5}):
+            with pytest.raises(SolverError, match=f"was taught its own {steps} steps of ddim alone, at the times .*: leave solver"):
+                sample(one, seeds=[0], **other)
         with pytest.raises(GridError, match=f"makes {steps} passes, not 3"):
             sample(one, "ddim", nfe=3, seeds=[0], grid="optimized")
         if model.scales is None:

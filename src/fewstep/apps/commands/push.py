@@ -24,12 +24,12 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="If the repository is new, only you see it.")] = False,
 ) -> None:
     """Put a saved sampler or statistics on the hub."""
-    if holds_model(folder):
+    kind = ModelStatistics if (folder / "statistics.json").exists() else Sampler
+    if holds_model(folder) and kind is Sampler and not (folder / "sampler.json").exists():
         raise ArtifactError(
             f"{folder} holds a model, and push takes a sampler or statistics: name one of those in it, or put the model on the hub by "
             "huggingface_hub.upload_folder"
         )
-    kind = ModelStatistics if (folder / "statistics.json").exists() else Sampler
     pictures = sorted(folder.glob("*.png"))
     address = kind.load(folder).push_to_hub(repository, subfolder=subfolder, pictures=pictures, private=private or None)
     console.print(f'pushed: {address}\nnext: fewstep.{kind.__name__}.from_pretrained("{repository}")')

@@ -57,6 +57,12 @@ def trajectories(
     opened = open_model(model, trust=trust)
     scale = guidance_of(opened, guidance)
     times = opened.trajectory_grid(grid, slots, scale)
+    one_of = opened.scales if config.scales is None else None  # scales that students of this model are told, of which this is one
+    if one_of is not None and not json:
+        low, high = one_of
+        console.print(
+            f"note: students of {opened.name} are told their scale and learn from trajectories of many: --scales {low:g},{high:g}"
+        )
     with progress(f"solving {config.num} trajectories of {opened.name}", config.num) as report:
         about = {
             "guidance": scale if config.scales is None else guidance,
@@ -82,10 +88,7 @@ def trajectories(
         which += ["--method", "flow-map", *([] if opened.scales else ["--scales", ",".join(f"{scale:g}" for scale in config.scales)])]
     elif slots == 1:
         which += ["--method", "kd"]
-    if opened.scales is not None and config.scales is None:
-        low, high = opened.scales
+    if one_of is None:
         console.print(
-            f"note: students of {opened.name} are told their scale and learn from trajectories of many: --scales {low:g},{high:g}"
+            next_command("distill", model, *model_words(opened, guidance), "--trajectories", out, *which, "--out", "runs/student")
         )
-        return
-    console.print(next_command("distill", model, *model_words(opened, guidance), "--trajectories", out, *which, "--out", "runs/student"))

@@ -23,7 +23,7 @@ from fewstep.learn.networks.objectives import (
     StudentConfig,
 )
 from fewstep.learn.networks.objectives.objective import StudentObjective
-from fewstep.learn.networks.trainer import Trained, check_one_scale, dropout_as, may_write_model, teacher_name, train_student
+from fewstep.learn.networks.trainer import Trained, check_one_scale, dropout_as, halve, may_write_model, teacher_name, train_student
 from fewstep.learn.teacher.batches import TeacherData
 from fewstep.learn.teacher.trajectories import Trajectories
 from fewstep.models.carried import OPTIMIZED, Carried
@@ -197,7 +197,7 @@ def _result(objective: StudentObjective, trained: Trained, figures: dict[str, An
     network: Any = objective.network(student)
     dropout_as(network, model.network)
     if config.half:
-        student.half()
+        halve(student, in_memory=job.in_memory)
     known = model.tuned
     if known is not None and known.form in HALVED:  # it is measured against what that was
         named, fingerprint, guidance = known.teacher, known.fingerprint, config.guidance if known.guidance is None else known.guidance

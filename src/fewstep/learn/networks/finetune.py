@@ -24,7 +24,7 @@ from fewstep.data.images import Images
 from fewstep.learn.networks.loop import LoopConfig, forget_checkpoint
 from fewstep.learn.networks.objectives.steps import LandingObjective, ScoreObjective, StepsObjective
 from fewstep.learn.networks.score_matching import check_images
-from fewstep.learn.networks.trainer import check_one_scale, dropout_as, may_write_model, teacher_name, train_student
+from fewstep.learn.networks.trainer import check_one_scale, dropout_as, halve, may_write_model, teacher_name, train_student
 from fewstep.learn.search.bound import Bound
 from fewstep.learn.teacher.batches import TeacherData
 from fewstep.learn.teacher.gram import GramConfig, collect_gram, fine_grid
@@ -307,7 +307,7 @@ def _result(tuning: _Tuning, history: list[Round], job: Job) -> Model:
     network.requires_grad_(False)
     dropout_as(network, model.network)
     if config.half:
-        network.half()
+        halve(network, in_memory=job.in_memory)
     tuned = Tuned(
         teacher_name(model, None if job.in_memory else job.folder), model.fingerprint, config.guidance, "ddim", config.nfe, config.form
     )

@@ -22,7 +22,7 @@ from fewstep.runtime.artifact import written_apart
 from fewstep.runtime.errors import FewstepError, ModelError
 from fewstep.runtime.job import folder_of
 
-__all__ = ["Trained", "check_one_scale", "dropout_as", "may_write_model", "teacher_name", "train_student"]
+__all__ = ["Trained", "check_one_scale", "dropout_as", "halve", "may_write_model", "teacher_name", "train_student"]
 
 TEACHER = "teacher"  # the folder of a teacher that has none of its own, below its student's
 
@@ -81,6 +81,13 @@ def train_student(
     student.requires_grad_(True)
     trained: Any = run_loop(student, loss, loop, folder, identity=identity, averaged=averaged, observe=observe).to(objective.problem.device)
     return Trained(trained.requires_grad_(False), curve.points, curve.seconds)
+
+
+def halve(network: nn.Module, *, in_memory: bool) -> None:
+    """Round weights to float16, for a folder; a student in memory computes in float32 with them, and can be saved so."""
+    network.half()
+    if in_memory:
+        network.float()
 
 
 def dropout_as(student: nn.Module, teacher: Any) -> None:  # noqa: ANN401 - a network

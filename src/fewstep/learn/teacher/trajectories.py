@@ -35,12 +35,12 @@ from fewstep.runtime.artifact import (
     Number,
     Record,
     Whole,
+    alike,
     check_file,
     digest_of,
     held_to,
     named_path,
     read_record,
-    rounded,
     write_whole,
 )
 from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError, look_up
@@ -504,7 +504,7 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
         ours = {"schedule": self.schedule.to_config(), "sample shape": self.shape, "model": self.model, "guidance": guidance}
         theirs = (problem.schedule.to_config(), problem.shape, problem.fingerprint, wanted)  # the fingerprint holds the schedule
         for (what, mine), other in zip(ours.items(), theirs, strict=True):
-            if mine != other and rounded(mine) != rounded(other):
+            if not alike(mine, other):
                 one, two = (json.dumps(side)[:200] for side in (mine, other))
                 raise ArtifactError(f"{self.folder} has trajectories of {what} {one}, but they are used with {what} {two}: make them again")
 
