@@ -22,6 +22,7 @@ from fewstep import (
     make_grid,
 )
 from fewstep.learn.teacher.batches import TeacherData
+from fewstep.learn.teacher.trajectories import teacher_grid
 from fewstep.models.problem import Problem
 from fewstep.runtime.job import Job
 from fewstep.sampling.noise import seeded_scales
@@ -69,7 +70,7 @@ def test_a_killed_run_continues_to_the_same_bits(stored: Trajectories, tmp_path:
 
 
 def test_those_of_one_scale_are_described_as_ever(tmp_path: Path) -> None:
-    """So that folders of versions before are read, and go on."""
+    """So that folders of versions before are read; they go on where the steps are the same."""
     config = TrajectoryConfig(num=4, nfe=6, batch=4, guidance=2.0)
     meta = json.loads((made(tmp_path, config=config).folder / "manifest.json").read_text())
     problem = Problem(toy(classes=2), 2.0)
@@ -82,7 +83,8 @@ def test_those_of_one_scale_are_described_as_ever(tmp_path: Path) -> None:
         "schedule": LAW.to_config(),
         "model": problem.fingerprint,
     }
-    assert meta["identity"] == hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16] and "scales" not in meta
+    asked = about | {"fine": teacher_grid(LAW, GRID, 6).t.tolist()}
+    assert meta["identity"] == hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16] and "scales" not in meta
 
 
 @pytest.mark.parametrize("fresh", [0.0, 0.5, 1.0])

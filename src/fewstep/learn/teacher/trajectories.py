@@ -20,9 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from fewstep.core.between import between
 from fewstep.core.denoiser import Cond, Denoiser
-from fewstep.core.grid import TimeGrid
+from fewstep.core.grid import RHO, TimeGrid
 from fewstep.core.schedule import NoiseSchedule, VPLinear, schedule_from_config
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
 from fewstep.learn.teacher.dense import interpolation
@@ -99,7 +98,7 @@ class TrajectoryConfig:
 
     Args:
         num: number of trajectories.
-        nfe: least number of network evaluations per trajectory: every stored interval is divided into equally many steps.
+        nfe: least number of network evaluations per trajectory: the stored intervals are divided into steps by their length.
         solver: name of a solver that adds no noise, needs no statistics and starts every step at a time of the grid.
         seed: seed of the first trajectory; the next has the next seed.
         guidance: classifier-free guidance scale at which the teacher samples.
@@ -151,16 +150,27 @@ class TrajectoryConfig:
 
 
 def teacher_grid(schedule: NoiseSchedule, grid: TimeGrid, nfe: int, evaluations_per_step: int = 1) -> TimeGrid:
-    """Divide each interval of a grid into the same number of steps, the fewest that make at least ``nfe`` evaluations.
+    """Divide the intervals of a grid into steps spaced as those of `reference_sampler`, the fewest that make at least ``nfe`` evaluations.
 
-    They are uniform in ``lam``, or in the angle ``arctan(sigma/alpha)`` where ``lam`` is infinite at an end of their interval; the times
-    of ``grid`` stay as they are, bit for bit.
+    They are equal within an interval, and as equal as can be between intervals, in ``(sigma/alpha)^(1/7)`` down to the network's last
+    level, or in the angle ``arctan(sigma/alpha)`` where the grid starts at ``alpha = 0``. The times of ``grid`` stay as they are, bit for
+    bit.
     """
     saved = evaluations_per_step - 1 if bool(schedule.sigma(grid.t[-1]) == 0) else 0  # a last step to sigma = 0 is one evaluation
-    parts = -(-(nfe + saved) // (grid.steps * evaluations_per_step))
-    weight, times = torch.arange(1, parts, dtype=torch.float64) / parts, [grid.t[:1]]
-    for ends in grid.t.unfold(0, 2, 1):
-        times += [between(schedule, ends[0].expand(len(weight)), ends[1].expand(len(weight)), weight), ends[1:]]
+    steps = max(grid.steps, -(-(nfe + saved) // evaluations_per_step))
+    sigma, alpha = schedule.sigma(grid.t), schedule.alpha(grid.t)
+    rooted = bool(alpha[0] > 0)
+    level = sigma / alpha
+    lowest = torch.exp(-schedule.lam(torch.tensor(schedule.t_last, dtype=torch.float64))).minimum(level[level > 0].min())
+    place = level.clamp(min=lowest) ** (1 / RHO) if rooted else torch.atan2(sigma, alpha)
+    length, parts = -torch.diff(place), torch.ones(grid.steps, dtype=torch.int64)
+    for _ in range(steps - grid.steps):
+        parts[(length / parts).argmax()] += 1
+    times = [grid.t[:1]]
+    for k, count in enumerate(parts.tolist()):
+        inner = torch.lerp(place[k], place[k + 1], torch.arange(1, count, dtype=torch.float64) / count)
+        level = inner**RHO if rooted else torch.tan(inner)
+        times += [schedule.t_of_lam(-torch.log(level)), grid.t[k + 1 : k + 2]]
     return TimeGrid(torch.cat(times))
 
 
@@ -169,13 +179,14 @@ class TrajectorySolver:
 
     def __init__(self, denoiser: Denoiser, solver: Solver, grid: TimeGrid, nfe: int, parallel: ParallelConfig | None = None) -> None:
         self.parallel = parallel
-        fine = teacher_grid(denoiser.schedule, grid, nfe, solver.stages)
-        self.denoiser, self.solver, self.grid, self.parts = denoiser, solver, grid, fine.steps // grid.steps
-        self.tableau, stride = tabulate(solver, solver.nodes(fine, denoiser.schedule)), self.parts * solver.stages
-        if not torch.equal(self.tableau.nodes.t[:-1][::stride], grid.t[:-1]):
+        self.denoiser, self.solver, self.grid = denoiser, solver, grid
+        self.fine = teacher_grid(denoiser.schedule, grid, nfe, solver.stages)
+        self.tableau = tabulate(solver, solver.nodes(self.fine, denoiser.schedule))
+        starts = torch.isin(self.fine.t[:-1], grid.t[:-1]).nonzero().flatten() * solver.stages  # the evaluations at the grid's times
+        if not torch.equal(self.tableau.nodes.t[:-1][starts], grid.t[:-1]):
             raise SolverError(f"{type(solver).__name__} does not start each of its steps at a time of the grid: use a solver like unipc-3")
         corrected = _in_anchor(self.tableau, denoiser.schedule)
-        self.from_anchor = {i: shown for i, shown in enumerate(corrected) if i and i % stride == 0}
+        self.from_anchor = {i: corrected[i] for i in starts.tolist() if i}
 
     def told(self, denoiser: Denoiser) -> TrajectorySolver:
         """Return the same solver of another denoiser of the same noise law."""
@@ -211,16 +222,14 @@ class TrajectorySolver:
     def error(self, start: Tensor, cond: Cond, states: Tensor) -> dict[str, float | None]:
         """Return the RMSE between ``states`` and a solution with half the steps: at the last time, and the largest at any stored time.
 
-        Every interval gets half its steps; where their number is odd, every second stored time is left out instead.
+        Where half the steps are fewer than the stored intervals, every second stored time is left out.
         """
-        t, parts = self.grid.t, self.parts
-        if len(t) == 2 and parts == 1:
+        t, steps = self.grid.t, self.fine.steps // 2
+        if not steps:
             return {"teacher_error": None, "teacher_error_largest": None}
-        if parts % 2 == 0 or len(t) == 2:
-            parts = parts // 2
-        else:
+        if steps < len(t) - 1:
             t = t[::2] if len(t) % 2 else torch.cat([t[:1], t[1::2]])
-        half = TrajectorySolver(self.denoiser, self.solver, TimeGrid(t), ((len(t) - 1) * parts - 1) * self.solver.stages + 1)
+        half = TrajectorySolver(self.denoiser, self.solver, TimeGrid(t), (steps - 1) * self.solver.stages + 1)
         gap = states[:, torch.isin(self.grid.t[1:], t[1:])] - half.run(start, cond)
         rmse = gap.double().square().transpose(0, 1).flatten(1).mean(1).sqrt()
         return {"teacher_error": float(rmse[-1]), "teacher_error_largest": float(rmse.max())}
@@ -310,7 +319,8 @@ def trajectories_of(
         "model": problem.fingerprint,
     }
     how = {} if parallel is None else {"parallel": asdict(parallel)}
-    about["identity"] = hashlib.sha256(json.dumps(about | how).encode()).hexdigest()[:16]
+    asked = about | how | {"fine": teacher.fine.t.tolist()}
+    about["identity"] = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     wanted, done = config.shards(job.folder), 0
     problem.labels([config.seed], config.label)  # an unknown label is refused before anything else
     present = _survey(job.folder, about["identity"], wanted)
