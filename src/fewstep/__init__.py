@@ -52,7 +52,9 @@ if TYPE_CHECKING:
     from fewstep.learn.samplers.optimize_plan import OptimizeConfig
     from fewstep.learn.search.coefficients import FitForm
     from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
+    from fewstep.models.flow_map_student import FlowMapForm
     from fewstep.models.foreign_maps import flow_map_model
+    from fewstep.models.guided import GuidedForm
 
 __version__ = version("fewstep")
 
@@ -84,7 +86,9 @@ _LAZY = {  # imported when first asked for, so that sampling does not wait for w
     "Trajectories": "learn.teacher.trajectories",
     "TrajectoryConfig": "learn.teacher.trajectories",
     "generate_trajectories": "learn.teacher.trajectories",
+    "FlowMapForm": "models.flow_map_student",
     "flow_map_model": "models.foreign_maps",
+    "GuidedForm": "models.guided",
 }
 
 __all__ = [
@@ -101,8 +105,10 @@ __all__ = [
     "FitConfig",
     "FlowMap",
     "FlowMapConfig",
+    "FlowMapForm",
     "GridError",
     "GuidedConfig",
+    "GuidedForm",
     "Model",
     "ModelError",
     "ModelStatistics",

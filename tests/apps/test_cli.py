@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.apps.conftest import counted, run, samples
 
+import fewstep
 from fewstep import Sampler, TimeGrid, VarianceExploding, load_model, make_solver
 from fewstep.apps import cli
 from fewstep.evaluate.benchmark.comparison import Comparison
@@ -23,6 +24,10 @@ pytestmark = [
     pytest.mark.usefixtures("short_reference"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # forward mode of some PyTorch releases says so
 ]
+
+
+def test_it_says_its_version(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--version") == 0 and capsys.readouterr().out == f"fewstep {fewstep.__version__}\n"
 
 
 def test_models(monkeypatch, capsys) -> None:

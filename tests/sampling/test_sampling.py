@@ -141,10 +141,16 @@ def test_another_noise_schedule_is_refused():
     assert not denoiser.calls
 
 
-@pytest.mark.parametrize("seeds", [None, [1], [1, 2, 3]])
-def test_a_stochastic_sampler_wants_a_seed_per_sample(seeds):
-    with pytest.raises(SolverError, match="adds noise: pass seeds=, one for each of the 2 samples"):
-        run(Tanh(), sampler("ddim", eta=1.0).tableau, torch.ones(2, 3), seeds=seeds)
+@pytest.mark.parametrize("seeds", [None, [1], [1, 2, 3], []])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_seeds_are_one_for_each_sample_whether_they_are_read_or_not(seeds, eta: float):
+    tableau = sampler("ddim", eta=eta).tableau
+    if seeds is None and not eta:
+        run(Tanh(), tableau, torch.ones(2, 3))
+        return
+    expected = "adds noise: pass seeds=, one for each of the 2 samples" if seeds is None else f"{len(seeds)} seeds for 2 samples"
+    with pytest.raises(SolverError, match=expected):
+        run(Tanh(), tableau, torch.ones(2, 3), seeds=seeds)
 
 
 def test_noise_of_different_steps_is_independent_and_not_the_start():

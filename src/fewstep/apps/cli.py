@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
@@ -56,8 +57,16 @@ for verb in VERBS:
     app.command()(expanded(verb))
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fewstep {version('fewstep')}")
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
+def root(
+    _version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
     """Sample any diffusion or flow model in a few steps."""
 
 

@@ -17,7 +17,7 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, State, Tableau, advance
 from fewstep.runtime.errors import ModelError, SolverError
 from fewstep.runtime.front_door import checked, whole
-from fewstep.sampling.noise import seed_list, seeded_noise
+from fewstep.sampling.noise import seeded_noise, seeds_of
 
 __all__ = ["NETWORK", "Edit", "FiniteCheck", "Step", "check_schedule", "check_start", "jumps", "run", "steps"]
 
@@ -74,7 +74,7 @@ def steps(
         tableau: the numbers of a solver on a grid.
         x: the start, see `start_noise`.
         cond: handed to the denoiser unchanged.
-        seeds: one per sample, for tableaux that add noise.
+        seeds: one per sample, for tableaux that add noise; others do not read them.
         noise: the same by evaluation, ``i -> standard normal [B, *D]``.
         resume: begin at this evaluation with this state instead of at 0 with ``x``, which then only says the shape and dtype.
         edit: may change the state after each step, ``step -> [B, *D]`` or None: guidance by projection, constraints, inpainting. A solver
@@ -86,20 +86,18 @@ def steps(
     Raises:
         ModelError: the denoiser's schedule is another, its output has another shape; the output, the start, the noise or what an edit
             answered is not finite (which, at which evaluation).
-        SolverError: coefficients of samples of another shape, a stochastic tableau without noise, a solver whose steps an edit does not
-            reach, or one that a flow map cannot take.
+        SolverError: coefficients of samples of another shape, a stochastic tableau without noise, seeds of another number, a solver whose
+            steps an edit does not reach, or one that a flow map cannot take.
     """
     if not isinstance(tableau, Tableau):
         raise SolverError(f"the loop runs a Tableau, as sampler.tableau, not a {type(tableau).__name__}")
     check_start(x)
     nodes = tableau.nodes
     check_schedule(nodes, denoiser)
-    seeds = None if seeds is None else seed_list(seeds)
+    listed = seeds_of(tableau, x, seeds, needed=noise is None)
     for name, function, form in (("noise", noise, "i -> standard normal [B, *D]"), ("edit", edit, "step -> [B, *D] or None")):
         if function is not None and not callable(function):
             raise SolverError(f"{name} is a function, {form}, got a {type(function).__name__}")
-    if tableau.stochastic and noise is None and (seeds is None or len(seeds) != len(x)):
-        raise SolverError(f"this sampler adds noise: pass seeds=, one for each of the {len(x)} samples")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     answer = jumps(denoiser, tableau) if isinstance(denoiser, FlowMap) else denoiser
     first, state = (0, tableau.start(x)) if resume is None else _resumed(resume, x, tableau)
@@ -119,7 +117,7 @@ def steps(
         finite.note(NETWORK, i, x0)
         xi = None
         if row.noise is not None:
-            xi = seeded_noise(() if seeds is None else seeds, x.shape[1:], stream=i + 1) if noise is None else noise(i)
+            xi = seeded_noise(listed, x.shape[1:], stream=i + 1) if noise is None else noise(i)
             _check_like(xi, x, "noise")
             xi = xi.to(x.dtype).to(x.device)
             if noise is not None:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.core.tableau import Nodes
-from fewstep.runtime.errors import FewstepError
+from fewstep.core.tableau import Nodes, Tableau
+from fewstep.runtime.errors import FewstepError, SolverError
 
-__all__ = ["seed_list", "seeded_noise", "seeded_scales", "start_noise"]
+__all__ = ["seed_list", "seeded_noise", "seeded_scales", "seeds_of", "start_noise"]
 
 SCALES = 1  # the stream of a seed that its guidance scale is drawn from
 
@@ -34,6 +34,23 @@ def seed_list(seeds: Iterable[int] | Tensor) -> list[int]:
     if not fits:
         raise FewstepError(f"seeds are whole numbers, one for each sample, as in seeds=range(4), got {str(seeds)[:80]!r}")
     return whole
+
+
+def seeds_of(tableau: Tableau, x: Tensor, seeds: Iterable[int] | Tensor | None, *, needed: bool = True) -> list[int]:
+    """Return the seeds of the samples that start at ``x [B, *D]``; none where there are none and none are needed.
+
+    Raises:
+        FewstepError: seeds that are no whole numbers.
+        SolverError: there are not as many as samples, or none for a tableau that adds noise.
+    """
+    if seeds is None:
+        if tableau.stochastic and needed:
+            raise SolverError(f"this sampler adds noise: pass seeds=, one for each of the {len(x)} samples")
+        return []
+    listed = seed_list(seeds)
+    if len(listed) != len(x):
+        raise SolverError(f"{len(listed)} seeds for {len(x)} samples: pass one for each")
+    return listed
 
 
 def seeded_noise(seeds: Sequence[int] | Tensor, shape: Sequence[int], *, stream: int = 0) -> Tensor:

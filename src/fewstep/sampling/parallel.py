@@ -24,7 +24,7 @@ from fewstep.core.tableau import Row, Tableau, advance
 from fewstep.runtime.errors import ModelError, SolverError
 from fewstep.runtime.front_door import checked, checked_class, number, whole
 from fewstep.sampling.loop import NETWORK, FiniteCheck, Step, check_schedule, check_start
-from fewstep.sampling.noise import seed_list, seeded_noise
+from fewstep.sampling.noise import seeded_noise, seeds_of
 from fewstep.sampling.sampler import Sampler, tableau_of
 
 __all__ = ["Noises", "ParallelConfig", "Round", "evaluated", "opened", "rounds", "sample_in_parallel"]
@@ -195,12 +195,7 @@ def opened(denoiser: Denoiser, sampler: object, x: Tensor, seeds: Iterable[int] 
         raise ModelError("a flow map makes each of its few jumps by one call, and there is nothing to run in parallel: use fewstep.sample")
     check_start(x)
     check_schedule(tableau.nodes, denoiser)
-    listed = [] if seeds is None else seed_list(seeds)
-    if seeds is not None and len(listed) != len(x):
-        raise SolverError(f"{len(listed)} seeds for {len(x)} samples: pass one for each")
-    if tableau.stochastic and seeds is None:
-        raise SolverError(f"this sampler adds noise: pass seeds=, one for each of the {len(x)} samples")
-    return tableau, listed
+    return tableau, seeds_of(tableau, x, seeds)
 
 
 def evaluated(denoiser: Denoiser, states: Tensor, t: Tensor, cond: Cond) -> Tensor:

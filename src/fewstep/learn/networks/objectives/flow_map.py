@@ -97,7 +97,7 @@ class FlowMapConfig(StudentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.form, FlowMapForm):
-            raise FewstepError(f"form is a fewstep.models.flow_map_student.FlowMapForm, got {str(self.form)[:80]!r}")
+            raise FewstepError(f"form is a fewstep.FlowMapForm, got {str(self.form)[:80]!r}")
         at_least(self, slots=2, max_passes=1)
         if self.scales is not None:
             object.__setattr__(self, "scales", scale_range(self.scales))

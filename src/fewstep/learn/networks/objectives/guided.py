@@ -81,7 +81,7 @@ class GuidedConfig(StudentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.form, GuidedForm):
-            raise FewstepError(f"form is a fewstep.models.guided.GuidedForm, got {str(self.form)[:80]!r}")
+            raise FewstepError(f"form is a fewstep.GuidedForm, got {str(self.form)[:80]!r}")
         at_least(self, slots=2)
         look_up(self.states, dict.fromkeys(STATES), "states of guided distillation", FewstepError)
         look_up(self.loss, DISTANCES, "loss", FewstepError)
