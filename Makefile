@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo quickstart test test-slow check docs benchmarks cifar10-study clean
+.PHONY: venv demo quickstart test test-slow test-release check docs benchmarks cifar10-study clean
 
 venv: $(STAMP)
 
@@ -33,7 +33,10 @@ test: $(STAMP)
 	$(PYTEST)
 
 test-slow: $(STAMP)
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not release"
+
+test-release: $(STAMP)
+	FEWSTEP_MUTATIONS=200 $(PYTEST) -m "release or slow"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

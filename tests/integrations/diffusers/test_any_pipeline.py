@@ -37,7 +37,11 @@ def test_it_steps_as_the_pipelines_own_scheduler(name, folder):
     assert found["calls"] > 1e-4
 
 
-@pytest.mark.parametrize("name", by_default("wan-2.2"))
+FITTED = {"wan-2.2": (), "flux-2": pytest.mark.slow, "stable-audio": pytest.mark.slow, "sdxl-modular": pytest.mark.slow}
+assert set(FITTED) <= set(CALLS)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=FITTED.get(name, pytest.mark.release)) for name in CALLS])
 def test_a_fitted_sampler_beats_the_pipelines_own_scheduler(name, folder, tmp_path):
     found = fit_errors(load(folder(name)), CALLS[name], tmp_path / "fitted")
     assert found["fitted"] < found["own"] and found["saved"] < 1e-3
