@@ -54,7 +54,7 @@ class Judge:
 
         Args:
             images: a data set, or ``[n, *D]``; of more than 4096 a fixed choice.
-            features: the network to compare in, see `load_features`; by default ``digits`` for the bundled digits, and ``pixels`` otherwise.
+            features: the network to compare in, see `load_features`; by default ``digits`` of the digits, and ``pixels`` otherwise.
             device: where to compute the features.
             name: what the images are called; by default the data set's own name.
 

@@ -70,7 +70,7 @@ def feature_network(features: str | nn.Module, shape: tuple[int, ...], device: t
 
 @torch.no_grad()
 def label_agreement(network: nn.Module, samples: Tensor, requested: Tensor | None, device: torch.device) -> float | None:
-    """Return the share of samples ``[num, *D]`` whose label, as the features' network sees it, is the requested one; None if it sees none."""
+    """Return the share of samples ``[num, *D]`` whose label, as a network sees it, is the requested one; None if it sees none."""
     seen = getattr(network, "labels", None)
     if requested is None or not callable(seen):
         return None

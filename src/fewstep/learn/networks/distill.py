@@ -74,8 +74,8 @@ def distill(
         guidance: scale at which the teacher samples; by default the configuration's. The student takes labels but no scale, but for those
             that are told it: of guided, of flow-map with ``scales``, and of flow-map and progressive where the teacher is told it.
         out: a folder, which becomes a model folder; by default the student stays in memory.
-        config: how to distil: a `FlowMapConfig` of flow-map, a `MatchingConfig` of dmd, an `EMConfig` of em, a `DistillConfig` of dsno, slots
-            and kd.
+        config: how to distil: a `FlowMapConfig` of flow-map, a `MatchingConfig` of dmd, an `EMConfig` of em, a `DistillConfig` of dsno,
+            slots and kd.
         trajectories: stored ones to learn from, with the times of ``config.grid`` among theirs; by default they are made.
         begin: a student whose weights training begins with, where they fit; by default the teacher's.
         features: network of the loss ``features``, from pictures ``[B, *D]`` to ``[B, F]``.

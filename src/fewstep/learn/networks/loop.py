@@ -245,7 +245,8 @@ def run_loop(
     ema = EMAModel(bare.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75, foreach=many)
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
-    second, second_optimizer = (None, None) if companion is None else _prepared(accelerator, companion)
+    both: tuple[Any, Any] = (None, None) if companion is None else _prepared(accelerator, companion)
+    second, second_optimizer = both
     if selection is not None:
         accelerator.register_for_checkpointing(selection)
     identity = f"{identity} {identity_of(config)}".strip()

@@ -12,7 +12,8 @@ from fewstep.data.images import Images
 from fewstep.learn.networks.objectives.config import StudentConfig
 from fewstep.learn.networks.objectives.flow_map import FlowMapConfig, FlowMapObjective
 from fewstep.learn.networks.objectives.guided import GuidedConfig, GuidedObjective
-from fewstep.learn.networks.objectives.matching import EMConfig, JudgeOfSamples, MatchingConfig, MatchingObjective
+from fewstep.learn.networks.objectives.matching import JudgeOfSamples, MatchingObjective
+from fewstep.learn.networks.objectives.matching_config import EMConfig, MatchingConfig
 from fewstep.learn.networks.objectives.objective import StudentObjective
 from fewstep.learn.networks.objectives.operator import DistillConfig, OperatorObjective
 from fewstep.learn.networks.objectives.progressive import ProgressiveConfig, ProgressiveObjective

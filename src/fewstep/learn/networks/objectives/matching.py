@@ -1,4 +1,4 @@
-r"""Distil a model into a generator whose samples have the right distribution: EM distillation (arXiv 2405.16852), and DMD (arXiv 2311.18828).
+r"""Distil a model into a generator whose samples have the right distribution: EM distillation (arXiv 2405.16852), DMD (arXiv 2311.18828).
 
 A regression student answers the mean of where near noises lead. A distribution matching student may send a noise to any picture, and only
 has to make the right pictures in the right proportions. Its generator is one first-order step of the teacher's network, or a student of
@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,8 +25,8 @@ from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.prediction import add_noise, aligned, prediction
 from fewstep.core.tableau import Nodes
 from fewstep.learn.networks.loop import Companion, Selection
-from fewstep.learn.networks.objectives.config import STORED, StudentConfig
 from fewstep.learn.networks.objectives.distances import DISTANCES
+from fewstep.learn.networks.objectives.matching_config import MatchingConfig
 from fewstep.learn.networks.objectives.matching_step import direction, matching_loss
 from fewstep.learn.networks.objectives.objective import Networks, StudentObjective
 from fewstep.learn.teacher.batches import FIRST_FRESH, Batch, TeacherData
@@ -38,14 +38,13 @@ from fewstep.models.networks.operator import OperatorForm, OperatorStudent
 from fewstep.models.networks.temporal_unet import Mixing
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import ArtifactError, FewstepError, ModelError
-from fewstep.runtime.front_door import at_least, checked_class
 from fewstep.runtime.process import share
 from fewstep.sampling.loop import run
 from fewstep.sampling.noise import seeded_noise
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver
 
-__all__ = ["EMConfig", "EStep", "JudgeOfSamples", "MatchingConfig", "MatchingObjective", "generate"]
+__all__ = ["JudgeOfSamples", "MatchingObjective", "generate"]
 
 log = logging.getLogger("fewstep")
 
@@ -74,105 +73,6 @@ class JudgeOfSamples(Protocol):
         ...
 
 
-class EStep(NamedTuple):
-    """The E-step of a training step, see `direction`.
-
-    Attributes:
-        langevin: its number of Langevin steps ``K``.
-        step_e, step_z: their sizes.
-        cancel: whether the known part of their noise is dropped.
-    """
-
-    langevin: int = 1
-    step_e: float = 1.0
-    step_z: float = 0.0
-    cancel: bool = True
-
-
-@checked_class
-@dataclass(frozen=True)
-class MatchingConfig(StudentConfig):
-    """Configure distribution matching distillation (DMD): a one-step generator that makes the right pictures in the right proportions.
-
-    Args:
-        start: the noise level ``sigma/alpha`` at which the teacher's network begins to make pictures; by default 2.5, and that of the student
-            to begin with.
-        updates: updates of the fake, the denoiser of the generator's own samples, for each of the generator.
-        before: its updates before the first of the generator.
-        pair: weight of the regression onto stored pairs of noise and picture, which keeps the pairing of a student to begin with.
-        p_mean, p_std: mean and deviation of the logarithm of the noise levels at which teacher and fake are compared.
-        measures: measures of the generator on held-out noises, by which the best weights are chosen.
-
-    Raises:
-        FewstepError: a number out of range.
-    """
-
-    steps: int = 2000
-    lr: float = 2e-4
-    ema: float = 0.99
-    start: float | None = None
-    updates: int = 2
-    before: int = 20
-    pair: float = 0.0
-    p_mean: float = -0.6
-    p_std: float = 1.6
-    measures: int = 20
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, updates=1, before=0, measures=1)
-        if self.updates + self.before > 4000:
-            raise FewstepError(f"updates and before are 4000 together at most, got {self.updates} and {self.before}: take fewer")
-        if self.dropout:
-            raise FewstepError(f"a generator with dropout makes other pictures at each call, got dropout {self.dropout}: leave it out")
-        if self.start is not None and not 0 < self.start < math.inf:
-            raise FewstepError(f"start is a noise level sigma/alpha, a positive number, got {self.start}: at infinity there is no picture")
-        if not 0 <= self.pair < math.inf:
-            raise FewstepError(f"pair, the weight of the regression onto stored pairs, is not negative, got {self.pair}")
-        if not (math.isfinite(self.p_mean) and 0 < self.p_std < math.inf):
-            raise FewstepError(f"log noise levels have a finite mean and a positive deviation, got {self.p_mean} and {self.p_std}")
-        if not self.pair:
-            self.check_unused(*STORED)
-
-    @property
-    def e_step(self) -> EStep:
-        """The E-step: one step that leaves the noise of the generator where it is."""
-        return EStep()
-
-
-@checked_class
-@dataclass(frozen=True)
-class EMConfig(MatchingConfig):
-    """Configure EM distillation: distribution matching by several Langevin steps for each training step.
-
-    One step with ``step_z`` 0 is DMD, exactly.
-
-    Args:
-        langevin: number of Langevin steps.
-        step_e: their size in the noise that is added to a sample.
-        step_z: their size in the noise that the generator is given; 0 leaves that where it is, and takes no derivative of the generator.
-        cancel: drop the part of the noise that is known to be no signal.
-
-    Raises:
-        FewstepError: a number out of range.
-    """
-
-    langevin: int = 4
-    step_e: float = 0.4
-    step_z: float = 0.05
-    cancel: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, langevin=1)
-        if not 0 < self.step_e <= 1 or not 0 <= self.step_z <= 1:
-            raise FewstepError(f"step_e lies in (0, 1], step_z in [0, 1], got {self.step_e} and {self.step_z}")
-
-    @property
-    def e_step(self) -> EStep:
-        return EStep(self.langevin, self.step_e, self.step_z, self.cancel)
-
-
 def generate(network: Any, z: Tensor, cond: Cond) -> Tensor:  # noqa: ANN401 - a student, maybe wrapped
     """Return the samples ``[B, *D]`` that a student's one pass makes of standard normal noise ``z [B, *D]``, with gradients."""
     student = getattr(network, "module", network)
@@ -194,6 +94,10 @@ class MatchingObjective(StudentObjective):
         judge: measures samples; the weights of least ``value`` are kept.
         begin: a student of one pass to begin with; by default the teacher's own network at the noise level ``start``.
 
+    Attributes:
+        fake: the denoiser of the generator's own samples; it starts as the teacher's network.
+        scores: the measures that choose the weights.
+
     Raises:
         FewstepError: no judge; a start outside the noise law, or beside a student to begin with.
         ModelError: a student to begin with that has several slots, or another teacher.
@@ -213,12 +117,14 @@ class MatchingObjective(StudentObjective):
         self.problem, self.config, self.judge, self.begin = problem, config, judge, begin
         self.output = prediction(problem.model.prediction)
         end = problem.model.trajectory_grid("angle", 1, problem.guidance).t[-1]
-        if begin is not None:
-            first = self._first_of(begin)
-        else:
-            first = self._time_of(START if config.start is None else config.start)
+        level = START if config.start is None else config.start
+        first = self._time_of(level) if begin is None else self._first_of(begin)
         self.grid = TimeGrid(torch.stack([first, end]))
         _ = problem.teacher
+        self.fake = self.copied().to(problem.device)
+        self.companion = Companion(self.fake, self._loss_of_fake, FASTER * config.lr, config.updates, config.before)
+        self.scores = Selection(self._measured, max(1, config.steps // config.measures))
+        self.selection = self.scores
         with torch.no_grad():  # what cannot be made or asked is refused before long work
             generate(self.student(), seeded_noise([0], problem.shape).to(problem.device), problem.cond([0]))
 
@@ -304,30 +210,16 @@ class MatchingObjective(StudentObjective):
         first, ours = float(data.trajectories.t[0]), float(self.grid.t[0])
         if not math.isclose(first, ours, rel_tol=1e-9):
             raise ArtifactError(
-                f"the trajectories in {data.trajectories.folder} begin at t = {first:.6g}, and the generator at {ours:.6g}: leave them out, "
+                f"the trajectories in {data.trajectories.folder} begin at t = {first:.6g}, the generator at {ours:.6g}: leave them out, "
                 "or begin with a student (--from) that starts where they do"
             )
 
-    @cached_property
-    def fake(self) -> nn.Module:
-        """The denoiser of the generator's own samples; it starts as the teacher's network."""
-        return self.copied().to(self.problem.device)
-
-    @cached_property
-    def companion(self) -> Companion:
-        config = self.config
-
-        def loss(network: nn.Module, fake: nn.Module, size: int, generator: torch.Generator) -> Tensor:
-            rows = self._rows(size, generator)
-            with torch.no_grad():
-                x0 = generate(getattr(network, "module", network), rows.z, rows.cond)
-            return self.denoising_loss(fake, x0, rows)
-
-        return Companion(self.fake, loss, FASTER * config.lr, config.updates, config.before)
-
-    @cached_property
-    def selection(self) -> Selection:
-        return Selection(self._measured, max(1, self.config.steps // self.config.measures))
+    def _loss_of_fake(self, network: nn.Module, fake: nn.Module, size: int, generator: torch.Generator) -> Tensor:
+        """Return the loss ``[]`` of denoising score matching of the fake on the generator's samples."""
+        rows = self._rows(size, generator)
+        with torch.no_grad():
+            x0 = generate(getattr(network, "module", network), rows.z, rows.cond)
+        return self.denoising_loss(fake, x0, rows)
 
     def levels(self, size: int, generator: torch.Generator) -> Tensor:
         """Draw the times ``[size]``, float64, at which teacher and fake are compared: of log-normal noise levels."""
@@ -421,7 +313,7 @@ class MatchingObjective(StudentObjective):
 
     def _check_fake(self, figures: Mapping[str, float]) -> None:
         """Warn, once, of a fake that denoises the generator's samples worse than the teacher does, after a tenth of the run."""
-        passed = len(self.selection.scores) >= max(1, EARLY * self.config.measures)
+        passed = len(self.scores.scores) >= max(1, EARLY * self.config.measures)
         if passed and not self._warned and figures["fake"] > BEHIND * figures["teacher"]:
             self._warned = True
             log.warning(
@@ -439,17 +331,17 @@ class MatchingObjective(StudentObjective):
         """Measure the student against the ends of the teacher's trajectories of the same noises.
 
         Returns:
-            ``scores``: what each measure on the way found, with the losses of the fake and of the teacher on the generator's samples;
-            ``chosen``: that of the weights that are kept; ``passes``: the times of its one pass, and the RMSE to the ends, which says nothing
-            of a student that may send a noise anywhere; ``arithmetic``: its cost, in evaluations of the teacher.
+            ``scores``: of each measure, with the losses of the fake and of the teacher on the generator's samples; ``chosen``: that of
+            the weights that are kept; ``passes``: the times of its one pass, and the RMSE to the ends, which says nothing of a student that
+            may send a noise anywhere; ``arithmetic``: its cost, in evaluations of the teacher.
         """
         problem, seeds = self.problem, self._held_out[0]
         exact = Sampler.build(make_solver("unipc-3"), make_grid("angle", problem.schedule, FINE), problem.schedule)
         ends = run(problem.teacher, exact.tableau, problem.start(seeds, exact.tableau.nodes), problem.cond(seeds))
         error = float((self._samples(student)[0] - ends).double().square().mean().sqrt())
         return {
-            "scores": self.selection.scores,
-            "chosen": self.selection.chosen,
+            "scores": self.scores.scores,
+            "chosen": self.scores.chosen,
             "passes": {1: (self.grid.t.tolist(), error)},
             "arithmetic": {1: 1.0},
         }

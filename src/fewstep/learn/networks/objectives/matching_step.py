@@ -35,7 +35,8 @@ class Direction(NamedTuple):
     Attributes:
         z: noises ``[B, *D]`` of the samples, where the E-step has led them.
         move: ``[B, *D]``, on the scale of ``D_p - D_q``.
-        weight: of each row, ``[B]``: ``1 / mean |D_p(x) - g(z)|`` at the start (arXiv 2311.18828, eq. 8).
+        weight: of each row, ``[B]``: ``1 / mean |D_p(x) - g(z)|`` at the start (arXiv 2311.18828, eq. 8), which knows the noise ``e``; where
+            that is not cancelled, ``sqrt(1 + r^2) / r`` of the level ``r = sigma/alpha``, which does not.
     """
 
     z: Tensor
@@ -46,7 +47,7 @@ class Direction(NamedTuple):
 def langevin(
     e: Tensor, z: Tensor, d: Tensor, ratio: Tensor, pulled: Tensor | None, step_e: float, step_z: float, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Take one step of Langevin dynamics in ``(e, z)`` towards the posterior of a generator and noised data (arXiv 2405.16852, eq. 10).
+    """Take one step of Langevin dynamics in ``(e, z)`` towards the posterior of a generator and noised data (arXiv 2405.16852).
 
     Args:
         e, z: the noise that is added, and that the generator is given, ``[B, *D]`` each.
@@ -78,10 +79,10 @@ def direction(
     cancel: bool = True,
     made: Tensor | None = None,
 ) -> Direction:
-    """Return the direction of the M-step after ``K`` steps of the E-step at one noise level for each row (arXiv 2405.16852, section 3).
+    """Return the direction of the M-step after ``K`` steps of the E-step at one noise level for each row (arXiv 2405.16852).
 
-    With ``cancel`` only the drift's part of ``e_K`` is kept. Then one step that leaves ``z`` gives ``D_p - D_q`` at ``alpha g + sigma e`` to
-    the bit, for any ``step_e``: the direction of DMD (arXiv 2311.18828) and VSD (arXiv 2305.16213).
+    With ``cancel`` only the drift's part of ``e_K`` is kept. Then one step that leaves ``z`` gives ``D_p - D_q`` at ``alpha g + sigma e``
+    to the bit, for any ``step_e``: the direction of DMD (arXiv 2311.18828) and VSD (arXiv 2305.16213).
 
     Args:
         teacher, fake: the denoisers at the levels and conditions of the rows, ``x [B, *D] -> x0 [B, *D]``; no gradient is taken of them.
@@ -94,7 +95,7 @@ def direction(
         made: ``g(z)``, if it is known already.
     """
     ratio = aligned(sigma / alpha, z).clamp_min(LEAST_RATIO)
-    decay, moved, weight = 1 - step_e**2 / 2, torch.zeros_like(e), torch.ones(len(z), device=z.device)
+    decay, moved, weight = 1 - step_e**2 / 2, torch.zeros_like(e), (torch.sqrt(1 + ratio.square()) / ratio).flatten()
     for k, injected in enumerate(noise):
         pulled = None
         if step_z:
@@ -107,7 +108,7 @@ def direction(
             x = add_noise(x0.detach(), e, alpha, sigma)
             wanted = teacher(x)
             d = wanted - fake(x)
-            if k == 0:
+            if k == 0 and cancel:
                 weight = 1 / (wanted - x0.detach()).abs().flatten(1).mean(1).clamp_min(LEAST_GAP)
         if step_z:
             (pulled,) = torch.autograd.grad(x0, z, d)
