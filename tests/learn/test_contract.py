@@ -23,8 +23,10 @@ from torch import Tensor
 import fewstep
 from fewstep import ArtifactError, FewstepError, GaussianDenoiser, Model, ModelError, ModelStatistics, Sampler, Trajectories
 from fewstep.learn.networks import finetune as finetune_module
+from fewstep.evaluate.metrics.judge import Judge
 from fewstep.learn.networks.distill import GuidedConfig, ProgressiveConfig
 from fewstep.learn.networks.objectives import guided as guided_module
+from fewstep.learn.networks.objectives import matching as matching_module
 from fewstep.learn.networks.objectives import progressive as progressive_module
 from fewstep.learn.samplers import fit_search as fit_search_module
 from fewstep.learn.samplers import optimize_plan
@@ -119,6 +121,10 @@ FLOW_MAP = fewstep.FlowMapConfig(
 )  # whose targets are made with averaged weights
 GUIDED = GuidedConfig(slots=4, steps=12, batch=4, lr=1e-2, ema=0.5, held_out=4)
 PROGRESSIVE = ProgressiveConfig(nfe=(2,), steps=12, batch=4, lr=1e-2, ema=0.5, held_out=4)
+MATCHING: dict[str, Any] = {"steps": 6, "batch": 4, "lr": 1e-2, "ema": 0.5, "held_out": 8, "updates": 1, "before": 1, "measures": 2}
+DMD = fewstep.MatchingConfig(**MATCHING)
+EM = fewstep.EMConfig(**MATCHING, langevin=2)
+JUDGE = Judge.of(torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
 TRAJECTORIES = fewstep.TrajectoryConfig(num=8, nfe=8, batch=2)
 
 SAMPLER = {"name", "of", "model", "prediction", "guidance", "chosen", "error", "rmse", "held_out_noises", "network_evaluations"}
@@ -203,6 +209,26 @@ LEARNERS = {
         total=12,
         reads=False,
     ),
+    "distill dmd": Learner(
+        run=lambda model, **given: fewstep.distill(model, "dmd", **{"config": DMD, "judge": JUDGE, **given}),
+        load=saved_student,
+        numbers=of_student,
+        guidance=lambda found: found.tuned.guidance,
+        use=lambda model, found: pictures(found, None, nfe=1),
+        figures={"curve", "scores", "chosen", "passes", "arithmetic", "seconds"},
+        total=6,
+        reads=False,
+    ),
+    "distill em": Learner(
+        run=lambda model, **given: fewstep.distill(model, "em", **{"config": EM, "judge": JUDGE, **given}),
+        load=saved_student,
+        numbers=of_student,
+        guidance=lambda found: found.tuned.guidance,
+        use=lambda model, found: pictures(found, None, nfe=1),
+        figures={"curve", "scores", "chosen", "passes", "arithmetic", "seconds"},
+        total=6,
+        reads=False,
+    ),
     "generate_trajectories": Learner(
         run=lambda model, **given: fewstep.generate_trajectories(
             model, **{"grid": fewstep.make_grid("angle", LAW, 2), "config": TRAJECTORIES, **given}
@@ -240,6 +266,7 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(optimize_plan, "REFERENCE_NFE", 12)
     patch.setattr(guided_module, "FINE", 2)
     patch.setattr(progressive_module, "FINE", 2)
+    patch.setattr(matching_module, "FINE", 2)
     patch.setattr(finetune_module, "GramConfig", lambda num: GramConfig(levels=8, num=2))
 
 

@@ -83,6 +83,8 @@ OWN = {
         **TRUSTED,
     ),
     "distill progressive": replace(LEARNERS["distill progressive"], **TRUSTED),
+    "distill dmd": replace(LEARNERS["distill dmd"], **TRUSTED),
+    "distill em": replace(LEARNERS["distill em"], **TRUSTED),
     "generate_trajectories": replace(
         LEARNERS["generate_trajectories"],
         run=lambda model, **given: LEARNERS["generate_trajectories"].run(model, **{"grid": fewstep.make_grid("angle", LAW, 2), **given}),
