@@ -1,4 +1,4 @@
-"""The mathematics of distribution matching: exact derivatives, DMD as its case of one step, fixed points and the noise that is cancelled."""
+"""The mathematics of distribution matching: exact derivatives, DMD as its case of one step, fixed points, and cancelled noise."""
 
 import math
 from collections.abc import Callable

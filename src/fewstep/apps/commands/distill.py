@@ -25,7 +25,7 @@ from fewstep.runtime.process import default_device
 
 __all__ = ["distill"]
 
-FIGURES = ("curve", "calls", "ends", "scores", "chosen", "slots", "passes", "passes_by_scale", "arithmetic", "trained_on", "seconds")
+FIGURES = ("curve", "calls", "ends", "scores", "kept", "slots", "passes", "passes_by_scale", "arithmetic", "trained_on", "seconds")
 SCORES = ("fd", "precision", "recall", "fake", "teacher")
 METHODS = "; ".join(f"{name}: {method.about}" for name, method in OBJECTIVES.items()) + "."
 FLAGS = {
@@ -116,7 +116,7 @@ def _show(done: dict[str, Any]) -> None:
         ended = [(scale, f"{error:.4f}") for scale, error in done["ends"].items()]
         show_table(f"{done['model']} distilled", ("guidance", "RMSE of its ends to the model that was halved"), ended)
     if "scores" in done:
-        chosen = done["chosen"]["step"]
+        chosen = done["kept"]["step"]
         scored = [
             (f"{one['step']}{' (kept)' if one['step'] == chosen else ''}", *(f"{one[name]:.3f}" for name in SCORES))
             for one in done["scores"]

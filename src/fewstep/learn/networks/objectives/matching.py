@@ -331,7 +331,7 @@ class MatchingObjective(StudentObjective):
         """Measure the student against the ends of the teacher's trajectories of the same noises.
 
         Returns:
-            ``scores``: of each measure, with the losses of the fake and of the teacher on the generator's samples; ``chosen``: that of
+            ``scores``: of each measure, with the losses of the fake and of the teacher on the generator's samples; ``kept``: that of
             the weights that are kept; ``passes``: the times of its one pass, and the RMSE to the ends, which says nothing of a student that
             may send a noise anywhere; ``arithmetic``: its cost, in evaluations of the teacher.
         """
@@ -341,7 +341,7 @@ class MatchingObjective(StudentObjective):
         error = float((self._samples(student)[0] - ends).double().square().mean().sqrt())
         return {
             "scores": self.scores.scores,
-            "chosen": self.scores.chosen,
+            "kept": self.scores.chosen,
             "passes": {1: (self.grid.t.tolist(), error)},
             "arithmetic": {1: 1.0},
         }
@@ -360,7 +360,7 @@ class MatchingObjective(StudentObjective):
         return self.begin is not None or self.config.pair > 0
 
     def facts(self, figures: Mapping[str, Any]) -> dict[str, Any]:
-        chain, chosen, (_, error) = self.config.e_step, figures["chosen"], figures["passes"][1]
+        chain, chosen, (_, error) = self.config.e_step, figures["kept"], figures["passes"][1]
         level = float(torch.exp(-self.problem.schedule.lam(self.grid.t[0])))
         nothing = "" if self.paired else ", which says nothing: the student may send a noise to any picture"
         return {

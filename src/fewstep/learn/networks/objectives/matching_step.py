@@ -35,8 +35,8 @@ class Direction(NamedTuple):
     Attributes:
         z: noises ``[B, *D]`` of the samples, where the E-step has led them.
         move: ``[B, *D]``, on the scale of ``D_p - D_q``.
-        weight: of each row, ``[B]``: ``1 / mean |D_p(x) - g(z)|`` at the start (arXiv 2311.18828, eq. 8), which knows the noise ``e``; where
-            that is not cancelled, ``sqrt(1 + r^2) / r`` of the level ``r = sigma/alpha``, which does not.
+        weight: of each row, ``[B]``: ``1 / mean |D_p(x) - g(z)|`` at the start (arXiv 2311.18828, eq. 8), which knows the noise ``e``;
+            where that is not cancelled, ``sqrt(1 + r^2) / r`` of the level ``r = sigma/alpha``, which does not.
     """
 
     z: Tensor
