@@ -130,8 +130,11 @@ class Mean:
 
     identity = "a mean"
 
+    def __init__(self, sign: int = 1) -> None:
+        self.sign = sign
+
     def __call__(self, samples: Tensor, requested: Tensor | None) -> dict[str, float | None]:
-        return {"fd": None, "precision": None, "recall": None, "labels": None, "value": float(samples.double().mean())}
+        return {"fd": None, "precision": None, "recall": None, "labels": None, "value": self.sign * float(samples.double().mean())}
 
 
 TRAJECTORIES = fewstep.TrajectoryConfig(num=8, nfe=8, batch=2)

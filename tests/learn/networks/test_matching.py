@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.matching_study import ring_data, ring_model
 from tests.own_networks import table_model
 from tests.problems import LAW, diffusers_folder, tiny_folder, told_model
 from torch import Tensor
@@ -263,36 +264,11 @@ def test_a_half_finished_run_of_other_options_is_refused(teacher: Model, judge: 
 # -- six modes on a ring ---------------------------------------------------------------------------------------------
 
 
-class Ring(torch.nn.Module):
-    """The exact denoiser of six narrow modes on a ring, plus a small network that starts at 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        angle = torch.arange(6) * torch.pi / 3
-        self.register_buffer("modes", torch.stack([angle.cos(), angle.sin()], 1))
-        self.more = torch.nn.Sequential(
-            torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 2)
-        )
-        for value in self.more[-1].parameters():
-            torch.nn.init.zeros_(value)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        s = t[:, None].float()
-        modes: Any = self.modes
-        logits = -(x[:, None] - modes).square().sum(2) / (2 * (s**2 + 0.01))
-        mean = logits.softmax(1) @ modes
-        exact = mean + 0.01 / (s**2 + 0.01) * (x - mean)
-        return exact + self.more(torch.cat([x / (1 + s), s.log() / 4], 1)) * s / (1 + s)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dmd", "em"])
 def test_all_modes_of_a_ring_are_covered_alike(method: str) -> None:
-    torch.manual_seed(0)
-    ring = Ring().eval()
-    modes: Any = ring.modes
-    model = Model(ring, LAW, "sample", shape=(2,), name="ring")
-    data = modes[torch.arange(600) % 6] + 0.1 * torch.randn(600, 2, generator=torch.Generator().manual_seed(1))
+    model, data = ring_model(), ring_data()
+    modes = model.network.modes
     common: dict[str, Any] = {"steps": 400, "batch": 128, "lr": 2e-3, "held_out": 512, "measures": 10, "start": 1.0, "p_mean": -1.0}
     config = MatchingConfig(**common) if method == "dmd" else EMConfig(**common)
     student = made(model, method, config, judge=Judge.of(data))

@@ -114,6 +114,10 @@ class MatchingObjective(StudentObjective):
             )
         if not callable(judge) or not isinstance(getattr(judge, "identity", None), str):
             raise FewstepError(f"judge measures samples, as fewstep.evaluate.metrics.judge.Judge.of_model(model), got {str(judge)[:80]!r}")
+        if (known := getattr(judge, "shape", problem.shape)) != problem.shape:
+            raise FewstepError(
+                f"the judge knows images of shape {known}, and {problem.name} makes {problem.shape}: name data of that shape"
+            )
         self.problem, self.config, self.judge, self.begin = problem, config, judge, begin
         self.output = prediction(problem.model.prediction)
         end = problem.model.trajectory_grid("angle", 1, problem.guidance).t[-1]
