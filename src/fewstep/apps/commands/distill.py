@@ -63,7 +63,8 @@ def distill(
     """
     checked(method, tuple(OBJECTIVES), "--method")
     chosen = config.config(method, "--method")
-    opened, features = open_model(model, trust=trust), load_digits_features().smooth if chosen.loss == "features" else None
+    opened, compares = open_model(model, trust=trust), getattr(chosen, "loss", None) == "features"
+    features = load_digits_features().smooth if compares else None
     if features is not None and opened.shape != (1, 8, 8):
         raise FewstepError(f"the bundled features are of 8x8 digits, {opened.name} makes {opened.shape}: use another loss")
     stored = None if trajectories is None else Trajectories.load(trajectories)
