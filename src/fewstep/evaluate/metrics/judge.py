@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ __all__ = ["Judge"]
 
 MOST = 4096  # images that samples are compared with
 OWN = 2048  # samples of a model whose data is not known
+BATCH = 256  # of them at a time
 EVALUATIONS = 32  # for each of them
 ABOVE = 5 * 2**40  # where their seeds begin
 
@@ -35,16 +38,30 @@ class Judge:
         network: makes features of images.
         identity: the features and the images, in a word.
         shape: of an image.
-        gaussian, manifold: of the reference images.
+        images: makes the reference images ``[n, *D]``, when they are first asked for.
         device: where the features are computed.
     """
 
     network: nn.Module = field(repr=False)
     identity: str
     shape: tuple[int, ...]
-    gaussian: Gaussian = field(repr=False)
-    manifold: Manifold = field(repr=False)
+    images: Callable[[], Tensor] = field(repr=False)
     device: torch.device
+
+    @cached_property
+    def features(self) -> Tensor:
+        """The features ``[n, F]`` of the reference images."""
+        return features_of(self.images(), self.network, self.device)
+
+    @cached_property
+    def gaussian(self) -> Gaussian:
+        """The normal distribution of the reference images."""
+        return Gaussian.of(self.features)
+
+    @cached_property
+    def manifold(self) -> Manifold:
+        """The manifold of the reference images."""
+        return Manifold.of(self.features)
 
     @classmethod
     def of(
@@ -73,17 +90,17 @@ class Judge:
             features = "digits" if name == "digits" else "pixels"
         device = torch.device(device)
         network, called = feature_network(features, tuple(x.shape[1:]), device)
-        found = features_of(x, network, device)
         digest = hashlib.sha256(x.float().cpu().contiguous().numpy().tobytes()).hexdigest()[:8]
-        identity = f"{called} of {len(x)} {name} ({digest})"
-        return cls(network, identity, tuple(x.shape[1:]), Gaussian.of(found), Manifold.of(found), device)
+        made = cls(network, f"{called} of {len(x)} {name} ({digest})", tuple(x.shape[1:]), lambda: x, device)
+        _ = made.features  # what has none is refused here
+        return made
 
     @classmethod
     def of_model(cls, model: Model, guidance: float = 1.0, features: str | nn.Module | None = None, num: int = OWN) -> Judge:
         """Return the judge of a model's students: by the model's data, or by its own samples.
 
-        Samples of 32 evaluations take the place of data that is not known, and of the data at a guidance scale other than 1, since a guided
-        model makes other pictures.
+        Samples of 32 evaluations, made at the first call, take the place of data that is not known, and of the data at a guidance scale
+        other than 1, since a guided model makes other pictures.
 
         Args:
             model: the teacher.
@@ -98,9 +115,18 @@ class Judge:
             features = "digits"
         if model.data is not None and guidance == 1:
             return cls.of(load_images(model.data), features, model.device)
-        seeds = range(ABOVE, ABOVE + num)
-        images = sample(model, "unipc-3", nfe=EVALUATIONS, seeds=seeds, guidance=guidance).float().cpu()
-        return cls.of(images, features, model.device, name=f"samples of {model.name} at guidance {guidance:g}")
+        if num <= NEIGHBOURS:
+            raise FewstepError(f"a judge compares samples with more than {NEIGHBOURS} images, got num={num}")
+        network, called = feature_network("pixels" if features is None else features, model.need_shape(), model.device)
+        _ = model.guided(guidance)  # what cannot be sampled is refused here
+
+        def own() -> Tensor:
+            parts = torch.arange(ABOVE, ABOVE + num).split(BATCH)
+            made = (sample(model, "unipc-3", nfe=EVALUATIONS, seeds=seeds, guidance=guidance) for seeds in parts)
+            return torch.cat([part.float().cpu() for part in made])
+
+        identity = f"{called} of {num} samples of {model.name} at guidance {guidance:g} ({model.fingerprint[:8]})"
+        return cls(network, identity, model.need_shape(), own, model.device)
 
     def __call__(self, samples: Tensor, requested: Tensor | None = None) -> dict[str, Any]:
         """Measure samples.
