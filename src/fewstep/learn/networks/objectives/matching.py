@@ -394,7 +394,7 @@ class MatchingObjective(StudentObjective):
 
 
 class _Rows(NamedTuple):
-    """What a training step draws, this process's share.
+    """The draws of a training step, this process's share.
 
     Attributes:
         z, e: noises that the generator is given, and that are added to its samples, ``[b, *D]``.
