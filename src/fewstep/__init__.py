@@ -44,7 +44,15 @@ if TYPE_CHECKING:
     from fewstep.inverse.posterior import measured, sample_posterior
     from fewstep.inverse.restore import Restoration, restore
     from fewstep.inverse.start import choose_start
-    from fewstep.learn.networks.distill import DistillConfig, FlowMapConfig, GuidedConfig, ProgressiveConfig, distill
+    from fewstep.learn.networks.distill import (
+        DistillConfig,
+        EMConfig,
+        FlowMapConfig,
+        GuidedConfig,
+        MatchingConfig,
+        ProgressiveConfig,
+        distill,
+    )
     from fewstep.learn.networks.finetune import FinetuneConfig, finetune
     from fewstep.learn.samplers.calibrate import CalibrationConfig, calibrate
     from fewstep.learn.samplers.fit import FitConfig, fit, plan_fit
@@ -69,8 +77,10 @@ _LAZY = {  # imported when first asked for, so that sampling does not wait for w
     "restore": "inverse.restore",
     "choose_start": "inverse.start",
     "DistillConfig": "learn.networks.distill",
+    "EMConfig": "learn.networks.distill",
     "FlowMapConfig": "learn.networks.distill",
     "GuidedConfig": "learn.networks.distill",
+    "MatchingConfig": "learn.networks.distill",
     "ProgressiveConfig": "learn.networks.distill",
     "distill": "learn.networks.distill",
     "FinetuneConfig": "learn.networks.finetune",
@@ -100,6 +110,7 @@ __all__ = [
     "DiscreteVP",
     "DistillConfig",
     "EDM",
+    "EMConfig",
     "FewstepError",
     "FinetuneConfig",
     "FitConfig",
@@ -109,6 +120,7 @@ __all__ = [
     "GridError",
     "GuidedConfig",
     "GuidedForm",
+    "MatchingConfig",
     "Model",
     "ModelError",
     "ModelStatistics",

@@ -158,6 +158,22 @@ def test_a_flow_map_is_made_by_its_own_options(monkeypatch, capsys, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_a_generator_is_trained_without_trajectories(monkeypatch, capsys, tmp_path: Path, made: SimpleNamespace) -> None:
+    words = ("distill", made.teacher, "--steps", 4, "--batch", 8, "--updates", 1, "--before", 2, "--measures", 2)
+    assert run(monkeypatch, *words, "--method", "em", "--langevin", 2, "--out", tmp_path / "em", "--json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert [one["step"] for one in done["scores"]] == [0, 2, 4] and done["kept"] in done["scores"] and list(done["passes"]) == ["1"]
+    assert not (tmp_path / "em" / "work" / "trajectories").exists() and "picture" not in done
+    assert run(monkeypatch, "sample", tmp_path / "em", "--num", 2, "--out", tmp_path / "pictures", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["nfe"] == 1
+    assert run(monkeypatch, "bench", tmp_path / "em", "--num", 4, "--out", tmp_path / "bench") == 0
+    capsys.readouterr()
+    assert run(monkeypatch, *words, "--method", "dmd", "--from", tmp_path / "em", "--out", tmp_path / "dmd") == 0
+    said = capsys.readouterr().out
+    assert "(kept)" in said and "loss of the fake" in said and load_model(tmp_path / "dmd").tuned.form == "matching"
+
+
+@pytest.mark.slow
 def test_the_next_command_that_is_said_works(monkeypatch, capsys, tmp_path: Path, made: SimpleNamespace) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, "trajectories", made.teacher, "-n", 40, "--slots", 2, "--nfe", 4, "--out", "stored") == 0
@@ -196,7 +212,7 @@ MISTAKES = [
     ((*DISTILL, "--grid", "angel"), "did you mean angle"),
     ((*DISTILL, "--grid", "optimized"), "there are none in its folder"),
     ((*DISTILL, "--trajectories", "nowhere"), "cannot read nowhere/manifest.json"),
-    ((*DISTILL, "--method", "dnso"), "--method is flow-map or guided or progressive or dsno or slots or kd, got 'dnso'"),
+    ((*DISTILL, "--method", "dnso"), "--method is flow-map or guided or progressive or dmd or em or dsno or slots or kd, got 'dnso'"),
     ((*DISTILL, "--method", "kd", "--slots", 2), "kd has one slot, got 2: use the method slots, or leave slots out"),
     ((*DISTILL, "--mixing", "none"), "the slots of dsno meet in temporal layers"),
     ((*DISTILL, "--mixing", "complex"), "unknown form of mixing 'complex'"),
@@ -221,6 +237,19 @@ MISTAKES = [
     ((*DISTILL, "--mixed-precision", "half"), "mixed precision"),
     ((*DISTILL, "--seed", 10**18), "seed"),
     (("distill", "TEACHER", "--seed", -1), "seeds must lie between"),
+    (("distill", "TEACHER", "--method", "em", "--langevin", 0), "langevin is at least 1, got 0"),
+    (("distill", "TEACHER", "--method", "em", "--step-e", 2), "step_e lies in (0, 1]"),
+    (("distill", "TEACHER", "--method", "dmd", "--langevin", 4), "--langevin is an option of --method em, not of dmd"),
+    (("distill", "TEACHER", "--method", "dmd", "--start", 50), "start is a noise level between 0.05 and 20"),
+    (("distill", "TEACHER", "--method", "dmd", "--from", "STUDENT"), "has 4 slots, and distribution matching one"),
+    (("distill", "TEACHER", "--method", "dmd", "--from", "TEACHER"), "is no student of one pass to begin with"),
+    (("distill", "TEACHER", "--method", "dmd", "--trajectories", "STORED"), "learns from no stored trajectories with these options"),
+    (("distill", "TEACHER", "--method", "dmd", "--trajectories", "STORED", "--pair", 1, "--num", 32), "were not stored at t = 2.5"),
+    (
+        ("distill", "TEACHER", "--method", "dmd", "--data", "digits"),
+        "the judge knows images of shape (1, 8, 8), and teacher makes (1, 4, 4)",
+    ),
+    (("distill", "STUDENT", "--method", "dmd"), "is a student, which is sampled as it is: name its teacher"),
     (("distill", "digits-emd"), "did you mean digits-edm"),
     (("distill", "STUDENT"), "is a student, which is sampled as it is: name its teacher"),
     (("trajectories", "STUDENT"), "is a student"),

@@ -42,6 +42,7 @@ LONGER = (
     "dsno",
     "flow-maps",
     "guided",
+    "matching",
     "report",
     "extending",
 )  # they learn or compare
@@ -95,6 +96,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
             partial(getattr(fewstep, config), **STUDENT, **({"num": 8} if config == "FlowMapConfig" else {})),
             raising=False,
         )
+    for config in ("MatchingConfig", "EMConfig"):
+        small = partial(getattr(fewstep, config), **{**STUDENT, "held_out": 8}, updates=1, before=1, measures=1)
+        monkeypatch.setattr(fewstep, config, small, raising=False)
     compare = fewstep.compare
     monkeypatch.setattr(fewstep, "compare", lambda *args, **options: compare(*args, **{**options, "num": 8}), raising=False)
 

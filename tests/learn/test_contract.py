@@ -25,6 +25,7 @@ from fewstep import ArtifactError, FewstepError, GaussianDenoiser, Model, ModelE
 from fewstep.learn.networks import finetune as finetune_module
 from fewstep.learn.networks.distill import GuidedConfig, ProgressiveConfig
 from fewstep.learn.networks.objectives import guided as guided_module
+from fewstep.learn.networks.objectives import matching as matching_module
 from fewstep.learn.networks.objectives import progressive as progressive_module
 from fewstep.learn.samplers import fit_search as fit_search_module
 from fewstep.learn.samplers import optimize_plan
@@ -119,6 +120,23 @@ FLOW_MAP = fewstep.FlowMapConfig(
 )  # whose targets are made with averaged weights
 GUIDED = GuidedConfig(slots=4, steps=12, batch=4, lr=1e-2, ema=0.5, held_out=4)
 PROGRESSIVE = ProgressiveConfig(nfe=(2,), steps=12, batch=4, lr=1e-2, ema=0.5, held_out=4)
+MATCHING: dict[str, Any] = {"steps": 6, "batch": 4, "lr": 1e-2, "ema": 0.5, "held_out": 8, "updates": 1, "before": 1, "measures": 2}
+DMD = fewstep.MatchingConfig(**MATCHING)
+EM = fewstep.EMConfig(**MATCHING, langevin=2)
+
+
+class Mean:
+    """A judge that finds samples best whose mean is least: one that a few training steps move."""
+
+    identity = "a mean"
+
+    def __init__(self, sign: int = 1) -> None:
+        self.sign = sign
+
+    def __call__(self, samples: Tensor, requested: Tensor | None) -> dict[str, float | None]:
+        return {"fd": None, "precision": None, "recall": None, "labels": None, "value": self.sign * float(samples.double().mean())}
+
+
 TRAJECTORIES = fewstep.TrajectoryConfig(num=8, nfe=8, batch=2)
 
 SAMPLER = {"name", "of", "model", "prediction", "guidance", "chosen", "error", "rmse", "held_out_noises", "network_evaluations"}
@@ -203,6 +221,26 @@ LEARNERS = {
         total=12,
         reads=False,
     ),
+    "distill dmd": Learner(
+        run=lambda model, **given: fewstep.distill(model, "dmd", **{"config": DMD, "judge": Mean(), **given}),
+        load=saved_student,
+        numbers=of_student,
+        guidance=lambda found: found.tuned.guidance,
+        use=lambda model, found: pictures(found, None, nfe=1),
+        figures={"curve", "scores", "kept", "passes", "arithmetic", "seconds"},
+        total=6,
+        reads=False,
+    ),
+    "distill em": Learner(
+        run=lambda model, **given: fewstep.distill(model, "em", **{"config": EM, "judge": Mean(), **given}),
+        load=saved_student,
+        numbers=of_student,
+        guidance=lambda found: found.tuned.guidance,
+        use=lambda model, found: pictures(found, None, nfe=1),
+        figures={"curve", "scores", "kept", "passes", "arithmetic", "seconds"},
+        total=6,
+        reads=False,
+    ),
     "generate_trajectories": Learner(
         run=lambda model, **given: fewstep.generate_trajectories(
             model, **{"grid": fewstep.make_grid("angle", LAW, 2), "config": TRAJECTORIES, **given}
@@ -240,6 +278,7 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(optimize_plan, "REFERENCE_NFE", 12)
     patch.setattr(guided_module, "FINE", 2)
     patch.setattr(progressive_module, "FINE", 2)
+    patch.setattr(matching_module, "FINE", 2)
     patch.setattr(finetune_module, "GramConfig", lambda num: GramConfig(levels=8, num=2))
 
 

@@ -13,6 +13,7 @@ from tests.learn.test_contract import (
     LEARNERS,
     Calls,
     Learner,
+    Mean,
     half,
     model,
     saved_student,
@@ -83,6 +84,12 @@ OWN = {
         **TRUSTED,
     ),
     "distill progressive": replace(LEARNERS["distill progressive"], **TRUSTED),
+    "distill dmd": replace(
+        LEARNERS["distill dmd"],
+        run=lambda model, **given: LEARNERS["distill dmd"].run(model, **{"judge": Mean(-1), **given}),
+        **TRUSTED,
+    ),
+    "distill em": replace(LEARNERS["distill em"], **TRUSTED),
     "generate_trajectories": replace(
         LEARNERS["generate_trajectories"],
         run=lambda model, **given: LEARNERS["generate_trajectories"].run(model, **{"grid": fewstep.make_grid("angle", LAW, 2), **given}),

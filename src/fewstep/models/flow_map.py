@@ -93,11 +93,12 @@ class StudentMap(FlowMap):
     @property
     def definition(self) -> tuple[Any, ...]:
         student = self.student
-        return astuple(student.form), student.first, student.last, *([] if student.scales is None else [student.scales])
+        more = ([] if student.scales is None else [student.scales]) + (["single"] if student.single else [])
+        return astuple(student.form), student.first, student.last, *more
 
     @property
     def anywhere(self) -> bool:
-        return True
+        return not self.student.single
 
     def at(self, scale: float | Tensor) -> StudentMap:
         return replace(self, scale=scale)
@@ -110,6 +111,8 @@ class StudentMap(FlowMap):
 
     def check(self, t: Tensor) -> None:
         first, last = self.student.first, self.student.last
+        if self.student.single and (len(t) > 2 or not torch.allclose(t, torch.tensor([first, last], dtype=t.dtype), rtol=1e-9)):
+            raise SolverError(f"this student makes one pass alone, from t = {first:g} to {last:g}: leave nfe, grid and times out")
         slack = 1e-9 * abs(first - last)
         if not bool(((t - last) * (t - first) <= slack * abs(first - last)).all()):
             raise SolverError(f"this flow map knows times from {first:g} to {last:g}, not {t[0]:g} to {t[-1]:g}: use a grid between them")

@@ -77,6 +77,7 @@ class FlowMapRecord(ArtifactRecord):
     last: Number
     card: dict[str, Any]
     scales: tuple[Number, Number] | None = None
+    single: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ class FlowMapStudent(nn.Module):
         form: its parts.
         card: provenance, plain JSON values.
 
+    Attributes:
+        single: whether it leads from the first time to the last alone, as one that was trained on by distribution matching.
+
     Raises:
         ModelError: a network that does not say where its time is embedded, that is no module, or that takes whole times alone.
     """
@@ -121,7 +125,7 @@ class FlowMapStudent(nn.Module):
         self.schedule, self.time = teacher.schedule, teacher.time
         self.prediction = prediction(form.output or ("v" if kind.undefined_at_zero_alpha else kind))
         self.dtype, self.time_dtype, self.form, self.card = teacher.dtype, teacher.time_dtype, form, dict(card or {})
-        self.first, self.last = first, last
+        self.first, self.last, self.single = first, last, False
         if told:
             network.call = teacher.call
             if form.insert_at not in (None, network.insert_at):
@@ -171,6 +175,7 @@ class FlowMapStudent(nn.Module):
         tensors = {name: value for name, value in self.state_dict().items() if not name.startswith(APART)}
         meta = {"form": asdict(self.form), "first": self.first, "last": self.last, "card": self.card}
         meta |= {} if self.scales is None else {"scales": list(self.scales)}
+        meta |= {"single": True} if self.single else {}
         return save_artifact(folder, "flow-map", meta, tensors, self._readme(folder.name))
 
     @classmethod
@@ -189,6 +194,7 @@ class FlowMapStudent(nn.Module):
             if meta.scales != teacher.scales:
                 raise ValueError(f"it knows guidance scales {meta.scales}, and guided.json beside it {teacher.scales}")
             student = cls(teacher, meta.first, meta.last, FlowMapForm(**meta.form), meta.card)
+            student.single = meta.single
             load_beside(student, tensors, *APART)
             return student.eval().requires_grad_(False)
 
@@ -196,14 +202,17 @@ class FlowMapStudent(nn.Module):
 
     def _readme(self, name: str) -> str:
         facts = "\n".join(f"- {key}: {value}" for key, value in self.card.items())
+        about = "one network that leads from any time of its trajectories to any later one, so any number of passes makes an image"
+        if self.single:
+            about = "one network that leads from noise to the image in one pass, trained on so that its samples have the right distribution"
         return f"""# {name}
 
-A flow map: one network that leads from any time of its trajectories to any later one, so any number of passes makes an image.
+A flow map: {about}.
 
 {facts}
 
 ```
 fewstep sample {name} --nfe 1 --out runs/sample
-fewstep bench {name} --nfe 1,2,4 --out runs/bench
+fewstep bench {name} --nfe {"1" if self.single else "1,2,4"} --out runs/bench
 ```
 """

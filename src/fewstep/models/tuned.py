@@ -37,7 +37,7 @@ class Tuned:
         guidance: the scale at which the teacher sampled, and the tuned model itself is sampled without; None where it is told the scale.
         solver: the solver that it was tuned for, on the grid of ``optimized/``; None where it is sampled by any, as its teacher is.
         nfe: the network evaluations that it was tuned for, or None.
-        form: how it was made: mean, score, operator, flow-map, guided or progressive.
+        form: how it was made: mean, score, operator, flow-map, guided, progressive or matching.
     """
 
     teacher: str

@@ -11,11 +11,12 @@ import typer
 from fewstep.apps.console import console, next_command, print_json, progress, show_table
 from fewstep.apps.models import guidance_of, model_words, open_model
 from fewstep.apps.options import NUM, AsJson, FieldsOf, Flag, ModelName, TeacherGuidance, Trust, Typed, checked, command
-from fewstep.data.images import load_images
+from fewstep.data.images import Images, load_images
 from fewstep.evaluate.metrics.features import load_digits_features
+from fewstep.evaluate.metrics.judge import Judge
 from fewstep.evaluate.pictures import save_comparison
 from fewstep.learn.networks.distill import distill as make_student
-from fewstep.learn.networks.objectives import OBJECTIVES
+from fewstep.learn.networks.objectives import OBJECTIVES, MatchingConfig
 from fewstep.learn.teacher.trajectories import Trajectories
 from fewstep.models.flow_map import OperatorMap
 from fewstep.models.model import Model
@@ -24,7 +25,8 @@ from fewstep.runtime.process import default_device
 
 __all__ = ["distill"]
 
-FIGURES = ("curve", "calls", "ends", "slots", "passes", "passes_by_scale", "arithmetic", "trained_on", "seconds")
+FIGURES = ("curve", "calls", "ends", "scores", "kept", "slots", "passes", "passes_by_scale", "arithmetic", "trained_on", "seconds")
+SCORES = ("fd", "precision", "recall", "fake", "teacher")
 METHODS = "; ".join(f"{name}: {method.about}" for name, method in OBJECTIVES.items()) + "."
 FLAGS = {
     "num": NUM,
@@ -45,7 +47,10 @@ def distill(
     config: Annotated[Typed, FieldsOf({name: method.config for name, method in OBJECTIVES.items()}, FLAGS, ("guidance",))],
     guidance: TeacherGuidance = None,
     data: Annotated[
-        str | None, typer.Option(help="For targets of a flow map that learn from pictures: digits, an .npz or a folder.")
+        str | None,
+        typer.Option(
+            help="For targets of a flow map that learn from pictures, and to judge samples by in dmd and em: digits, an .npz or a folder."
+        ),
     ] = None,
     trajectories: Annotated[Path | None, typer.Option(help="A folder of trajectories; by default they are made.")] = None,
     begin: Annotated[str | None, typer.Option("--from", help="A student to begin with; by default the teacher's weights.")] = None,
@@ -58,21 +63,25 @@ def distill(
     """
     checked(method, tuple(OBJECTIVES), "--method")
     chosen = config.config(method, "--method")
-    opened, features = open_model(model, trust=trust), load_digits_features().smooth if chosen.loss == "features" else None
+    opened, compares = open_model(model, trust=trust), getattr(chosen, "loss", None) == "features"
+    features = load_digits_features().smooth if compares else None
     if features is not None and opened.shape != (1, 8, 8):
         raise FewstepError(f"the bundled features are of 8x8 digits, {opened.name} makes {opened.shape}: use another loss")
     stored = None if trajectories is None else Trajectories.load(trajectories)
+    scale, matches = guidance_of(opened, guidance), isinstance(chosen, MatchingConfig)
+    images = None if data is None else load_images(data)
     with progress(f"distilling {opened.name}", chosen.all_steps) as report:
         student = make_student(
             opened,
             method,
-            guidance=guidance_of(opened, guidance),
+            guidance=scale,
             out=out,
             config=chosen,
             trajectories=stored,
             begin=None if begin is None else open_model(begin, trust=trust),
             features=features,
-            images=None if data is None else load_images(data),
+            images=None if matches else images,
+            judge=_judge(opened, scale, images) if matches else None,
             device=default_device(),
             command=command(),
             on_progress=report,
@@ -93,6 +102,12 @@ def distill(
     console.print(next_command("bench", out, *model_words(student), "--out", "runs/bench"))
 
 
+def _judge(opened: Model, guidance: float | None, images: Images | None) -> Judge:
+    """Return what chooses the weights of a student whose samples match a distribution."""
+    opened.need_denoiser().to(default_device())
+    return Judge.of_model(opened, 1.0 if guidance is None else guidance) if images is None else Judge.of(images, device=default_device())
+
+
 def _show(done: dict[str, Any]) -> None:
     """Print the error of the student by the number of passes, and what they cost."""
     if "calls" in done:
@@ -101,6 +116,14 @@ def _show(done: dict[str, Any]) -> None:
     if "ends" in done:
         ended = [(scale, f"{error:.4f}") for scale, error in done["ends"].items()]
         show_table(f"{done['model']} distilled", ("guidance", "RMSE of its ends to the model that was halved"), ended)
+    if "scores" in done:
+        chosen = done["kept"]["step"]
+        scored = [
+            (f"{one['step']}{' (kept)' if one['step'] == chosen else ''}", *(f"{one[name]:.3f}" for name in SCORES))
+            for one in done["scores"]
+        ]
+        headings = ("step", "Frechet distance", "precision", "recall", "loss of the fake", "of the teacher")
+        show_table(f"{done['model']} distilled, on held-out noises", headings, scored)
     if "slots" in done:
         rows = [
             (str(n), f"{done['arithmetic'][n]:.2f}", f"{error:.4f}", ", ".join(f"{t:.4g}" for t in times))

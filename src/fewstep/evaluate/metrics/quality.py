@@ -16,7 +16,7 @@ from fewstep.evaluate.metrics.features import load_features
 from fewstep.runtime.entry import imported, is_entry
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["Quality", "feature_network", "features_name"]
+__all__ = ["Quality", "feature_network", "features_name", "label_agreement"]
 
 WIDE = 256  # features: of more, fewer subsets are measured
 SUBSETS = {False: 100, True: 20}
@@ -68,6 +68,16 @@ def feature_network(features: str | nn.Module, shape: tuple[int, ...], device: t
     return network.to(device).eval(), features_name(network)
 
 
+@torch.no_grad()
+def label_agreement(network: nn.Module, samples: Tensor, requested: Tensor | None, device: torch.device) -> float | None:
+    """Return the share of samples ``[num, *D]`` whose label, as a network sees it, is the requested one; None if it sees none."""
+    seen = getattr(network, "labels", None)
+    if requested is None or not callable(seen):
+        return None
+    labels = torch.cat([torch.as_tensor(seen(part.to(device))).cpu() for part in samples.float().split(256)])
+    return float((labels == requested.cpu()).double().mean())
+
+
 @dataclass(frozen=True, eq=False)
 class Quality:
     """Data ``[n, *D]`` that samples are compared with, in the features of a network."""
@@ -109,13 +119,4 @@ class Quality:
             measured["kd_ci"] = subset_interval(measured["kd"], self.kernel.distances(found, halves))
         if self.manifold is not None and len(found) > NEIGHBOURS:
             measured["precision"], measured["recall"] = precision_recall(self.manifold, found)
-        return {**measured, "labels": self._agreement(samples, requested)}
-
-    @torch.no_grad()
-    def _agreement(self, samples: Tensor, requested: Tensor | None) -> float | None:
-        """Return the share of samples whose label, as the features' network sees it, is the requested one; None if it sees none."""
-        seen = getattr(self.network, "labels", None)
-        if requested is None or not callable(seen):
-            return None
-        labels = torch.cat([torch.as_tensor(seen(part.to(self.device))).cpu() for part in samples.float().split(256)])
-        return float((labels == requested.cpu()).double().mean())
+        return {**measured, "labels": label_agreement(self.network, samples, requested, self.device)}

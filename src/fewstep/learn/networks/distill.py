@@ -16,12 +16,15 @@ from fewstep.learn.networks.loop import check_checkpoint, forget_checkpoint
 from fewstep.learn.networks.objectives import (
     OBJECTIVES,
     DistillConfig,
+    EMConfig,
     FlowMapConfig,
     Given,
     GuidedConfig,
+    MatchingConfig,
     ProgressiveConfig,
     StudentConfig,
 )
+from fewstep.learn.networks.objectives.matching import JudgeOfSamples
 from fewstep.learn.networks.objectives.objective import StudentObjective
 from fewstep.learn.networks.trainer import Trained, check_one_scale, dropout_as, halve, may_write_model, teacher_name, train_student
 from fewstep.learn.teacher.batches import TeacherData
@@ -38,7 +41,7 @@ from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import from_first, process, wait_for_all
 from fewstep.sampling.grid_table import GridTable
 
-__all__ = ["DistillConfig", "FlowMapConfig", "GuidedConfig", "ProgressiveConfig", "distill"]
+__all__ = ["DistillConfig", "EMConfig", "FlowMapConfig", "GuidedConfig", "MatchingConfig", "ProgressiveConfig", "distill"]
 
 HALVED = ("guided", "progressive")  # students whose own students are measured against their teacher
 STEPS = "steps"  # the folder of the students before the last
@@ -56,6 +59,7 @@ def distill(
     begin: Model | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
     images: Images | None = None,
+    judge: JudgeOfSamples | None = None,
     device: torch.device | str | None = None,
     command: str = "",
     on_progress: Progress | None = None,
@@ -66,15 +70,17 @@ def distill(
 
     Args:
         model: the teacher; its own weights are never changed.
-        method: a key of `OBJECTIVES`: ``flow-map``, ``guided``, ``progressive``, ``dsno``, ``slots`` or ``kd``.
+        method: a key of `OBJECTIVES`: ``flow-map``, ``guided``, ``progressive``, ``dmd``, ``em``, ``dsno``, ``slots`` or ``kd``.
         guidance: scale at which the teacher samples; by default the configuration's. The student takes labels but no scale, but for those
             that are told it: of guided, of flow-map with ``scales``, and of flow-map and progressive where the teacher is told it.
         out: a folder, which becomes a model folder; by default the student stays in memory.
-        config: how to distil: a `FlowMapConfig` of flow-map, a `DistillConfig` of dsno, slots and kd.
+        config: how to distil: a `FlowMapConfig` of flow-map, a `MatchingConfig` of dmd, an `EMConfig` of em, a `DistillConfig` of dsno,
+            slots and kd.
         trajectories: stored ones to learn from, with the times of ``config.grid`` among theirs; by default they are made.
         begin: a student whose weights training begins with, where they fit; by default the teacher's.
         features: network of the loss ``features``, from pictures ``[B, *D]`` to ``[B, F]``.
         images: pictures to learn from, for targets of a flow map that take some.
+        judge: measures samples, for dmd and em, which keep the weights that it finds best: ``fewstep.evaluate.metrics.judge.Judge``.
         device: where to compute; the model is moved there.
         command: for the card.
         on_progress: called with the number of training steps done, and a note.
@@ -92,8 +98,8 @@ def distill(
     chosen = look_up(method, OBJECTIVES, "method")
     options = config_of(config, chosen.config)
     check_model(model)
-    given = Given(features, images)
-    for name in given._fields:
+    given = Given(features, images, judge, begin)
+    for name in ("features", "images", "judge"):
         if getattr(given, name) is not None and name not in chosen.takes:
             raise FewstepError(f"the method {method} learns nothing from {name}: leave that out")
     scale = scale_of(guidance, options.guidance)
@@ -124,6 +130,7 @@ def distill(
         data = None
         if wanted is not None:
             data = TeacherData(problem, objective.grid, wanted, options.held_out, work, given=trajectories, fresh=options.fresh)
+            objective.check_data(data)
             identity = f"{identity} {data.trajectories.identity}"
         elif trajectories is not None:
             raise FewstepError(f"the method {method} learns from no stored trajectories with these options: leave trajectories out")

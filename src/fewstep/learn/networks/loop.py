@@ -1,4 +1,7 @@
-"""Train a network: AdamW, warm-up and cosine, EMA, checkpoints that resume exactly, any number of processes."""
+"""Train a network: AdamW, warm-up and cosine, EMA, checkpoints that resume exactly, any number of processes.
+
+A second network may be trained beside it (`Companion`), and the weights may be chosen among those on the way (`Selection`).
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,10 @@ from fewstep.runtime.front_door import at_least, check_fields, checked_class
 from fewstep.runtime.process import from_first, process, share
 
 __all__ = [
+    "Companion",
     "LoopConfig",
     "LossCurve",
+    "Selection",
     "check_checkpoint",
     "forget_checkpoint",
     "identity_of",
@@ -30,6 +35,8 @@ __all__ = [
     "seeded",
     "step_of",
 ]
+
+STRIDE = 4099  # between the seeds of steps
 
 
 @checked_class
@@ -95,14 +102,90 @@ def identity_of(config: Any) -> str:  # noqa: ANN401 - any dataclass
     return " ".join([repr(config), *later])
 
 
-def seeded(seed: int, step: int) -> torch.Generator:
-    """Return the generator of a training step."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4099)
+def seeded(seed: int, step: int, part: int = 0) -> torch.Generator:
+    """Return the generator of a training step, or of one of its parts, fewer than 4099: the updates of a companion."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * STRIDE + part)
 
 
 def step_of(generator: torch.Generator, seed: int) -> int:
     """Return the training step that a generator was `seeded` for."""
-    return generator.initial_seed() // 4099 - seed * 1_000_003
+    return generator.initial_seed() // STRIDE - seed * 1_000_003
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A second network that is trained within each step of the loop, before the first one, and lies in the same checkpoint.
+
+    Attributes:
+        network: the module, which is trained in place by AdamW at a constant rate.
+        loss: ``(network, companion, batch size, generator) -> scalar``, the mean over this process's `share` of the batch. No gradient of
+            it reaches the first network.
+        lr: the learning rate.
+        updates: its steps for each of the first network, below 1000.
+        before: its steps before the first of all, below 1000.
+        betas: decays of AdamW's moments.
+    """
+
+    network: nn.Module
+    loss: Callable[[nn.Module, nn.Module, int, torch.Generator], Tensor]
+    lr: float
+    updates: int = 1
+    before: int = 0
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    def updates_at(self, step: int) -> int:
+        """Return its number of updates in a step of the loop."""
+        return self.updates + (self.before if step == 0 else 0)
+
+
+@dataclass
+class Selection:
+    """Choose the weights that a run ends with among the averaged ones that it had on its way, by a measure.
+
+    Attributes:
+        measure: ``network -> figures``, plain numbers by name, of which ``value`` is to be least.
+        every: steps between measures; the start and the end are measured, too.
+        scores: the figures of each measure, with its ``step``.
+    """
+
+    measure: Callable[[nn.Module], dict[str, Any]]
+    every: int
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    _weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The figures with the least ``value``; the earliest of equal ones."""
+        return min(self.scores, key=lambda one: one["value"])
+
+    def due(self, step: int, steps: int) -> bool:
+        """Return whether the weights after so many of ``steps`` steps are to be measured, and have not been."""
+        return (step % self.every == 0 or step == steps) and all(one["step"] != step for one in self.scores)
+
+    def take(self, step: int, network: nn.Module) -> None:
+        """Measure a network, and remember its weights if they are the best.
+
+        Raises:
+            ArtifactError: its value is not finite.
+        """
+        figures = {"step": step, **self.measure(network)}
+        if not math.isfinite(figures["value"]):
+            raise ArtifactError(f"the measure of the network is not finite after {step} steps: lower lr, or raise updates")
+        self.scores.append(figures)
+        if self.chosen is figures:
+            self._weights = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+
+    def give(self, network: nn.Module) -> None:
+        """Give a network the chosen weights."""
+        network.load_state_dict(self._weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of it."""
+        return {"scores": self.scores, "weights": self._weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what a checkpoint kept."""
+        self.scores, self._weights = list(state["scores"]), state["weights"]
 
 
 N = TypeVar("N", bound=nn.Module)
@@ -116,6 +199,8 @@ def run_loop(
     *,
     identity: str = "",
     averaged: nn.Module | None = None,
+    companion: Companion | None = None,
+    selection: Selection | None = None,
     observe: Callable[[int, float], None] | None = None,
 ) -> N:
     """Train a network and return it with its averaged (EMA) weights.
@@ -132,15 +217,20 @@ def run_loop(
         folder: where the checkpoint lies.
         identity: what is trained on what, beside the configuration; a checkpoint of anything else is refused.
         averaged: a copy of the network, which has the averaged weights whenever ``loss`` is called.
+        companion: a second network, which is trained first in each step.
+        selection: chooses among the averaged weights on the way; by default the last are returned.
         observe: called with the step and the mean loss since the last call, about 100 times a run.
 
     Raises:
         ArtifactError: the folder holds a checkpoint of a run with another configuration.
-        FewstepError: this machine has no such precision; there are more processes than samples in a batch, or accelerate knows of others.
+        FewstepError: this machine has no such precision; there are more processes than samples in a batch, or accelerate knows of others; a
+            companion in fp16.
     """
     from diffusers.training_utils import EMAModel
 
     (rank, world), mine = process(), len(share(range(config.batch)))
+    if companion is not None and config.mixed_precision == "fp16":  # one scale of the loss for two optimisers would not be right
+        raise FewstepError("two networks are not trained together in fp16: use bf16, or no")
     accelerator = _accelerator(config)
     if config.channels_last:
         loose: Any = network  # torch's types do not know this form of ``to``
@@ -155,10 +245,14 @@ def run_loop(
     ema = EMAModel(bare.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75, foreach=many)
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
+    both: tuple[Any, Any] = (None, None) if companion is None else _prepared(accelerator, companion)
+    second, second_optimizer = both
+    if selection is not None:
+        accelerator.register_for_checkpointing(selection)
     identity = f"{identity} {identity_of(config)}".strip()
     if averaged is not None:
         averaged.to(accelerator.device)
-    first, resumed = _resume(accelerator, folder, identity, config.steps)
+    first, resumed, part = _resume(accelerator, folder, identity, config.steps)
     every, counted = max(1, config.steps // 100), first % max(1, config.steps // 100)
     total = torch.tensor(resumed, device=accelerator.device)
     if resumed and (not counted or first == config.steps):  # interrupted before the report of its last step was taken
@@ -168,8 +262,34 @@ def run_loop(
         total, counted = torch.zeros_like(total), 0
     network.train()
     done, whole = first, True
+
+    def measured(step: int) -> None:
+        if selection is None or not selection.due(step, config.steps):
+            return
+        ema.store(bare.parameters())
+        try:
+            ema.copy_to(bare.parameters())
+            with torch.no_grad():
+                selection.take(step, bare.eval())
+        finally:
+            ema.restore(bare.parameters())
+            bare.train()
+
     try:
         for step in range(first, config.steps):
+            if not part:
+                measured(step)
+            while companion is not None and part < companion.updates_at(step):
+                generator = seeded(config.seed, step, 1 + part)
+                torch.manual_seed(generator.initial_seed() + rank)
+                value = companion.loss(network, second, config.batch, generator) * (mine * world / config.batch)
+                accelerator.backward(value)
+                accelerator.clip_grad_norm_(second.parameters(), config.clip)
+                whole = False
+                second_optimizer.step()
+                second_optimizer.zero_grad()
+                part += 1
+                whole = True
             generator = seeded(config.seed, step)
             torch.manual_seed(generator.initial_seed() + rank)  # dropout
             for group in optimizer.param_groups:
@@ -183,29 +303,40 @@ def run_loop(
             optimizer.step()
             optimizer.zero_grad()
             ema.step(bare.parameters())
-            total, counted, done = total + value.detach(), counted + 1, step + 1
+            total, counted, done, part = total + value.detach(), counted + 1, step + 1, 0
             whole = True
             if (step + 1) % every == 0 or step + 1 == config.steps:
                 reduced = accelerator.reduce(total / counted, "mean")
                 mean = float(reduced)
                 if not math.isfinite(mean):
-                    raise ArtifactError(f"the loss is not finite at step {step + 1}: lower lr; the last checkpoint is kept in {folder}")
+                    mend = "lower lr" if companion is None else "lower lr, or raise updates"
+                    raise ArtifactError(f"the loss is not finite at step {step + 1}: {mend}; the last checkpoint is kept in {folder}")
                 if observe is not None and accelerator.is_main_process:
                     observe(step + 1, mean)
                 total, counted = torch.zeros_like(total), 0
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 _checkpoint(accelerator, folder, identity, step + 1, total)
+        measured(config.steps)
     except KeyboardInterrupt:
         if whole and world == 1:  # else the last checkpoint stands: others may be at another step, or gone
-            _checkpoint(accelerator, folder, identity, done, total)
+            _checkpoint(accelerator, folder, identity, done, total, part)
         raise
     ema.copy_to(bare.parameters())
+    if selection is not None:
+        selection.give(bare)
     accelerator.wait_for_everyone()
     bare._compiled_call_impl = None
     trained = accelerator.unwrap_model(bare, keep_fp32_wrapper=False).eval()
     for mark in {"_is_accelerate_prepared", "forward"} & set(vars(trained)) - own:  # they would tell it from a network that is loaded
         delattr(trained, mark)
     return trained.to(memory_format=torch.contiguous_format) if config.channels_last else trained
+
+
+def _prepared(accelerator: Any, companion: Companion) -> tuple[Any, Any]:  # noqa: ANN401
+    """Return a companion and its optimiser as accelerate runs and saves them."""
+    companion.network.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(companion.network.parameters(), lr=companion.lr, betas=companion.betas, weight_decay=0.0)
+    return accelerator.prepare(companion.network, optimizer)
 
 
 def _accelerator(config: LoopConfig) -> Any:  # noqa: ANN401
@@ -238,11 +369,14 @@ class _Curve:
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """The fields of ``loop.json``: steps done, the sum of the losses since the last report, what is trained on what."""
+    """The fields of ``loop.json``: steps done, the sum of the losses since the last report, what is trained on what, and the updates of a
+    companion that are done of the next step.
+    """
 
     step: Whole
     identity: str
     loss: Number = 0.0
+    part: Whole = 0
 
 
 class LossCurve:
@@ -288,7 +422,7 @@ def forget_checkpoint(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int, total: Tensor) -> None:  # noqa: ANN401
+def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int, total: Tensor, part: int = 0) -> None:  # noqa: ANN401
     """Save a checkpoint beside the old one, then swap them, so that a whole one exists at any time."""
     new, current, old = folder / "checkpoint.new", folder / "checkpoint", folder / "checkpoint.old"
     accelerator.wait_for_everyone()
@@ -301,7 +435,7 @@ def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int, total:
         raise ArtifactError(f"cannot write {new}: {first_line(error)}; make room and run the same command again") from error
     total = accelerator.reduce(total, "mean")
     if accelerator.is_main_process:
-        write_whole(new / "loop.json", json.dumps(asdict(_Checkpoint(step, identity, float(total)))).encode())
+        write_whole(new / "loop.json", json.dumps(asdict(_Checkpoint(step, identity, float(total), part))).encode())
         shutil.rmtree(old, ignore_errors=True)
         if current.exists():
             current.rename(old)
@@ -310,12 +444,12 @@ def _checkpoint(accelerator: Any, folder: Path, identity: str, step: int, total:
     accelerator.wait_for_everyone()
 
 
-def _resume(accelerator: Any, folder: Path, identity: str, steps: int) -> tuple[int, float]:  # noqa: ANN401
-    """Return the step to continue with, and the sum of the losses since the last report."""
+def _resume(accelerator: Any, folder: Path, identity: str, steps: int) -> tuple[int, float, int]:  # noqa: ANN401
+    """Return the step to continue with, the sum of the losses since the last report, and the updates of a companion that are done of it."""
     current, old = folder / "checkpoint", folder / "checkpoint.old"
     found = from_first(next((path for path in (current, old) if process()[0] == 0 and (path / "loop.json").exists()), None))
     if found is None:
-        return 0, 0.0
+        return 0, 0.0, 0
     meta = _read_checkpoint(found)
     if meta.identity != identity:
         raise ArtifactError(f"{found} belongs to another run ({meta.identity}): remove it, or train with those options")
@@ -327,4 +461,4 @@ def _resume(accelerator: Any, folder: Path, identity: str, steps: int) -> tuple[
         accelerator.load_state(str(found))
     except Exception as error:  # a damaged file makes pickle and torch raise almost anything
         raise ArtifactError(f"{found} is damaged ({first_line(error)}): remove it and run the same command again") from error
-    return meta.step, meta.loss
+    return meta.step, meta.loss, meta.part

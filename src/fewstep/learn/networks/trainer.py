@@ -79,7 +79,8 @@ def train_student(
         on_step(step, value)
 
     student.requires_grad_(True)
-    trained: Any = run_loop(student, loss, loop, folder, identity=identity, averaged=averaged, observe=observe).to(objective.problem.device)
+    beside = {"averaged": averaged, "companion": objective.companion, "selection": objective.selection}
+    trained: Any = run_loop(student, loss, loop, folder, identity=identity, observe=observe, **beside).to(objective.problem.device)
     return Trained(trained.requires_grad_(False), curve.points, curve.seconds)
 
 

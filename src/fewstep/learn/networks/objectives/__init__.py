@@ -12,14 +12,28 @@ from fewstep.data.images import Images
 from fewstep.learn.networks.objectives.config import StudentConfig
 from fewstep.learn.networks.objectives.flow_map import FlowMapConfig, FlowMapObjective
 from fewstep.learn.networks.objectives.guided import GuidedConfig, GuidedObjective
+from fewstep.learn.networks.objectives.matching import JudgeOfSamples, MatchingObjective
+from fewstep.learn.networks.objectives.matching_config import EMConfig, MatchingConfig
 from fewstep.learn.networks.objectives.objective import StudentObjective
 from fewstep.learn.networks.objectives.operator import DistillConfig, OperatorObjective
 from fewstep.learn.networks.objectives.progressive import ProgressiveConfig, ProgressiveObjective
+from fewstep.models.model import Model
 from fewstep.models.networks.temporal_unet import Mixing
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["OBJECTIVES", "DistillConfig", "FlowMapConfig", "Given", "GuidedConfig", "Method", "ProgressiveConfig", "StudentConfig"]
+__all__ = [
+    "OBJECTIVES",
+    "DistillConfig",
+    "EMConfig",
+    "FlowMapConfig",
+    "Given",
+    "GuidedConfig",
+    "MatchingConfig",
+    "Method",
+    "ProgressiveConfig",
+    "StudentConfig",
+]
 
 APART = "none"  # slots that do not meet
 
@@ -30,10 +44,14 @@ class Given(NamedTuple):
     Attributes:
         features: network of the loss ``features``, from pictures ``[B, *D]`` to ``[B, F]``.
         images: pictures.
+        judge: a measure of samples that chooses among weights.
+        begin: a student to begin with.
     """
 
     features: Callable[[Tensor], Tensor] | None = None
     images: Images | None = None
+    judge: JudgeOfSamples | None = None
+    begin: Model | None = None
 
 
 @dataclass(frozen=True)
@@ -90,10 +108,17 @@ def _progressive(problem: Problem, config: ProgressiveConfig, given: Given) -> P
     return ProgressiveObjective(problem, config)
 
 
+def _matching(problem: Problem, config: MatchingConfig, given: Given) -> MatchingObjective:
+    """Make a generator whose samples have the right distribution."""
+    return MatchingObjective(problem, config, given.judge, given.begin)
+
+
 OBJECTIVES: dict[str, Method] = {
     "flow-map": Method(FlowMapConfig, _flow_map, ("images",), "any number of passes", every_scale=True),
     "guided": Method(GuidedConfig, _guided, ("images",), "one call for any guidance scale"),
     "progressive": Method(ProgressiveConfig, _progressive, (), "half as many steps, again and again", every_scale=True),
+    "dmd": Method(MatchingConfig, _matching, ("judge",), "one step that matches distributions"),
+    "em": Method(EMConfig, _matching, ("judge",), "the same by Langevin steps (EM distillation)"),
     "dsno": Method(DistillConfig, _dsno, ("features",), "slots that meet in temporal layers"),
     "slots": Method(DistillConfig, _slots, ("features",), "slots that do not meet"),
     "kd": Method(DistillConfig, _kd, ("features",), "one slot"),

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.grid import TimeGrid
-from fewstep.learn.teacher.batches import Batch
+from fewstep.learn.networks.loop import Companion, Selection
+from fewstep.learn.teacher.batches import Batch, TeacherData
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem
@@ -41,10 +42,14 @@ class Objective(ABC):
     Attributes:
         averaged: whether its targets are made with averaged weights.
         problem: the teacher and its guidance.
+        companion: a second network that is trained beside the student; by default none.
+        selection: chooses among the weights that the student has on its way; by default the last are kept.
     """
 
     averaged: bool = False
     problem: Problem
+    companion: Companion | None = None
+    selection: Selection | None = None
 
     @abstractmethod
     def student(self) -> nn.Module:
@@ -115,6 +120,13 @@ class StudentObjective(Objective):
         ours = student.state_dict()
         fitting = {name: value for name, value in theirs.state_dict().items() if name in ours and ours[name].shape == value.shape}
         student.load_state_dict(fitting, strict=False)
+
+    def check_data(self, data: TeacherData) -> None:  # noqa: B027 - there is nothing to refuse by default
+        """Refuse trajectories that the student cannot learn from, beside what `TeacherData` refuses.
+
+        Raises:
+            ArtifactError: they are such (and why).
+        """
 
     @abstractmethod
     def network(self, student: nn.Module) -> nn.Module:

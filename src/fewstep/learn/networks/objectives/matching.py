@@ -1,0 +1,412 @@
+r"""Distil a model into a generator whose samples have the right distribution: EM distillation (arXiv 2405.16852), DMD (arXiv 2311.18828).
+
+A regression student answers the mean of where near noises lead. A distribution matching student may send a noise to any picture, and only
+has to make the right pictures in the right proportions. Its generator is one first-order step of the teacher's network, or a student of
+regression. A second network beside it, the *fake*, learns to denoise the generator's own samples; where it and the teacher disagree, see
+`matching_step`, is where the samples are to move.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.denoiser import Cond
+from fewstep.core.grid import TimeGrid, make_grid
+from fewstep.core.prediction import add_noise, aligned, prediction
+from fewstep.core.tableau import Nodes
+from fewstep.learn.networks.loop import Companion, Selection
+from fewstep.learn.networks.objectives.distances import DISTANCES
+from fewstep.learn.networks.objectives.matching_config import MatchingConfig
+from fewstep.learn.networks.objectives.matching_step import direction, matching_loss
+from fewstep.learn.networks.objectives.objective import Networks, StudentObjective
+from fewstep.learn.teacher.batches import FIRST_FRESH, Batch, TeacherData
+from fewstep.learn.teacher.trajectories import TrajectoryConfig
+from fewstep.models.flow_map_student import FlowMapStudent
+from fewstep.models.formats.folders import as_student, save_like
+from fewstep.models.model import Model
+from fewstep.models.networks.operator import OperatorForm, OperatorStudent
+from fewstep.models.networks.temporal_unet import Mixing
+from fewstep.models.problem import Problem
+from fewstep.runtime.errors import ArtifactError, FewstepError, ModelError
+from fewstep.runtime.process import share
+from fewstep.sampling.loop import run
+from fewstep.sampling.noise import seeded_noise
+from fewstep.sampling.sampler import Sampler
+from fewstep.solvers import make_solver
+
+__all__ = ["JudgeOfSamples", "MatchingObjective", "generate"]
+
+log = logging.getLogger("fewstep")
+
+START = 2.5  # the noise level at which the teacher's network makes pictures of noise at once
+LEVELS = (0.002, 1000.0)  # beyond them a picture, or the noise, is all there is
+FASTER = 2.0  # the fake's learning rate, in those of the generator
+FINE = 32  # evaluations of the trajectories whose ends a student is compared with
+ABOVE = 3 * 2**40 + FIRST_FRESH  # where the seeds of held-out noises begin
+MOST = 256  # samples at a time, of held-out noises
+EARLY = 0.1  # the share of a run in which the fake may still be behind
+BEHIND = 1.05  # the loss of a fake that does not follow, in those of the teacher on the same samples
+
+
+class JudgeOfSamples(Protocol):
+    """A measure of samples that chooses among weights: ``(samples [n, *D], labels [n] or None) -> figures``.
+
+    Attributes:
+        identity: a word for what it measures by, for checkpoints.
+    """
+
+    @property
+    def identity(self) -> str: ...
+
+    def __call__(self, samples: Tensor, requested: Tensor | None) -> Mapping[str, float | None]:
+        """Return plain numbers by name, of which ``value`` is to be least."""
+        ...
+
+
+def generate(network: Any, z: Tensor, cond: Cond) -> Tensor:  # noqa: ANN401 - a student, maybe wrapped
+    """Return the samples ``[B, *D]`` that a student's one pass makes of standard normal noise ``z [B, *D]``, with gradients."""
+    student = getattr(network, "module", network)
+    if isinstance(student, OperatorStudent):
+        x = aligned(student.schedule.sigma(student.times[0]), z) * z
+        return network(x, student.times[1:], cond, None, True)[:, 0]
+    nodes = Nodes.at(student.schedule, torch.tensor([student.first, student.last], dtype=torch.float64))
+    ratio, gain = nodes.first_order(0, 1)
+    x = aligned(nodes.sigma[0], z) * z
+    return aligned(ratio, x) * x + aligned(gain, x) * network(x, nodes.t[0], nodes.t[1], cond)
+
+
+class MatchingObjective(StudentObjective):
+    """Distribution matching: the samples of a one-step generator move where the teacher and a denoiser of those samples disagree.
+
+    Args:
+        problem: the teacher and its guidance.
+        config: how to distil: a `MatchingConfig` (DMD) or an `EMConfig`.
+        judge: measures samples; the weights of least ``value`` are kept.
+        begin: a student of one pass to begin with; by default the teacher's own network at the noise level ``start``.
+
+    Attributes:
+        fake: the denoiser of the generator's own samples; it starts as the teacher's network.
+        scores: the measures that choose the weights.
+
+    Raises:
+        FewstepError: no judge; a start outside the noise law, or beside a student to begin with.
+        ModelError: a student to begin with that has several slots, or another teacher.
+    """
+
+    kind = "matching"
+
+    def __init__(self, problem: Problem, config: MatchingConfig, judge: JudgeOfSamples | None, begin: Model | None = None) -> None:
+        problem.model.need_denoiser()
+        if judge is None:
+            raise FewstepError(
+                "distribution matching keeps the best weights that it comes to, by a judge of their samples: pass judge=, as "
+                "fewstep.evaluate.metrics.judge.Judge.of_model(model)"
+            )
+        if not callable(judge) or not isinstance(getattr(judge, "identity", None), str):
+            raise FewstepError(f"judge measures samples, as fewstep.evaluate.metrics.judge.Judge.of_model(model), got {str(judge)[:80]!r}")
+        if (known := getattr(judge, "shape", problem.shape)) != problem.shape:
+            raise FewstepError(
+                f"the judge knows images of shape {known}, and {problem.name} makes {problem.shape}: name data of that shape"
+            )
+        self.problem, self.config, self.judge, self.begin = problem, config, judge, begin
+        self.output = prediction(problem.model.prediction)
+        end = problem.model.trajectory_grid("angle", 1, problem.guidance).t[-1]
+        level = START if config.start is None else config.start
+        first = self._time_of(level) if begin is None else self._first_of(begin)
+        self.grid = TimeGrid(torch.stack([first, end]))
+        _ = problem.teacher
+        self.fake = self.copied().to(problem.device)
+        self.companion = Companion(self.fake, self._loss_of_fake, FASTER * config.lr, config.updates, config.before)
+        self.scores = Selection(self._measured, max(1, config.steps // config.measures))
+        self.selection = self.scores
+        with torch.no_grad():  # what cannot be made or asked is refused before long work
+            generate(self.student(), seeded_noise([0], problem.shape).to(problem.device), problem.cond([0]))
+
+    def _first_of(self, begin: Model) -> Tensor:
+        """Return the time at which a student to begin with starts.
+
+        Raises:
+            FewstepError: a start was asked for beside it.
+            ModelError: it is no student of one pass, of another teacher, or at another guidance.
+        """
+        student, problem, tuned = begin.network, self.problem, begin.tuned
+        if self.config.start is not None:
+            raise FewstepError(f"{begin.name} starts where it was made to: leave start out, or begin with the teacher's own network")
+        if not isinstance(student, OperatorStudent | FlowMapStudent):
+            raise ModelError(f"{begin.name} is no student of one pass to begin with: name one of kd, flow-map, em or dmd, or leave it out")
+        if isinstance(student, OperatorStudent) and student.slots != 1:
+            raise ModelError(f"{begin.name} has {student.slots} slots, and distribution matching one: begin with a student of kd")
+        if isinstance(student, FlowMapStudent) and student.scales is not None:
+            raise ModelError(
+                f"{begin.name} is told its guidance scale, and distribution matching has one: begin with a flow map of one scale"
+            )
+        if tuned is not None and (tuned.fingerprint, tuned.guidance) != (problem.fingerprint, problem.guidance):
+            raise ModelError(
+                f"{begin.name} is a student of {tuned.teacher} ({tuned.fingerprint}) at guidance {tuned.guidance:g}, not of {problem.name} "
+                f"({problem.fingerprint}) at {problem.guidance:g}: begin with one of the same teacher"
+            )
+        return student.times[0] if isinstance(student, OperatorStudent) else torch.tensor(student.first, dtype=torch.float64)
+
+    def _time_of(self, level: float) -> Tensor:
+        """Return the time with a noise level, or that of the network's table which is nearest.
+
+        Raises:
+            FewstepError: the noise law has no such level.
+        """
+        schedule = self.problem.schedule
+        last = torch.tensor(schedule.t_last, dtype=torch.float64)
+        low, high = (float(torch.exp(-schedule.lam(t))) for t in (last, schedule.ends[0]))
+        if not low < level <= high * (1 + 1e-9):
+            raise FewstepError(f"start is a noise level between {low:.3g} and {high:.3g} of the model's noise law, got {level:g}")
+        return self._known(schedule.t_of_lam(-torch.log(torch.tensor([level], dtype=torch.float64))))[0]
+
+    def _known(self, t: Tensor) -> Tensor:
+        """Return times ``[n]`` within the noise law, at those of its network's table that are nearest, if it has one."""
+        schedule = self.problem.schedule
+        t = t.clamp(schedule.t_last, schedule.t_max)
+        if schedule.times is None:
+            return t
+        times = schedule.times[(schedule.times >= schedule.t_last) & (schedule.alpha(schedule.times) > 0)]
+        above = torch.searchsorted(times, t.contiguous()).clamp(1, len(times) - 1)
+        return torch.where(t - times[above - 1] < times[above] - t, times[above - 1], times[above])
+
+    # -- what is trained --------------------------------------------------------------------------------------------
+
+    @property
+    def trajectories(self) -> TrajectoryConfig | None:
+        return self.config.trajectories if self.config.pair else None
+
+    @property
+    def identity(self) -> str:
+        return f" judged by {self.judge.identity}"
+
+    def student(self) -> nn.Module:
+        if self.begin is not None:
+            torch.manual_seed(self.config.seed)
+            made: Any = copy.deepcopy(self.begin.network)
+            made.card.clear()
+            if isinstance(made, FlowMapStudent):
+                made.single = True
+            return made.to(self.problem.device)
+        form = OperatorForm(anywhere=False, mixing=Mixing(form="none"))
+        teacher = self.problem.model.with_network(self.copied())
+        return OperatorStudent(teacher, self.grid.t, form).to(self.problem.device)
+
+    def take_over(self, student: nn.Module, begin: Model) -> None:
+        """Leave the student as it is: it was made of the one to begin with."""
+
+    def check_data(self, data: TeacherData) -> None:
+        """Refuse trajectories that begin at another time than the generator.
+
+        Raises:
+            ArtifactError: they do.
+        """
+        first, ours = float(data.trajectories.t[0]), float(self.grid.t[0])
+        if not math.isclose(first, ours, rel_tol=1e-9):
+            raise ArtifactError(
+                f"the trajectories in {data.trajectories.folder} begin at t = {first:.6g}, the generator at {ours:.6g}: leave them out, "
+                "or begin with a student (--from) that starts where they do"
+            )
+
+    def _loss_of_fake(self, network: nn.Module, fake: nn.Module, size: int, generator: torch.Generator) -> Tensor:
+        """Return the loss ``[]`` of denoising score matching of the fake on the generator's samples."""
+        rows = self._rows(size, generator)
+        with torch.no_grad():
+            x0 = generate(getattr(network, "module", network), rows.z, rows.cond)
+        return self.denoising_loss(fake, x0, rows)
+
+    def levels(self, size: int, generator: torch.Generator) -> Tensor:
+        """Draw the times ``[size]``, float64, at which teacher and fake are compared: of log-normal noise levels."""
+        u = torch.exp(self.config.p_mean + self.config.p_std * torch.randn(size, generator=generator, dtype=torch.float64))
+        return self._known(self.problem.schedule.t_of_lam(-torch.log(u.clamp(*LEVELS))))
+
+    def _rows(self, size: int, generator: torch.Generator, injected: int = 0) -> _Rows:
+        """Draw the rows of a training step and return this process's share: the same for any number of processes."""
+        mine, shape, classes = torch.tensor(share(range(size))), self.problem.shape, self.problem.model.classes
+        z, e = torch.randn(2, size, *shape, generator=generator)[:, mine].to(self.problem.device)
+        noise = torch.randn(injected, 2, size, *shape, generator=generator)[:, :, mine].to(self.problem.device)
+        cond = None if classes is None else torch.randint(classes, (size,), generator=generator)[mine].to(self.problem.device)
+        t = self.levels(size, generator)[mine]
+        return _Rows(z, e, noise, cond, t, self.problem.schedule.alpha(t), self.problem.schedule.sigma(t))
+
+    def denoiser_of(self, network: Any) -> Model:  # noqa: ANN401 - of the teacher's kind, maybe wrapped
+        """Return a network as a conditional denoiser without guidance."""
+        return replace(self.problem.model, network=network, identity="", build=None).at_any_time()
+
+    def denoising_loss(self, network: Any, x0: Tensor, rows: _Rows) -> Tensor:  # noqa: ANN401 - of the teacher's kind, maybe wrapped
+        """Return the loss ``[]`` of denoising score matching on samples ``x0 [B, *D]``, in the network's own output."""
+        answer = self.denoiser_of(network)(add_noise(x0, rows.e, rows.alpha, rows.sigma), rows.t, rows.cond)
+        scale = self.output.coefficients(rows.alpha, rows.sigma)[1].abs()
+        return ((answer - x0) / aligned(scale, x0)).square().mean()
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def batch(self, data: TeacherData | None, size: int, generator: torch.Generator) -> Batch:
+        return Batch(torch.empty(len(share(range(size))), 0), None) if data is None else data.draw(size, generator)
+
+    def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:
+        student, chain = networks.student, self.config.e_step
+        rows, bare = self._rows(self.config.batch, generator, chain.langevin), getattr(student, "module", student)
+        teacher, fake = self.problem.teacher, self.denoiser_of(self.fake)
+        x0 = None if chain.step_z else generate(student, rows.z, rows.cond)
+        found = direction(
+            lambda x: teacher(x, rows.t, rows.cond),
+            lambda x: fake(x, rows.t, rows.cond),
+            lambda z: generate(bare, z, rows.cond),
+            *(rows.z, rows.e, rows.noise, rows.alpha, rows.sigma),
+            step_e=chain.step_e,
+            step_z=chain.step_z,
+            cancel=chain.cancel,
+            made=None if x0 is None else x0.detach(),
+        )
+        x0 = generate(student, found.z, rows.cond) if x0 is None else x0
+        total = matching_loss(x0, found)
+        return total + self.config.pair * self._pair_loss(student, batch) if self.config.pair else total
+
+    def _pair_loss(self, student: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss of regression onto pairs of noise and picture, in the network's own output, as that of kd."""
+        bare: Any = getattr(student, "module", student)
+        z = batch.x[:, 0] / aligned(self.problem.schedule.sigma(self.grid.t[0]), batch.x)
+        if isinstance(bare, OperatorStudent):
+            scale = bare.coefficients(bare.times[0], bare.times[1:])[1]
+        else:
+            nodes = Nodes.at(bare.schedule, self.grid.t)
+            scale = nodes.first_order(0, 1)[1] * bare.prediction.coefficients(nodes.alpha[0], nodes.sigma[0])[1]
+        error = (generate(student, z, batch.cond) - batch.x[:, -1]) / aligned(scale.reshape(()), z)
+        return DISTANCES["huber"](error[:, None]).mean()
+
+    # -- measured ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _held_out(self) -> list[list[int]]:
+        """The seeds of held-out noises, some at a time."""
+        seeds = [ABOVE + k for k in range(self.config.held_out)]
+        return [seeds[k : k + MOST] for k in range(0, len(seeds), MOST)]
+
+    @torch.no_grad()
+    def _samples(self, student: nn.Module) -> list[Tensor]:
+        made = ((seeded_noise(seeds, self.problem.shape).to(self.problem.device), self.problem.cond(seeds)) for seeds in self._held_out)
+        return [generate(student, z, cond) for z, cond in made]
+
+    @torch.no_grad()
+    def _measured(self, student: nn.Module) -> dict[str, Any]:
+        """Return what the judge says of a generator's samples of held-out noises, and the losses of the fake and the teacher on them."""
+        samples = self._samples(student)
+        labels = self.problem.labels([seed for seeds in self._held_out for seed in seeds])
+        figures: dict[str, Any] = dict(self.judge(torch.cat(samples).float().cpu(), labels))
+        losses, size = torch.zeros(2, dtype=torch.float64), self.config.held_out
+        generator = torch.Generator().manual_seed(self.config.seed)
+        for x0, seeds in zip(samples, self._held_out, strict=True):
+            t, e = self.levels(len(x0), generator), torch.randn(x0.shape, generator=generator).to(x0.device)
+            rows = _Rows(x0, e, e, self.problem.cond(seeds), t, self.problem.schedule.alpha(t), self.problem.schedule.sigma(t))
+            for k, network in enumerate((self.fake, self.problem.model.network)):
+                losses[k] += float(self.denoising_loss(network, x0, rows)) * len(x0) / size
+        figures |= {"fake": float(losses[0]), "teacher": float(losses[1])}
+        self._check_fake(figures)
+        return figures
+
+    def _check_fake(self, figures: Mapping[str, float]) -> None:
+        """Warn, once, of a fake that denoises the generator's samples worse than the teacher does, after a tenth of the run."""
+        passed = len(self.scores.scores) >= max(1, EARLY * self.config.measures)
+        if passed and not self._warned and figures["fake"] > BEHIND * figures["teacher"]:
+            self._warned = True
+            log.warning(
+                "the fake does not follow the generator: its loss on the generator's samples is %.4g, the teacher's %.4g; raise updates "
+                "(now %d), or lower lr",
+                figures["fake"],
+                figures["teacher"],
+                self.config.updates,
+            )
+
+    _warned = False
+
+    @torch.no_grad()
+    def finish(self, student: nn.Module, data: TeacherData | None) -> dict[str, Any]:
+        """Measure the student against the ends of the teacher's trajectories of the same noises.
+
+        Returns:
+            ``scores``: of each measure, with the losses of the fake and of the teacher on the generator's samples; ``kept``: that of
+            the weights that are kept; ``passes``: the times of its one pass, and the RMSE to the ends, which says nothing of a student that
+            may send a noise anywhere; ``arithmetic``: its cost, in evaluations of the teacher.
+        """
+        problem, seeds = self.problem, self._held_out[0]
+        exact = Sampler.build(make_solver("unipc-3"), make_grid("angle", problem.schedule, FINE), problem.schedule)
+        ends = run(problem.teacher, exact.tableau, problem.start(seeds, exact.tableau.nodes), problem.cond(seeds))
+        error = float((self._samples(student)[0] - ends).double().square().mean().sqrt())
+        return {
+            "scores": self.scores.scores,
+            "kept": self.scores.chosen,
+            "passes": {1: (self.grid.t.tolist(), error)},
+            "arithmetic": {1: 1.0},
+        }
+
+    # -- the student ------------------------------------------------------------------------------------------------
+
+    def network(self, student: nn.Module) -> nn.Module:
+        if isinstance(student, OperatorStudent):
+            return student.operator.network
+        assert isinstance(student, FlowMapStudent)
+        return student.network.network
+
+    @property
+    def paired(self) -> bool:
+        """Whether the student was made to send each noise where the teacher does, so that an RMSE to the teacher says something."""
+        return self.begin is not None or self.config.pair > 0
+
+    def facts(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        chain, chosen, (_, error) = self.config.e_step, figures["kept"], figures["passes"][1]
+        level = float(torch.exp(-self.problem.schedule.lam(self.grid.t[0])))
+        nothing = "" if self.paired else ", which says nothing: the student may send a noise to any picture"
+        return {
+            "method": "distribution matching" if chain.langevin == 1 else f"EM distillation, {chain.langevin} Langevin steps",
+            "noise level of the start": float(f"{level:.4g}"),
+            "weights of step": f"{chosen['step']} of {self.config.steps}, by {self.judge.identity}",
+            **{
+                name: round(value, 4)
+                for name, value in chosen.items()
+                if name in ("fd", "precision", "recall", "labels") and value is not None
+            },
+            "RMSE to the teacher's ends": f"{error:.4f}{nothing}",
+        }
+
+    def describe(self, student: nn.Module, facts: Mapping[str, Any]) -> None:
+        assert isinstance(student, OperatorStudent | FlowMapStudent)
+        student.card.update(facts)
+
+    def model(self, student: nn.Module) -> Model:
+        assert isinstance(student, OperatorStudent | FlowMapStudent)
+        return as_student(self.problem.model, student)
+
+    def save(self, student: nn.Module, folder: Path) -> None:
+        assert isinstance(student, OperatorStudent | FlowMapStudent)
+        student.save(folder)
+        save_like(self.problem.model, self.network(student), folder)
+
+
+class _Rows(NamedTuple):
+    """The draws of a training step, this process's share.
+
+    Attributes:
+        z, e: noises that the generator is given, and that are added to its samples, ``[b, *D]``.
+        noise: what the Langevin steps inject, ``[K, 2, b, *D]``.
+        cond: the conditions.
+        t, alpha, sigma: the level of each row, ``[b]``.
+    """
+
+    z: Tensor
+    e: Tensor
+    noise: Tensor
+    cond: Cond
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor

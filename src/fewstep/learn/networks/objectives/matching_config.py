@@ -1,0 +1,112 @@
+"""Options of distribution matching distillation: DMD, and EM distillation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fewstep.learn.networks.objectives.config import STORED, StudentConfig
+from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.front_door import at_least, checked_class
+
+__all__ = ["EMConfig", "EStep", "MatchingConfig"]
+
+
+class EStep(NamedTuple):
+    """The E-step of a training step, see `direction`.
+
+    Attributes:
+        langevin: its number of Langevin steps ``K``.
+        step_e, step_z: their sizes.
+        cancel: whether the known part of their noise is dropped.
+    """
+
+    langevin: int = 1
+    step_e: float = 1.0
+    step_z: float = 0.0
+    cancel: bool = True
+
+
+@checked_class
+@dataclass(frozen=True)
+class MatchingConfig(StudentConfig):
+    """Configure distribution matching distillation (DMD): a one-step generator that makes the right pictures in the right proportions.
+
+    Args:
+        start: the noise level ``sigma/alpha`` at which the teacher's network begins to make pictures; by default 2.5, or that of the
+            student to begin with.
+        updates: updates of the fake, the denoiser of the generator's own samples, for each of the generator.
+        before: its updates before the first of the generator.
+        pair: weight of the regression onto stored pairs of noise and picture, which keeps the pairing of a student to begin with.
+        p_mean, p_std: mean and deviation of the logarithm of the noise levels at which teacher and fake are compared.
+        measures: measures of the generator on held-out noises, by which the best weights are chosen.
+
+    Raises:
+        FewstepError: a number out of range.
+    """
+
+    steps: int = 2000
+    lr: float = 2e-4
+    ema: float = 0.99
+    start: float | None = None
+    updates: int = 2
+    before: int = 20
+    pair: float = 0.0
+    p_mean: float = -0.6
+    p_std: float = 1.6
+    measures: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, updates=1, before=0, measures=1)
+        if self.updates + self.before > 4000:
+            raise FewstepError(f"updates and before are 4000 together at most, got {self.updates} and {self.before}: take fewer")
+        if self.dropout:
+            raise FewstepError(f"a generator with dropout makes other pictures at each call, got dropout {self.dropout}: leave it out")
+        if self.start is not None and not 0 < self.start < math.inf:
+            raise FewstepError(f"start is a noise level sigma/alpha, a positive number, got {self.start}: at infinity there is no picture")
+        if not 0 <= self.pair < math.inf:
+            raise FewstepError(f"pair, the weight of the regression onto stored pairs, is not negative, got {self.pair}")
+        if not (math.isfinite(self.p_mean) and 0 < self.p_std < math.inf):
+            raise FewstepError(f"log noise levels have a finite mean and a positive deviation, got {self.p_mean} and {self.p_std}")
+        if not self.pair:
+            self.check_unused(*STORED)
+
+    @property
+    def e_step(self) -> EStep:
+        """The E-step: one step that leaves the noise of the generator where it is."""
+        return EStep()
+
+
+@checked_class
+@dataclass(frozen=True)
+class EMConfig(MatchingConfig):
+    """Configure EM distillation: distribution matching by several Langevin steps for each training step.
+
+    One step with ``step_z`` 0 is DMD, exactly.
+
+    Args:
+        langevin: number of Langevin steps.
+        step_e: their size in the noise that is added to a sample.
+        step_z: their size in the noise that the generator is given; 0 leaves that where it is, and takes no derivative of the generator.
+        cancel: drop the part of the noise that is known to be no signal.
+
+    Raises:
+        FewstepError: a number out of range.
+    """
+
+    langevin: int = 4
+    step_e: float = 0.4
+    step_z: float = 0.05
+    cancel: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, langevin=1)
+        if not 0 < self.step_e <= 1 or not 0 <= self.step_z <= 1:
+            raise FewstepError(f"step_e lies in (0, 1], step_z in [0, 1], got {self.step_e} and {self.step_z}")
+
+    @property
+    def e_step(self) -> EStep:
+        return EStep(self.langevin, self.step_e, self.step_z, self.cancel)
