@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.problems import ATTENTION_UNET
+from tests.problems import MEASURED, WALLS, reflected_model
 from torch import Tensor
 
 import fewstep
@@ -21,7 +21,6 @@ from fewstep import (
     Sampler,
     SolverError,
     Splitting,
-    VarianceExploding,
     classifier_free,
     classifier_guided,
     dynamic_threshold,
@@ -39,8 +38,7 @@ from fewstep.models.problem import Problem
 from fewstep.models.reflected import Reflected
 from fewstep.sampling.loop import run
 
-CUBE, WALLS = Cube(), VarianceExploding(t_min=0.01, t_max=3.0)
-TABLE = [[math.log(0.01), 1.0, 0.01, 1.25], [math.log(0.5), 1.1, 0.4, 1.5], [math.log(3.0), 1.0, 0.001, 1.7]]
+CUBE = Cube()
 CENTRES, MASSES, SPREAD = (-0.9, -0.4, 0.9), (0.5, 0.3, 0.2), 0.04
 NULL = 3
 FOLDED = 1e-6  # of float32 states up to 9
@@ -147,18 +145,6 @@ def test_guidance_inside_and_outside_the_mirror_is_the_same() -> None:
 # -- models -------------------------------------------------------------------------------------------------------------
 
 
-def reflected_model(**changes: Any) -> Model:
-    """A small network with random weights, as ``fewstep train --kind reflected`` makes it."""
-    from diffusers.models.unets.unet_2d import UNet2DModel
-
-    from fewstep.models.networks.calls import edm_time, unet_call
-
-    torch.manual_seed(0)
-    network = UNet2DModel(**ATTENTION_UNET, num_class_embeds=4).eval().requires_grad_(False)
-    facts = {"shape": (1, 8, 8), "classes": 3, "null_label": 3, "domain": CUBE, "name": "tiny"}
-    return Model(network, WALLS, Measured(TABLE), time=edm_time, call=unet_call, **{**facts, **changes})
-
-
 @pytest.fixture(scope="module")
 def model() -> Model:
     return reflected_model()
@@ -202,7 +188,7 @@ def test_the_grid_where_none_is_named(model: Model) -> None:
 
 
 def test_a_reflected_model_is_told_from_the_same_network_without_walls(model: Model) -> None:
-    others = [replace(model, domain=None), replace(model, domain=Cube(-2, 2)), replace(model, prediction=Measured(TABLE[1:]))]
+    others = [replace(model, domain=None), replace(model, domain=Cube(-2, 2)), replace(model, prediction=Measured(MEASURED[1:]))]
     assert len({one.fingerprint for one in (model, *others)}) == 4
     assert model.fingerprint == reflected_model().fingerprint and "reflected in [-1, 1]" in repr(model)
 
