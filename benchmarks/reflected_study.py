@@ -2,9 +2,9 @@
 
 python benchmarks/reflected_study.py --out benchmarks/results/reflected_study.json [--work runs/reflected_study] [--steps 10000]
 
-Both models of the digits are trained first and kept in the work folder (some hours on one core; a killed run continues). A row is one way to
-sample at one guidance scale, by unipc-2 on karras with 20 evaluations: the Frechet distance of the samples in the digits' features, the share
-that shows the label that was asked for, and the share of pixels outside [-1, 1] before the last fold or clip. The ways:
+Both models of the digits are trained first and kept in the work folder (some hours on one core; a killed run continues). A row is one way
+to sample at one guidance scale, by unipc-2 on karras with 20 evaluations: the Frechet distance of the samples in the digits' features, the
+share that shows the label that was asked for, and the share of pixels outside [-1, 1] before the last fold or clip. The ways:
 
 reflected              the network mirrored at the walls, folded at the end
 reflected, as it is    the same network asked at the state itself, wherever that is, and folded at the end

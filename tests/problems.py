@@ -19,8 +19,8 @@ from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver
 from fewstep.models.analytic import GaussianDenoiser, MixtureDenoiser
 from fewstep.models.formats.folders import save_ours
-from fewstep.models.networks.calls import edm_time, unet_call
 from fewstep.models.guided import GuidedForm, guided_model
+from fewstep.models.networks.calls import edm_time, unet_call
 from fewstep.solvers import DDIM, DEIS, IPNDM, SOLVERS, DPMSolverM, DPMSolverPP, DPMSolverV3, SDEDPMSolverPP2M, UniPC, takes_statistics
 from fewstep.solvers.stencil import NEVER
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from benchmarks import reflected_study as study
 
 

@@ -119,18 +119,18 @@ def test_first_order_steps_may_fold_the_state_instead() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_mirrored_denoiser_has_the_symmetries_of_the_walls(dtype: torch.dtype) -> None:
-    class Any_:
+    class Rough:
         schedule = WALLS
 
         def __call__(self, x: Tensor, t: Tensor, cond: object = None) -> Tensor:
             return torch.sin(3 * x + t.to(x.dtype)) + 0.2 * x**2
 
-    reflected, t = Reflected(Any_()), torch.tensor(0.7, dtype=torch.float64)
+    reflected, t = Reflected(Rough()), torch.tensor(0.7, dtype=torch.float64)
     x = 3 * torch.randn(500, 2, generator=torch.Generator().manual_seed(0), dtype=dtype)
     inside, tolerance = CUBE.fold(x)[0], 4 * FOLDED if dtype is torch.float32 else 1e-12
     torch.testing.assert_close(reflected(x + 4, t), reflected(x, t) + 4, rtol=0, atol=tolerance)
     torch.testing.assert_close(reflected(2 - x, t), 2 - reflected(x, t), rtol=0, atol=tolerance)
-    assert torch.equal(reflected(inside, t), Any_()(inside, t))
+    assert torch.equal(reflected(inside, t), Rough()(inside, t))
 
 
 def test_guidance_inside_and_outside_the_mirror_is_the_same() -> None:

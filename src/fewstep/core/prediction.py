@@ -21,7 +21,19 @@ from torch import Tensor
 from fewstep.runtime.errors import ModelError, look_up
 from fewstep.runtime.front_door import checked, number
 
-__all__ = ["EDM", "PREDICTIONS", "Measured", "Prediction", "add_noise", "aligned", "convert", "from_x0", "prediction", "to_x0", "x0_coefficients"]
+__all__ = [
+    "EDM",
+    "PREDICTIONS",
+    "Measured",
+    "Prediction",
+    "add_noise",
+    "aligned",
+    "convert",
+    "from_x0",
+    "prediction",
+    "to_x0",
+    "x0_coefficients",
+]
 
 Coefficients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -82,8 +94,8 @@ def EDM(sigma_data: float = 0.5) -> Prediction:  # noqa: N802 - a constructor, n
 class Measured(Prediction):
     r"""A preconditioning with measured coefficients: EDM's principle (arXiv 2206.00364, section 5) where its formulas do not hold.
 
-    With ``s = sigma/alpha`` it is ``x0 = c_skip(s) x/alpha + c_out(s) F(c_in(s) x/alpha)``. Between the levels of the table the coefficients
-    are interpolated linearly in ``s^2``, ``c_out`` and ``c_in`` by their logarithms: in a cube ``c_out`` falls like ``exp(-pi^2 s^2/8)`` at
+    With ``s = sigma/alpha`` it is ``x0 = c_skip(s) x/alpha + c_out(s) F(c_in(s) x/alpha)``. Between levels of the table coefficients are
+    interpolated linearly in ``s^2``, ``c_out`` and ``c_in`` by their logarithms: in a cube ``c_out`` falls like ``exp(-pi^2 s^2/8)`` at
     large levels. Beyond the ends of the table they are those of the end.
 
     Args:

@@ -324,8 +324,8 @@ def _from_level(sampler: Sampler, level: float, model: Model | Denoiser | FlowMa
 def default_grid(model: Model | Denoiser | FlowMap) -> str:
     """Return the spacing where none is named: ``uniform`` where predicted noise is divided by an ``alpha`` that vanishes, else ``angle``.
 
-    Of a reflected model it is ``karras`` (docs/decisions/0049). Where noise is divided, an error of the network at the start counts ``sigma/alpha`` times, and `angle`, whose first step is the longest of all, carries
-    it on (docs/decisions/0036).
+    Where it is divided, an error of the network at the start counts ``sigma/alpha`` times, and `angle`, whose first step is the longest of
+    all, carries it on (docs/decisions/0036). Of a reflected model it is ``karras`` (docs/decisions/0049).
     """
     if domain_of(model) is not None:
         return "karras"

@@ -122,7 +122,7 @@ def classifier_free(
     if not largest <= LARGEST or not 0 <= rescale <= 1 or not interval[0] < interval[1]:
         raise ModelError(f"guidance wants a finite scale, rescale in [0, 1] and interval (low, high), got {scale}, {rescale}, {interval}")
     if rescale:
-        check_unbounded(denoiser, "rescale", "its answers are mirror images, whose deviation says nothing of a picture's; leave rescale out")
+        check_unbounded(denoiser, "rescale", "its answers are mirror images, with another deviation than a picture; leave rescale out")
 
     def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         if cond is None:

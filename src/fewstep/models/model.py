@@ -77,9 +77,9 @@ class Model:
         scales: the least and the largest guidance scale, where the network is told its scale and answers by one call, as a student of
             guided distillation does.
         flow_map: for a student, the map along the trajectory that takes the place of denoising.
-        domain: for a reflected model, the cube in which its network was trained with noise that is folded back at the walls. States beyond a
-            wall are mirrored for the network and the answer is mirrored back, and samples are folded into the cube. It is a property of the
-            training, and does nothing good to an ordinary network.
+        domain: for a reflected model, the cube in which its network was trained with noise that is folded back at the walls. States beyond
+            a wall are mirrored for the network and the answer is mirrored back, and samples are folded into the cube. It is a property of
+            the training, and does nothing good to an ordinary network.
         name: the model's name in tables and errors; by default the class of the network.
         data: the data set it was trained on, by the name `load_images` knows, or None.
         folder: the folder it was loaded from, with the artifacts below it.

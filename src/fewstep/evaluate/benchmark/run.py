@@ -147,8 +147,8 @@ def _scale_of(tuned: Tuned, problem: Problem) -> float:
 class _Run(NamedTuple):
     """The samples ``[num, *D]`` of a sampler, and what they cost: seconds in all and without the network, evaluations of each, bytes.
 
-    ``levels`` are the noise levels of the evaluations and of the end; ``outside`` is the share of the numbers of a reflected model's samples
-    that lay beyond its cube before they were folded.
+    ``levels`` are the noise levels of the evaluations and of the end; ``outside`` is the share of a reflected model's pixels that lay
+    beyond its cube before they were folded.
     """
 
     samples: Tensor

@@ -90,7 +90,11 @@ class TrainConfig:
         at_least(self, layers=1)
         if not 0 <= self.dropout < 1 or not 0 <= self.label_dropout <= 1:
             raise FewstepError(f"dropout lies in [0, 1), label_dropout in [0, 1], got {self.dropout} and {self.label_dropout}")
-        ignored = [one for one in fields(self) if self.kind in UNUSED.get(one.name, ()) and getattr(self, one.name) != USUAL.get(one.name, one.default)]
+        ignored = [
+            one
+            for one in fields(self)
+            if self.kind in UNUSED.get(one.name, ()) and getattr(self, one.name) != USUAL.get(one.name, one.default)
+        ]
         if ignored:
             raise FewstepError(f"{ignored[0].name} changes nothing of the kind {self.kind}: leave it out, or train another kind")
         mean, deviation = self.levels

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fewstep.core.condition import moved
 from fewstep.core.denoiser import Cond, Denoiser
-from fewstep.core.pooling import POOLED, default_pool, shared_axes
 from fewstep.core.domain import domain_of
+from fewstep.core.pooling import POOLED, default_pool, shared_axes
 from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.statistics import ModelStatistics

@@ -481,9 +481,7 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
         places, seeds = self._places(index), self.seeds(index)
         if at is not None:
             times = [range(len(self.t))[k] for k in at]  # counted from the end if negative
-            return torch.stack(
-                [self._gather("x", places, torch.float32, k - 1) if k else self._starts(seeds) for k in times], 1
-            )
+            return torch.stack([self._gather("x", places, torch.float32, k - 1) if k else self._starts(seeds) for k in times], 1)
         return torch.cat([self._starts(seeds)[:, None], self._gather("x", places, torch.float32)], 1)
 
     def _starts(self, seeds: Tensor) -> Tensor:
