@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from itertools import combinations, product
@@ -11,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep import Model, Tableau, VarianceExploding, advance, make_solver, seeded_noise
+from fewstep import Cube, Model, Tableau, VarianceExploding, advance, make_solver, seeded_noise
+from fewstep.core.prediction import Measured
 from fewstep.core.schedule import NoiseSchedule, VPLinear
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver
 from fewstep.models.analytic import GaussianDenoiser, MixtureDenoiser
 from fewstep.models.formats.folders import save_ours
 from fewstep.models.guided import GuidedForm, guided_model
+from fewstep.models.networks.calls import edm_time, unet_call
 from fewstep.solvers import DDIM, DEIS, IPNDM, SOLVERS, DPMSolverM, DPMSolverPP, DPMSolverV3, SDEDPMSolverPP2M, UniPC, takes_statistics
 from fewstep.solvers.stencil import NEVER
 
@@ -32,6 +35,8 @@ ATTENTION_UNET = {  # of two levels, the lower one with attention
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     "attention_head_dim": 4,
 }
+WALLS = VarianceExploding(t_min=0.01, t_max=3.0)  # of reflected models
+MEASURED = [[math.log(0.01), 1.0, 0.01, 1.25], [math.log(0.5), 1.1, 0.4, 1.5], [math.log(3.0), 1.0, 0.001, 1.7]]  # coefficients of one
 LAM = (-8.0, 14.0)  # covers every grid of these tests
 
 
@@ -115,6 +120,17 @@ class Tanh:
     def __call__(self, x: torch.Tensor, t: torch.Tensor, cond: Any = None) -> torch.Tensor:
         self.calls.append((x, t, cond))
         return self.answer(torch.tanh(x * self.schedule.alpha(t).to(x.dtype)), len(self.calls))
+
+
+def reflected_model(**changes: Any) -> Model:
+    """A small class-conditional network of random weights in the cube, as ``fewstep train --kind reflected`` makes it."""
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+    torch.manual_seed(0)
+    network = UNet2DModel(**ATTENTION_UNET, num_class_embeds=4).eval().requires_grad_(False)
+    facts = {"network": network, "schedule": WALLS, "prediction": Measured(MEASURED), "time": edm_time, "call": unet_call}
+    facts |= {"shape": (1, 8, 8), "classes": 3, "null_label": 3, "domain": Cube(), "name": "tiny"}
+    return Model(**{**facts, **changes})
 
 
 def pairwise(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:

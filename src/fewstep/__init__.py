@@ -18,6 +18,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fewstep.core.denoiser import Denoiser, FlowMap
+from fewstep.core.domain import Cube
 from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.prediction import EDM, convert, from_x0, to_x0
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding, VPCosine, VPLinear
@@ -105,6 +106,7 @@ __all__ = [
     "ArtifactError",
     "BlindConfig",
     "CalibrationConfig",
+    "Cube",
     "DPMSolverV3",
     "Denoiser",
     "DiscreteVP",

@@ -11,6 +11,7 @@ import torch
 from benchmarks.gain_picture import SHOWN, lines, numbers
 from benchmarks.tables import BLOCK, filled, least
 from tests.integrations.diffusers.tiny_pipelines import load, make
+from tests.problems import reflected_model
 
 import fewstep
 from fewstep.sampling.start import level_of
@@ -31,6 +32,7 @@ PAGES = tuple(
         "strength",
         "restore",
         "inspect",
+        "reflected",
     )
 )
 LONGER = (
@@ -120,6 +122,8 @@ def test_the_guide_to_pipelines_runs_and_its_fit_pays(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("page", [*PAGES, *(pytest.param(page, marks=pytest.mark.slow) for page in LONG)])
 def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if page == "docs/reflected.md":
+        reflected_model().save(tmp_path / "runs" / "reflected")
     if page == "docs/own-network.md":
         (tmp_path / "my_networks.py").write_text(MY_NETWORKS)
         monkeypatch.syspath_prepend(tmp_path)

@@ -1,6 +1,7 @@
 """What a network predicts against its definition, from a clean image and a noise that are known."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewstep import EDM, ModelError, convert, from_x0, seeded_noise, to_x0
-from fewstep.core.prediction import PREDICTIONS, Prediction, prediction
+from fewstep.core.prediction import PREDICTIONS, Measured, Prediction, prediction
 
 ROUND_OFF = 1e-11  # with scales down to 1e-2, whose quotients lose two digits
 
@@ -124,3 +125,53 @@ def test_one_of_a_user_is_not_mistaken_for_ours():
 def test_edm_wants_a_positive_number(name):
     with pytest.raises(ModelError, match="sigma_data"):
         prediction(name)
+
+
+# -- measured coefficients ----------------------------------------------------------------------------------------------
+
+ROWS = [[math.log(0.01), 1.0, 0.01, 1.25], [math.log(0.5), 1.1, 0.4, 1.5], [math.log(3.0), 1.0, 2e-4, 1.7]]
+
+
+def test_measured_coefficients_are_those_of_the_table_at_its_levels_and_beyond():
+    kind, table = Measured(ROWS), torch.tensor(ROWS, dtype=torch.float64)
+    for levels in (torch.exp(table[:, 0]), torch.tensor([0.001, 0.5, 30.0], dtype=torch.float64)):
+        close(torch.stack(kind.at(levels), 1), table[:, 1:])
+
+
+def test_measured_coefficients_follow_the_decay_in_a_cube_between_levels():
+    decay = [[math.log(s), 1.0, math.exp(-(math.pi**2) * s**2 / 8), 1.0] for s in (1.0, 2.0, 3.0)]
+    level = torch.tensor([1.3, 2.8], dtype=torch.float64)
+    close(Measured(decay).at(level)[1], torch.exp(-(math.pi**2) * level**2 / 8))
+
+
+def test_measured_outputs_and_clean_images_are_inverse_at_any_scale_of_the_state():
+    alpha, sigma = torch.tensor([0.5, 1.0], dtype=torch.float64), torch.tensor([0.2, 0.4], dtype=torch.float64)
+    kind, output = Measured(ROWS), torch.randn(2, 3, dtype=torch.float64)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    close(from_x0(kind, to_x0(kind, output, x, alpha, sigma), x, alpha, sigma), output)
+    same = to_x0(kind, output, alpha[:, None] * x, alpha, sigma)  # the level is the same, 0.4
+    close(same, to_x0(kind, output, x, torch.ones(2, dtype=torch.float64), torch.full((2,), 0.4, dtype=torch.float64)))
+    close(kind.input_scale(alpha, sigma) * alpha, kind.at(sigma / alpha)[2])
+
+
+def test_a_measured_prediction_is_a_value():
+    kind = Measured(ROWS)
+    assert prediction(kind) is kind and pickle.loads(pickle.dumps(kind)) == copy.deepcopy(kind) == kind and not kind.is_named
+    assert kind != Measured(ROWS[:2]) and len({kind, Measured(torch.tensor(ROWS, dtype=torch.float64))}) == 1
+    assert repr(kind) == "Measured(3 levels, 0.01 to 3)" and Measured(kind.to_config()["table"]) == kind
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ("rows", "are rows of numbers"),
+        ([[1.0, 2.0]], "2 or more rows"),
+        (ROWS[:1], "2 or more rows"),
+        (ROWS[::-1], "of increasing levels"),
+        ([*ROWS[:2], [2.0, 1.0, 0.0, 1.0]], "c_out and c_in above 0"),
+        ([*ROWS[:2], [2.0, math.nan, 1.0, 1.0]], "are finite"),
+    ],
+)
+def test_coefficients_that_cannot_be_are_refused(table, says):
+    with pytest.raises(ModelError, match=says):
+        Measured(table)

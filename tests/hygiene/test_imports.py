@@ -12,6 +12,7 @@ PUBLIC = [
     "ArtifactError",
     "BlindConfig",
     "CalibrationConfig",
+    "Cube",
     "DPMSolverV3",
     "Denoiser",
     "DiscreteVP",

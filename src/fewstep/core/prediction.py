@@ -11,9 +11,9 @@ so the inverse is ``output = (x0 - a x) / b``. With ``alpha^2 + sigma^2 = 1`` th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,19 @@ from torch import Tensor
 from fewstep.runtime.errors import ModelError, look_up
 from fewstep.runtime.front_door import checked, number
 
-__all__ = ["EDM", "PREDICTIONS", "Prediction", "add_noise", "aligned", "convert", "from_x0", "prediction", "to_x0", "x0_coefficients"]
+__all__ = [
+    "EDM",
+    "PREDICTIONS",
+    "Measured",
+    "Prediction",
+    "add_noise",
+    "aligned",
+    "convert",
+    "from_x0",
+    "prediction",
+    "to_x0",
+    "x0_coefficients",
+]
 
 Coefficients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -77,6 +89,71 @@ def EDM(sigma_data: float = 0.5) -> Prediction:  # noqa: N802 - a constructor, n
         return alpha * sd**2 / norm(alpha, sigma) ** 2, sigma * sd / norm(alpha, sigma)
 
     return Prediction(f"edm({sd})", coefficients, input_scale=lambda alpha, sigma: 1 / norm(alpha, sigma))
+
+
+class Measured(Prediction):
+    r"""A preconditioning with measured coefficients: EDM's principle (arXiv 2206.00364, section 5) where its formulas do not hold.
+
+    With ``s = sigma/alpha`` it is ``x0 = c_skip(s) x/alpha + c_out(s) F(c_in(s) x/alpha)``. Between levels of the table coefficients are
+    interpolated linearly in ``s^2``, ``c_out`` and ``c_in`` by their logarithms: in a cube ``c_out`` falls like ``exp(-pi^2 s^2/8)`` at
+    large levels. Beyond the ends of the table they are those of the end.
+
+    Args:
+        table: rows ``log s, c_skip, c_out, c_in``, in the order of increasing levels, two or more.
+
+    Raises:
+        ModelError: something else: levels that do not increase, numbers that are not finite, or scales that are not positive.
+    """
+
+    NAME: ClassVar[str] = "measured"
+    table: tuple[tuple[float, float, float, float], ...]
+
+    def __init__(self, table: Sequence[Sequence[float]] | Tensor) -> None:
+        try:
+            rows = torch.as_tensor(table, dtype=torch.float64).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(f"measured coefficients are rows of numbers log sigma, c_skip, c_out, c_in, got {str(table)[:80]}") from error
+        if rows.ndim != 2 or rows.shape[0] < 2 or rows.shape[1] != 4:
+            raise ModelError(f"measured coefficients are 2 or more rows log sigma, c_skip, c_out, c_in, got shape {tuple(rows.shape)}")
+        if not bool(torch.isfinite(rows).all()) or bool((rows[1:, 0] <= rows[:-1, 0]).any()) or bool((rows[:, 2:] <= 0).any()):
+            raise ModelError("measured coefficients are finite, of increasing levels, with c_out and c_in above 0: measure them again")
+        super().__init__(self.NAME, self._output, self._input)
+        object.__setattr__(self, "table", tuple(tuple(row) for row in rows.tolist()))
+        object.__setattr__(self, "_knots", torch.cat([torch.exp(2 * rows[:, :1]), rows[:, 1:2], rows[:, 2:].log()], 1))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Measured, (self.table,)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Measured) and self.table == other.table
+
+    def __hash__(self) -> int:
+        return hash(self.table)
+
+    def __repr__(self) -> str:
+        low, high = math.exp(self.table[0][0]), math.exp(self.table[-1][0])
+        return f"Measured({len(self.table)} levels, {low:.3g} to {high:.3g})"
+
+    def to_config(self) -> dict[str, Any]:
+        """Return a JSON-able description: the name and the table."""
+        return {"name": self.name, "table": [list(row) for row in self.table]}
+
+    def at(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``c_skip, c_out, c_in`` at noise levels ``sigma/alpha [*]``, each ``[*]``."""
+        knots: Tensor = vars(self)["_knots"].to(level.dtype).to(level.device)
+        where = level.square().clamp(knots[0, 0], knots[-1, 0])
+        index = (torch.searchsorted(knots[:, 0].contiguous(), where.detach().contiguous(), right=True) - 1).clamp(0, len(knots) - 2)
+        low, high = knots[index], knots[index + 1]
+        weight = ((where - low[..., 0]) / (high[..., 0] - low[..., 0]))[..., None]
+        skip, out, scale = torch.lerp(low[..., 1:], high[..., 1:], weight).unbind(-1)
+        return skip, torch.exp(out), torch.exp(scale)
+
+    def _output(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        skip, out, _ = self.at(sigma / alpha)
+        return skip / alpha, out
+
+    def _input(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return self.at(sigma / alpha)[2] / alpha
 
 
 PREDICTIONS: dict[str, Prediction] = {

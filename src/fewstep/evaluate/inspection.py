@@ -128,11 +128,14 @@ def check_inspected(model: Model, num: int, seed: int) -> None:
     """Refuse what cannot be inspected.
 
     Raises:
-        ModelError: a student or a tuned network, whose own trajectories are not what it was made for.
+        ModelError: a reflected model; a student or a tuned network, whose own trajectories are not what it was made for.
         FewstepError: fewer than two noises, seeds that are none.
     """
     if model.flow_map is not None:
         raise ModelError(f"{model.name} is a student, which makes few jumps and has no trajectory in between: inspect its teacher")
+    model.need_unbounded(
+        "an inspection", "what its network answers on the way is a mean of mirror images, not the image so far; use fewstep bench"
+    )
     if model.tuned is not None and model.tuned.solver is not None:
         raise ModelError(
             f"{model.name} was tuned for {model.tuned.nfe} steps of {model.tuned.solver}, to end where its teacher does: sample it as it "

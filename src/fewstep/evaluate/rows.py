@@ -78,6 +78,7 @@ class Row:
     failed: str | None = None  # why
     processes: Count | None = None  # that were at work when it was timed, each on a row of its own
     threads: Count | None = None  # of each
+    outside: Number | None = None  # of a reflected model: share of the samples' numbers beyond its cube, before the last fold
 
     @property
     def key(self) -> Key:

@@ -100,11 +100,13 @@ def export(sampler: Sampler, to: str, *, shift: float | None = None, levels_only
 
     Raises:
         FewstepError: an unknown program (and those that there are), or a shift where none is undone.
-        SolverError: a solver that the program does not have.
+        SolverError: a solver that the program does not have, or a sampler of a reflected model.
         GridError: levels that the program cannot be given.
     """
     if to not in TARGETS:
         raise FewstepError(f"unknown target {to!r}: a list of levels is written for {', '.join(TARGETS)}")
+    if sampler.card.get("domain") is not None:
+        raise SolverError(f"this sampler is of a reflected model, whose samples {to} would not fold into their cube: use fewstep.sample")
     if to in SHIFTED:
         return SHIFTED[to](sampler, shift, levels_only)
     if shift is not None:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fewstep.core.condition import part_of, repeated
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap, check_denoiser
+from fewstep.core.domain import check_unbounded
 from fewstep.core.prediction import aligned
 from fewstep.core.tableau import Tableau
+from fewstep.inverse.method import UNBOUNDED
 from fewstep.inverse.steps import restored_grid
 from fewstep.runtime.errors import ModelError
 from fewstep.runtime.front_door import checked, is_count, whole
@@ -144,6 +146,7 @@ def error_spectra(
     check_denoiser(denoiser, "error_spectra")
     if isinstance(denoiser, FlowMap):
         raise ModelError("a student has no answers on the way whose errors could be measured: take its teacher")
+    check_unbounded(denoiser, "error_spectra", UNBOUNDED)
     if not isinstance(shape, Sequence) or len(shape) != 3 or not all(map(is_count, shape)):
         raise ModelError(f"error spectra are those of pictures (C, H, W), got shape {shape!r}")
     if not is_count(num) or not is_count(nfe) or not is_count(rows) or num < 2 or nfe < 2:

@@ -17,7 +17,9 @@ from fewstep.runtime.errors import ModelError
 from fewstep.runtime.front_door import number
 from fewstep.sampling.loop import Step
 
-__all__ = ["Asked", "Data", "Method", "positive"]
+__all__ = ["UNBOUNDED", "Asked", "Data", "Method", "positive"]
+
+UNBOUNDED = "its answers are means of mirror images, and no images that could be measured; take an ordinary model of such pictures"
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap, check_denoiser
+from fewstep.core.domain import check_unbounded
 from fewstep.core.tableau import Tableau
 from fewstep.inverse.corrections import Correction, Measured, Moments, PiGDM, Projection, Proximal
 from fewstep.inverse.jacobian import ROUGH
 from fewstep.inverse.measurements import checked_noise, measurement_of
-from fewstep.inverse.method import Asked, Data, Method
+from fewstep.inverse.method import UNBOUNDED, Asked, Data, Method
 from fewstep.inverse.moves import DPS, Constrained
 from fewstep.inverse.spectral import Spectral
 from fewstep.models.model import Model
@@ -153,11 +154,12 @@ def checked_prior(denoiser: Denoiser, method: Method, taker: str = "a restoratio
     """Return a denoiser that a method can work with.
 
     Raises:
-        ModelError: it is none, a student, or computes in 16 bits where a difference of answers is taken at a small distance.
+        ModelError: it is none, a student, reflected, or computes in 16 bits where a difference of answers is taken at a small distance.
     """
     check_denoiser(denoiser, taker)
     if isinstance(denoiser, FlowMap) or (isinstance(denoiser, Model) and denoiser.flow_map is not None):
         raise ModelError("a student jumps to the image and has no answers on the way to correct: take its teacher as the prior")
+    check_unbounded(denoiser, taker, UNBOUNDED)
     size = getattr(method, "size", None)
     if isinstance(denoiser, Model) and size is not None and not getattr(method, "backward", False) and size < ROUGH:
         dtype = denoiser.dtype or network_dtype(denoiser.network, torch.float32)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap, check_denoiser
+from fewstep.core.domain import domain_of
 from fewstep.core.grid import TimeGrid
 from fewstep.core.prediction import prediction
 from fewstep.core.statistics import ModelStatistics
@@ -79,7 +80,8 @@ def sample(
         cond: what the network is conditioned on; by default the class labels of the seeds (of 0, 1, ... without seeds), if the model has
             classes.
         nfe: network evaluations per sample. A sampler or tableau has its own.
-        seeds: one for each sample. A seed gives the same picture in any batch and on any device.
+        seeds: one for each sample. A seed gives the same picture in any batch and on any device. Of a reflected model the start is folded
+            into its cube, and so are the samples.
         x0: image to image: clean images to begin with, ``[B, *D]``, one for each seed, or a single one ``[*D]`` of a model's shape for all.
         strength: how much noise they get, ``sigma / (alpha + sigma)``, above 0 and up to 1: a noise level, the same for any solver, grid
             and ``nfe``, below which all evaluations are made. Of 1 nothing is left of the images but what the model's range leaves. A
@@ -141,6 +143,8 @@ def sample(
         check_start(x, model.shape if isinstance(model, Model) else None)
     if seeds is not None and len(seeds) != len(x):
         raise ModelError(f"{len(seeds)} seeds for {len(x)} starts: pass one for each")
+    if (domain := domain_of(model)) is not None:
+        x = domain.fold(x)[0]
     if cond is None and isinstance(model, Model):
         labels = model.labels(range(len(x)) if seeds is None else seeds)
         cond = None if labels is None else labels.to(x.device)
@@ -202,6 +206,8 @@ def _images(
         raise ModelError(f"{len(seeds)} seeds for {len(x0)} images: pass one for each, or a single image without its batch for all")
     if not bool(torch.isfinite(x0).all()):
         raise ModelError("x0 has entries that are not finite (NaN or infinite): check where the images come from")
+    if (domain := domain_of(model)) is not None:
+        domain.check(x0, "the images x0")
     return x0
 
 
@@ -318,9 +324,11 @@ def _from_level(sampler: Sampler, level: float, model: Model | Denoiser | FlowMa
 def default_grid(model: Model | Denoiser | FlowMap) -> str:
     """Return the spacing where none is named: ``uniform`` where predicted noise is divided by an ``alpha`` that vanishes, else ``angle``.
 
-    There an error of the network at the start counts ``sigma/alpha`` times, and `angle`, whose first step is the longest of all, carries
-    it on (docs/decisions/0036).
+    Where it is divided, an error of the network at the start counts ``sigma/alpha`` times, and `angle`, whose first step is the longest of
+    all, carries it on (docs/decisions/0036). Of a reflected model it is ``karras`` (docs/decisions/0049).
     """
+    if domain_of(model) is not None:
+        return "karras"
     divided = isinstance(model, Model) and model.flow_map is None and prediction(model.prediction).undefined_at_zero_alpha
     start = torch.tensor(model.schedule.t_max, dtype=torch.float64)
     return "uniform" if divided and float(model.schedule.alpha(start)) < VANISHING else "angle"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.core.condition import with_null
 from fewstep.core.denoiser import Cond, Denoiser, check_denoiser
+from fewstep.core.domain import Cube, check_unbounded, domain_of
 from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import FewstepError, ModelError
@@ -31,6 +32,7 @@ __all__ = [
     "thresholded",
 ]
 
+INSIDE = "its samples lie in the cube already; leave the threshold out"
 LARGEST = torch.finfo(torch.float32).max  # the scale that states of float32 can be multiplied by
 
 
@@ -42,11 +44,13 @@ class Wrapped:
         schedule: the noise law.
         function: ``(x, t, cond) -> x0``.
         calls: of the network for one sample in an evaluation.
+        domain: the cube that samples of a reflected model are folded into, else None.
     """
 
     schedule: NoiseSchedule
     function: Callable[[Tensor, Tensor, Cond], Tensor] = field(repr=False)
     calls: int = 1
+    domain: Cube | None = None
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         return self.function(x, t, cond)
@@ -100,7 +104,8 @@ def classifier_free(
         rescale: 0..1, how far the standard deviation per sample is moved back to that of ``cond`` (Lin et al., arXiv 2305.08891, eq. 16).
 
     Raises:
-        ModelError: a rescale outside [0, 1], an empty interval, or a call whose condition has no counterpart in ``uncond``.
+        ModelError: a rescale outside [0, 1], an empty interval, a rescale of a reflected model, or a call whose condition has no
+            counterpart in ``uncond``.
     """
     check_denoiser(denoiser, "classifier_free")
     if getattr(denoiser, "scales", None) is not None:
@@ -116,6 +121,8 @@ def classifier_free(
     interval = (number(interval[0], "the interval's low end", ModelError), number(interval[1], "the interval's high end", ModelError))
     if not largest <= LARGEST or not 0 <= rescale <= 1 or not interval[0] < interval[1]:
         raise ModelError(f"guidance wants a finite scale, rescale in [0, 1] and interval (low, high), got {scale}, {rescale}, {interval}")
+    if rescale:
+        check_unbounded(denoiser, "rescale", "its answers are mirror images, with another deviation than a picture; leave rescale out")
 
     def guided(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         if cond is None:
@@ -133,7 +140,7 @@ def classifier_free(
         inside = active.to(x.device).reshape((-1,) + (1,) * (x.ndim - 1))
         return torch.where(inside, x0, wanted)
 
-    return Wrapped(denoiser.schedule, guided, calls=2 * calls_of(denoiser))
+    return Wrapped(denoiser.schedule, guided, calls=2 * calls_of(denoiser), domain=domain_of(denoiser))
 
 
 def classifier_guided(denoiser: Denoiser, log_prob: Callable[[Tensor, Tensor, Cond], Tensor], scale: float) -> Denoiser:
@@ -150,6 +157,7 @@ def classifier_guided(denoiser: Denoiser, log_prob: Callable[[Tensor, Tensor, Co
         ModelError: something that is no denoiser, function or number; later, a ``log_prob`` without a finite gradient for each sample.
     """
     check_denoiser(denoiser, "classifier_guided")
+    check_unbounded(denoiser, "classifier_guided", "a classifier's gradient pushes through them; use classifier-free guidance")
     scale = number(scale, "the scale of guidance", ModelError)
     if not callable(log_prob) or not math.isfinite(scale):
         raise ModelError(f"a classifier is a function (x, t, cond) -> log p(cond | x, t) [B], at a finite scale, got {log_prob}, {scale}")
@@ -171,6 +179,7 @@ def static_threshold(denoiser: Denoiser, bound: float = 1.0) -> Denoiser:
         ModelError: the bound is not positive.
     """
     check_denoiser(denoiser, "static_threshold")
+    check_unbounded(denoiser, "static_threshold", INSIDE)
     bound = number(bound, "the bound of a threshold", ModelError)
     if not bound > 0:
         raise ModelError(f"the bound of a threshold must be positive, got {bound}")
@@ -192,6 +201,7 @@ def dynamic_threshold(denoiser: Denoiser, quantile: float = 0.995, *, bound: flo
         ModelError: numbers out of range.
     """
     check_denoiser(denoiser, "dynamic_threshold")
+    check_unbounded(denoiser, "dynamic_threshold", INSIDE)
     quantile, bound, most = (number(value, "a threshold", ModelError) for value in (quantile, bound, most))
     if not 0 < quantile <= 1 or not 0 < bound <= most:
         raise ModelError(f"dynamic thresholding wants 0 < quantile <= 1 and 0 < bound <= most, got {quantile}, {bound}, {most}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.core.condition import check_batch
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap
+from fewstep.core.domain import Cube, check_unbounded
 from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.prediction import Prediction, aligned, prediction, to_x0
 from fewstep.core.schedule import NoiseSchedule
@@ -34,6 +35,7 @@ from fewstep.models.networks.calls import (
     whole_times,
 )
 from fewstep.models.networks.scaled_call import ScaledCall
+from fewstep.models.reflected import check_levels, check_reflected_law, mirrored
 from fewstep.models.tuned import Tuned
 from fewstep.runtime.artifact import rounded
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError
@@ -75,6 +77,9 @@ class Model:
         scales: the least and the largest guidance scale, where the network is told its scale and answers by one call, as a student of
             guided distillation does.
         flow_map: for a student, the map along the trajectory that takes the place of denoising.
+        domain: for a reflected model, the cube in which its network was trained with noise that is folded back at the walls. States beyond
+            a wall are mirrored for the network and the answer is mirrored back, and samples are folded into the cube. It is a property of
+            the training, and does nothing good to an ordinary network.
         name: the model's name in tables and errors; by default the class of the network.
         data: the data set it was trained on, by the name `load_images` knows, or None.
         folder: the folder it was loaded from, with the artifacts below it.
@@ -108,6 +113,7 @@ class Model:
     identity: str = ""
     scales: tuple[float, float] | None = None
     flow_map: FlowMap | None = None
+    domain: Cube | None = None
     name: str = ""
     data: str | None = None
     folder: Path | None = None
@@ -151,25 +157,42 @@ class Model:
             )
         if not isinstance(self.flow_map, FlowMap | None):
             raise ModelError(f"flow_map is a fewstep.FlowMap, got {type(self.flow_map).__name__}: subclass it")
+        if not isinstance(self.domain, Cube | None):
+            raise ModelError(f"domain is the cube that a reflected model was trained in, as fewstep.Cube(-1, 1), got {self.domain!r}")
+        if self.domain is not None:
+            check_reflected_law(self.schedule, self.name or type(self.network).__name__)
+            if self.flow_map is not None:
+                raise ModelError("a student jumps past the walls and is not mirrored there: leave domain or flow_map out")
         object.__setattr__(self, "prediction", prediction(self.prediction))
         object.__setattr__(self, "name", self.name or type(self.network).__name__)
 
     def __repr__(self) -> str:
         kind = "flow map" if self.flow_map is not None else prediction(self.prediction).name
+        kind = kind if self.domain is None else f"reflected in [{self.domain.low:g}, {self.domain.high:g}]"
         facts = [self.name, kind, f"samples of {self.shape}" if self.shape is not None else "no shape"]
         return f"Model({', '.join([*facts, *([] if self.classes is None else [f'{self.classes} classes'])])})"
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Estimate the clean image ``x0 [B, *D]`` from the state ``x [B, *D]`` at time ``t`` (``[]`` or ``[B]``).
 
+        Of a reflected model it is the mean mirror image of the data, which is near ``x`` at large noise levels; ``x`` may be anywhere.
+
         Raises:
-            ModelError: the network refused its inputs (what it said), the prediction is undefined at ``t``, or the model is a student.
+            ModelError: the network refused its inputs (what it said), the prediction is undefined at ``t``, the model is a student, or a
+                reflected one that does not know this time.
         """
         if self.flow_map is not None:
             raise ModelError(f"{self.name} is a student, which has to know where a step leads: sample it by fewstep.sample")
+        check_batch(cond, len(x))
+        if self.domain is None:
+            return self._estimate(x, t, cond)
+        check_levels(self.schedule, t, self.name)
+        return mirrored(lambda inside: self._estimate(inside, t, cond), x, self.domain)
+
+    def _estimate(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Return what the network answers to ``x [B, *D]``, as a clean image."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         kind = prediction(self.prediction)  # resolved at birth
-        check_batch(cond, len(x))
         dtype = self.dtype or network_dtype(self.network, x.dtype)
         scaled = x if kind.input_scale is None else x * aligned(kind.input_scale(alpha, sigma), x)
         time = self.network_time(t, x, dtype)
@@ -259,7 +282,7 @@ class Model:
                 )
             return guided(x, t, cond)
 
-        return Wrapped(self.schedule, by_label, calls=2)
+        return Wrapped(self.schedule, by_label, calls=2, domain=self.domain)
 
     def _at_scale(self, scale: float | Tensor, low: float, high: float) -> Denoiser | FlowMap:
         """Return a model that is told its scale, at one between ``low`` and ``high``."""
@@ -365,6 +388,15 @@ class Model:
             raise ModelError(f"{self.name} is a student, which is sampled as it is: name its teacher")
         return self
 
+    def need_unbounded(self, taker: str, why: str) -> Model:
+        """Return the model itself, for what cannot be right with a reflected one; see `check_unbounded`.
+
+        Raises:
+            ModelError: it is one.
+        """
+        check_unbounded(self, taker, why)
+        return self
+
     def to(self, device: torch.device | str) -> Model:
         """Move the network and return the model."""
         if isinstance(self.network, nn.Module) and not is_offloaded(self.network):
@@ -399,6 +431,8 @@ class Model:
         known: dict[int, tuple[str, Any]] = {}
         if not kind.is_named:
             yield from parts(kind, "prediction", known)
+        if self.domain is not None:
+            yield "domain", repr(rounded(self.domain.to_config()))
         if self.flow_map is not None:
             yield from parts(self.flow_map.definition or self.flow_map, "flow_map", known)
         if self.identity:

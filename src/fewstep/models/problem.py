@@ -134,13 +134,21 @@ class Problem:
     def start(self, seeds: Sequence[int] | Tensor, nodes: Nodes | None = None, x0: Tensor | None = None) -> Tensor:
         """Return the start ``x_T = sigma_T eps`` of each seed, ``[len(seeds), *D]``, at the first node (by default at ``t_max``).
 
-        From an image ``x0 [*D]`` it is ``alpha_T x0 + sigma_T eps``, see `noised`.
+        From an image ``x0 [*D]`` it is ``alpha_T x0 + sigma_T eps``, see `noised`. Of a reflected model either is folded into its cube.
+
+        Raises:
+            FewstepError: an image beyond the cube of a reflected model.
         """
+        domain = self.model.domain
         if x0 is not None:
+            if domain is not None:
+                domain.check(x0, "the images to begin with")
             nodes = Nodes.at(self.schedule, self.schedule.ends) if nodes is None else nodes
-            return noised(x0.expand(len(seeds), *self.shape), nodes, seeds).to(self.device)
-        sigma = self.schedule.sigma(self.schedule.ends[0]) if nodes is None else nodes.sigma[0]
-        return (seeded_noise(seeds, self.shape) * sigma.float()).to(self.device)
+            x = noised(x0.expand(len(seeds), *self.shape), nodes, seeds)
+        else:
+            sigma = self.schedule.sigma(self.schedule.ends[0]) if nodes is None else nodes.sigma[0]
+            x = seeded_noise(seeds, self.shape) * sigma.float()
+        return (x if domain is None else domain.fold(x)[0]).to(self.device)
 
     def labels(self, seeds: Sequence[int], label: int | None = None) -> Tensor | None:
         """Return one class label per sample on the CPU, see `Model.labels`."""
@@ -177,7 +185,8 @@ class Problem:
 
     def card(self) -> dict[str, object]:
         """Return whose an artifact is, for its card."""
-        return {
+        domain = self.model.domain
+        return ({} if domain is None else {"domain": [domain.low, domain.high]}) | {
             "of": self.name,
             "model": self.fingerprint,
             "prediction": prediction(self.model.prediction).name,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.core.condition import moved, part_of
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap
+from fewstep.core.domain import Cube, domain_of
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.models.model import Model
 from fewstep.runtime.errors import ModelError
@@ -44,6 +45,11 @@ class OverDevices:
     @property
     def schedule(self) -> NoiseSchedule:
         return self.denoisers[0].schedule
+
+    @property
+    def domain(self) -> Cube | None:
+        """The cube that samples of a reflected model are folded into."""
+        return domain_of(self.denoisers[0])
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         made = [
@@ -87,6 +93,11 @@ class OverProcesses:
     @property
     def schedule(self) -> NoiseSchedule:
         return self.denoiser.schedule
+
+    @property
+    def domain(self) -> Cube | None:
+        """The cube that samples of a reflected model are folded into."""
+        return domain_of(self.denoiser)
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         rank, world = process()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap
+from fewstep.core.domain import domain_of
 from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, State, Tableau, advance
@@ -66,7 +67,8 @@ def steps(
     """Run a tableau evaluation by evaluation, from ``x [B, *D]`` at its first time to its last.
 
     The state is kept in at least float32; the denoiser is called with it once per row of the tableau, at a float64 ``t []``.
-    Gradients flow through everything; iterate under ``torch.no_grad()`` when none are wanted.
+    Gradients flow through everything; iterate under ``torch.no_grad()`` when none are wanted. The states of a reflected model may lie
+    beyond a wall of its cube: its samples are the last ones, folded, ``model.domain.fold(step.x_next)[0]``.
 
     Args:
         denoiser: the model; its schedule must be the tableau's. A `FlowMap` takes each step by one call, and its tableau must be of first
@@ -193,7 +195,9 @@ def run(
     edit: Edit | None = None,
     observe: Callable[[Step], None] | None = None,
 ) -> Tensor:
-    """Run a tableau to its end and return the samples ``[B, *D]``. Arguments and errors are those of `steps`.
+    """Run a tableau to its end and return the samples ``[B, *D]``, those of a reflected model folded into its cube.
+
+    Arguments and errors are those of `steps`.
 
     Args:
         observe: called with every step.
@@ -203,7 +207,8 @@ def run(
         end = step.x_next
         if observe is not None:
             observe(step)
-    return end
+    domain = domain_of(denoiser)
+    return end if domain is None else domain.fold(end)[0]
 
 
 def jumps(flow_map: FlowMap, tableau: Tableau) -> Denoiser:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fewstep.core.condition import repeated
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap
+from fewstep.core.domain import domain_of
 from fewstep.core.tableau import Row, Tableau, advance
 from fewstep.runtime.errors import ModelError, SolverError
 from fewstep.runtime.front_door import checked, checked_class, number, whole
@@ -133,7 +134,8 @@ def sample_in_parallel(
         end = made.x
         if observe is not None:
             observe(made)
-    return end
+    domain = domain_of(denoiser)
+    return end if domain is None else domain.fold(end)[0]
 
 
 def rounds(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser
+from fewstep.core.domain import domain_of
 from fewstep.core.tableau import State, Tableau, advance
 from fewstep.runtime.errors import SolverError
 from fewstep.runtime.front_door import checked, number, whole
@@ -93,7 +94,9 @@ def parareal(
     if observe is not None and not callable(observe):
         raise SolverError(f"observe is a function that is called with each Iterate, got {observe!r}")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return _Blocks(denoiser, fine, outer, x, cond, listed).run(most, tol, observe or (lambda made: None))
+    end = _Blocks(denoiser, fine, outer, x, cond, listed).run(most, tol, observe or (lambda made: None))
+    domain = domain_of(denoiser)
+    return end if domain is None else domain.fold(end)[0]
 
 
 class _Run:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap
+from fewstep.core.domain import check_unbounded
 from fewstep.core.tableau import Nodes, Tableau
 from fewstep.runtime.errors import ModelError, SolverError, first_line, look_up
 from fewstep.runtime.front_door import checked, checked_class, number
@@ -99,6 +100,7 @@ def sample_split(
     tableau = tableau_of(sampler)
     if isinstance(denoiser, FlowMap):
         raise ModelError("a student's jumps are made by one call each, and cannot be split: guide its teacher")
+    check_unbounded(denoiser, "sample_split", "a gradient's kicks push through them; use classifier-free guidance")
     splitting = Splitting() if splitting is None else splitting
     if not isinstance(splitting, Splitting):
         raise SolverError(f"splitting is a fewstep.Splitting, got {str(splitting)[:80]!r}")

@@ -20,7 +20,7 @@ from fewstep.sampling.reference import REFERENCE_NFE, reference_sampler
 
 COLUMNS = {"solver", "library", "grid", "nfe", "num", "guidance", "rmse", "fd", "fd_features", "seconds", "solver_seconds"}
 COLUMNS |= {"statistics", "artifact", "arithmetic", "calls", "planned", "rmse_ci", "error_median", "error_p95", "fd_ci", "kd", "kd_ci"}
-COLUMNS |= {"precision", "recall", "labels", "peak_memory", "failed", "levels", "processes", "threads"}
+COLUMNS |= {"precision", "recall", "labels", "peak_memory", "failed", "levels", "processes", "threads", "outside"}
 SMALL = {"num": 8, "batch": 4}
 
 

@@ -63,7 +63,10 @@ class _Counted:
 
 
 class TimedDenoiser(_Counted):
-    """A denoiser whose evaluations are counted and timed."""
+    """A denoiser whose evaluations are counted and timed.
+
+    It has no domain: a run of it ends before the fold of a reflected model, which the benchmark makes itself.
+    """
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()

@@ -293,6 +293,8 @@ class _ForeignEntry(Entry):
     def why_not(self) -> str:
         if isinstance(self.problem.denoiser, FlowMap):
             return f"{self.problem.name} is a student, which jumps from time to time: no sampler of {self.library} is for it"
+        if self.problem.model.domain is not None:
+            return f"{self.problem.name} is a reflected model, whose samples {self.library} would not fold into their cube"
         try:
             _ = self.time_grid
         except (GridError, SolverError) as error:

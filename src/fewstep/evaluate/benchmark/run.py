@@ -147,7 +147,8 @@ def _scale_of(tuned: Tuned, problem: Problem) -> float:
 class _Run(NamedTuple):
     """The samples ``[num, *D]`` of a sampler, and what they cost: seconds in all and without the network, evaluations of each, bytes.
 
-    ``levels`` are the noise levels of the evaluations and of the end.
+    ``levels`` are the noise levels of the evaluations and of the end; ``outside`` is the share of a reflected model's pixels that lay
+    beyond its cube before they were folded.
     """
 
     samples: Tensor
@@ -156,6 +157,7 @@ class _Run(NamedTuple):
     evaluations: int
     peak_memory: int | None
     levels: list[float | None]
+    outside: float | None = None
 
 
 @dataclass(frozen=True)
@@ -276,8 +278,10 @@ class _Bench:
         if bad:
             raise FewstepError(f"{bad} of {len(together)} samples are not finite")
         end = (entry.time_grid if sampler is None else sampler.grid).t[-1]
-        levels = self._levels([*times, float(end)])
-        return _Run(together, seconds, seconds - denoiser.seconds, -(-denoiser.evaluated // len(together)), peak, levels)
+        levels, domain, outside = self._levels([*times, float(end)]), problem.model.domain, None
+        if domain is not None:
+            outside, together = domain.outside(together), domain.fold(together)[0]
+        return _Run(together, seconds, seconds - denoiser.seconds, -(-denoiser.evaluated // len(together)), peak, levels, outside)
 
     def _levels(self, times: list[float]) -> list[float | None]:
         """Return ``sigma/alpha`` at some times of the schedule; None where it is infinite."""
@@ -302,7 +306,7 @@ class _Bench:
         errors = sample_errors(made.samples, self.exact)
         save_samples(path, made.samples, errors)
         cost = {"seconds": made.seconds, "solver_seconds": made.solver_seconds, "peak_memory": made.peak_memory, "levels": made.levels}
-        cost |= {"processes": self.job.world, "threads": torch.get_num_threads()}
+        cost |= {"outside": made.outside, "processes": self.job.world, "threads": torch.get_num_threads()}
         if isinstance(self.problem.denoiser, FlowMap):
             cost["arithmetic"] = self.problem.denoiser.arithmetic(entry.time_grid.t)
         cost["calls"] = made.evaluations * calls_of(self.problem.denoiser)

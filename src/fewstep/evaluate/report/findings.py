@@ -359,6 +359,7 @@ class Format:
             "solver_seconds": digits((row.get("solver_seconds") for row in rows), 2),
             "arithmetic": 2,
             "calls": 0,
+            "outside": 4,
         }
         self.decimals |= dict.fromkeys(("error_median", "error_p95"), self.decimals["rmse"])
 

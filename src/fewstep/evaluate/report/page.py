@@ -41,6 +41,7 @@ COLUMNS = {
     "precision": "precision",
     "recall": "recall",
     "labels": "labels as requested",
+    "outside": "outside before the fold",
     "calls": "calls",
     "arithmetic": "arithmetic",
     "seconds": "seconds",

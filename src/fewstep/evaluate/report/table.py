@@ -79,6 +79,10 @@ def _notes(results: Mapping[str, Any], form: Format) -> list[str]:
     for calls in sorted({network_calls(row, student=run.student) / row["nfe"] for row in rows if has_error(row)} - {1.0}):
         guided = "" if run.guidance == 1 else f"at guidance {run.guidance:g} "
         notes.append(f"{guided}each evaluation is {calls:g} calls of the network")
+    beyond = [row["outside"] for row in rows if row.get("outside") is not None]
+    if beyond:
+        most = f"{max(beyond):.2%} or less" if len(beyond) > 1 else f"{beyond[0]:.2%}"
+        notes.append(f"of the samples' numbers {most} lay beyond the cube before the last fold")
     for nfe, work in {row["nfe"]: row["arithmetic"] for row in rows if row.get("arithmetic") is not None}.items():
         passes = "1 pass" if nfe == 1 else f"{nfe} passes"
         notes.append(f"{passes} of {results['model']}: the arithmetic of {work:.2f} evaluations of its network")

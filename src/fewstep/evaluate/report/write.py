@@ -25,7 +25,7 @@ __all__ = ["check_packages", "report_page", "to_csv", "to_markdown", "write_repo
 
 FIELDS = ("model", "run", "library", "solver", "grid", "nfe", "num", "guidance", "rmse", "rmse_ci", "error_median", "error_p95", "fd")
 FIELDS += ("fd_ci", "fd_features", "kd", "kd_ci", "precision", "recall", "labels", "seconds", "solver_seconds", "peak_memory")
-FIELDS += ("statistics", "artifact", "calls", "arithmetic", "planned", "levels", "failed")
+FIELDS += ("statistics", "artifact", "calls", "arithmetic", "planned", "levels", "outside", "failed")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a spreadsheet's formulas begin
 INTERVALS = ("rmse_ci", "fd_ci", "kd_ci")
 

@@ -26,7 +26,16 @@ from fewstep.learn.networks.objectives import (
 )
 from fewstep.learn.networks.objectives.matching import JudgeOfSamples
 from fewstep.learn.networks.objectives.objective import StudentObjective
-from fewstep.learn.networks.trainer import Trained, check_one_scale, dropout_as, halve, may_write_model, teacher_name, train_student
+from fewstep.learn.networks.trainer import (
+    NO_STUDENT,
+    Trained,
+    check_one_scale,
+    dropout_as,
+    halve,
+    may_write_model,
+    teacher_name,
+    train_student,
+)
 from fewstep.learn.teacher.batches import TeacherData
 from fewstep.learn.teacher.trajectories import Trajectories
 from fewstep.models.carried import OPTIMIZED, Carried
@@ -98,6 +107,7 @@ def distill(
     chosen = look_up(method, OBJECTIVES, "method")
     options = config_of(config, chosen.config)
     check_model(model)
+    model.need_unbounded("distillation", NO_STUDENT)
     given = Given(features, images, judge, begin)
     for name in ("features", "images", "judge"):
         if getattr(given, name) is not None and name not in chosen.takes:

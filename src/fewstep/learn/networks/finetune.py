@@ -24,7 +24,15 @@ from fewstep.data.images import Images
 from fewstep.learn.networks.loop import LoopConfig, forget_checkpoint
 from fewstep.learn.networks.objectives.steps import LandingObjective, ScoreObjective, StepsObjective
 from fewstep.learn.networks.score_matching import check_images
-from fewstep.learn.networks.trainer import check_one_scale, dropout_as, halve, may_write_model, teacher_name, train_student
+from fewstep.learn.networks.trainer import (
+    NO_STUDENT,
+    check_one_scale,
+    dropout_as,
+    halve,
+    may_write_model,
+    teacher_name,
+    train_student,
+)
 from fewstep.learn.search.bound import Bound
 from fewstep.learn.teacher.batches import TeacherData
 from fewstep.learn.teacher.gram import GramConfig, collect_gram, fine_grid
@@ -179,6 +187,7 @@ def finetune(
     config = config_of(config, FinetuneConfig)
     config = replace(config, nfe=config.nfe if nfe is None else nfe, guidance=scale_of(guidance, config.guidance))
     check_model(model)
+    model.need_unbounded("finetune", NO_STUDENT)
     check_one_scale(model.need_denoiser(), "finetune")
     if config.form == "score" and images is None:
         raise FewstepError("the form score matches scores on images: pass the data that the model was trained on, or use the form mean")

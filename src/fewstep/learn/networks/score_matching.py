@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.domain import mirror_mean
 from fewstep.core.prediction import add_noise, aligned, from_x0, prediction
 from fewstep.data.images import Images
 from fewstep.learn.teacher.batches import Batch
@@ -30,10 +31,11 @@ def score_matching(
 ) -> Callable[[nn.Module, int, torch.Generator], Tensor]:
     """Return the loss of denoising score matching in the network's own output: for EDM its loss weighting, for epsilon the simple loss.
 
-    Every process draws the whole batch, and computes the loss of its `share`.
+    Every process draws the whole batch, and computes the loss of its `share`. Of a reflected model the noised images are folded into its
+    cube, and the target is `mirror_mean` instead of the image (arXiv 2304.04740).
 
     Args:
-        model: what the network predicts, and its noise law.
+        model: what the network predicts, its noise law, and its cube if it is reflected.
         images: the data.
         levels: ``(b, generator)`` -> the times ``[b]`` of a batch.
         conditional: whether the network is conditioned on the labels.
@@ -57,10 +59,13 @@ def score_matching(
             cond = _moved(torch.where(drop, torch.tensor(null or 0), images.labels[index])[mine], device)
         x0, t, noise = (_moved(of[mine], device) for of in (x0, t, noise))
         alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
-        x = add_noise(x0, noise, alpha, sigma)
+        x, target = add_noise(x0, noise, alpha, sigma), x0
+        if model.domain is not None:
+            x = model.domain.fold(x)[0]
+            target = mirror_mean(x, x0, sigma, model.domain)
         scale = 1.0 if kind.input_scale is None else aligned(kind.input_scale(alpha, sigma), x0)
         output = answer_of((model.call or plain_call)(network, x * scale, model.network_time(t, x, x.dtype), cond), x)
-        return (output.float() - from_x0(kind, x0, x, alpha, sigma)).square().mean()
+        return (output.float() - from_x0(kind, target, x, alpha, sigma)).square().mean()
 
     return loss
 

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.domain import Cube
 from fewstep.core.prediction import EDM
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, VarianceExploding
 from fewstep.data.images import Images
 from fewstep.learn.networks.loop import LoopConfig, forget_checkpoint, identity_of, run_loop
 from fewstep.learn.networks.objectives.flow_map import FlowMapConfig, FlowMapObjective
 from fewstep.learn.networks.objectives.objective import Networks
+from fewstep.learn.networks.preconditioning import measure_preconditioning
 from fewstep.learn.networks.score_matching import score_matching
 from fewstep.models.flow_map_student import FlowMapStudent
-from fewstep.models.formats.folders import save_ours
+from fewstep.models.formats.folders import save_described, save_ours
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import edm_time, network_device, unet_call
 from fewstep.models.problem import Problem
@@ -32,9 +34,13 @@ from fewstep.runtime.process import default_device, process
 
 __all__ = ["TrainConfig", "train"]
 
-KINDS = ("edm", "ddpm", "flow-map")
+KINDS = ("edm", "ddpm", "flow-map", "reflected")
+LEVELS = {"edm": (-0.6, 1.6), "reflected": (-1.0, 1.1)}  # mean and deviation of log sigma in training
+CUBE = Cube()  # of pictures
+WALLS = VarianceExploding(t_min=0.01, t_max=3.0)  # in a cube of edge 2: above 3 the law is uniform to 1.5e-5
 MATCHING = FlowMapConfig(target="matching", first=0.2, last=0.4, anchor=0.5)  # half of the pairs of flow map matching are denoising
-UNUSED = {"p_mean": KINDS[1:], "p_std": KINDS[1:], "label_dropout": KINDS[2:], "flip": KINDS[2:]}  # options that kinds do not have
+UNUSED = {"p_mean": KINDS[1:3], "p_std": KINDS[1:3], "label_dropout": KINDS[2:3], "flip": KINDS[2:3]}  # options that kinds do not have
+USUAL = dict(zip(("p_mean", "p_std"), LEVELS["edm"], strict=True))  # what kinds that do not have these options say of them
 GROUPS = 16  # of channels, normalised together
 
 
@@ -45,15 +51,16 @@ class TrainConfig:
 
     Args:
         kind: edm (preconditioned, continuous noise levels, saved with ``fewstep.json``), ddpm (epsilon prediction, 1000 linear betas,
-            saved as a diffusers pipeline folder) or flow-map (one network for any number of passes, from pictures alone and without a
-            teacher: flow map matching, with EDM's preconditioning).
+            saved as a diffusers pipeline folder), flow-map (one network for any number of passes, from pictures alone and without a
+            teacher: flow map matching, with EDM's preconditioning) or reflected (noise is folded back at the walls of the pixels' cube, so
+            that samples stay inside at any guidance).
         conditional: condition on class labels, with a null label but for a flow map, which is not guided.
         label_dropout: share of labels that training replaces by the null label.
         channels: channels of each level; a level has half the height and width of the one before.
         layers: residual blocks of a level.
         dropout: dropout in the network's blocks.
-        p_mean: mean of the log of the noise levels in training, for edm.
-        p_std: standard deviation of that log.
+        p_mean: mean of the log of the noise levels in training, for edm (-0.6 where none is named) and reflected (-1).
+        p_std: standard deviation of that log (1.6 for edm, 1.1 for reflected).
         attention: heights of the feature maps that attend, beside the middle, which always does; by default the last level's.
         flip: mirror half of the images, left to right, anew each time.
 
@@ -67,24 +74,38 @@ class TrainConfig:
     channels: tuple[int, ...] = (48, 64)
     layers: int = 1
     dropout: float = 0.1
-    p_mean: float = -0.6
-    p_std: float = 1.6
+    p_mean: float | None = None
+    p_std: float | None = None
     attention: tuple[int, ...] | None = field(default=None, repr=False)
     flip: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
         look_up(self.kind, dict.fromkeys(KINDS), "kind of model", FewstepError)
+        for name, usual in zip(("p_mean", "p_std"), LEVELS.get(self.kind, LEVELS["edm"]), strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, usual)
         if not self.channels or any(width < 1 or width % GROUPS for width in self.channels):
             raise FewstepError(f"the channels of each level are a multiple of {GROUPS}, got {', '.join(map(str, self.channels)) or 'none'}")
         at_least(self, layers=1)
         if not 0 <= self.dropout < 1 or not 0 <= self.label_dropout <= 1:
             raise FewstepError(f"dropout lies in [0, 1), label_dropout in [0, 1], got {self.dropout} and {self.label_dropout}")
-        ignored = [one for one in fields(self) if self.kind in UNUSED.get(one.name, ()) and getattr(self, one.name) != one.default]
+        ignored = [
+            one
+            for one in fields(self)
+            if self.kind in UNUSED.get(one.name, ()) and getattr(self, one.name) != USUAL.get(one.name, one.default)
+        ]
         if ignored:
             raise FewstepError(f"{ignored[0].name} changes nothing of the kind {self.kind}: leave it out, or train another kind")
-        if not (math.isfinite(self.p_mean) and 0 < self.p_std < math.inf):
-            raise FewstepError(f"log sigma is drawn with a finite mean and a positive deviation, got {self.p_mean}, {self.p_std}")
+        mean, deviation = self.levels
+        if not (math.isfinite(mean) and 0 < deviation < math.inf):
+            raise FewstepError(f"log sigma is drawn with a finite mean and a positive deviation, got {mean}, {deviation}")
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """The mean and the standard deviation of the log of the noise levels in training."""
+        assert self.p_mean is not None and self.p_std is not None  # set at birth
+        return self.p_mean, self.p_std
 
     def attends(self, height: int, width: int) -> list[bool]:
         """Return whether each level attends, for images of this size.
@@ -111,8 +132,8 @@ def train(
     """Train a network, save its EMA weights as a model folder and return that; a killed run continues from its last checkpoint.
 
     Raises:
-        FewstepError: class-conditional training on images without labels; images that the network's levels do not fit; an output
-            folder that holds a finished model.
+        FewstepError: class-conditional training on images without labels; images that the network's levels do not fit, or that lie beyond
+            the cube of a reflected model; an output folder that holds a finished model.
     """
     if (out / "unet").exists():  # written last of all
         raise FewstepError(f"{out} already holds a trained model: choose another folder, or remove it")
@@ -123,6 +144,8 @@ def train(
             f"the images of {images.name} are all but constant (standard deviation {float(images.x.std()):.2g}): nothing to learn"
         )
     config.attends(*images.x.shape[2:])
+    if config.kind == "reflected":
+        CUBE.check(images.x, f"the images of {images.name}")
     check_writable(out)
     identity = f"{identity_of(config)}{images.identity}"
     network = _network(images, config)
@@ -178,10 +201,17 @@ def _network(images: Images, config: TrainConfig) -> nn.Module:
 def _model(network: nn.Module, images: Images, config: TrainConfig) -> tuple[Model, Callable[[int, torch.Generator], Tensor]]:
     """Return the model to train, and a function that draws the times ``[b]`` of a batch."""
     schedule: NoiseSchedule
+    mean, deviation = config.levels
     if config.kind == "edm":
         schedule = VarianceExploding()
         model = Model(network, schedule, EDM(round(float(images.x.std()), 2)), time=edm_time, call=unet_call)
-        return model, lambda b, g: torch.exp(config.p_mean + config.p_std * torch.randn(b, generator=g))
+        return model, lambda b, g: torch.exp(mean + deviation * torch.randn(b, generator=g))
+    if config.kind == "reflected":
+        null = int(images.labels.max()) + 1 if config.conditional and images.labels is not None else None
+        facts: dict[str, Any] = {"shape": tuple(images.x.shape[1:]), "classes": null, "null_label": null}
+        kind = measure_preconditioning(images, CUBE, WALLS)
+        model = Model(network, WALLS, kind, time=edm_time, call=unet_call, domain=CUBE, **facts)
+        return model, lambda b, g: torch.exp(mean + deviation * torch.randn(b, generator=g)).clamp(WALLS.t_min, WALLS.t_max)
     schedule = DiscreteVP.from_betas(torch.linspace(1e-4, 0.02, 1000))
     model = Model(network, schedule, "epsilon", call=unet_call)
     return model, lambda b, g: torch.randint(1000, (b,), generator=g).float()
@@ -204,6 +234,8 @@ def _save(network: Any, model: Model, images: Images, config: TrainConfig, loop:
             from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
             DDPMPipeline(network, DDPMScheduler(num_train_timesteps=1000, clip_sample=True)).save_pretrained(scratch)
+        elif config.kind == "reflected":
+            save_described(model, scratch, network)
         else:
             null = int(images.labels.max()) + 1 if config.conditional and images.labels is not None else None
             save_ours(scratch, network, model.prediction, model.schedule, list(images.x.shape[1:]), null)

@@ -22,8 +22,9 @@ from fewstep.runtime.artifact import written_apart
 from fewstep.runtime.errors import FewstepError, ModelError
 from fewstep.runtime.job import folder_of
 
-__all__ = ["Trained", "check_one_scale", "dropout_as", "halve", "may_write_model", "teacher_name", "train_student"]
+__all__ = ["NO_STUDENT", "Trained", "check_one_scale", "dropout_as", "halve", "may_write_model", "teacher_name", "train_student"]
 
+NO_STUDENT = "students are taught between free states, and nothing would fold theirs; make a sampler of it with fewstep fit"
 TEACHER = "teacher"  # the folder of a teacher that has none of its own, below its student's
 
 

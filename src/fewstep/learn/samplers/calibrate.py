@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewstep.core.condition import moved
 from fewstep.core.denoiser import Cond, Denoiser
+from fewstep.core.domain import domain_of
 from fewstep.core.pooling import POOLED, default_pool, shared_axes
 from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
@@ -281,6 +282,11 @@ class _Pass:
 
         return clean
 
+    def folded(self, x: Tensor) -> Tensor:
+        """Return states as they are, those of a reflected model folded into its cube."""
+        domain = domain_of(self.denoiser)
+        return x if domain is None else domain.fold(x)[0]
+
     def method(self, config: CalibrationConfig) -> str:
         """Choose how to differentiate the network, by trying in the middle of the range."""
         k, (seeds, *_) = len(self.lam) // 2, config.batches
@@ -316,7 +322,7 @@ class _Pass:
         one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for lam in self.lam:
             level = float(torch.exp(-lam))
-            X = x0 + level * z
+            X = self.folded(x0 + level * z)
             D, Jv = derivative(function, (X, lam), (v, zero), level)
             _, dD = derivative(function, (X, lam), (D - X, one), level)
             yield torch.stack([X, D, dD, v * Jv])
@@ -328,7 +334,7 @@ class _Pass:
         aliased on any grid coarser than that.
         """
         probe = _Probed(self, cond, v, method)
-        end, count = z * aligned(self.nodes.sigma[0], z), len(self.lam)
+        end, count = self.folded(z * aligned(self.nodes.sigma[0], z)), len(self.lam)
         for k, step in enumerate(_without_gradients(steps(probe, self.tableau, end, cond))):
             end = step.x_next
             if k:

@@ -21,6 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser
+from fewstep.core.domain import Cube
 from fewstep.core.grid import RHO, TimeGrid
 from fewstep.core.schedule import NoiseSchedule, VPLinear, schedule_from_config
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
@@ -89,6 +90,7 @@ class TrajectoriesRecord(Record):
     shards: list[ShardRecord]
     card: dict[str, Any]
     scales: tuple[Number, Number] | None = None
+    domain: dict[str, Number] | None = None
 
 
 @checked_class
@@ -318,6 +320,7 @@ def trajectories_of(
         "schedule": problem.schedule.to_config(),
         "model": problem.fingerprint,
     }
+    about |= {} if problem.model.domain is None else {"domain": problem.model.domain.to_config()}
     how = {} if parallel is None else {"parallel": asdict(parallel)}
     asked = about | how | {"fine": teacher.fine.t.tolist()}
     about["identity"] = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
@@ -420,7 +423,7 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
     """A folder of trajectories: the states ``x [T, *D]`` of each at the times ``t [T]``, from the noise of its seed to the last.
 
     ``shape`` is ``*D``; ``model`` (its fingerprint), ``schedule`` and ``guidance`` are the teacher's, or ``scales`` the range of their own
-    guidance scales; ``card`` has provenance.
+    guidance scales; ``card`` has provenance. Those of a reflected model begin in its ``domain``, and go on past its walls.
     Shards are mapped, not read, so memory does not grow with them; each is checked when it is first used.
     """
 
@@ -430,6 +433,7 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
         self.schedule, self.model, self.guidance = schedule_from_config(meta.schedule), meta.model, meta.guidance
         self.classes, self.card, self.first, self.batch = meta.classes, meta.card, meta.seed, meta.batch
         self.scales = None if meta.scales is None else scale_range(meta.scales)
+        self.domain = None if meta.domain is None else Cube(**meta.domain)
         starts = range(0, self.num, self.batch)
         if len(self.shards) != len(starts) or any(
             shard.count != min(self.batch, self.num - start) for shard, start in zip(self.shards, starts, strict=True)
@@ -477,10 +481,13 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
         places, seeds = self._places(index), self.seeds(index)
         if at is not None:
             times = [range(len(self.t))[k] for k in at]  # counted from the end if negative
-            return torch.stack(
-                [self._gather("x", places, torch.float32, k - 1) if k else start_noise(self._nodes, seeds, self.shape) for k in times], 1
-            )
-        return torch.cat([start_noise(self._nodes, seeds, self.shape)[:, None], self._gather("x", places, torch.float32)], 1)
+            return torch.stack([self._gather("x", places, torch.float32, k - 1) if k else self._starts(seeds) for k in times], 1)
+        return torch.cat([self._starts(seeds)[:, None], self._gather("x", places, torch.float32)], 1)
+
+    def _starts(self, seeds: Tensor) -> Tensor:
+        """Return the starts ``[n, *D]`` of the seeds, which are not stored; of a reflected model folded into its cube."""
+        x = start_noise(self._nodes, seeds, self.shape)
+        return x if self.domain is None else self.domain.fold(x)[0]
 
     def state(self, index: Sequence[int] | Tensor | slice, t: Tensor) -> Tensor:
         """Return the states ``[n, *D]``, float32, at any time ``t []`` between the first stored one and the last, by `interpolation`."""

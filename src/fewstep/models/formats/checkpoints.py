@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fewstep.models.formats.edm_pickles import edm_network, read_edm
-from fewstep.models.formats.folders import DESCRIPTION, ModelRecord, described, read_tensors, save_described
+from fewstep.models.formats.folders import DESCRIPTION, ModelRecord, described, read_tensors, record_of, save_described
 from fewstep.models.formats.state_dicts import Weights, guided_network, score_sde_network
 from fewstep.models.model import Model
 from fewstep.runtime.artifact import check_file, named_path, parse_json, parse_record, read_file, written_apart
@@ -64,8 +64,8 @@ def load_checkpoint(path: str | Path, *, format: str | None = None, config: Mapp
         look_up(format, dict.fromkeys(FORMATS), "format", ModelError)
     try:
         meta, weights = _read(path, format, config, trust)
-        text = json.dumps({"format": ModelRecord.FORMAT, "version": ModelRecord.VERSION, **meta})  # only a file of ours says the two itself
-        return described(parse_record(text, ModelRecord, path), weights, str(path), path)
+        meta = {"format": ModelRecord.FORMAT, "version": ModelRecord.VERSION, **meta}  # only a file of ours says the two itself
+        return described(parse_record(json.dumps(meta), record_of(meta["version"]), path), weights, str(path), path)
     except FewstepError as error:
         raise ModelError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except Exception as error:  # a damaged file makes pickle and torch raise almost anything

@@ -1,7 +1,7 @@
 """Trained models from folders: ours (``fewstep.json``) and diffusers' (a ``UNet2DModel`` with a scheduler). Never a pickle.
 
-A folder of ours is of version 1 (a ``UNet2DModel`` with EDM preconditioning), 2 (which describes a whole `Model`, see `describe`) or 3
-(whose network is of the caller's own code, see `own`).
+A folder of ours is of version 1 (a ``UNet2DModel`` with EDM preconditioning), 2 (which describes a whole `Model`, see `describe`), 3
+(whose network is of the caller's own code, see `own`) or 4 (as 2, of a reflected model: with its cube and measured preconditioning).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.core.prediction import Prediction, prediction
+from fewstep.core.domain import Cube
+from fewstep.core.prediction import Measured, Prediction, prediction
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
 from fewstep.models.carried import FITTED, OPTIMIZED, Carried
 from fewstep.models.flow_map import OperatorMap, StudentMap
@@ -33,6 +34,7 @@ from fewstep.models.networks.operator import OperatorStudent
 from fewstep.models.networks.unets import NETWORKS, build_network, empty_network
 from fewstep.runtime.artifact import (
     Count,
+    Number,
     Record,
     Whole,
     check_file,
@@ -56,6 +58,7 @@ __all__ = [
     "imports_code",
     "load_folder",
     "read_tensors",
+    "record_of",
     "save_described",
     "save_like",
     "save_model",
@@ -94,6 +97,26 @@ class ModelRecord(Record):
     shape: list[Count]
     classes: Count | None
     null_label: Whole | None
+
+
+@dataclass(frozen=True)
+class ReflectedRecord(ModelRecord):
+    """The fields of ``fewstep.json`` of version 4, and of a single file's header: those of version 2, and of a reflected model.
+
+    Attributes:
+        domain: the walls of its cube, ``low`` and ``high``.
+        preconditioning: the rows of a `Measured` prediction; None where the prediction has a name.
+    """
+
+    VERSION = 4
+
+    domain: dict[str, Number]
+    preconditioning: list[list[Number]] | None
+
+
+def record_of(version: object) -> type[ModelRecord]:
+    """Return the fields of a description of a version: those of 4, else of 2, which refuse any other."""
+    return ReflectedRecord if version == ReflectedRecord.VERSION else ModelRecord
 
 
 def load_folder(source: str | Path, *, trust: bool = False) -> Model:
@@ -142,7 +165,7 @@ def _load_ours(path: Path, trust: bool) -> Model:
     if version == OwnRecord.VERSION:
         return _load_own(path, trust)
     if version != PlainRecord.VERSION:
-        return replace(described(read_record(file, ModelRecord), read_tensors(path / WEIGHTS)[1], path.name, file), folder=path)
+        return replace(described(read_record(file, record_of(version)), read_tensors(path / WEIGHTS)[1], path.name, file), folder=path)
     meta = read_record(file, PlainRecord)
     if not meta.prediction.startswith("edm("):
         raise ModelError(f"{file} has prediction {meta.prediction!r}; version 1 holds edm(sigma_data) models only")
@@ -180,8 +203,13 @@ def describe(model: Model) -> dict[str, Any]:
         raise ModelError(f"{model.name} cannot be written down: its {'time' if time is None else 'network'} is a function of your own")
     options = {key: value for key, value in config.items() if not key.startswith("_")}
     kind, facts = type(network).__name__, (model.need_shape(), model.classes, model.null_label)
-    about = description(kind, options, model.schedule, prediction(model.prediction).name, time, *facts)
-    return {"format": FORMAT, "version": ModelRecord.VERSION, **about}
+    predicted = prediction(model.prediction)
+    about = description(kind, options, model.schedule, predicted.name, time, *facts)
+    if model.domain is None:
+        return {"format": FORMAT, "version": ModelRecord.VERSION, **about}
+    table = [list(row) for row in predicted.table] if isinstance(predicted, Measured) else None
+    about |= {"domain": model.domain.to_config(), "preconditioning": table}
+    return {"format": FORMAT, "version": ReflectedRecord.VERSION, **about}
 
 
 def described(meta: ModelRecord, weights: Mapping[str, Tensor], name: str, where: Path) -> Model:
@@ -205,9 +233,15 @@ def described(meta: ModelRecord, weights: Mapping[str, Tensor], name: str, where
             raise ModelError(f"the network's time is scaled by {time.scale} and {time.factor}, which are not finite")
         call = None if type(network).__name__ in NETWORKS else unet_call
         labels: dict[str, Any] = {"classes": meta.classes, "null_label": meta.null_label}
+        predicted: str | Prediction = meta.prediction
+        if isinstance(meta, ReflectedRecord):
+            labels["domain"] = Cube(**meta.domain)
+            if (meta.preconditioning is None) == (predicted == Measured.NAME):
+                raise ModelError(f"prediction {predicted!r} and a table of measured coefficients belong together")
+            predicted = predicted if meta.preconditioning is None else Measured(meta.preconditioning)
         if math.prod(meta.shape) > LARGEST:
             raise ModelError(f"samples of shape {meta.shape} have more numbers than any network makes")
-        return Model(network, schedule, meta.prediction, shape=tuple(meta.shape), time=time, call=call, name=name, **labels)
+        return Model(network, schedule, predicted, shape=tuple(meta.shape), time=time, call=call, name=name, **labels)
     except FewstepError as error:
         raise ModelError(f"{where}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -229,7 +263,7 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def save_described(model: Model, path: Path, network: Any = None) -> None:  # noqa: ANN401
-    """Write a model as a folder of version 2, or as one file where ``path`` ends in ``.safetensors``; each file whole or not at all.
+    """Write a model as a folder of version 2 or 4, or as one file where ``path`` ends in ``.safetensors``; each file whole or not at all.
 
     Args:
         model: to be written.
@@ -255,12 +289,14 @@ def imports_code(model: Model) -> bool:
 
 
 def _has_format(model: Model) -> bool:
-    """Return whether a description of version 2 says all of a model."""
+    """Return whether a description of version 2 or 4 says all of a model."""
     network = model.network
     ours = model.call is None if type(network).__name__ in NETWORKS else model.call is unet_call and hasattr(network, "config")
     timed = isinstance(model.time, NetworkTime) or model.time in (edm_time, same_time)
     plain = model.dtype is None and model.time_dtype is None and not model.identity and model.build is None
-    return ours and timed and plain and prediction(model.prediction).is_named
+    predicted = prediction(model.prediction)
+    known = predicted.is_named or (isinstance(predicted, Measured) and model.domain is not None)
+    return ours and timed and plain and known
 
 
 def holds_model(folder: Path) -> bool:
@@ -389,7 +425,7 @@ def save_like(model: Model, network: Any, folder: Path) -> None:  # noqa: ANN401
     if model.folder is None or imports_code(model):
         write_model(model.with_network(network), folder)
         return
-    if isinstance(model.network, tuple(NETWORKS.values())):
+    if isinstance(model.network, tuple(NETWORKS.values())) or model.domain is not None:
         save_described(model, folder, network)
         return
     if (model.folder / DESCRIPTION).exists():

@@ -88,6 +88,11 @@ def own_files(model: Model) -> tuple[dict[str, Tensor], bytes]:
     network = model.network
     if not isinstance(network, nn.Module):
         raise ModelError(f"{model.name} is a function, which has no weights to save: make the Model of a torch.nn.Module")
+    if model.domain is not None:
+        raise ModelError(
+            f"{model.name} cannot be saved: a reflected model is saved with a network of diffusers or of fewstep, in its own dtype and "
+            "with the time log(sigma)/4, as fewstep train --kind reflected makes it"
+        )
     network, kind = unwrapped(network), prediction(model.prediction)
     try:
         build = named(model.build or _plain_class(network), "build" if model.build else "its network's class")
