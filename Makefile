@@ -80,7 +80,15 @@ benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/fit_study.py --out benchmarks/results/fit_study.json
 	$(BIN)/fewstep bench digits-edm --solver $(ALL) --grid karras,logsnr,uniform,quadratic,angle --nfe 1,2 --num 1024 \
 		--out benchmarks/results/digits-edm-few
-	$(BIN)/fewstep bench digits-dsno --num 1024 --out benchmarks/results/digits-dsno
+	$(BIN)/fewstep bench digits-flow-map --nfe 1,2,3,4,5,6,8 --num 1024 --out benchmarks/results/digits-flow-map
+	$(BIN)/python benchmarks/passes.py digits-flow-map digits-edm --out benchmarks/results/passes.json
+	for scale in 1 2 4; do \
+		$(BIN)/fewstep bench assets/digits-guided --data digits --solver unipc-2 --grid angle --nfe 5,8,10,20 --num 1024 --guidance $$scale \
+			--out benchmarks/results/digits-guided-guidance-$$scale && \
+		$(BIN)/fewstep bench assets/digits-guided-1step --data digits --num 1024 --guidance $$scale \
+			--out benchmarks/results/digits-guided-guidance-$$scale || exit 1; \
+	done
+	$(BIN)/fewstep bench assets/digits-dsno --data digits --num 1024 --out benchmarks/results/digits-dsno
 	$(BIN)/python benchmarks/dsno_study.py --out benchmarks/results/dsno_study.json
 	$(BIN)/python benchmarks/pipeline_study.py --out benchmarks/results/pipeline_study.json --picture docs/pipeline.png
 	$(BIN)/python benchmarks/tuned_models.py --out benchmarks/results/tuned_models

@@ -44,6 +44,7 @@ from fewstep.models.networks.temporal_unet import Mixing
 from fewstep.runtime.artifact import write_whole
 from fewstep.sampling.reference import reference_sampler
 
+ROOT = Path(__file__).parents[1]
 FRESH = range(1024)
 NUM, HELD_OUT, SEED, STEPS, BATCH, CHOICE_STEPS = 12288, 1024, 6_000_000, 250, 64, 100
 GRIDS = ("angle", "angle:power=2", "optimized")
@@ -173,7 +174,7 @@ class Study:
         """digits-dsno, or for no passes its teacher, from the noises of a benchmark."""
         path = self.work / "rows" / f"bundled--{passes}.json"
         if not path.exists():
-            student, labels = load_model("digits-dsno"), self.model.labels(FRESH)
+            student, labels = load_model(ROOT / "assets" / "digits-dsno"), self.model.labels(FRESH)
             assert labels is not None
             made = self.exact
             if passes:

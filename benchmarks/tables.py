@@ -530,6 +530,15 @@ def student(name: str, rows: list[Row], others: list[Row]) -> None:
     print("| arithmetic of the passes, in evaluations | " + " | ".join(f"{row['arithmetic']:.2f}" for row in ours.values()) + " |")
 
 
+def falling(rows: Sequence[Row]) -> None:
+    """Print the error of a student by its passes, over draws of the noises."""
+    heading(["passes"], [row["passes"] for row in rows])
+    print("| RMSE | " + " | ".join(f"{row['rmse']:.4f}" for row in rows) + " |")
+    print("| 95 % of the draws | " + " | ".join(f"{row['interval'][0]:.4f} to {row['interval'][1]:.4f}" for row in rows) + " |")
+    for share in ("below the one before", "below one pass"):
+        print(f"| draws {share} | " + " | ".join(f"{row[share]:.1%}" if share in row else "" for row in rows) + " |")
+
+
 STUDENTS = (1, 2, 3, 4, 5, 6, 8, 10)  # network calls
 
 
@@ -603,6 +612,7 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "fitted": lambda results, args: fitted(rows_of(results, args, library=None)),
     "student": _student,
     "students": lambda results, args: students(results),
+    "passes": lambda results, args: falling(results[0]["rows"]),
     "fit-study": lambda results, args: fit_study([row for row in results[0]["rows"] if row["table"] == args.part]),
     "dsno-study": lambda results, args: dsno_study(results[0]["rows"], args.part),
     "pipeline": lambda results, args: pipeline(results[0]),

@@ -15,11 +15,11 @@ for step, loss in student.card["curve"][:: len(student.card["curve"]) - 1]:
 images = fewstep.sample(student, nfe=1, seeds=range(4))
 print(f"{len(images)} images of {tuple(images.shape[1:])} in one pass each")
 
-bundled = fewstep.load_model("digits-dsno")  # distilled from the same teacher for half an hour
+bundled = fewstep.load_model("digits-flow-map")  # distilled from the same teacher for an hour
 exact = fewstep.sample(teacher, "unipc-3", nfe=64, grid="karras", seeds=range(64))
 for name, made in {
     "the teacher by ddim": fewstep.sample(teacher, "ddim", nfe=1, seeds=range(64)),
     "this student": fewstep.sample(student, nfe=1, seeds=range(64)),
-    "digits-dsno": fewstep.sample(bundled, nfe=1, seeds=range(64)),
+    "digits-flow-map": fewstep.sample(bundled, nfe=1, seeds=range(64)),
 }.items():
     print(f"one evaluation, error to the teacher's trajectories: {name} {(made - exact).square().mean().sqrt():.4f}")

@@ -24,6 +24,7 @@ from fewstep.models.networks.calls import edm_time, unet_call
 from fewstep.solvers import DDIM, DEIS, IPNDM, SOLVERS, DPMSolverM, DPMSolverPP, DPMSolverV3, SDEDPMSolverPP2M, UniPC, takes_statistics
 from fewstep.solvers.stencil import NEVER
 
+DSNO = str(Path(__file__).parents[1] / "assets" / "digits-dsno")  # an operator student of the repository
 ATTENTION_UNET = {  # of two levels, the lower one with attention
     "sample_size": 8,
     "in_channels": 1,

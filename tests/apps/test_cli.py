@@ -34,7 +34,7 @@ def test_models(monkeypatch, capsys) -> None:
     assert run(monkeypatch, "models", "--json") == 0
     known = json.loads(capsys.readouterr().out)
     assert (
-        {"digits-edm", "digits-edm-3step", "digits-dsno", "digits-ddpm"} == set(known["models"])
+        {"digits-edm", "digits-edm-3step", "digits-flow-map", "digits-ddpm"} == set(known["models"])
         and "unipc-2" in known["solvers"]
         and "angle" in known["grids"]
     )

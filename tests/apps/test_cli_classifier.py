@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tests.apps.conftest import run
+from tests.problems import DSNO
 
 from fewstep.evaluate.metrics.features import load_digits_features
 
@@ -105,7 +106,7 @@ def test_a_loss_of_ones_own(monkeypatch, tmp_path: Path) -> None:
         (("digits-ddpm", "--classifier", "hostile:leaves"), "hostile:leaves failed: SystemExit"),
         (("digits-ddpm", "--classifier", "hostile:leaves", "--label", 3), "its attribute classes would say how many"),
         (("digits-edm", "--classifier", "digits", "--guidance", 2), "without its own condition: leave --guidance out"),
-        (("digits-dsno", "--classifier", "digits"), "cannot be guided on their way"),
+        ((DSNO, "--classifier", "digits"), "cannot be guided on their way"),
         (("digits-ddpm", "--classifier", "os:getcwd"), "os:getcwd cannot be called with x, t, labels"),
         (("digits-ddpm", "--classifier", "os.path:join"), "os.path:join failed: TypeError"),
         (("digits-ddpm", "--classifier", "nowhere:join"), "nowhere"),
@@ -114,7 +115,7 @@ def test_a_loss_of_ones_own(monkeypatch, tmp_path: Path) -> None:
 def test_words_that_cannot_be_are_refused(words, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "hostile.py").write_text(HOSTILE)
     monkeypatch.syspath_prepend(tmp_path)
-    solver = () if "--solver" in words or words[0] == "digits-dsno" else ("--solver", "ddim", "--nfe", 3)
+    solver = () if "--solver" in words or words[0] == DSNO else ("--solver", "ddim", "--nfe", 3)
     assert run(monkeypatch, "sample", *words, *solver, "-n", 2, "--out", tmp_path / "out") == 2
     told = capsys.readouterr()
     assert says in told.err and len([line for line in told.err.splitlines() if line.startswith("fewstep:")]) == 1

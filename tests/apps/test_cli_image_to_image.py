@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tests.apps.conftest import run
-from tests.problems import contents
+from tests.problems import DSNO, contents
 
 import fewstep
 from fewstep.data.images import read_image
@@ -88,7 +88,7 @@ COLOURED = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
         (("digits-edm", "--from", "DIGIT", "--strength", 0.001), "no step begins at noise level 0.001001"),
         (("digits-edm", "--from", "DIGIT", "--strength", 0.3, "--times", "1,0.1"), "say where sampling begins: leave --strength out"),
         (("digits-edm", "--from", "DIGIT", "--strength", 0.3, "--sigmas", "1,0.1"), "say where sampling begins: leave --strength out"),
-        (("digits-dsno", "--from", "DIGIT", "--strength", 0.3), "digits-dsno is a student, whose jumps start at pure noise"),
+        ((DSNO, "--from", "DIGIT", "--strength", 0.3), "digits-dsno is a student, whose jumps start at pure noise"),
         (("digits-edm", "--from", "LARGE", "--strength", 0.3), "is 16 x 8 in grey, and the model's samples are 8 x 8 in grey"),
         (("digits-edm", "--from", "COLOURED", "--strength", 0.3), "is 8 x 8 in RGB, and the model's samples are 8 x 8 in grey"),
         (("digits-edm", "--from", "nowhere.png", "--strength", 0.3), "nowhere.png"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from tests.apps.conftest import run
-from tests.problems import tiny_folder
+from tests.problems import DSNO, tiny_folder
 
 import fewstep
 
@@ -52,7 +52,7 @@ def test_errors_of_a_sampler_that_adds_noise_say_nothing(monkeypatch, capsys, tm
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("digits-dsno",), "is a student"),
+        ((DSNO,), "is a student"),
         (("digits-edm-3step",), "was tuned for 3 steps of ddim, to end where its teacher does"),
         (("digits-edm", "-n", 1), "an inspection takes 2 noises or more, got 1"),
         (("digits-edm", "--nfe", 0), "0"),

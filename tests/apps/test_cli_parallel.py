@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tests.apps.conftest import run
+from tests.problems import DSNO
 from tests.processes import together
 
 import fewstep
@@ -77,7 +78,7 @@ def test_two_processes_share_a_window(tmp_path: Path) -> None:
         (("sample", "digits-edm", "--parallel", "--devices", "cuda:7"), "device 'cuda:7' cannot be used here"),
         (("sample", "digits-edm", "--parallel", "--devices", "cpu,,cpu"), "device '' cannot be used here"),
         (("sample", "digits-edm", "--parallel", "--devices", "meta"), "nothing is computed on the device meta"),
-        (("sample", "digits-dsno", "--parallel"), "a student makes each of its few jumps by one call"),
+        (("sample", DSNO, "--parallel"), "a student makes each of its few jumps by one call"),
         (("trajectories", "digits-edm", "--memory", 3), "--memory is for sampling in parallel"),
         (("trajectories", "digits-edm", "--parallel", "--memory", 0), "memory is at least 1, got 0"),
     ],

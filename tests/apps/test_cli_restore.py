@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from tests.apps.conftest import counted, run
+from tests.problems import DSNO
 
 from fewstep import Restoration
 from fewstep.data.images import load_images
@@ -216,6 +217,6 @@ def test_what_comes_before_the_samples_is_said(monkeypatch, capsys, tmp_path: Pa
 
 def test_a_student_is_refused(monkeypatch, capsys, tmp_path: Path, files: Path) -> None:
     picture, words = files / "digit.png", ("--task", "denoise", "--noise", 0.3, "--out", tmp_path / "out")
-    assert run(monkeypatch, "restore", "digits-dsno", picture, *words) == 2
+    assert run(monkeypatch, "restore", DSNO, picture, *words) == 2
     assert "student" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

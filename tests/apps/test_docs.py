@@ -124,6 +124,7 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     if page == "docs/reflected.md":
         reflected_model().save(tmp_path / "runs" / "reflected")
+    (tmp_path / "assets").symlink_to(ROOT / "assets")  # of the repository, where a reader of it is
     if page == "docs/own-network.md":
         (tmp_path / "my_networks.py").write_text(MY_NETWORKS)
         monkeypatch.syspath_prepend(tmp_path)

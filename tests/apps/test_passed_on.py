@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.apps.conftest import run
+from tests.problems import DSNO
 
 from fewstep import (
     CalibrationConfig,
@@ -30,7 +31,7 @@ from fewstep.models.networks.temporal_unet import Mixing
 from fewstep.models.zoo import WEIGHTS
 from fewstep.runtime.errors import FewstepError
 
-STUDENT = str(WEIGHTS / "digits-dsno")
+STUDENT = DSNO
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 LEARNED = (
     *("digits-edm/optimized/ddim/grids.json", "digits-edm/fitted/nfe-05/sampler.safetensors"),
-    *("digits-edm-3step/tuned.json", "digits-dsno/operator.json"),
+    *("digits-edm-3step/tuned.json", "digits-flow-map/flow-map.json"),
 )
 
 
@@ -89,13 +89,13 @@ def test_three_tuned_steps_land_near_the_teacher() -> None:
 
 
 def test_one_distilled_pass_is_better_than_two_evaluations_and_two_are_better_still() -> None:
-    teacher, student, data = load_model("digits-edm"), load_model("digits-dsno"), load_images("digits").x
+    teacher, student, data = load_model("digits-edm"), load_model("digits-flow-map"), load_images("digits").x
     schedule, features = teacher.schedule, load_features("digits", (1, 8, 8))
     exact = fresh_samples("digits-edm", reference_sampler(schedule))
     four = fresh_samples("digits-edm", Sampler.build(make_solver("dpm-solver-pp-2m"), make_grid("angle", schedule, 4), schedule))
     error: dict[int, float] = {}
     for nfe in (1, 2):
-        made = fresh_samples("digits-dsno", Sampler.build(make_solver("ddim"), student.optimized("ddim", nfe), schedule))
+        made = fresh_samples("digits-flow-map", Sampler.build(make_solver("ddim"), student.optimized("ddim", nfe), schedule))
         error[nfe] = rmse(made, exact)
         asked = student.labels(FRESH)
         agree, theirs = ((features.labels(x) == asked).float().mean() for x in (made, exact))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.problems import DSNO
 
 import fewstep
 from fewstep import ArtifactError, ModelError, SolverError
@@ -183,7 +184,7 @@ def test_models_that_cannot_be_a_prior_of_pictures(tmp_path: Path) -> None:
     refused(replace(model, shape=(8,)), "makes samples of shape")
     refused(replace(model, shape=(3, 8, 8)), "digits has pictures of shape .1, 8, 8.")
     refused(replace(model, data=None), "does not know its data", replace(CONFIG, data=None))
-    refused(fewstep.load_model("digits-dsno"), "student")
+    refused(fewstep.load_model(DSNO), "student")
     classes = replace(model, null_label=None)
     from numpy import savez, zeros
 

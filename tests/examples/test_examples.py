@@ -19,7 +19,7 @@ SAID = {  # what its last lines are about
     "02": "the same from disk: True",
     "03": "dpm-solver-v3",
     "04": "evaluations at noise levels",
-    "05": "digits-dsno",
+    "05": "digits-flow-map",
     "06": "the whole report: bench/report.html",
     "07": "5 steps by fitted",
     "08": "TwoStep",

@@ -25,6 +25,7 @@ from tests.hygiene.mutations import mutated
 from tests.integrations.diffusers import tiny_pipelines
 from tests.models.formats.conftest import edm_modules  # noqa: F401 - a fixture
 from tests.models.formats.test_checkpoints import SONG, edm_pickle, song
+from tests.problems import DSNO
 from torch import nn
 
 import fewstep
@@ -43,7 +44,6 @@ from fewstep.learn.teacher.gram import Gram
 from fewstep.learn.teacher.trajectories import Trajectories, TrajectoryConfig, generate_trajectories
 from fewstep.models.formats.checkpoints import convert, load_checkpoint
 from fewstep.models.model import Model
-from fewstep.models.zoo import WEIGHTS
 from fewstep.runtime.accumulate import Part, Store, accumulate, seed_batches
 from fewstep.sampling.grid_table import GridTable
 
@@ -207,7 +207,7 @@ def _make_diffusers(folder: Path) -> None:
 
 
 def _make_student(folder: Path) -> None:
-    shutil.copytree(WEIGHTS / "digits-dsno", folder, dirs_exist_ok=True)
+    shutil.copytree(DSNO, folder, dirs_exist_ok=True)
 
 
 def _make_pickle(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.problems import LAW, statistics, toy
+from tests.problems import DSNO, LAW, statistics, toy
 
 import fewstep
 from fewstep import DiscreteVP, RectifiedFlow, Sampler, VarianceExploding, VPCosine, VPLinear, make_grid
@@ -15,7 +15,7 @@ SAMPLER = Sampler.build("unipc-2", "angle", VPLinear(), nfe=8)
 SHOWN = {
     "Model": (toy(classes=10), "Model(toy, sample, samples of (2, 2), 10 classes)"),
     "Model without a shape": (fewstep.Model(abs, LAW, "v"), "Model(builtin_function_or_method, v, no shape)"),
-    "Model of the package": (fewstep.load_model("digits-dsno"), "Model(digits-dsno, flow map, samples of (1, 8, 8), 10 classes)"),
+    "Model of the package": (fewstep.load_model(DSNO), "Model(digits-dsno, flow map, samples of (1, 8, 8), 10 classes)"),
     "Sampler": (SAMPLER, "Sampler(unipc-2, 8 evaluations, noise levels 152 to 0.0105)"),
     "Sampler with options": (
         Sampler.build("ddim:eta=0.5", "angle", RectifiedFlow(), nfe=4),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.problems import DSNO
 
 import fewstep
 from fewstep import ArtifactError, ModelError, Restoration, Sampler, SolverError, restore
@@ -197,4 +198,4 @@ def test_refusals(model: fewstep.Model, tmp_path: Path, options: dict, error: ty
 
 def test_a_student_is_refused() -> None:
     with pytest.raises(ModelError, match="student"):
-        restore(fewstep.load_model("digits-dsno"), Average(2), Y, 0.05)
+        restore(fewstep.load_model(DSNO), Average(2), Y, 0.05)

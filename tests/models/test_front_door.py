@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.problems import toy
+from tests.problems import DSNO, toy
 from torch import nn
 
 import fewstep
@@ -306,17 +306,17 @@ ARTIFACTS = {
         "no sampler for 5 evaluations at guidance 1: it carries some for 3, 6; name a solver",
     ),
     "passes that a student does not make": (
-        lambda: load_model("digits-dsno").optimized("ddim", 9),
+        lambda: load_model(DSNO).optimized("ddim", 9),
         GridError,
         "digits-dsno makes 1, 2, 3, 4 passes, not 9",
     ),
     "grids of a student's solver": (
-        lambda: load_model("digits-dsno").optimized("heun", 2),
+        lambda: load_model(DSNO).optimized("heun", 2),
         GridError,
         "is a student, which jumps by ddim alone",
     ),
     "fits of a student": (
-        lambda: load_model("digits-dsno").fitted(2),
+        lambda: load_model(DSNO).fitted(2),
         SolverError,
         "is a student, which has passes and no fitted samplers",
     ),
@@ -477,7 +477,7 @@ def test_the_best_of_what_is_carried_is_taken_and_named(caplog):
 
 
 def test_a_tuned_model_is_sampled_as_it_was_tuned():
-    model, student = load_model("digits-edm-3step"), load_model("digits-dsno")
+    model, student = load_model("digits-edm-3step"), load_model(DSNO)
     assert best_sampler(model).nfe == model.tuned.nfe == 3
     assert torch.equal(sample(model, seeds=[1]), sample(model, "ddim", nfe=3, grid="optimized", seeds=[1]))
     assert [best_sampler(student, jumps).nfe for jumps in student.num_jumps] == [1, 2, 3, 4] and best_sampler(student).nfe == 1

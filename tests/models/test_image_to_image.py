@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.problems import names, toy
+from tests.problems import DSNO, names, toy
 from torch import nn
 
 from fewstep import (
@@ -135,7 +135,7 @@ REFUSED = {
         "numbers for its own levels alone, and begins nowhere else: pass a Sampler, or a solver's name",
     ),
     "a student": (
-        lambda: asked(None, of=load_model("digits-dsno"), x0=torch.zeros(1, 8, 8)),
+        lambda: asked(None, of=load_model(DSNO), x0=torch.zeros(1, 8, 8)),
         ModelError,
         "this student's jumps start at pure noise",
     ),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.problems import mixture, noise, toy
+from tests.problems import DSNO, mixture, noise, toy
 
 import fewstep
 from fewstep import FewstepError, ModelError, ParallelConfig, VPLinear, load_model
@@ -54,7 +54,7 @@ def test_what_cannot_be_spread_is_refused():
     with pytest.raises(ModelError, match="devices are for a Model"):
         fewstep.sample(mixture(VPLinear()), "ddim", noise(1, 2), nfe=2, parallel=devices)
     with pytest.raises(ModelError, match="a student makes each of its few jumps by one call"):
-        fewstep.sample(load_model("digits-dsno"), nfe=4, seeds=[1], parallel=devices)
+        fewstep.sample(load_model(DSNO), nfe=4, seeds=[1], parallel=devices)
     function = fewstep.Model(lambda x, t: x, VPLinear(), "sample", shape=(2,), identity="mine")
     with pytest.raises(ModelError, match="no model of a torch.nn.Module"):
         fewstep.sample(function, "ddim", nfe=2, seeds=[1], parallel=devices)

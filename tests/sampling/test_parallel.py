@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tests.problems import ALL, Tanh, mixture, noise
+from tests.problems import ALL, DSNO, Tanh, mixture, noise
 
 import fewstep
 from fewstep import ModelError, ParallelConfig, RectifiedFlow, Sampler, SolverError, TimeGrid, VPLinear, classifier_free, load_model
@@ -240,7 +240,7 @@ def test_numbers_out_of_range_are_refused(options, says):
         ({"config": ParallelConfig(devices=("cpu",))}, SolverError, "leave devices out, or pass a Model"),
         ({"observe": 3}, SolverError, "observe is a function"),
         ({"denoiser": Wrapped(SCHEDULE, lambda x, t, cond: x[:, :1])}, ModelError, r"answered shape \(3, 1\) to states of shape \(3, 2\)"),
-        ({"denoiser": load_model("digits-dsno").guided()}, ModelError, "a flow map makes each of its few jumps by one call"),
+        ({"denoiser": load_model(DSNO).guided()}, ModelError, "a flow map makes each of its few jumps by one call"),
     ],
 )
 def test_what_cannot_be_run_is_refused(change, error, says):

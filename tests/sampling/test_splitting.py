@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.problems import ALL, WHOLE_REGISTRY, mixture, noise
+from tests.problems import ALL, DSNO, WHOLE_REGISTRY, mixture, noise
 
 import fewstep
 from fewstep import ModelError, RectifiedFlow, Sampler, SolverError, VarianceExploding, VPLinear, classifier_guided, make_grid, sample_split
@@ -221,7 +221,7 @@ def test_a_loss_of_the_clean_image_runs_through_the_network():
         ({"sampler": sampler("ddim-eta-1")}, SolverError, "adds noise: pass seeds="),
         ({"x": 3}, ModelError, "x is the start"),
         ({"denoiser": mixture(RectifiedFlow())}, ModelError, "another noise schedule"),
-        ({"denoiser": fewstep.load_model("digits-dsno").guided()}, ModelError, "cannot be split: guide its teacher"),
+        ({"denoiser": fewstep.load_model(DSNO).guided()}, ModelError, "cannot be split: guide its teacher"),
     ],
 )
 def test_what_cannot_be_is_refused(change, error, says):

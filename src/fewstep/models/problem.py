@@ -186,7 +186,8 @@ class Problem:
     def card(self) -> dict[str, object]:
         """Return whose an artifact is, for its card."""
         domain = self.model.domain
-        return ({} if domain is None else {"domain": [domain.low, domain.high]}) | {
+        walls: dict[str, object] = {} if domain is None else {"domain": [domain.low, domain.high]}
+        return walls | {
             "of": self.name,
             "model": self.fingerprint,
             "prediction": prediction(self.model.prediction).name,

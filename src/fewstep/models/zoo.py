@@ -19,7 +19,7 @@ __all__ = ["BUNDLED", "load_model"]
 BUNDLED = {  # name -> (what it is, the data it was trained on)
     "digits-edm": ("class-conditional, EDM preconditioning, continuous noise levels 0.002 to 80", "digits"),
     "digits-edm-3step": ("digits-edm tuned to sample in 3 first-order steps", "digits"),
-    "digits-dsno": ("digits-edm distilled to sample in 1 pass, 2 or more for less error", "digits"),
+    "digits-flow-map": ("digits-edm distilled into a flow map, which samples in 1 pass, 2 or more for less error", "digits"),
     "digits-ddpm": ("unconditional, epsilon prediction, 1000 linear betas, a diffusers pipeline folder", "digits"),
 }
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tests.evaluate.problems import LAW, toy
+from tests.problems import DSNO
 from torch import Tensor, nn
 
 import fewstep
@@ -262,7 +263,7 @@ def test_the_model_is_sampled_with_its_own_guidance_by_default() -> None:
 
 @pytest.mark.slow
 def test_a_student_is_compared_along_its_own_times() -> None:
-    table = compare(load_model("digits-dsno"), ["ddim", "unipc-2", euler], nfe=(1, 2), grid=OPTIMIZED, num=4, batch=4)
+    table = compare(load_model(DSNO), ["ddim", "unipc-2", euler], nfe=(1, 2), grid=OPTIMIZED, num=4, batch=4)
     assert [(row.solver, row.nfe) for row in table.rows] == [("ddim", 1), ("ddim", 2)]
     assert all(row.arithmetic is not None and row.arithmetic > row.nfe for row in table.rows)
     assert "1 pass of digits-dsno: the arithmetic of" in str(table) and "is a student" in str(table)
@@ -471,7 +472,7 @@ def test_models_that_are_none_are_refused() -> None:
         (nn.Flatten(), "this takes a fewstep.Model, not a Flatten"),
         ("digits-edm", "not a str"),
         (replace(toy(LAW), shape=None), "does not know the shape of its samples"),
-        (replace(load_model("digits-dsno"), folder=None, name="orphan"), "orphan is a student that does not say who its teacher was"),
+        (replace(load_model(DSNO), folder=None, name="orphan"), "orphan is a student that does not say who its teacher was"),
     ):
         with pytest.raises(ModelError, match=says):
             compare(wrong, "ddim", nfe=1, **SMALL)  # pyright: ignore[reportArgumentType]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.evaluate.problems import LAW, toy
+from tests.problems import DSNO
 
 from fewstep import ArtifactError, FewstepError, GridError, Model, Sampler, SolverError, TimeGrid, load_model, make_grid
 from fewstep.evaluate.benchmark.entries import Entry, HandMadeEntry, PeerEntry, SamplerEntry, ThirdPartyEntry
@@ -180,7 +181,7 @@ def test_grids_for_other_weights_are_no_gap_but_an_error(tmp_path: Path) -> None
 def test_a_student_says_which_samplers_are_not_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "kinds.py").write_text("def theirs(model, x, sigmas, **_):\n    return model(x, sigmas[0])\n")
     monkeypatch.syspath_prepend(tmp_path)
-    model = load_model("digits-dsno")
+    model = load_model(DSNO)
     two = Sampler.build("unipc-2", model.optimized("ddim", 2), model.schedule).save(tmp_path / "made")
     config = BenchmarkConfig(("ddim", "unipc-2"), (OPTIMIZED, "karras"), (1, 2), peers=("diffusers", "kinds:theirs"), samplers=(two,))
     why = {key: entry.why_not() for key, entry in planned(config, model).items()}

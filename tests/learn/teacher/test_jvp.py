@@ -13,7 +13,7 @@ from fewstep.core.prediction import aligned
 from fewstep.learn.teacher.jvp import JVP_METHODS, choose_jvp, differentiable
 from fewstep.models.zoo import BUNDLED
 
-DENOISERS = [name for name in BUNDLED if name != "digits-dsno"]  # which answers for steps
+DENOISERS = [name for name in BUNDLED if name != "digits-flow-map"]  # which answers for steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode of some PyTorch releases says so
 F64 = torch.float64

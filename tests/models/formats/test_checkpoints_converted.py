@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.models.formats.test_checkpoints import SONG, edm_pickle, sampled, song
 from tests.models.formats.test_checkpoints_others import ADM_CONFIG, VE, VP, score_sde_file
 from tests.models.networks.test_unets import ADM, NCSNpp, state_of
+from tests.problems import DSNO
 
 from fewstep import ArtifactError, Model, ModelError, load_model
 from fewstep.models.formats.checkpoints import FORMATS, convert, load_checkpoint, save_single_file
@@ -88,7 +89,7 @@ def test_what_cannot_be_written_down(tmp_path: Path) -> None:
         (replace(model, time_dtype=torch.float64), "a.safetensors", "a description has no dtype and time_dtype"),
         (function, "a.safetensors", "its network is a function of your own"),
         (model, "a.bin", r"a single file is named \*.safetensors"),
-        (load_model("digits-dsno"), "a.safetensors", "is a student"),
+        (load_model(DSNO), "a.safetensors", "is a student"),
     ]:
         with pytest.raises(ModelError, match=says):
             save_single_file(bad, tmp_path / path)

@@ -40,7 +40,7 @@ CUBE = Cube()  # of pictures
 WALLS = VarianceExploding(t_min=0.01, t_max=3.0)  # in a cube of edge 2: above 3 the law is uniform to 1.5e-5
 MATCHING = FlowMapConfig(target="matching", first=0.2, last=0.4, anchor=0.5)  # half of the pairs of flow map matching are denoising
 UNUSED = {"p_mean": KINDS[1:3], "p_std": KINDS[1:3], "label_dropout": KINDS[2:3], "flip": KINDS[2:3]}  # options that kinds do not have
-USUAL = dict(zip(("p_mean", "p_std"), LEVELS["edm"], strict=True))  # what kinds that do not have these options say of them
+USUAL: dict[str, Any] = dict(zip(("p_mean", "p_std"), LEVELS["edm"], strict=True))  # what kinds that do not have these options say of them
 GROUPS = 16  # of channels, normalised together
 
 
