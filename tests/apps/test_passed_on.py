@@ -179,7 +179,7 @@ def test_distill(passed: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     config = DistillConfig(**own, **training, **taught)
     assert args == ("slots",) and options.pop("begin").fingerprint == load_model(STUDENT).fingerprint
     assert options.pop("features")(torch.zeros(2, 1, 8, 8)).shape[0] == 2
-    assert options == {"guidance": 2.0, "trajectories": "those in stored", "images": None, "config": config}
+    assert options == {"guidance": 2.0, "trajectories": "those in stored", "images": None, "judge": None, "config": config}
     words = ("--branch-at", "inner", "--insert-after", "inner")
     assert passed("make_student", "distill", "digits-edm", *words) == passed(
         "make_student", "distill", "digits-edm", "--fan", "inner", *words[2:]
@@ -187,7 +187,15 @@ def test_distill(passed: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     args, options = passed("make_student", "distill", "digits-edm", "--fan", "inner", "--places", "inner")
     config = DistillConfig(form=OperatorForm(mixing=Mixing(insert_after="inner", branch_at="inner")))
     assert args == ("dsno",)
-    assert options == {"guidance": 1.0, "trajectories": None, "begin": None, "features": None, "images": None, "config": config}
+    assert options == {
+        "guidance": 1.0,
+        "trajectories": None,
+        "begin": None,
+        "features": None,
+        "images": None,
+        "judge": None,
+        "config": config,
+    }
 
 
 def test_distill_into_a_flow_map(passed: Callable) -> None:

@@ -44,11 +44,10 @@ from fewstep.runtime.front_door import at_least, checked_class, is_count
 from fewstep.runtime.process import share
 from fewstep.sampling.loop import run
 from fewstep.sampling.sampler import Sampler
-from fewstep.solvers import DDIM, make_solver
+from fewstep.solvers import DDIM
 
 __all__ = ["ProgressiveConfig", "ProgressiveObjective"]
 
-FINE = 32  # evaluations of the trajectories whose ends a student is measured against
 ABOVE = 3 * 2**40 + FIRST_FRESH  # where their seeds begin
 MEASURED = 128  # of them
 
@@ -175,7 +174,7 @@ class ProgressiveObjective(StudentObjective):
 
     @torch.no_grad()
     def finish(self, student: nn.Module, data: Any) -> dict[str, Any]:  # noqa: ANN401 - as of the base
-        """Measure the student against the ends of exact trajectories of the model that was halved.
+        """Measure the student's steps against twice as many of the model that was halved, from the same noises.
 
         Returns:
             ``ends``: for some guidance scales the RMSE of its steps; ``passes``: the times of its steps, and that RMSE at the first scale.
@@ -183,11 +182,10 @@ class ProgressiveObjective(StudentObjective):
         seeds = [ABOVE + k for k in range(min(MEASURED, self.config.held_out))]
         problem, told = self.problem, self.problem.model.scales
         low, high = told or (problem.guidance, problem.guidance)
-        exact = Sampler.build(make_solver("unipc-3"), make_grid("angle", problem.schedule, FINE), problem.schedule)
-        own = Sampler.build(DDIM(), self.grid, problem.schedule)
+        own, twice = (Sampler.build(DDIM(), grid, problem.schedule) for grid in (self.grid, self.fine))
         start, cond, ends = problem.start(seeds, own.tableau.nodes), problem.cond(seeds), dict[str, float]()
         for scale in sorted({low, min(max(2.0, low), high), high}):
-            end = run(self._present(scale), exact.tableau, start, cond)
+            end = run(self._present(scale), twice.tableau, start, cond)
             ours = run(self._told(student, scale), own.tableau, start, cond)
             ends[f"{scale:g}"] = float((ours - end).double().square().mean().sqrt())
         return {"ends": ends, "passes": {self.steps: (self.grid.t.tolist(), next(iter(ends.values())))}}
