@@ -35,7 +35,7 @@ from fewstep.learn.networks.objectives import config as config_module
 from fewstep.learn.networks.objectives.flow_map_targets import composed, jump
 from fewstep.learn.networks.objectives.guided import GuidedObjective
 from fewstep.learn.networks.objectives.objective import Networks
-from fewstep.learn.networks.objectives.progressive import ProgressiveObjective
+from fewstep.learn.networks.objectives.progressive import ABOVE, ProgressiveObjective
 from fewstep.learn.networks.objectives.rollout import Rollout
 from fewstep.models.flow_map import FirstOrderMap
 from fewstep.models.guidance import classifier_free
@@ -234,6 +234,11 @@ def test_steps_are_halved_again_and_again(request: pytest.FixtureRequest, tmp_pa
     between = load_model(tmp_path / "out" / "steps" / "02")
     made, kept = distill(model, "progressive", config=HALVED, out=tmp_path / "out"), distill(model, "progressive", config=HALVED)
     assert same(made, kept) and made.scales == model.scales
+    assert f"- teacher: {model.name} in 2 steps" in (tmp_path / "out" / "README.md").read_text()
+    if model.scales is not None:  # its figures are the distance to the two steps that were halved
+        held = [ABOVE + k for k in range(HALVED.held_out)]
+        one, two = (sample(student, seeds=held, guidance=2.0) for student in (made, between))
+        assert made.card["ends"]["2"] == pytest.approx(float((one - two).double().square().mean().sqrt()), rel=1e-4)
     for one, steps in ((between, 2), (made, 1)):
         tuned = one.tuned
         assert tuned is not None and (tuned.nfe, tuned.solver, tuned.form) == (steps, "ddim", "progressive")

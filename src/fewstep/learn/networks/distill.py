@@ -183,6 +183,7 @@ def _halved(model: Model, config: ProgressiveConfig, out: str | Path | None, on_
     if out is None and process()[1] > 1:
         raise FewstepError("several processes hand students on by a folder: say out=...")
     may_write_model(model, out, STEPS)
+    first = model.name
     for number, count in enumerate(config.nfe):
         one = replace(config, nfe=(count,), start=config.begins)
         below = out if out is None or count == config.nfe[-1] else named_path(out) / STEPS / f"{count:02d}"
@@ -196,7 +197,7 @@ def _halved(model: Model, config: ProgressiveConfig, out: str | Path | None, on_
         if count == config.nfe[-1]:
             return made
         wait_for_all()
-        model = load_folder(str(below), trust=True) if made is None else made
+        model = replace(load_folder(str(below), trust=True) if made is None else made, name=f"{first} in {count} steps")
         config = replace(config, guidance=1.0) if model.scales is None else config  # the guidance is in the student's weights
     return None
 
