@@ -26,7 +26,6 @@ from fewstep.learn.networks import finetune as finetune_module
 from fewstep.learn.networks.distill import GuidedConfig, ProgressiveConfig
 from fewstep.learn.networks.objectives import guided as guided_module
 from fewstep.learn.networks.objectives import matching as matching_module
-from fewstep.learn.networks.objectives import progressive as progressive_module
 from fewstep.learn.samplers import fit_search as fit_search_module
 from fewstep.learn.samplers import optimize_plan
 from fewstep.learn.teacher.gram import GramConfig
@@ -277,7 +276,6 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(fit_search_module, "HAND_MADE", ("dpm-solver-pp-2m",))
     patch.setattr(optimize_plan, "REFERENCE_NFE", 12)
     patch.setattr(guided_module, "FINE", 2)
-    patch.setattr(progressive_module, "FINE", 2)
     patch.setattr(matching_module, "FINE", 2)
     patch.setattr(finetune_module, "GramConfig", lambda num: GramConfig(levels=8, num=2))
 

@@ -267,6 +267,7 @@ def test_a_half_finished_run_of_other_options_is_refused(teacher: Model, judge: 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dmd", "em"])
 def test_all_modes_of_a_ring_are_covered_alike(method: str) -> None:
+    """After some seconds: the masses are right by then, and points between modes are fewer, but not gone."""
     model, data = ring_model(), ring_data()
     modes = model.network.modes
     common: dict[str, Any] = {"steps": 400, "batch": 128, "lr": 2e-3, "held_out": 512, "measures": 10, "start": 1.0, "p_mean": -1.0}
@@ -277,7 +278,7 @@ def test_all_modes_of_a_ring_are_covered_alike(method: str) -> None:
     share = torch.bincount(nearest.argmin(1), minlength=6) / 1000
     first, chosen = student.card["scores"][0], student.card["kept"]
     assert float(share.min()) > 0.08 and float(share.max()) < 0.26
-    assert chosen["value"] < 0.5 * first["value"] and float((nearest.min(1).values < 0.4).float().mean()) > 0.9
+    assert chosen["value"] < 0.2 * first["value"] and chosen["precision"] > 2 * first["precision"] and chosen["recall"] > 0.95
 
 
 # -- mistakes --------------------------------------------------------------------------------------------------------
