@@ -37,6 +37,7 @@ SMALL = {"block_out_channels": (8,)}  # of the U-Net: as small as it gets
 CLASSES = 2  # and the null label
 ORDER = 1e-5  # relative: sums in another order, of states rounded to float32
 SWEPT = 1e-3  # of the numbers of a sweep, whose differences of float32 states pass such rounding on
+TRAINED = 1e-3  # of networks: Adam makes a step of a gradient that is rounding alone; more where two are trained together
 
 
 @dataclass(frozen=True)
@@ -625,4 +626,5 @@ def test_two_processes_give_the_result_of_one(
     assert bits(learner.numbers(learner.load(folder / name))) == bits(first[name])
     if name == "generate_trajectories":
         assert tidy(folder / name) == whole.files
-    close(first[name], learner.numbers(whole.result), SWEPT if name == "fit" else ORDER)
+    tolerance = TRAINED if name.startswith("distill") else SWEPT if name == "fit" else ORDER
+    close(first[name], learner.numbers(whole.result), tolerance)
