@@ -18,52 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from benchmarks.ring import Ring, ring_data, ring_model
+from torch import Tensor
 
-from fewstep import DistillConfig, EMConfig, FlowMapConfig, MatchingConfig, Model, VarianceExploding, distill, load_model, sample
+from fewstep import DistillConfig, EMConfig, FlowMapConfig, MatchingConfig, Model, distill, load_model, sample
 from fewstep.evaluate.metrics.distances import rmse
 from fewstep.evaluate.metrics.judge import Judge
 from fewstep.learn.networks.objectives.matching import ABOVE
 from fewstep.runtime.artifact import write_whole
 from fewstep.sampling.reference import reference_sampler
 
-SEEDS, MODES, WIDTH = 3, 6, 0.1
-STEPS = {"ring": 2000, "digits": 2000}
-BATCH = {"ring": 128, "digits": 64}
+SEEDS = 3
+RINGS = {"ring-6": 6, "ring-25": 25}
+STEPS = {"ring-6": 2000, "ring-25": 2000, "digits": 2000}
+ON_RING: dict[str, Any] = {"batch": 128, "start": 1.0, "lr": 2e-3, "p_mean": -1.0}  # of small networks, and noise that leaves modes apart
+ON_DIGITS: dict[str, Any] = {"batch": 64, "start": 2.5}
+COUNTED = range(10_000)  # noises whose samples are counted, mode by mode
 REGRESSION = {"steps": 1000, "batch": 64, "num": 16384, "held_out": 512}
-
-
-class Ring(nn.Module):
-    """The exact denoiser of six narrow modes on a ring, plus a small network that begins at 0 and can be trained."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        angle = torch.arange(MODES) * 2 * torch.pi / MODES
-        self.register_buffer("modes", torch.stack([angle.cos(), angle.sin()], 1))
-        last = nn.Linear(64, 2)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.more = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), last)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return ``x0 [B, 2]`` of states ``x [B, 2]`` at noise levels ``t [B]``."""
-        level, modes = t[:, None].float(), self.get_buffer("modes")
-        spread = level.square() + WIDTH**2
-        mean = (-(x[:, None] - modes).square().sum(2) / (2 * spread)).softmax(1) @ modes
-        exact = mean + WIDTH**2 / spread * (x - mean)
-        return exact + level / (1 + level) * self.more(torch.cat([x / (1 + level), level.log() / 4], 1))
-
-
-def ring_model() -> Model:
-    """Return six modes on a ring as a model to distil."""
-    return Model(Ring().eval(), VarianceExploding(0.02, 20.0), "sample", shape=(2,), name="ring")
-
-
-def ring_data(num: int = 1200) -> Tensor:
-    """Return points of the ring, ``[num, 2]``, as many of each mode."""
-    modes = Ring().get_buffer("modes")
-    return modes[torch.arange(num) % MODES] + WIDTH * torch.randn(num, 2, generator=torch.Generator().manual_seed(1))
 
 
 @dataclass(frozen=True)
@@ -88,12 +59,12 @@ class Case:
 
     def __init__(self, name: str, work: Path, num: int, options: Mapping[str, Any]) -> None:
         self.name, self.work, self.num, self.options = name, work / name, num, options
-        self.model = ring_model() if name == "ring" else load_model("digits-edm")
+        self.model = ring_model(RINGS[name]) if name in RINGS else load_model("digits-edm")
 
     @cached_property
     def watch(self) -> Watch:
         """The judge of all rows."""
-        judge = Judge.of(ring_data()) if self.name == "ring" else Judge.of_model(self.model)
+        judge = Judge.of(ring_data(RINGS[self.name])) if self.name in RINGS else Judge.of_model(self.model)
         seeds = torch.arange(ABOVE, ABOVE + self.num)
         sampler = reference_sampler(self.model.schedule)
         return Watch(judge, torch.cat([sample(self.model, sampler, seeds=part) for part in seeds.split(256)]))
@@ -120,22 +91,32 @@ class Case:
         """Train one student and return its curves; a killed one continues."""
         method = "em" if isinstance(config, EMConfig) else "dmd"
         given = {} if begin is None else {"begin": begin()}
-        out = None if self.name == "ring" else self.work / name.replace("/", "-").replace(" ", "-")
+        out = None if self.name in RINGS else self.work / name.replace("/", "-").replace(" ", "-")
         if out is not None and (out / "tuned.json").exists():  # killed after it was saved, and before its row was
             card = json.loads((out / "history.json").read_text())
         else:
             made = distill(self.model, method, config=config, out=out, judge=self.watch, **given)
             assert made is not None
-            card = dict(made.card)
+            card = {**made.card, **self.counted(made)}
         keys = ("step", "fd", "precision", "recall", "labels", "rmse", "fake", "teacher")
         curves = {key: [one[key] for one in card["scores"]] for key in keys}
         curves["seconds"] = [card["seconds"] * step / config.steps for step in curves["step"]]
-        return {"method": method, "config": asdict(config), "seconds": card["seconds"], "kept": card["kept"], "curves": curves}
+        modes = {key: card[key] for key in ("masses", "near") if key in card}
+        return {"method": method, "config": asdict(config), "seconds": card["seconds"], "kept": card["kept"], "curves": curves, **modes}
+
+    def counted(self, student: Model) -> dict[str, Any]:
+        """Return the least and the largest mass of a mode of a ring, in those that it should have, and the share of samples near one."""
+        if self.name not in RINGS:
+            return {}
+        ring = self.model.network
+        assert isinstance(ring, Ring)
+        share, near = ring.counted(sample(student, nfe=1, seeds=COUNTED))
+        return {"masses": [float(share.min()) * len(share), float(share.max()) * len(share)], "near": near}
 
 
 def variants(case: str, steps: int) -> Iterator[tuple[str, MatchingConfig, str | None]]:
     """Yield the name of each run, its configuration, and the student that it begins with."""
-    common: dict[str, Any] = {"steps": steps, "batch": BATCH[case], "start": 1.0 if case == "ring" else 2.5}
+    common = {"steps": steps, **(ON_RING if case in RINGS else ON_DIGITS)}
     dmd, em = MatchingConfig(**common), EMConfig(**common)
     yield "dmd", dmd, None
     for langevin in (2, 4, 8):
@@ -144,7 +125,7 @@ def variants(case: str, steps: int) -> Iterator[tuple[str, MatchingConfig, str |
     yield "langevin 4, all noise kept", replace(em, cancel=False), None
     for updates in (1, 5):
         yield f"updates {updates}", replace(dmd, updates=updates), None
-    for start in (0.5, 2.0) if case == "ring" else (1.0, 5.0):
+    for start in (0.5, 2.0) if case in RINGS else (1.0, 5.0):
         yield f"start {start:g}", replace(dmd, start=start), None
     if case == "digits":
         yield "from kd", replace(dmd, start=None), "kd"

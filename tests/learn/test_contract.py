@@ -36,8 +36,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 SMALL = {"block_out_channels": (8,)}  # of the U-Net: as small as it gets
 CLASSES = 2  # and the null label
 ORDER = 1e-5  # relative: sums in another order, of states rounded to float32
-SWEPT = 1e-3  # of the numbers of a sweep, whose differences of float32 states pass such rounding on
-TRAINED = 1e-3  # of networks: Adam makes a step of a gradient that is rounding alone; more where two are trained together
+TRAINED = 1e-4  # of networks: Adam makes a step of a gradient that is rounding alone (by SGD they are 1e-6 apart)
+ROUNDED = {  # where differences pass rounding on: a sweep's of states, and those of two networks that are trained together (by SGD 4e-6)
+    "fit": 1e-3,
+    "distill dmd": 1e-3,
+    "distill em": 1e-3,
+}
 
 
 @dataclass(frozen=True)
@@ -626,5 +630,4 @@ def test_two_processes_give_the_result_of_one(
     assert bits(learner.numbers(learner.load(folder / name))) == bits(first[name])
     if name == "generate_trajectories":
         assert tidy(folder / name) == whole.files
-    tolerance = TRAINED if name.startswith("distill") else SWEPT if name == "fit" else ORDER
-    close(first[name], learner.numbers(whole.result), tolerance)
+    close(first[name], learner.numbers(whole.result), ROUNDED.get(name, TRAINED if name.startswith("distill") else ORDER))
