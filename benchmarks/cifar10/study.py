@@ -33,7 +33,10 @@ GRIDS = "karras,logsnr,angle,uniform,quadratic"
 OPTIMIZED = f"ddim,dpm-solver-pp-2m,unipc-2,{TWO},dpm-solver-v3"
 VARIANTS = ":steps=1 :steps=2:predictor=true :predictor=true :corrector=none :corrector=same :corrector=true"  # of DPM-Solver-v3
 OWN = "4,5,6,8,10"  # evaluations of optimised grids and fitted samplers
+FEW = "1,2,3"  # below these, beside the passes of a student
 GUIDED = "5,8"  # of fitted samplers at guidance 2
+CALLS = "4"  # of one more: as many network calls as 8 evaluations of a guided student
+SCALES = (1, 2, 4)  # at which that is measured
 TUNED = "4"  # of phase 2
 SLOTS, PASSES = "--grid angle --slots 16", "1,2,3,4,6,8"  # of the flow map
 NETWORK = "--kind edm --conditional --flip --p-mean=-1.2 --p-std 1.2 --lr 0.001 --mixed-precision bf16"
@@ -45,14 +48,14 @@ class Preset:
 
     Args:
         size: of the pictures.
-        train, processes: options of ``fewstep train``, and how many of it train together.
+        train, processes: options of ``fewstep train``, and how many processes train and solve together.
         features: the preset of the feature network.
         num, quality: noises of every row, and of the teacher's own quality.
         nfe: of the rows on standard grids.
         calibrate: options of the statistics; ``pooling``: of those that are compared, as levels, data, pooling.
         optimize, fit, finetune: options of these commands; None leaves one out.
         trajectories: that the flow map learns from.
-        distill: options of its training.
+        distill: options of its training; ``guided``: of a guided student's.
         tag: of the folders, if it is no study to be kept.
     """
 
@@ -69,6 +72,7 @@ class Preset:
     finetune: str | None
     trajectories: int
     distill: str
+    guided: str
     features: str
     tag: str = ""
 
@@ -87,8 +91,9 @@ PRESETS = {
         optimize="--num 128 --noises 128 --held-out 512",
         fit="--held-out 256",
         finetune="--rounds 2 --half",
-        trajectories=32768,
-        distill="--steps 5000 --half",
+        trajectories=65536,
+        distill="--steps 7000 --half",
+        guided="--steps 4000 --half",
         features="cpu",
     ),
     "gpu": Preset(
@@ -106,6 +111,7 @@ PRESETS = {
         finetune="--rounds 3 --steps 2000 --half",
         trajectories=262144,
         distill="--steps 20000 --batch 512 --half",
+        guided="--steps 20000 --batch 512 --half",
         features="gpu",
     ),
     "smoke": Preset(  # everything once, in minutes, with a network that has learned nothing
@@ -122,6 +128,7 @@ PRESETS = {
         finetune="--rounds 1 --steps 2",
         trajectories=16,
         distill="--steps 2 --batch 4 --held-out 8",
+        guided="--steps 2 --batch 4 --held-out 8",
         features="smoke",
         tag="-smoke",
     ),
@@ -147,7 +154,8 @@ def stages(preset: Preset, shared: Path, work: Path, docs: Path) -> Iterator[Sta
 
     yield Stage("data", [*python, "benchmarks.cifar10.data", "--data", str(shared), "--size", str(preset.size), "--out", str(work)])
     together = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(preset.processes), "-m"] if preset.processes > 1 else []
-    learn = [*python, *together, "fewstep", "train", "--data", train, *NETWORK.split(), *preset.train.split()]
+    side_by_side = [*python, *together, "fewstep"]
+    learn = [*side_by_side, "train", "--data", train, *NETWORK.split(), *preset.train.split()]
     yield Stage("teacher", [*learn, "--out", str(teacher)], teacher / "fewstep.json")
     learn = [*python, "benchmarks.cifar10.features", "--preset", preset.features, "--data", str(work)]
     yield Stage("features", [*learn, "--out", str(weights)], weights / "features.json")
@@ -190,12 +198,19 @@ def stages(preset: Preset, shared: Path, work: Path, docs: Path) -> Iterator[Sta
         yield Stage("phase 2", [*fewstep, "finetune", str(teacher), *options], made / "tuned.json")
         yield Stage("its row", [*fewstep, "bench", str(made), *compared, "--out", str(rows / "tuned")])
     stored, made = work / f"{label}-trajectories", Path("assets") / f"{label}-flow-map"
-    solve = [*fewstep, "trajectories", str(teacher), *SLOTS.split(), "--nfe", "32", "--seed", "6000000"]
-    yield Stage("trajectories", [*solve, "--num", str(preset.trajectories + 512), "--out", str(stored)], made / "tuned.json")
-    learn = [*fewstep, "distill", str(teacher), "--method", "flow-map", "--trajectories", str(stored), *SLOTS.split(), "--own", "0.5"]
-    learn += ["--num", str(preset.trajectories), *preset.distill.split(), "--out", str(made)]
+    solve = [*side_by_side, "trajectories", str(teacher), *SLOTS.split(), "--nfe", "24", "--seed", "6000000"]
+    yield Stage("trajectories", [*solve, "-n", str(preset.trajectories + 512), "--out", str(stored)], made / "tuned.json")
+    learn = [*side_by_side, "distill", str(teacher), "--method", "flow-map", "--trajectories", str(stored), *SLOTS.split(), "--own", "0.5"]
+    learn += ["-n", str(preset.trajectories), *preset.distill.split(), "--out", str(made)]
     yield Stage("flow map", learn, made / "tuned.json")
     yield Stage("its rows", [*fewstep, "bench", str(made), *compared, "--nfe", PASSES, "--out", str(rows / "student")])
+    few = ["--out", str(rows / "few")]
+    yield Stage("fewer evaluations", [*bench, "--solver", SOLVERS, "--grid", GRIDS, "--nfe", FEW, *few])
+    if preset.fit is not None:
+        made, wanted = work / f"{label}-fitted-few", teacher / "fitted-few"
+        options = ["--nfe", FEW.removeprefix("1,"), *preset.fit.split(), "--out", str(made)]
+        yield Stage("fitted for fewer", [*fewstep, "fit", str(teacher), *options], wanted, partial(keep_samplers, made, wanted))
+        yield Stage("rows of these few", [*bench, "--solver", "fitted", "--grid", "optimized", "--nfe", FEW.removeprefix("1,"), *few])
 
     guided, kept = ["--guidance", "2"], ["--out", str(rows / "guidance-2")]
     yield calibrated("statistics at guidance 2", teacher / "statistics-guidance-2", *preset.calibrate.split(), *guided)
@@ -205,6 +220,17 @@ def stages(preset: Preset, shared: Path, work: Path, docs: Path) -> Iterator[Sta
         options = ["--nfe", GUIDED, *preset.fit.split(), *guided, "--out", str(made)]
         yield Stage("fitted at guidance 2", [*fewstep, "fit", str(teacher), *options], wanted, partial(keep_samplers, made, wanted))
         yield Stage("rows of that", [*bench, *guided, "--solver", "fitted", "--grid", "optimized", "--nfe", GUIDED, *kept])
+        made, wanted = work / f"{label}-fitted-guidance-2-calls", teacher / "fitted-guidance-2-calls"
+        options = ["--nfe", CALLS, *preset.fit.split(), *guided, "--out", str(made)]
+        yield Stage("fitted for fewer calls", [*fewstep, "fit", str(teacher), *options], wanted, partial(keep_samplers, made, wanted))
+        yield Stage("row of that", [*bench, *guided, "--solver", "fitted", "--grid", "optimized", "--nfe", CALLS, *kept])
+    made = Path("assets") / f"{label}-guided"
+    learn = [*side_by_side, "distill", str(teacher), "--method", "guided", *preset.guided.split(), "--out", str(made)]
+    yield Stage("guided student", learn, made / "tuned.json")
+    for scale in SCALES:
+        asked = ["--guidance", str(scale), "--solver", "unipc-2", "--grid", "karras,logsnr", "--nfe", "5,8,10,20"]
+        written = ["--out", str(rows / f"guided-{scale}")]
+        yield Stage(f"its rows at guidance {scale}", [*fewstep, "bench", str(made), *compared, *asked, *written])
     yield Stage("tables", [*python, "benchmarks.cifar10.tables", str(rows), "--docs", str(docs)])
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cifar10.study import TWO
-from benchmarks.tables import STANDARD, best_grids, fitted, optimized_grids, student
+from benchmarks.tables import STANDARD, best_grids, fitted, optimized_grids, students
 
 from fewstep.evaluate.pictures import save_comparison
 from fewstep.evaluate.report.plots import Point, png, work_precision
@@ -226,7 +226,8 @@ def tables(folder: Path) -> dict[str, Callable[[], None]]:
         "optimized": lambda: optimised(read(rows)),
         "fitted": lambda: fitted(read(rows)),
         "tuned": lambda: tuned(read(folder / "tuned" / "results.json"), read(rows)),
-        "student": lambda: student("student", read(folder / "student" / "results.json"), standard(read(rows))),
+        "student": lambda: students([json_of(f"{part}/results.json") for part in ("student", "few", "standard")]),
+        "guided-student": lambda: students([json_of(f"{part}/results.json") for part in ("guided-2", "guidance-2")]),
         "cost": lambda: cost(json_of("stages.json")),
     }
 

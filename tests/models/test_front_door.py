@@ -165,6 +165,8 @@ SAMPLE = {
         r"guided away from the label 2, so its condition is labels \[B\], whole numbers, not torch.float32 of shape \(2, 2\)",
     ),
     "a start of whole numbers": (lambda: asked(x=TWO_BY_TWO.long()), ModelError, "x is the start, in floating point, not in int64"),
+    "an empty list of seeds": (lambda: asked(seeds=[]), ModelError, "no samples to make: pass at least one seed"),
+    "an empty start": (lambda: asked(x=TWO_BY_TWO[:0]), ModelError, "no samples to make"),
     "a complex start": (lambda: asked(x=TWO_BY_TWO.cfloat()), ModelError, "x is the start, in floating point, not in complex64"),
     "a start without a batch": (lambda: asked(x=torch.zeros(2, 2)), ModelError, r"start of a batch, \[B, 2, 2\], got shape \(2, 2\)"),
     "a start that is a number": (lambda: asked(x=torch.tensor(1.0)), ModelError, r"start of a batch, \[B, 2, 2\], got shape \(\)"),
