@@ -128,6 +128,8 @@ def sample(
                 "only a Model can be guided by a scale: wrap the denoiser with fewstep.classifier_free(denoiser, scale, uncond)"
             )
     seeds = None if seeds is None else seed_list(seeds)
+    if seeds is not None and not seeds and x is None:
+        raise ModelError("an empty list of seeds makes no samples: pass at least one, as seeds=[0]")
     if x0 is not None or strength is not None:
         x0 = _images(model, x0, strength, seeds, x)
     sampler = sampler_for(model, what, nfe=nfe, guidance=guidance, grid=grid, strength=strength)
@@ -143,8 +145,6 @@ def sample(
         check_start(x, model.shape if isinstance(model, Model) else None)
     if seeds is not None and len(seeds) != len(x):
         raise ModelError(f"{len(seeds)} seeds for {len(x)} starts: pass one for each")
-    if not len(x):
-        raise ModelError("there are no samples to make: pass at least one seed, as seeds=[0], or a start x with at least one row")
     if (domain := domain_of(model)) is not None:
         x = domain.fold(x)[0]
     if cond is None and isinstance(model, Model):
