@@ -15,7 +15,7 @@ import torch
 from fewstep.core.grid import TimeGrid
 from fewstep.learn.samplers.fit_plan import CHECKED, TIMED, Effort, FitConfig, FitPlan, default_budget, plan_of
 from fewstep.learn.samplers.fit_search import FitSearch, SearchResult, best_hand_made
-from fewstep.learn.search.first_answer import LEAST
+from fewstep.learn.search.foresee import LEAST
 from fewstep.learn.teacher.gram import fine_grid
 from fewstep.learn.teacher.trajectories import Trajectories, trajectories_of
 from fewstep.models.carried import FITTED

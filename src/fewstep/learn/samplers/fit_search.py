@@ -18,7 +18,7 @@ from fewstep.learn.samplers.fit_plan import FEW_RIVALS, FitPlan
 from fewstep.learn.search.bound import Bound
 from fewstep.learn.search.coefficients import FitForm, sweep, widened
 from fewstep.learn.search.endpoint import EndpointError, levenberg_marquardt, mean_over_processes, per_sample_rmse
-from fewstep.learn.search.first_answer import Foreseeing, learn_first_answer
+from fewstep.learn.search.foresee import Foreseeing, learn_first_answer
 from fewstep.learn.search.refine import Levels
 from fewstep.learn.search.sequence import LevelsInSequence, Sequenced, fit_in_sequence
 from fewstep.learn.teacher.batches import stored_batches, stored_gram

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fewstep import FewstepError
 from fewstep.core.first_answer import from_waves, waves
-from fewstep.learn.search.first_answer import Foreseeing, learn_first_answer
+from fewstep.learn.search.foresee import Foreseeing, learn_first_answer
 
 SHAPE, NUM = (2, 4, 3), 600
 
