@@ -96,12 +96,12 @@ class FitConfig:
         noises: number of trajectories (out of ``num``) on which the levels, and all coefficients together, are chosen.
         iterations: Jacobians of the sweep over all coefficients together, at most; 0 for no sweep.
         move: whether levels move from the grids and programs that they begin on.
-        first: whether samplers that foresee the first answer (`FirstAnswer`) are fitted too, and taken where they win. They take one step
-            more for as many evaluations. There have to be some noises for each class, and a pipeline cannot use them.
         seed: seed of the first trajectory; far from those that benchmarks start with.
         batch: trajectories processed at a time; by default by the size of a sample.
         parent: the solver that coefficients are drawn to.
         storage: dtype of the stored trajectories: float16, bfloat16 or float32.
+        first: whether samplers that foresee the first answer (`FirstAnswer`) are fitted too, and taken where they win. They take one step
+            more for as many evaluations. There have to be some noises for each class, and a pipeline cannot use them.
 
     Raises:
         FewstepError: a number out of range, more noises than trajectories, an unknown dtype.
@@ -116,11 +116,11 @@ class FitConfig:
     noises: int | None = None
     iterations: int | None = None
     move: bool = True
-    first: bool = False
     seed: int = 4_000_000
     batch: int | None = None
     parent: str = "dpm-solver-pp-2m"
     storage: str = "float16"
+    first: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
