@@ -143,6 +143,8 @@ def sample(
         check_start(x, model.shape if isinstance(model, Model) else None)
     if seeds is not None and len(seeds) != len(x):
         raise ModelError(f"{len(seeds)} seeds for {len(x)} starts: pass one for each")
+    if not len(x):
+        raise ModelError("there are no samples to make: pass at least one seed, as seeds=[0], or a start x with at least one row")
     if (domain := domain_of(model)) is not None:
         x = domain.fold(x)[0]
     if cond is None and isinstance(model, Model):

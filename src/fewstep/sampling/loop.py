@@ -174,7 +174,7 @@ def check_start(x: object, shape: Sequence[int] | None = None) -> None:
         shape: that of a sample, ``*D``, where it is known; a start may be of another size, not of other dimensions.
 
     Raises:
-        ModelError: it is no tensor of floating point numbers with a batch of at least one.
+        ModelError: it is no tensor of floating point numbers with a batch.
     """
     if not isinstance(x, Tensor):
         raise ModelError(f"x is the start, a tensor [B, *D], not a {type(x).__name__}: for noise of the model's shape pass seeds= alone")
@@ -185,8 +185,6 @@ def check_start(x: object, shape: Sequence[int] | None = None) -> None:
     if not x.ndim or (shape is not None and x.ndim != len(shape) + 1):
         wanted = "[B, *D]" if shape is None else f"[B, {', '.join(map(str, shape))}]"
         raise ModelError(f"x is the start of a batch, {wanted}, got shape {tuple(x.shape)}")
-    if not len(x):
-        raise ModelError("there are no samples to make: pass at least one seed, as seeds=[0], or a start x with at least one row")
 
 
 def run(
