@@ -90,10 +90,11 @@ def test_fit(passed: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
         5,
         "--storage",
         "float32",
+        "--first",
     )
     more = ("--nfe", "5,3,5", "--guidance", 2, "--trajectories", "stored")
     args, options = passed("make_samplers", "fit", "digits-edm", *words, *form, *more)
-    config = FitConfig(FitForm(2, "channel", False, 0.1, 0.2), 5, 9, 8, 7, 6, 4, False, 3, 2, "ddim", "float32")
+    config = FitConfig(FitForm(2, "channel", False, 0.1, 0.2), 5, 9, 8, 7, 6, 4, False, 3, 2, "ddim", "float32", True)
     assert args == ([3, 5],) and options == {"guidance": 2.0, "trajectories": "those in stored", "config": config}
     args, options = passed("make_samplers", "fit", "digits-edm")
     assert args == ([4, 5, 6, 8, 10],) and options == {"guidance": None, "trajectories": None, "config": FitConfig()}

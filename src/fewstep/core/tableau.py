@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.core.first_answer import FirstAnswer
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import SolverError
@@ -210,6 +211,7 @@ class Tableau:
         update: rows anchor', x'; columns anchor, x, history: ``[N, 2, 2+K, *E]``.
         bias: constants of anchor' and x', ``[N, 2, *E]``.
         noise: standard deviations of the noise added to x', ``[N]``.
+        first: the answer at the start, where the sampler foresees it and does not ask the network.
     """
 
     nodes: Nodes
@@ -217,6 +219,12 @@ class Tableau:
     update: Tensor  # [N, 2, 2+K, *E]   rows anchor', x'; columns anchor, x, history
     bias: Tensor  # [N, 2, *E]
     noise: Tensor  # [N]
+    first: FirstAnswer | None = None
+
+    @property
+    def evaluations(self) -> int:
+        """The number of network evaluations: one for each row, but for a first answer that is foreseen."""
+        return self.nodes.evaluations - (self.first is not None)
 
     @property
     def memory(self) -> int:
@@ -232,13 +240,15 @@ class Tableau:
     def fingerprint(self) -> str:
         """The hash of all its numbers."""
         digest = hashlib.sha256()
-        for value in (*self.nodes, self.record, self.update, self.bias, self.noise):
+        foreseen = () if self.first is None else (self.first.mean, self.first.response)
+        for value in (*self.nodes, self.record, self.update, self.bias, self.noise, *foreseen):
             digest.update(value.detach().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def __repr__(self) -> str:
         coefficients = f", coefficients {self.element}" if self.element else ""
-        return f"Tableau({self.nodes.evaluations} evaluations, memory {self.memory}{coefficients})"
+        foreseen = "" if self.first is None else ", the first answer foreseen"
+        return f"Tableau({self.evaluations} evaluations, memory {self.memory}{coefficients}{foreseen})"
 
     @property
     def stochastic(self) -> bool:
@@ -313,6 +323,15 @@ class Tableau:
         reads_anchor = self._used[1][0][0] or self._used[1][1][0]
         return State(x, x.clone() if reads_anchor else None, tuple(torch.zeros_like(x) for _ in range(self.memory)))
 
+    def check_asks(self, why: str) -> None:
+        """Refuse a tableau that foresees its first answer, where that would leave something out.
+
+        Raises:
+            SolverError: it does (``why`` not).
+        """
+        if self.first is not None:
+            raise SolverError(f"this sampler foresees its first answer, and {why}: fit one without first")
+
     def stopped(self, evaluations: int, schedule: NoiseSchedule) -> Tableau:
         """Return the tableau that stops after some evaluations, and returns the denoiser's last answer: a step to the clean image.
 
@@ -326,10 +345,9 @@ class Tableau:
             SolverError: another number, or a solver that does not record the answer there.
         """
         count = whole(evaluations, "the evaluations to stop after", SolverError)
-        if not 1 <= count <= self.nodes.evaluations:
-            raise SolverError(
-                f"this sampler makes {self.nodes.evaluations} evaluations: stop after 1 to {self.nodes.evaluations}, not {count}"
-            )
+        if not 1 <= count <= self.evaluations:
+            raise SolverError(f"this sampler makes {self.evaluations} evaluations: stop after 1 to {self.evaluations}, not {count}")
+        count += self.first is not None  # rows
         last = count - 1
         by_x, by_x0 = self.record[last]
         if not bool((by_x0 != 0).all()) or not self.memory:
@@ -339,7 +357,7 @@ class Tableau:
         update, bias, noise = self.update[:count].clone(), self.bias[:count].clone(), self.noise[:count].clone()
         update[last], bias[last], noise[last] = answer, 0, 0
         clean = torch.tensor([schedule.t_clean], dtype=torch.float64)
-        return Tableau(Nodes.at(schedule, torch.cat([self.nodes.t[:count], clean])), self.record[:count], update, bias, noise)
+        return Tableau(Nodes.at(schedule, torch.cat([self.nodes.t[:count], clean])), self.record[:count], update, bias, noise, self.first)
 
     def unrolled(self) -> Unrolled:
         """Return every state as a linear function of the start, of the denoiser's answers and of the noise, in float64.

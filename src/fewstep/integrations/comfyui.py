@@ -107,6 +107,7 @@ class FewstepSampler:
         chosen = None if artifact is None else artifact.artifact
         choice: dict[str, Any] = {"solver": spec}
         if isinstance(chosen, Sampler):
+            chosen.tableau.check_asks("it knows nothing of prompts")
             choice = {"sampler": chosen}
         elif chosen is not None:
             if not takes_statistics(spec):

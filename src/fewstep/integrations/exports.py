@@ -107,6 +107,7 @@ def export(sampler: Sampler, to: str, *, shift: float | None = None, levels_only
         raise FewstepError(f"unknown target {to!r}: a list of levels is written for {', '.join(TARGETS)}")
     if sampler.card.get("domain") is not None:
         raise SolverError(f"this sampler is of a reflected model, whose samples {to} would not fold into their cube: use fewstep.sample")
+    sampler.tableau.check_asks(f"{to} calls the network at every level")
     if to in SHIFTED:
         return SHIFTED[to](sampler, shift, levels_only)
     if shift is not None:

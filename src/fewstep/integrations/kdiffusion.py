@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -70,6 +71,7 @@ def sample_fewstep(
     law: Law = "eps",
     seeds: Sequence[int] | Tensor | None = None,
     noise_sampler: NoiseSampler | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Sample as k-diffusion's functions do, with any solver or saved sampler of this library; gradients flow through everything.
 
@@ -89,6 +91,7 @@ def sample_fewstep(
         law: what the host's ``sigmas`` are: ``eps`` (k-diffusion) or ``flow`` (ComfyUI's flow models).
         seeds: one per sample, for solvers that add noise: the noise of `fewstep.sample`.
         noise_sampler: in place of seeds, k-diffusion's function ``(sigma [], sigma_next []) -> standard normal [B, *D]``.
+        labels: class labels ``[B]``, whole numbers, for a sampler that foresees its first answer by them; the model gets ``extra_args``.
 
     Returns:
         The samples ``[B, *D]`` at the last sigma, in the dtype of ``x``.
@@ -103,10 +106,15 @@ def sample_fewstep(
     if sampler is None and levels is not None and len(levels) < 2:
         return x
     bridge = _bridge_on(solver, statistics, levels, law, x) if sampler is None else _bridge_of(sampler, statistics, levels, law)
+    first = bridge.tableau.first
+    if first is not None:
+        bridge = bridge._replace(tableau=replace(bridge.tableau, first=first.at(labels)))
+    elif labels is not None:
+        raise SolverError("labels are for a sampler that foresees its first answer: put the model's own into extra_args")
     noise = _noise_of(bridge, x, seeds, noise_sampler)
     report = _reporter(callback, bridge, x if levels is None else levels)
     denoiser = _HostDenoiser(model, bridge, x, report)
-    with _progress(bridge.tableau.nodes.evaluations, shows=disable is False) as tick:
+    with _progress(bridge.tableau.evaluations, shows=disable is False) as tick:
         end = start = x.to(denoiser.scale.dtype) / denoiser.scale[0]
         for step in steps(denoiser, bridge.tableau, start, extra_args or {}, seeds=seeds, noise=noise):
             end = step.x_next
@@ -119,7 +127,7 @@ class _HostDenoiser:
 
     def __init__(self, model: Callable[..., Tensor], bridge: _Bridge, like: Tensor, report: Callable[[int, Tensor, Tensor], None]) -> None:
         self.model, self.schedule, self.report = model, bridge.schedule, report
-        self.evaluations = 0
+        self.evaluations = int(bridge.tableau.first is not None)  # which is not asked for
         self.scale = bridge.scale.to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
         self.sigma = bridge.sigma.to(like.dtype).to(like.device)
 

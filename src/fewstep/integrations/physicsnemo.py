@@ -77,6 +77,7 @@ class FewstepSolver:
     ) -> None:
         if predicts not in ("rhs", "x0"):
             raise FewstepError(f"a denoiser answers rhs, the right hand side of the ODE, or x0, got {predicts!r}")
+        sampler.tableau.check_asks("a denoiser of PhysicsNeMo takes its condition along, which is not known here")
         self.sampler, self.seeds = sampler, seeds
         self._denoiser = _Denoiser(sampler.schedule, denoiser, rhs=predicts == "rhs")
         if scheduler is not None:

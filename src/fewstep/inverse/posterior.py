@@ -128,6 +128,7 @@ def sample_posterior(
         raise ModelError(f"observe is a function that is called with each Step, got {observe!r}")
     check_start(x)
     prior, tableau = checked_prior(denoiser, chosen), tableau_of(sampler)
+    tableau.check_asks("a restoration guides that one too")
     chosen.check(tableau)
     seeds = None if seeds is None else seed_list(seeds)
     if seeds is not None and len(seeds) != len(x):

@@ -49,6 +49,7 @@ def restored_steps(
     if isinstance(solver, Sampler):
         if grid is not None:
             raise GridError("a sampler has a grid of its own: leave grid out")
+        solver.tableau.check_asks("a restoration guides that one too")
         method.check(solver.tableau)
         if solver.nfe * cost != nfe:
             raise SolverError(f"this sampler with {type(method).__name__} takes {solver.nfe * cost} network evaluations, not {nfe}")
@@ -62,6 +63,7 @@ def restored_steps(
     spacing = restored_grid(model.schedule) if grid is None and solver != FITTED else grid
     made = sampler_for(model, solver, nfe=nfe // cost, guidance=guidance, grid=spacing, strength=strength)
     assert isinstance(made, Sampler)  # a tableau is what was given as one
+    made.tableau.check_asks("a restoration guides that one too")
     method.check(made.tableau)
     return made
 

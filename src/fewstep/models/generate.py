@@ -252,7 +252,7 @@ def _sampler_for(
     if not isinstance(grid, str | TimeGrid | None):
         raise GridError(f"a grid is the name of a spacing or a fewstep.TimeGrid(times), got a {type(grid).__name__}")
     if isinstance(what, Sampler | Tableau):
-        count = what.nfe if isinstance(what, Sampler) else what.nodes.evaluations
+        count = what.nfe if isinstance(what, Sampler) else what.evaluations
         if nfe not in (None, count):
             raise SolverError(f"this sampler makes {count} evaluations, not {nfe}: leave nfe out, or take another sampler")
         if grid is not None:

@@ -72,6 +72,7 @@ class GradientGuidance:
         """
         if isinstance(problem.denoiser, FlowMap):
             raise ModelError(f"{problem.name} is a student, whose jumps cannot be guided on their way: guide its teacher")
+        tableau.check_asks("a gradient guides that one too")
         problem.model.need_unbounded("--classifier", "a gradient's kicks push through them; use classifier-free guidance")
         guide, cond = self.labels(seeds, label), problem.unconditional(seeds)
         guide = None if guide is None else guide.to(x.device)

@@ -237,6 +237,11 @@ class Model:
     # -- how it is sampled ------------------------------------------------------------------------------------------
 
     @property
+    def hosted(self) -> bool:
+        """Whether its samplers run in a program that calls the network at every step, as a pipeline does."""
+        return False
+
+    @property
     def device(self) -> torch.device:
         """The device of the network's weights."""
         return network_device(self.network)

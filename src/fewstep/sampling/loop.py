@@ -66,7 +66,8 @@ def steps(
 ) -> Iterator[Step]:
     """Run a tableau evaluation by evaluation, from ``x [B, *D]`` at its first time to its last.
 
-    The state is kept in at least float32; the denoiser is called with it once per row of the tableau, at a float64 ``t []``.
+    The state is kept in at least float32; the denoiser is called with it once per row of the tableau, at a float64 ``t []``. A first answer
+    that the tableau foresees is not asked for.
     Gradients flow through everything; iterate under ``torch.no_grad()`` when none are wanted. The states of a reflected model may lie
     beyond a wall of its cube: its samples are the last ones, folded, ``model.domain.fold(step.x_next)[0]``.
 
@@ -112,7 +113,8 @@ def steps(
     finite = FiniteCheck(nodes)
     finite.note("the start x has entries that are", first, state.x)
     for i, row in enumerate(tableau.rows(x)[first:], first):
-        x0 = answer(state.x, nodes.t[i], cond)
+        foreseen = tableau.first if i == 0 else None
+        x0 = answer(state.x, nodes.t[i], cond) if foreseen is None else foreseen(state.x / nodes.sigma[0].to(x.dtype), cond)
         if x0.shape != x.shape:
             raise ModelError(f"the denoiser answered shape {tuple(x0.shape)} to a state of shape {tuple(x.shape)}")
         x0 = x0.to(x.dtype)

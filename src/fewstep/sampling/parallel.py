@@ -195,6 +195,8 @@ def opened(denoiser: Denoiser, sampler: object, x: Tensor, seeds: Iterable[int] 
     tableau = tableau_of(sampler)
     if isinstance(denoiser, FlowMap):
         raise ModelError("a flow map makes each of its few jumps by one call, and there is nothing to run in parallel: use fewstep.sample")
+    if tableau.first is not None:
+        raise SolverError("a sampler that foresees its first answer is one of few evaluations, and runs in sequence: leave parallel out")
     check_start(x)
     check_schedule(tableau.nodes, denoiser)
     return tableau, seeds_of(tableau, x, seeds)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core.first_answer import FirstAnswer
 from fewstep.core.grid import TimeGrid, make_grid
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
 from fewstep.core.statistics import ModelStatistics
@@ -145,7 +146,7 @@ class Sampler(Shared):
     @property
     def nfe(self) -> int:
         """The number of network evaluations per sample."""
-        return self.tableau.nodes.evaluations
+        return self.tableau.evaluations
 
     @property
     def name(self) -> str:
@@ -154,9 +155,9 @@ class Sampler(Shared):
 
     @property
     def stages(self) -> int:
-        """The number of evaluations in a step, counted in the first: the last step to ``sigma = 0`` may have fewer."""
+        """The number of rows in a step, counted in the first: the last step to ``sigma = 0`` may have fewer."""
         if self.grid.steps == 1:
-            return self.nfe
+            return self.tableau.nodes.evaluations
         second = (self.tableau.nodes.t[:-1] == self.grid.t[1]).nonzero()  # Heun's first step ends with an evaluation there too
         return int(second[-1]) if len(second) else 1
 
@@ -179,12 +180,12 @@ class Sampler(Shared):
         Raises:
             SolverError: ``begin`` is inside a step or past the end, or the solver is not known here.
         """
-        begin = whole(begin, "the evaluation to begin at", SolverError)
+        begin, rows = whole(begin, "the evaluation to begin at", SolverError), self.tableau.nodes.evaluations
         if begin == 0:
             return self
-        if begin % self.stages or not 0 < begin < self.nfe:
+        if begin % self.stages or not 0 < begin < rows:
             raise SolverError(
-                f"this solver makes {self.stages} evaluations a step, {self.nfe} in all: begin at a multiple of {self.stages} below that, "
+                f"this solver makes {self.stages} evaluations a step, {rows} in all: begin at a multiple of {self.stages} below that, "
                 f"not at evaluation {begin}"
             )
         solver = self.formulas if self.formulas is not None else self._rebuilt(statistics)
@@ -231,7 +232,8 @@ class Sampler(Shared):
         if solver is None:
             solver = self._rebuilt(statistics)
             card.pop("name", None)  # that of a fit, which this no longer is
-        return Sampler.build(solver, self.grid, self.schedule, nfe=self.nfe, level=level, card=card)
+        t = self.grid.t if self.tableau.first is None else torch.cat([self.grid.t[:1], self.grid.t[2:]])  # the network answers at the start
+        return Sampler.build(solver, TimeGrid(t), self.schedule, nfe=self.nfe, level=level, card=card)
 
     def stopped(self, evaluations: int) -> Sampler:
         """Return the sampler that stops after some evaluations and returns the denoiser's last answer, see `Tableau.stopped`.
@@ -286,6 +288,9 @@ class Sampler(Shared):
         tensors = {f"nodes.{name}": value for name, value in self.tableau.nodes._asdict().items()}
         tensors |= {name: getattr(self.tableau, name) for name in TABLES}
         tensors["grid"] = self.grid.t
+        first = self.tableau.first
+        if first is not None:
+            tensors |= {"first.mean": first.mean, "first.response": first.response, "first.labelled": torch.tensor(float(first.labelled))}
         meta = {
             "solver": self.solver,
             "options": dict(self.options),
@@ -306,7 +311,7 @@ class Sampler(Shared):
         def build(meta: SamplerRecord, tensors: dict[str, Tensor]) -> Sampler:
             tableau, grid = _tableau(tensors, meta.nfe), TimeGrid(tensor_of(tensors, "grid", [None]))
             schedule, nodes = schedule_from_config(meta.schedule), tableau.nodes
-            if grid.steps > meta.nfe:
+            if grid.steps > nodes.evaluations:
                 raise ArtifactError(f"its grid has {grid.steps} steps, more than its {meta.nfe} evaluations")
             for name, known in (("alpha", schedule.alpha(nodes.t)), ("sigma", schedule.sigma(nodes.t))):
                 if not torch.allclose(getattr(nodes, name), known, rtol=SAME, atol=SAME):
@@ -340,7 +345,8 @@ def _tableau(tensors: Mapping[str, Tensor], nfe: int) -> Tableau:
     Raises:
         ArtifactError: a tensor is missing, or does not fit.
     """
-    double = torch.float64
+    double, first = torch.float64, _first_answer(tensors)
+    nfe += first is not None  # rows
     nodes = Nodes(*(tensor_of(tensors, f"nodes.{name}", [nfe + 1], finite=name != "lam", dtype=double) for name in Nodes._fields))
     if bool(torch.isnan(nodes.lam).any()):
         raise ArtifactError("the tensor nodes.lam has entries that are no numbers")
@@ -352,7 +358,23 @@ def _tableau(tensors: Mapping[str, Tensor], nfe: int) -> Tableau:
     if len({len(element) for element in elements.values()}) > 1:
         raise ArtifactError("the coefficients of its tensors are of different shapes")
     torch.broadcast_shapes(record.shape[2:], update.shape[3:], bias.shape[2:])  # refuses those that do not fit each other
-    return Tableau(nodes, record, update, bias, noise)
+    return Tableau(nodes, record, update, bias, noise, first)
+
+
+def _first_answer(tensors: Mapping[str, Tensor]) -> FirstAnswer | None:
+    """Return the first answer that a file foresees; None if it foresees none.
+
+    Raises:
+        ArtifactError: a part of it is missing, or does not fit.
+    """
+    if not any(name.startswith("first.") for name in tensors):
+        return None
+    labelled = bool(tensor_of(tensors, "first.labelled", []))
+    mean = tensor_of(tensors, "first.mean", [None] * tensors["first.mean"].ndim if "first.mean" in tensors else [None])
+    if mean.ndim < 2 or not len(mean) or (len(mean) > 1 and not labelled):
+        raise ArtifactError(f"the tensor first.mean has shape {list(mean.shape)}, not [classes, ...]")
+    channels, frequencies = mean.shape[1], math.prod(mean.shape[2:])
+    return FirstAnswer(mean, tensor_of(tensors, "first.response", [frequencies, channels, channels]), labelled)
 
 
 def _shown(value: object) -> str:

@@ -272,3 +272,50 @@ def test_where_a_fit_goes_wrong_another_sampler_takes_its_place(given: Trajector
     assert same(one.tableau, named(card["chosen"], LAW, 3).tableau)
     assert errors(model, one, given)[0] == pytest.approx(card["error"][0], rel=FLOAT32)
     assert f"| {card['chosen']} |" in (tmp_path / "README.md").read_text()
+
+
+# -- a first answer that is foreseen -----------------------------------------------------------------------------------
+
+
+def shifted(classes: int = 2) -> Model:
+    """A mixture that is moved by its label, so that first answers are nearly the mean of a class."""
+
+    class Moved(torch.nn.Module):
+        calls = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = toy().network
+
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            by = 2.0 * labels.to(x.dtype).reshape(-1, 1, 1)
+            Moved.calls += 1
+            return by + self.inner(x - LAW.alpha(t[:1]).to(x.dtype) * by, t)
+
+    return Model(Moved(), LAW, "sample", shape=SHAPE, classes=classes, name="moved")
+
+
+def test_a_foreseen_first_answer_saves_a_call_and_wins_where_it_is_better(tmp_path: Path) -> None:
+    model, config = shifted(), replace(TINY, first=True)
+    samplers = fit(model, [2, 3], out=tmp_path, config=config)
+    for nfe, one in samplers.items():
+        stages = one.card["stages"]
+        asked, foreseen = ([name for name in stages if " on " not in name and name.endswith("foreseen") is way] for way in (False, True))
+        assert asked and foreseen and one.nfe == nfe and one.tableau.nodes.evaluations == nfe + (one.tableau.first is not None)
+        assert one.card["chosen"].endswith("foreseen") == (one.tableau.first is not None)
+    best = samplers[2]
+    assert best.tableau.first is not None
+    type(model.network).calls = 0
+    images = sample(model, best, seeds=range(4))
+    assert type(model.network).calls == 2 and images.shape == (4, *SHAPE)
+    loaded = Sampler.load(nfe_folder(tmp_path, 2))
+    assert torch.equal(sample(model, loaded, seeds=range(4)), images)
+    assert bool((fit(model, [2, 3], out=tmp_path, config=config)[2].tableau.update == best.tableau.update).all())
+
+
+def test_where_no_first_answer_can_be_foreseen_it_is_refused() -> None:
+    with pytest.raises(FewstepError, match="from 8 noises or more for each class, 80 in all: raise num, now 32"):
+        fit(toy(classes=10), 2, config=replace(TINY, first=True))
+    assert plan_fit(toy(classes=10), 3, FitConfig(budget=9000, first=True)).num >= 80
+    with pytest.raises(FewstepError, match="too small"):
+        plan_fit(toy(classes=10), 3, FitConfig(budget=1000, first=True))

@@ -42,6 +42,11 @@ class PipelineModel(Model):
     prompts: tuple[str, ...] = ()
 
     @property
+    def hosted(self) -> bool:
+        """Whether its samplers run in a program that calls the network at every step: a pipeline does."""
+        return True
+
+    @property
     def led(self) -> bool:
         """Whether its pipeline's own calls answer, with their guidance."""
         return isinstance(self.network, PipelineLoop)

@@ -96,6 +96,7 @@ class SavedSamplers:
 
     @staticmethod
     def _checked(sampler: Sampler, law: NoiseSchedule) -> Sampler:
+        sampler.tableau.check_asks("a pipeline calls its network at every step")
         nodes = sampler.tableau.nodes
         t = nodes.t
         if not (torch.allclose(nodes.alpha, law.alpha(t), rtol=1e-4, atol=1e-6) and torch.allclose(nodes.sigma, law.sigma(t), rtol=1e-4)):

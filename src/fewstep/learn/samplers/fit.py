@@ -15,6 +15,7 @@ import torch
 from fewstep.core.grid import TimeGrid
 from fewstep.learn.samplers.fit_plan import CHECKED, TIMED, Effort, FitConfig, FitPlan, default_budget, plan_of
 from fewstep.learn.samplers.fit_search import FitSearch, SearchResult, best_hand_made
+from fewstep.learn.search.foresee import LEAST
 from fewstep.learn.teacher.gram import fine_grid
 from fewstep.learn.teacher.trajectories import Trajectories, trajectories_of
 from fewstep.models.carried import FITTED
@@ -122,7 +123,7 @@ def fit(
                 if not from_first(job.rank == 0 and (place / "sampler.json").exists()):
                     note = lambda text, done=done, n=n: job.on_progress(done, f"{n} evaluations: {text}")  # noqa: E731
                     before = _stored(job.folder, identity) if job.rank == 0 else {}
-                    found = searches[n].find(n, from_first({m: one.grid for m, one in before.items() if m < n}), note)
+                    found = searches[n].find(n, from_first({one.grid.steps: one.grid for m, one in before.items() if m < n}), note)
                     if job.rank == 0:
                         _sampler(found, problem, searches[n].plan, identity, job.command).save(place)
                 if job.rank == 0:
@@ -160,6 +161,7 @@ def plan_fit(
     if not counts or counts[0] < 1:
         raise SolverError(f"a fit takes at least 1 evaluation, got {', '.join(map(str, counts)) or 'none'}")
     shape, budget = model.need_shape(), default_budget(model)
+    least = _check_foreseeable(model, config) if config.first else 0
     if trajectories is not None:
         cells, given = len(trajectories.t) - 1, len(trajectories)
         if config.storage != FitConfig.storage or config.seed not in (FitConfig.seed, trajectories.first):
@@ -167,17 +169,35 @@ def plan_fit(
         if config.levels not in (None, cells):
             raise FewstepError(f"{trajectories.folder} has {cells} cells between its levels, not {config.levels}: leave levels out")
         config = replace(config, levels=cells)
-        plan = plan_of(config, counts, shape, budget, lambda levels: 0)
+        plan = plan_of(config, counts, shape, budget, lambda levels: 0, least=least)
         if config.num is None and plan.num + plan.held_out > given:
             held_out = config.held_out or max(2, given // 4)
             if given - held_out < 2:
                 raise FewstepError(f"{given} trajectories are too few to fit to with {held_out} held out")
-            plan = plan_of(replace(config, num=given - held_out, held_out=held_out), counts, shape, budget, lambda levels: 0)
+            plan = plan_of(replace(config, num=given - held_out, held_out=held_out), counts, shape, budget, lambda levels: 0, least=least)
     else:
-        plan = plan_of(config, counts, shape, budget, lambda levels: fine_grid(model.schedule, levels).steps)
+        plan = plan_of(config, counts, shape, budget, lambda levels: fine_grid(model.schedule, levels).steps, least=least)
         cells = plan.cells
     _check_levels(counts[-1], cells)
     return plan
+
+
+def _check_foreseeable(model: Model, config: FitConfig) -> int:
+    """Return the fewest noises from which a first answer is learned.
+
+    Raises:
+        FewstepError: fewer are named, or the model's samplers run where one cannot be foreseen.
+    """
+    if model.hosted:
+        raise FewstepError(f"{model.name} is a pipeline, which calls its network at every step: leave first out")
+    if model.domain is not None:
+        raise FewstepError(f"{model.name} is reflected, so that its start is folded noise, to which no answer is linear: leave first out")
+    least = LEAST * (model.classes or 1)
+    if config.num is not None and config.num < least:
+        raise FewstepError(
+            f"a first answer is learned from {LEAST} noises or more for each class, {least} in all: raise num, now {config.num}"
+        )
+    return least
 
 
 def _check_levels(most: int, cells: int) -> None:
@@ -253,7 +273,15 @@ def _begun(plan: FitPlan, config: FitConfig, problem: Problem, folder: Path, ide
     if not new:
         return begun
     limit = None if config.budget is None and config.num is not None else plan.limit  # as many noises as are named, whatever it costs
-    added = plan_of(replace(config, **shared, budget=limit), new, plan.shape, plan.limit, lambda levels: 0, "of the folder")
+    added = plan_of(
+        replace(config, **shared, budget=limit),
+        new,
+        plan.shape,
+        plan.limit,
+        lambda levels: 0,
+        "of the folder",
+        LEAST * (problem.model.classes or 1) * config.first,
+    )
     return [*begun, replace(added, cells=cells)]
 
 

@@ -100,6 +100,8 @@ class FitConfig:
         batch: trajectories processed at a time; by default by the size of a sample.
         parent: the solver that coefficients are drawn to.
         storage: dtype of the stored trajectories: float16, bfloat16 or float32.
+        first: whether samplers that foresee the first answer (`FirstAnswer`) are fitted too, and taken where they win. They take one step
+            more for as many evaluations. There have to be some noises for each class, and a pipeline cannot use them.
 
     Raises:
         FewstepError: a number out of range, more noises than trajectories, an unknown dtype.
@@ -118,6 +120,7 @@ class FitConfig:
     batch: int | None = None
     parent: str = "dpm-solver-pp-2m"
     storage: str = "float16"
+    first: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -211,6 +214,11 @@ class FitPlan:
         """The fewest noises in any part of the work: as many processes can share it."""
         return min(self.num, self.held_out, self.noises, self.ranking, *((self.effort.rivals,) if self.effort.rivals else ()))
 
+    @property
+    def foresees(self) -> bool:
+        """Whether samplers that foresee the first answer are fitted too."""
+        return self.config.first
+
     def sweeps(self, nfe: int) -> int:
         """Return the Jacobians of all coefficients together, for a sampler of so many evaluations."""
         return self._number("iterations") if nfe <= self.effort.swept else 0
@@ -221,15 +229,17 @@ class FitPlan:
         of: dict[str, int] = dict.fromkeys(STAGES, 0)
         of["trajectories"] = (num + held_out) * self.cells + min(CHECKED, num) * -(-self.cells // 2) + TIMED + 1
         for n in self.counts:
-            run = n - 1  # the answers at the start are shared
-            of["levels to begin with"] += self.ranking + (FEW if self.few else CANDIDATES) * self.ranking * run
+            rows = n + self.foresees
+            run = rows - 1  # the answers at the start are shared, or foreseen
+            ways = 2 if self.foresees else 1
+            of["levels to begin with"] += ways * (self.ranking + (FEW if self.few else CANDIDATES) * self.ranking * run)
             if self.config.move:
-                of["levels"] += noises * (1 + effort.starts * (run + effort.descents * (n * run // 2 + effort.steps * run)))
-            of["coefficients"] += num + num * run
+                of["levels"] += noises * (1 + effort.starts * (run + effort.descents * (rows * run // 2 + effort.steps * run)))
+            of["coefficients"] += num + ways * num * run
             if self.sweeps(n):
-                columns = sum((i + 2) * (run - i) for i in range(n)) + n * run // 2  # evaluations for the Jacobian of one noise, at most
+                columns = sum((i + 2) * (run - i) for i in range(rows)) + rows * run // 2  # for the Jacobian of one noise, at most
                 of["sweep"] += noises + self.sweeps(n) * noises * (columns + STEPS * run) + num * run
-            found = 2 if self.sweeps(n) else 1
+            found = (2 if self.sweeps(n) else 1) + ways - 1
             rivals = len(GRIDS) * 4 * effort.rivals if effort.rivals else FEW_RIVALS * min(2, num)
             of["check on held-out noises"] += held_out + held_out * run * (found + 1) + rivals * n
         return of
@@ -249,7 +259,7 @@ class FitPlan:
     @property
     def memory(self) -> int:
         """The bytes of host memory that it takes beside the network, about."""
-        most, dim = max(self.counts), math.prod(self.shape)
+        most, dim = max(self.counts) + self.foresees, math.prod(self.shape)
         sequence = self.num * (2 * most + 1) * dim * NUMBER
         levels = COPIES * self.noises * (2 * most + 1) * dim * NUMBER
         equations = min(self.batch, self.num) * (most + 3) * dim * 8 * 2 + math.prod(self.form.shape(self.shape)) * (most + 2) ** 2 * 8 * 8
@@ -285,6 +295,7 @@ def plan_of(
     budget: int,
     cells: Callable[[int], int] = lambda levels: levels,
     named: str = "that are named",
+    least: int = 0,
 ) -> FitPlan:
     """Plan a fit: the most thorough one within the budget, with the numbers that the configuration names as they are.
 
@@ -295,6 +306,7 @@ def plan_of(
         budget: network evaluations, where the configuration names none.
         cells: the network evaluations of a trajectory by the levels that are asked for.
         named: what an error calls the numbers of the configuration.
+        least: the fewest trajectories to fit to.
 
     Raises:
         FewstepError: the budget is too small, alone or for the numbers that are named; seeds beyond 2^63.
@@ -314,7 +326,7 @@ def plan_of(
     if config.num is not None and config.budget is None:  # as many noises as are named, whatever it costs
         found = plan(next((one for one in EFFORTS if one.least <= config.num), EFFORTS[-1]), config.num)
     for effort in EFFORTS if found is None else ():
-        sizes = _sizes(config, effort, room)
+        sizes = [size for size in _sizes(config, effort, room, least) if size >= least]
         found = next((one for one in (plan(effort, num) for num in sizes) if one.evaluations <= limit), None)
         if found is not None:
             break
@@ -325,15 +337,15 @@ def plan_of(
     raise FewstepError(
         f"a budget of {limit} network evaluations is too small for samplers of {', '.join(map(str, counts))}"
         f"{f' with the {fixed} {named}' if fixed else ''}: the least fit takes "
-        f"{plan(EFFORTS[-1], config.num or max(EFFORTS[-1].least, config.noises or 0)).evaluations}"
+        f"{plan(EFFORTS[-1], config.num or max(EFFORTS[-1].least, config.noises or 0, least)).evaluations}"
     )
 
 
-def _sizes(config: FitConfig, effort: Effort, room: int) -> list[int]:
+def _sizes(config: FitConfig, effort: Effort, room: int, fewest: int) -> list[int]:
     """Return the numbers of noises that are tried for an effort, the largest first."""
     if config.num is not None:
         return [config.num] if config.num >= effort.least or effort is EFFORTS[-1] else []
-    least = max(effort.least, config.noises or 0)
+    least = max(effort.least, config.noises or 0, fewest)
     sizes = [least] if least <= room else []
     while sizes and sizes[-1] < min(2048, room):
         sizes.append(min(room, 2048, sizes[-1] + max(1, sizes[-1] // 8)))

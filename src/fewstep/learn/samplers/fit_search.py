@@ -10,12 +10,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fewstep.core.denoiser import Denoiser
+from fewstep.core.first_answer import FirstAnswer
 from fewstep.core.grid import GRIDS, TimeGrid, make_grid, standard_grids
 from fewstep.core.tableau import Solver, Tableau, tabulate
 from fewstep.learn.samplers.fit_plan import FEW_RIVALS, FitPlan
 from fewstep.learn.search.bound import Bound
 from fewstep.learn.search.coefficients import FitForm, sweep, widened
 from fewstep.learn.search.endpoint import EndpointError, levenberg_marquardt, mean_over_processes, per_sample_rmse
+from fewstep.learn.search.foresee import Foreseeing, learn_first_answer
 from fewstep.learn.search.refine import Levels
 from fewstep.learn.search.sequence import LevelsInSequence, Sequenced, fit_in_sequence
 from fewstep.learn.teacher.batches import stored_batches, stored_gram
@@ -31,6 +34,7 @@ __all__ = ["FitSearch", "SearchResult", "best_hand_made"]
 HAND_MADE = ("unipc-2", "dpm-solver-pp-2m", "ipndm")  # and dpm-solver-v3, if the model has statistics
 ABOUT = 1.5  # times the least mean error: levels that may begin a fit
 FEW = 4  # held-out noises, of which a difference counts half
+FORESEEN = ", first answer foreseen"  # of the name of a stage
 GRAM = 64  # trajectories that the dynamic programs for levels are averaged over, at most
 
 
@@ -79,6 +83,7 @@ class _Sequences:
     """Fits in sequence to some of the stored trajectories, on any levels, see `Sequences`."""
 
     problem: Problem
+    denoiser: Denoiser
     trajectories: Trajectories
     rows: range
     form: FitForm
@@ -93,7 +98,7 @@ class _Sequences:
             nodes = parent.nodes(TimeGrid(t), self.problem.schedule)
             start = widened(tabulate(parent, nodes), self.form, self.problem.shape)
         batches = stored_batches(self.trajectories, self.rows, t, self.batch, self.problem.device)
-        found = fit_in_sequence(self.problem.teacher, start, batches, self.form, rows=rows, base=base)
+        found = fit_in_sequence(self.denoiser, start, batches, self.form, rows=rows, base=base)
         self.evaluations += found.evaluations
         return found
 
@@ -116,17 +121,21 @@ class _Sequences:
 
 
 class FitSearch:
-    """The part of the search that all samplers of one model share.
+    """The search for the samplers of one model, whose first answer is the network's or is foreseen.
 
     Args:
         problem: the model and its guidance.
         trajectories: trajectories of this problem: the first ``num`` to fit to, and the next ``held_out`` for model selection.
         plan: how to fit.
+        first: the answer that is foreseen; None to ask the network.
     """
 
-    def __init__(self, problem: Problem, trajectories: Trajectories, plan: FitPlan) -> None:
-        self.problem, self.trajectories, self.plan = problem, trajectories, plan
-        self.denoiser, self.schedule = problem.teacher, problem.schedule
+    def __init__(self, problem: Problem, trajectories: Trajectories, plan: FitPlan, first: FirstAnswer | None = None) -> None:
+        self.problem, self.trajectories, self.plan, self.schedule = problem, trajectories, plan, problem.schedule
+        self.first, self.denoiser = first, problem.teacher
+        if first is not None:
+            begin = problem.schedule.ends[0]
+            self.denoiser = Foreseeing(problem.teacher, first, float(begin), float(problem.schedule.sigma(begin)))
         self.levels = TimeGrid(trajectories.t)
         self.held_out = range(plan.num, plan.num + plan.held_out)
         self.hand_made: dict[str, Solver] = {name: make_solver(name) for name in HAND_MADE}
@@ -141,53 +150,95 @@ class FitSearch:
     @cached_property
     def programs(self) -> dict[str, dict[int, list[int]]]:
         """The optima of the first-order dynamic programs, computed when first needed."""
-        rows, most = range(min(GRAM, self.plan.num)), max(self.plan.counts)
+        rows, most = range(min(GRAM, self.plan.num)), min(max(self.plan.counts) + self.plan.foresees, self.levels.steps)
         gram = stored_gram(self.trajectories, rows, self.plan.batch)
         return {f"first-order program ({total})": Bound(gram, "plain", total).best(most) for total in ("sum", "squares")}
+
+    @cached_property
+    def foreseen(self) -> FitSearch | None:
+        """The search for samplers that foresee the first answer; None where none are asked for."""
+        if not self.plan.foresees:
+            return None
+        every, start = self._sequences(range(self.plan.num)), self.levels.t[:1]
+        batches = list(stored_batches(self.trajectories, every.rows, start, self.plan.batch, self.problem.device))
+        sigma, answers = float(self.schedule.sigma(start[0])), self._start_of(every).outputs[0]
+        noise = [batch.state(0) / sigma for batch in batches]
+        first = learn_first_answer(noise, answers, [batch.cond for batch in batches], self.problem.model.classes)
+        return FitSearch(self.problem, self.trajectories, self.plan, first)
 
     def find(self, nfe: int, others: Mapping[int, TimeGrid], note: Callable[[str], None]) -> SearchResult:
         """Find the best tableau with ``nfe`` evaluations.
 
+        Whether the first answer is asked for or foreseen is decided by which begins better, since the rest of a search is most of its cost;
+        held-out noises judge a fit in sequence of the other way too.
+
         Args:
             nfe: network evaluations.
-            others: grids of samplers that were found before, by their number of evaluations.
+            others: grids of samplers that were found before, by their number of steps.
             note: called with the stage of the search.
         """
-        plan, self._counted = self.plan, 0
-        self._runs.clear()  # so that a run that was killed goes on to the same numbers
-        self._first.clear()
+        ways, errors = [self] if self.foreseen is None or nfe >= self.levels.steps else [self, self.foreseen], dict[str, Tensor]()
+        found, begun, of = dict[str, Tableau](), dict[str, str](), dict[str, FitSearch]()
         note("levels to begin with")
-        begun, t = self.descended(self.begin(nfe, others), note)
-        note("coefficients")
-        every = self._sequences(range(plan.num))
-        fitted = every.at(t, self._start_of(every))
-        found = {"fitted in sequence": fitted.tableau}
-        if plan.sweeps(nfe):
-            swept = self.swept(fitted.tableau, nfe, note)
-            found["swept"] = every.at(swept.nodes.t, fitted, swept, [nfe - 1]).tableau  # its last row again, from all noises
-        self._count(every)
+        starts = {way: way.begin(nfe + (way.first is not None), others) for way in ways}
+        best = min(ways, key=lambda way: starts[way][1])
+        for way in ways:
+            for name, (tableau, levels) in way.fitted(nfe, starts[way][0], note, whole=way is best).items():
+                name += "" if way.first is None else FORESEEN
+                found[name], begun[name], of[name] = tableau, levels, way
         note("check on held-out noises")
-        found |= self.rivals(nfe)
-        errors = {name: self.errors(tableau, self.held_out) for name, tableau in found.items()}
+        rivals = self.rivals(nfe)
+        for name, tableau in (found | rivals).items():
+            errors[name] = of.get(name, self).errors(tableau, self.held_out)
         stages = {name: (mean_over_processes(made), mean_over_processes(made.square()) ** 0.5) for name, made in errors.items()}
         rival = best_hand_made(stages)
-        ours = [name for name in found if name != rival and not _worse(errors[name], errors[rival])]
+        ours = [name for name in found if not _worse(errors[name], errors[rival])]
         chosen = min(ours or [rival], key=lambda name: stages[name][0])
-        return SearchResult(found[chosen], chosen, begun, stages, self._spent())
+        tableau = replace((found | rivals)[chosen], first=of.get(chosen, self).first)
+        spent = sum(way._spent() for way in ways)
+        return SearchResult(tableau, chosen, begun.get(chosen, next(iter(begun.values()))), stages, spent)
+
+    def fitted(self, nfe: int, starts: Mapping[str, Tensor], note: Callable[[str], None], *, whole: bool) -> dict[str, tuple[Tableau, str]]:
+        """Fit tableaus with ``nfe`` evaluations, and return each by the stage that it is from, with the name of its initial levels.
+
+        Args:
+            nfe: network evaluations.
+            starts: initial levels, see `begin`.
+            note: called with the stage of the search.
+            whole: whether levels move and coefficients are swept; else the fit in sequence on the best of these levels is all.
+        """
+        plan, every = self.plan, self._sequences(range(self.plan.num))
+        name, t = self.descended(starts, note) if whole else next(iter(starts.items()))
+        note("coefficients")
+        fitted = every.at(t, self._start_of(every))
+        found = {("fitted in sequence" if whole else "on levels to begin with"): (fitted.tableau, name)}
+        if whole and plan.sweeps(nfe):
+            swept = self.swept(fitted.tableau, plan.sweeps(nfe), note)
+            last = len(swept.update) - 1
+            found["swept"] = every.at(swept.nodes.t, fitted, swept, [last]).tableau, name  # its last row again, from all noises
+        self._count(every)
+        return found
+
+    def _clear(self) -> None:
+        """Forget what was computed, so that a run that was killed goes on to the same numbers."""
+        self._counted = 0
+        self._runs.clear()
+        self._first.clear()
 
     # -- the levels -------------------------------------------------------------------------------------------------
 
-    def begin(self, nfe: int, others: Mapping[int, TimeGrid]) -> dict[str, Tensor]:
+    def begin(self, steps: int, others: Mapping[int, TimeGrid]) -> tuple[dict[str, Tensor], float]:
         """Choose initial levels by a fit of one coefficient for all elements to a few trajectories.
 
         Of the levels with about the least mean error, those with the fewest large errors come first: a descent mends usual errors, but
         hardly a sample that ends as another picture, which the first few levels decide.
 
         Returns:
-            Their times by name, the most promising first.
+            Their times by name, the most promising first, and the least mean error.
         """
+        self._clear()
         few, error, times = self._levels_only(range(self.plan.ranking)), dict[str, Tensor](), dict[str, Tensor]()
-        for name, t in self.candidates(nfe, others).items():
+        for name, t in self.candidates(steps, others).items():
             if not any(torch.equal(t, other) for other in times.values()):
                 found = few.at(t, self._start_of(few))
                 error[name], times[name] = torch.cat([per_sample_rmse(one) for one in few.residuals(found)]), t
@@ -196,21 +247,20 @@ class FitSearch:
         large = {name: mean_over_processes(found**4) for name, found in error.items()}
         least = min(mean.values())
         ranked = sorted(mean, key=lambda name: (mean[name] > ABOUT * least, large[name] if mean[name] <= ABOUT * least else mean[name]))
-        return {name: times[name] for name in ranked[: self.plan.effort.starts]}
+        return {name: times[name] for name in ranked[: self.plan.effort.starts]}, least
 
-    def candidates(self, nfe: int, others: Mapping[int, TimeGrid]) -> dict[str, Tensor]:
+    def candidates(self, steps: int, others: Mapping[int, TimeGrid]) -> dict[str, Tensor]:
         """Return the times of standard grids, of the optima of the dynamic programs, and of levels found for other numbers of steps."""
-        found = {name: grid.t for name, grid in standard_grids(self.schedule, nfe).items()}
+        found = {name: grid.t for name, grid in standard_grids(self.schedule, steps).items()}
         if self.plan.few and self._usual & set(found):
             found = {name: t for name, t in found.items() if name in self._usual}
-        if nfe <= self.levels.steps:
-            found |= {name: self.levels.t[best[nfe]] for name, best in self.programs.items()}
-        for steps in sorted(others)[-1:]:  # the next fewer
-            grid = others[steps]
+        if steps <= self.levels.steps:
+            found |= {name: self.levels.t[best[steps]] for name, best in self.programs.items()}
+        for fewer in [one for one in sorted(others) if one < steps][-1:]:
             with suppress(GridError):  # an infinite end, or too fine for a discrete schedule
-                found[f"those of {steps} evaluations, stretched"] = grid.stretched(self.schedule, nfe).t
+                found[f"those of {fewer} steps, stretched"] = others[fewer].stretched(self.schedule, steps).t
         if not found:
-            raise SolverError(f"no standard grid of {self.problem.name} has {nfe} steps: ask for fewer evaluations")
+            raise SolverError(f"no standard grid of {self.problem.name} has {steps} steps: ask for fewer evaluations")
         return found
 
     def descended(self, starts: Mapping[str, Tensor], note: Callable[[str], None]) -> tuple[str, Tensor]:
@@ -230,9 +280,8 @@ class FitSearch:
 
     # -- the coefficients -------------------------------------------------------------------------------------------
 
-    def swept(self, tableau: Tableau, nfe: int, note: Callable[[str], None]) -> Tableau:
-        """Improve all steps of a tableau together by a sweep."""
-        most = self.plan.sweeps(nfe)
+    def swept(self, tableau: Tableau, most: int, note: Callable[[str], None]) -> Tableau:
+        """Improve all steps of a tableau together by a sweep of at most so many Jacobians."""
         note(f"sweep 1 of at most {most}")
         return sweep(
             self._endpoints(range(self.plan.noises)),
@@ -275,7 +324,7 @@ class FitSearch:
 
     def _sequences(self, rows: range) -> _Sequences:
         plan = self.plan
-        return _Sequences(self.problem, self.trajectories, rows, plan.form, plan.config.parent_with, plan.batch)
+        return _Sequences(self.problem, self.denoiser, self.trajectories, rows, plan.form, plan.config.parent_with, plan.batch)
 
     def _levels_only(self, rows: range) -> _Sequences:
         """Return fits with one coefficient for all elements, which show where levels should be."""
