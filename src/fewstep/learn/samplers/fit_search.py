@@ -10,7 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fewstep.core.grid import GRIDS, TimeGrid, make_grid, standard_grids
+from fewstep.core.grid import TimeGrid
+from fewstep.core.spacings import GRIDS, make_grid, standard_grids
 from fewstep.core.tableau import Solver, Tableau, tabulate
 from fewstep.learn.samplers.fit_plan import FEW_RIVALS, FitPlan
 from fewstep.learn.search.bound import Bound
