@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import fewstep
-from fewstep.core.grid import GRIDS, make_grid
+from fewstep.core.spacings import GRIDS, make_grid
 from fewstep.core.tableau import Nodes, Tableau, tabulate
 from fewstep.learn.search.endpoint import EndpointError, per_sample_rmse
 from fewstep.learn.teacher.gram import fine_grid, solve

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from fewstep.core.grid import make_grid
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.spacings import make_grid
 from fewstep.data.images import load_images
 from fewstep.evaluate.metrics.distances import rmse
 from fewstep.learn.samplers.calibrate import CalibrationConfig, calibrate

@@ -19,7 +19,7 @@ import foreign_networks
 import torch
 
 import fewstep
-from fewstep.core.grid import GRIDS
+from fewstep.core.spacings import GRIDS
 from fewstep.evaluate.inspection import CANDIDATES, inspect_model, reference_of
 from fewstep.models.generate import default_grid, solver_for
 from fewstep.models.problem import Problem

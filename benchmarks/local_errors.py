@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.core.grid import TimeGrid, make_grid
+from fewstep.core.grid import TimeGrid
+from fewstep.core.spacings import make_grid
 from fewstep.core.tableau import Nodes, Solver, advance
 from fewstep.evaluate.metrics.distances import rmse
 from fewstep.models.formats.folders import Model

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.core.denoiser import Denoiser, FlowMap
 from fewstep.core.domain import Cube
-from fewstep.core.grid import TimeGrid, make_grid
+from fewstep.core.grid import TimeGrid
 from fewstep.core.prediction import EDM, convert, from_x0, to_x0
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding, VPCosine, VPLinear
+from fewstep.core.spacings import make_grid
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, Solver, State, Tableau, advance, tabulate
 from fewstep.models.analytic import DatasetDenoiser, GaussianDenoiser, MixtureDenoiser

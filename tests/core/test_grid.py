@@ -22,7 +22,7 @@ from fewstep import (
     make_grid,
     sample,
 )
-from fewstep.core.grid import GRIDS, standard_grids
+from fewstep.core.spacings import GRIDS, standard_grids
 
 UNIFORM = 1e-8  # relative, of equal steps of a variable: times went through lam and back
 VARIABLES = {

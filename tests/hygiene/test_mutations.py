@@ -30,7 +30,7 @@ from torch import nn
 
 import fewstep
 from fewstep import FewstepError, Sampler, VarianceExploding, load_model, make_solver
-from fewstep.core.grid import make_grid
+from fewstep.core.spacings import make_grid
 from fewstep.core.statistics import ModelStatistics
 from fewstep.data.images import load_images
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig

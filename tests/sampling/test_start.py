@@ -28,7 +28,7 @@ from fewstep import (
     seeded_noise,
     start_noise,
 )
-from fewstep.core.grid import GRIDS
+from fewstep.core.spacings import GRIDS
 from fewstep.core.tableau import Nodes
 from fewstep.sampling.start import begin, level_of, noised, spacing_from
 

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.runtime.errors import GridError, look_up
+from fewstep.runtime.errors import GridError
 from fewstep.runtime.front_door import checked, checked_class, is_count, number
-from fewstep.runtime.spec import check_options, merged, parse_spec
 
-__all__ = ["GRIDS", "RHO", "TimeGrid", "karras_roots", "make_grid", "nearest_time", "standard_grids"]
+__all__ = ["RHO", "TimeGrid", "check_law", "grid_ends", "karras_roots", "nearest_time", "step_count"]
 
 log = logging.getLogger("fewstep")
 ROUNDING = 1e-6  # of a time: a round trip through a noise level
@@ -72,7 +70,7 @@ class TimeGrid:
     @checked
     def logsnr(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
         """Return a grid of ``steps`` intervals, uniform in ``lam`` (DPM-Solver, arXiv 2206.00927). Both ends need a finite ``lam``."""
-        ends = _ends(schedule, t_max, t_min)
+        ends = grid_ends(schedule, t_max, t_min)
         lam = schedule.lam(ends)
         if not bool(torch.isfinite(lam).all()):
             raise GridError(f"logsnr spacing needs finite lam at both ends, got {lam.tolist()}: pass t_max and t_min, or use angle")
@@ -87,27 +85,27 @@ class TimeGrid:
 
         The start needs ``alpha > 0``.
         """
-        ends = _ends(schedule, t_max, t_min)
+        ends = grid_ends(schedule, t_max, t_min)
         level = torch.exp(-schedule.lam(ends))
         if not bool(torch.isfinite(level).all()):
             raise GridError("karras spacing needs alpha > 0 at its start: pass t_max, or use angle")
         if not abs(number(rho, "rho of the karras spacing", GridError)) > 0:
             raise GridError("the karras spacing cannot take rho = 0")
-        roots = karras_roots(level[0], level[1], _whole(steps) + 1, rho)
+        roots = karras_roots(level[0], level[1], step_count(steps) + 1, rho)
         return cls(_pin(schedule.t_of_lam(-rho * torch.log(roots)), ends))
 
     @classmethod
     @checked
     def uniform(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
         """Return a grid of ``steps`` intervals, uniform in ``t``."""
-        ends = _ends(schedule, t_max, t_min)
+        ends = grid_ends(schedule, t_max, t_min)
         return cls(_pin(_linspace(ends[0], ends[1], steps), ends))
 
     @classmethod
     @checked
     def quadratic(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
         """Return a grid of ``steps`` intervals, uniform in ``sqrt(t - t_clean)``."""
-        ends = _ends(schedule, t_max, t_min)
+        ends = grid_ends(schedule, t_max, t_min)
         root = torch.sqrt(ends - schedule.t_clean)
         return cls(_pin(_linspace(root[0], root[1], steps) ** 2 + schedule.t_clean, ends))
 
@@ -131,7 +129,7 @@ class TimeGrid:
         c, power = number(c, "c of the angle spacing", GridError), number(power, "power of the angle spacing", GridError)
         if not (c > 0 and power > 0):
             raise GridError(f"the angle spacing needs c > 0 and power > 0, got {c:g} and {power:g}")
-        ends = _ends(schedule, t_max, t_min)
+        ends = grid_ends(schedule, t_max, t_min)
         root = torch.atan2(schedule.sigma(ends), c * schedule.alpha(ends)) ** (1 / power)
         inner = _linspace(root[0], root[1], steps) ** power
         return cls(_pin(_time_of_angle(schedule, inner, c), ends))
@@ -140,7 +138,7 @@ class TimeGrid:
     @checked
     def linspace(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
         """Return diffusers' ``linspace`` grid as its DPM-Solver, UniPC and DEIS have it: integers nearest to uniform times."""
-        ends = _ends(_discrete(schedule, "linspace"), t_max, t_min)
+        ends = grid_ends(_discrete(schedule, "linspace"), t_max, t_min)
         return cls(_linspace(ends[0], ends[1], steps).round())
 
     @classmethod
@@ -151,18 +149,18 @@ class TimeGrid:
         """Return diffusers' ``leading`` grid as its DDIM has it: multiples of ``T // steps`` plus ``offset`` (its ``steps_offset``)."""
         if number(offset, "the offset of the leading spacing", GridError) % 1:
             raise GridError(f"the offset of the leading spacing is a whole number of times, got {offset}")
-        ends = _ends(_discrete(schedule, "leading"), t_max, t_min)
+        ends = grid_ends(_discrete(schedule, "leading"), t_max, t_min)
         count = int(ends[0]) + 1
-        times = torch.arange(_whole(steps) - 1, -1, -1, dtype=torch.float64) * (count // steps) + offset
+        times = torch.arange(step_count(steps) - 1, -1, -1, dtype=torch.float64) * (count // steps) + offset
         return cls(torch.cat([times, ends[1:]]))
 
     @classmethod
     @checked
     def trailing(cls, schedule: NoiseSchedule, steps: int, *, t_max: float | None = None, t_min: float | None = None) -> TimeGrid:
         """Return diffusers' ``trailing`` grid: from the last time down in strides of ``T / steps``."""
-        ends = _ends(_discrete(schedule, "trailing"), t_max, t_min)
+        ends = grid_ends(_discrete(schedule, "trailing"), t_max, t_min)
         count = int(ends[0]) + 1
-        times = (count - torch.arange(_whole(steps), dtype=torch.float64) * (count / steps)).round() - 1
+        times = (count - torch.arange(step_count(steps), dtype=torch.float64) * (count / steps)).round() - 1
         return cls(torch.cat([times, ends[1:]]))
 
     @classmethod
@@ -175,7 +173,7 @@ class TimeGrid:
         Raises:
             GridError: they do not decrease, or are no numbers from 0.
         """
-        _check_law(schedule)
+        check_law(schedule)
         try:
             level = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
         except (TypeError, ValueError, RuntimeError) as error:
@@ -218,7 +216,7 @@ class TimeGrid:
         Raises:
             GridError: as `snap`.
         """
-        _check_law(schedule)
+        check_law(schedule)
         if schedule.times is None:
             return self
         held = schedule.held(self.t)
@@ -231,11 +229,11 @@ class TimeGrid:
         Raises:
             GridError: ``lam`` is infinite at an end, or times coincide after snapping.
         """
-        _check_law(schedule)
+        check_law(schedule)
         lam = schedule.lam(self.t)
         if not bool(torch.isfinite(lam).all()):
             raise GridError("only a grid with finite lam at both ends can be stretched to another number of steps")
-        where = torch.linspace(0, self.steps, _whole(steps) + 1, dtype=torch.float64)[1:-1]
+        where = torch.linspace(0, self.steps, step_count(steps) + 1, dtype=torch.float64)[1:-1]
         index = where.floor().long().clamp(max=self.steps - 1)
         inner = schedule.t_of_lam(torch.lerp(lam[index], lam[index + 1], where - index))
         return TimeGrid(torch.cat([self.t[:1], inner, self.t[-1:]])).known_to(schedule)
@@ -253,7 +251,7 @@ class TimeGrid:
         Raises:
             GridError: another time, or times that coincide in the table.
         """
-        _check_law(schedule)
+        check_law(schedule)
         t = number(t, "the time to begin at", GridError)
         first, last = float(self.t[0]), float(self.t[-1])
         if t == first:
@@ -281,61 +279,6 @@ class TimeGrid:
         return TimeGrid(torch.cat([self.t[:-1], torch.tensor([schedule.t_clean], dtype=torch.float64)]))
 
 
-GRIDS: dict[str, Callable[..., TimeGrid]] = {
-    name: getattr(TimeGrid, name) for name in ("angle", "karras", "leading", "linspace", "logsnr", "quadratic", "trailing", "uniform")
-}
-
-
-@checked
-def make_grid(name: str, schedule: NoiseSchedule, steps: int, **options: float) -> TimeGrid:
-    """Make a grid by the name of its spacing, with options (``karras:rho=5``).
-
-    On a discrete schedule it is snapped to the model's own times. Where such a schedule ends at the clean image, the spacing is that to its
-    last time, and the last step is prolonged.
-
-    Args:
-        name: one of ``angle``, ``karras``, ``logsnr``, ``uniform``, ``quadratic``, and for discrete times ``linspace``, ``leading`` and
-            ``trailing``.
-        schedule: the noise law in whose time it is laid out.
-        steps: number of intervals ``M``.
-        options: options of the spacing; ``t_max`` and ``t_min`` are its ends, by default the schedule's.
-
-    Raises:
-        GridError: an unknown name or option, or times that coincide after snapping.
-    """
-    bare, written = parse_spec(name, GridError)
-    options = merged(name, written, options, GridError)
-    if not isinstance(schedule, NoiseSchedule):
-        raise GridError(f"a spacing is laid out on a noise law, as in make_grid('angle', fewstep.VPLinear(), 8), got {schedule!r}")
-    spacing = look_up(bare, GRIDS, "grid", GridError)
-    check_options(options, spacing, f"grid {bare!r}", GridError, hidden=("schedule", "steps"))
-    for key, value in options.items():
-        options[key] = number(value, f"option {key} of grid {bare!r}", GridError)
-    to_clean = schedule.t_min < schedule.t_last and "t_min" not in options
-    if to_clean:
-        options["t_min"] = schedule.t_last
-    try:
-        grid = spacing(schedule, steps, **options)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise GridError(f"grid {bare!r} cannot take {options}: {error}") from error
-    grid = grid.known_to(schedule)
-    return grid.to_clean(schedule) if to_clean else grid
-
-
-def standard_grids(schedule: NoiseSchedule, steps: int) -> dict[str, TimeGrid]:
-    """Return the grids by name that run from a schedule's first time to its last in so many steps.
-
-    Those that are not for this schedule, are too fine for a discrete one, or start elsewhere (``leading``) are left out.
-    """
-    found: dict[str, TimeGrid] = {}
-    for name in GRIDS:
-        with suppress(GridError):
-            grid = make_grid(name, schedule, steps)
-            if (float(grid.t[0]), float(grid.t[-1])) == (schedule.t_max, schedule.t_min):
-                found[name] = grid
-    return found
-
-
 def karras_roots(high: Tensor, low: Tensor, count: int, rho: float = RHO) -> Tensor:
     """Return the ``rho``-th roots ``[count]`` of EDM's noise levels (Karras et al., arXiv 2206.00364, eq. 5), which are spaced uniformly.
 
@@ -349,14 +292,24 @@ def karras_roots(high: Tensor, low: Tensor, count: int, rho: float = RHO) -> Ten
     return start + torch.linspace(0, 1, count, dtype=torch.float64) * (end - start)
 
 
-def _whole(steps: int) -> int:
+def step_count(steps: int) -> int:
+    """Return a number of steps as an int.
+
+    Raises:
+        GridError: it is no whole number of at least 1.
+    """
     if not is_count(steps):
         raise GridError(f"a grid needs at least 1 step, a whole number of them, got {steps!r}")
     return int(steps)
 
 
-def _ends(schedule: NoiseSchedule, t_max: float | None, t_min: float | None) -> Tensor:
-    _check_law(schedule)
+def grid_ends(schedule: NoiseSchedule, t_max: float | None, t_min: float | None) -> Tensor:
+    """Return the first and the last time of a spacing ``[2]``, float64: those given, or else the law's.
+
+    Raises:
+        GridError: they do not decrease, or lie outside a table of times.
+    """
+    check_law(schedule)
     given = {"t_max": schedule.t_max if t_max is None else t_max, "t_min": schedule.t_min if t_min is None else t_min}
     ends = [number(end, f"{name} of a grid", GridError) for name, end in given.items()]
     if not (math.isfinite(ends[0]) and math.isfinite(ends[1]) and ends[0] > ends[1]):
@@ -366,7 +319,12 @@ def _ends(schedule: NoiseSchedule, t_max: float | None, t_min: float | None) -> 
     return torch.tensor(ends, dtype=torch.float64)
 
 
-def _check_law(schedule: object) -> None:
+def check_law(schedule: object) -> None:
+    """Refuse what is no noise law.
+
+    Raises:
+        GridError: it is none.
+    """
     if not isinstance(schedule, NoiseSchedule):
         raise GridError(f"a grid is laid out on a noise law, as fewstep.VPLinear() or model.schedule, got {str(schedule)[:80]}")
 
@@ -377,7 +335,7 @@ def _time_of_angle(schedule: NoiseSchedule, angle: Tensor, c: float = 1.0) -> Te
 
 
 def _linspace(start: Tensor, end: Tensor, steps: int) -> Tensor:
-    weight = torch.linspace(0, 1, _whole(steps) + 1, dtype=torch.float64)
+    weight = torch.linspace(0, 1, step_count(steps) + 1, dtype=torch.float64)
     return start + weight * (end - start)
 
 

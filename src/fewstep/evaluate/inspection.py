@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.denoiser import FlowMap
-from fewstep.core.grid import GRIDS, make_grid
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.spacings import GRIDS, make_grid
 from fewstep.evaluate.diagnostics import Geometry, geometry, stopping_error
 from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.models.generate import solver_for

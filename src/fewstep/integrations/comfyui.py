@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.core.grid import GRIDS
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding
+from fewstep.core.spacings import GRIDS
 from fewstep.core.statistics import ModelStatistics
 from fewstep.integrations.kdiffusion import Law, sample_fewstep, sigmas_for
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, look_up

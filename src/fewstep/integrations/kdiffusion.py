@@ -23,6 +23,7 @@ from torch import Tensor
 from fewstep.core.denoiser import Cond
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule, RectifiedFlow, VarianceExploding
+from fewstep.core.spacings import is_curve
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, Tableau, tabulate
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError, look_up
@@ -160,7 +161,7 @@ def sigmas_for(
         sigma_min, sigma_max: the model's range in the host's sigmas, where ``schedule`` does not say it.
         schedule: the noise law in whose time the spacing, or the grid, is. On a discrete one the levels are the model's own.
         end: of a spacing: ``clean`` moves the last level from ``sigma_min`` to 0, so that no evaluation is spent near it; ``append`` is
-            k-diffusion's habit, ``sigma_min`` and then 0; ``sigma_min`` stops there.
+            k-diffusion's habit, ``sigma_min`` and then 0; ``sigma_min`` stops there. Levels with a name of another program end as there.
         law: what the host's sigmas are, as for `sample_fewstep`.
         strength: image to image: the share of noise to begin with, ``sigma / (alpha + sigma)``. All ``steps`` lie below that level; a grid
             is re-spread there. A sampler takes it by `Sampler.from_level`, since `sample_fewstep` needs the same one.
@@ -199,6 +200,12 @@ def sigmas_for(
         schedule = look_up(law, SPACES, "law", GridError).schedule(t_min=float(sigma_min), t_max=float(sigma_max))
     inner = steps - (end == "append")
     start = begin(schedule, level)
+    if is_curve(source):
+        if end != "clean":
+            raise GridError(
+                f"the levels of {source!r} have an end of their own: leave end out, or say it in the name, as exponential:end=clean"
+            )
+        return _levels(schedule, spacing_from(source, schedule, steps, start).t, law)
     t = spacing_from(source, schedule, inner, start).t if inner else torch.tensor([start], dtype=torch.float64)
     sigma = _levels(schedule, t, law)
     if end == "sigma_min" or (end == "clean" and sigma[-1] == 0):

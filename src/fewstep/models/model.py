@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from fewstep.core.condition import check_batch
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap
 from fewstep.core.domain import Cube, check_unbounded
-from fewstep.core.grid import TimeGrid, make_grid
+from fewstep.core.grid import TimeGrid
 from fewstep.core.prediction import Prediction, aligned, prediction, to_x0
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.spacings import make_grid
 from fewstep.core.statistics import ModelStatistics
 from fewstep.models.carried import OPTIMIZED, Carried
 from fewstep.models.guidance import Wrapped, classifier_free, default_scale

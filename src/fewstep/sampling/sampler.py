@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fewstep.core.first_answer import FirstAnswer
-from fewstep.core.grid import TimeGrid, make_grid
+from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
+from fewstep.core.spacings import make_grid
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
 from fewstep.runtime.artifact import ArtifactRecord, Count, load_artifact, named_path, save_artifact, tensor_of

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.grid import TimeGrid, make_grid, nearest_time
+from fewstep.core.grid import TimeGrid, nearest_time
 from fewstep.core.prediction import add_noise
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.spacings import make_grid
 from fewstep.core.tableau import Nodes
 from fewstep.runtime.errors import GridError, ModelError
 from fewstep.runtime.front_door import number

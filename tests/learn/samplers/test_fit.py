@@ -24,8 +24,8 @@ from fewstep import (
     sample,
     seeded_noise,
 )
-from fewstep.core.grid import GRIDS
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.spacings import GRIDS
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Tableau
 from fewstep.learn.samplers import fit_search

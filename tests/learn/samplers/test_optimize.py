@@ -30,8 +30,8 @@ from fewstep import (
     sample,
     seeded_noise,
 )
-from fewstep.core.grid import GRIDS
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.spacings import GRIDS
 from fewstep.learn.samplers import optimize as module
 from fewstep.learn.samplers import optimize_plan
 from fewstep.learn.samplers.optimize import collected_gram, name_of, optimize, solver_folder

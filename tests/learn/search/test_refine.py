@@ -24,8 +24,8 @@ from fewstep import (
     make_solver,
     sample,
 )
-from fewstep.core.grid import GRIDS
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.spacings import GRIDS
 from fewstep.learn.search.endpoint import per_sample_rmse, rms
 from fewstep.learn.search.refine import Levels, SolverEndpointError, refine
 from fewstep.sampling.reference import reference_sampler

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fewstep.apps.console import console, next_command, print_json
 from fewstep.apps.options import AsJson
-from fewstep.core.grid import GRIDS
+from fewstep.core.spacings import KNOWN
 from fewstep.models.zoo import BUNDLED
 from fewstep.solvers import SOLVERS
 
@@ -13,7 +13,7 @@ __all__ = ["models"]
 
 def models(json: AsJson = False) -> None:
     """List the bundled models, the solvers and the grids."""
-    known = {"models": {name: about for name, (about, _) in BUNDLED.items()}, "solvers": list(SOLVERS), "grids": list(GRIDS)}
+    known = {"models": {name: about for name, (about, _) in BUNDLED.items()}, "solvers": list(SOLVERS), "grids": list(KNOWN)}
     if json:
         print_json(known)
         return

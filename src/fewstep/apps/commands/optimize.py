@@ -29,7 +29,7 @@ from fewstep.apps.options import (
 )
 from fewstep.apps.pipelines import PipelineOptions
 from fewstep.apps.plots import STANDARD, save_schedules
-from fewstep.core.grid import make_grid
+from fewstep.core.spacings import make_grid
 from fewstep.learn.samplers.optimize import collected_gram, solver_folder
 from fewstep.learn.samplers.optimize import optimize as find_schedules
 from fewstep.learn.samplers.optimize_plan import OptimizeConfig

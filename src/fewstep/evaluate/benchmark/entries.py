@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap
-from fewstep.core.grid import TimeGrid, make_grid
+from fewstep.core.grid import TimeGrid
+from fewstep.core.spacings import make_grid
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
 from fewstep.evaluate.benchmark.peers import LIBRARY, peer_steps, run_peer
 from fewstep.evaluate.benchmark.third_party import ThirdPartySampler, run_third_party

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from fewstep.core.grid import GRIDS
+from fewstep.core.spacings import check_grid_name
 from fewstep.core.tableau import Solver
 from fewstep.evaluate.benchmark.entries import Entry, HandMadeEntry, PeerEntry, SamplerEntry, ThirdPartyEntry
 from fewstep.evaluate.benchmark.peers import LIBRARY, PEERS
@@ -17,9 +17,8 @@ from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.models.generate import check_made_for, solver_for
 from fewstep.models.problem import Problem, check_seeds
 from fewstep.runtime.entry import is_entry
-from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError, look_up
+from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError, look_up
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
-from fewstep.runtime.spec import parse_spec
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, takes_statistics
 
@@ -119,7 +118,7 @@ def check_names(solvers: Iterable[str], grids: Iterable[str], nfe: Iterable[int]
         if name != FITTED and not takes_statistics(name):
             make_solver(name)
     for name in grids:
-        look_up(parse_spec(name, GridError)[0], {**GRIDS, OPTIMIZED: None}, "grid", GridError)
+        check_grid_name(name, OPTIMIZED)
     for peer in peers:
         if is_entry(peer):
             ThirdPartySampler.load(peer)

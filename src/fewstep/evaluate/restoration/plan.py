@@ -8,7 +8,7 @@ from itertools import product
 
 from torch import nn
 
-from fewstep.core.grid import GRIDS
+from fewstep.core.spacings import check_grid_name
 from fewstep.evaluate.restoration.rows import PSEUDO_INVERSE, RestorationKey
 from fewstep.inverse.method import Method
 from fewstep.inverse.posterior import checked_prior, make_method
@@ -84,7 +84,7 @@ class RestorationBenchConfig:
             if word != FITTED and not takes_statistics(word):
                 make_solver(word)
         if self.grid is not None:
-            look_up(parse_spec(self.grid, GridError)[0], {**GRIDS, OPTIMIZED: None}, "grid", GridError)
+            check_grid_name(self.grid, OPTIMIZED)
         for count in self.nfe:
             if not is_count(count):
                 raise SolverError(f"nfe must be a whole number of at least 1, got {count}")

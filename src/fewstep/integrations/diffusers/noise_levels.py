@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core.beta_distribution import beta_quantiles
+from fewstep.core.curves import linear_quadratic_sigmas
+from fewstep.core.flow_shifts import shifted, stretched_to_terminal
 from fewstep.core.grid import RHO, TimeGrid, karras_roots
 from fewstep.core.schedule import NoiseSchedule, RectifiedFlow, VPCosine
 from fewstep.integrations.diffusers.arguments import numbers
 from fewstep.models.formats.diffusers_law import ROUNDING, NoiseLaw, ends_clean
-from fewstep.runtime.errors import FewstepError, GridError, look_up
+from fewstep.runtime.errors import GridError, look_up
 from fewstep.runtime.front_door import is_count
 from fewstep.sampling.start import begin, level_of, spacing_from
 
@@ -134,17 +137,9 @@ def default_sigmas_count(sigmas: Any) -> int | None:  # noqa: ANN401 - a list, a
     """
     given = numbers(sigmas, "sigmas")
     uniform = torch.linspace(1, 1 / max(len(given), 1), len(given), dtype=torch.float64)
-    usual = [shift * uniform / (1 + (shift - 1) * uniform) for shift in CALLED]
-    usual += [_linear_quadratic(len(given))] if len(given) > 1 else []
+    usual = [shifted(uniform, shift) for shift in CALLED]
+    usual += [linear_quadratic_sigmas(len(given))] if len(given) > 1 else []
     return len(given) if len(given) and any(torch.allclose(given, sigmas, rtol=1e-5) for sigmas in usual) else None
-
-
-def _linear_quadratic(steps: int, slow: float = 0.025) -> Tensor:
-    """Return Mochi's sigmas ``[steps]``: ``1 - slow`` is reached by half of the steps, and 0 after the last with no kink between them."""
-    half, i = steps // 2, torch.arange(steps, dtype=torch.float64)
-    beyond, slope = (i - half).clamp(min=0), slow / half
-    curve = (1 - slow - slope * (steps - half)) / (steps - half) ** 2
-    return 1 - slope * i - curve * beyond**2
 
 
 def _ended(config: Mapping[str, Any], law: NoiseLaw, times: Tensor) -> TimeGrid:
@@ -182,17 +177,8 @@ def _levels(name: str, high: float, low: float, steps: int, rho: float = RHO) ->
         return karras_roots(*torch.tensor([high, low], dtype=torch.float64), count=steps, rho=rho) ** rho
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     if name == "beta":
-        return low + _beta_quantiles(1 - ramp) * (high - low)
+        return low + beta_quantiles(1 - ramp, 0.6, 0.6) * (high - low)
     return torch.exp(math.log(high) + ramp * math.log(low / high))  # exponential; Lu's lambdas are the same levels
-
-
-def _beta_quantiles(p: Tensor) -> Tensor:
-    """Return quantiles of the distribution Beta(0.6, 0.6) at the probabilities ``p [*]`` (arXiv 2407.12173)."""
-    try:
-        from scipy.stats import beta
-    except ImportError as error:
-        raise FewstepError("beta sigmas need scipy: pip install scipy") from error
-    return torch.as_tensor(beta.ppf(p.numpy(), 0.6, 0.6), dtype=torch.float64)
 
 
 def _spaced(config: Mapping[str, Any], schedule: NoiseSchedule, steps: int) -> Tensor:
@@ -233,8 +219,8 @@ def _flow(config: Mapping[str, Any], schedule: RectifiedFlow, steps: int | None,
     if len(sigmas) < 1 or bool((sigmas <= 0).any()) or bool((sigmas > 1 + ROUNDING).any()):
         raise GridError(f"the sigmas of a flow lie between 0 and 1, got {sigmas.tolist()}")
     sigmas, name, terminal = schedule.sigma(sigmas.clamp(max=1.0)), _named(config), config.get("shift_terminal")
-    if terminal and float(sigmas[-1]) < 1:  # a single evaluation at 1 has nothing to stretch
-        sigmas = 1 - (1 - sigmas) * (1 - float(terminal)) / (1 - sigmas[-1])
+    if terminal:
+        sigmas = stretched_to_terminal(sigmas, float(terminal))
     high, low = config.get("sigma_max"), config.get("sigma_min")
     if name is not None and (high is not None or low is not None):
         if high is None or low is None:

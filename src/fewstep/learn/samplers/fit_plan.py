@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fewstep.core.grid import GRIDS, TimeGrid
+from fewstep.core.grid import TimeGrid
 from fewstep.core.pooling import default_pool
 from fewstep.core.schedule import VPLinear
+from fewstep.core.spacings import GRIDS
 from fewstep.core.tableau import tabulate
 from fewstep.learn.search.coefficients import STEPS, FitForm, widened
 from fewstep.learn.teacher.trajectories import DTYPES, TrajectoryConfig

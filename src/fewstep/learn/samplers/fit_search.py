@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.first_answer import FirstAnswer
-from fewstep.core.grid import GRIDS, TimeGrid, make_grid, standard_grids
+from fewstep.core.grid import TimeGrid
+from fewstep.core.spacings import GRIDS, make_grid, standard_grids
 from fewstep.core.tableau import Solver, Tableau, tabulate
 from fewstep.learn.samplers.fit_plan import FEW_RIVALS, FitPlan
 from fewstep.learn.search.bound import Bound

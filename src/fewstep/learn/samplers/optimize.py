@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fewstep.core.grid import GRIDS, TimeGrid, standard_grids
+from fewstep.core.grid import TimeGrid
+from fewstep.core.spacings import GRIDS, standard_grids
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, tabulate
 from fewstep.learn.samplers.fit_plan import CHECKED

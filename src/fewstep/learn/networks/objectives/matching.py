@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.denoiser import Cond
-from fewstep.core.grid import TimeGrid, make_grid
+from fewstep.core.grid import TimeGrid
 from fewstep.core.prediction import add_noise, aligned, prediction
+from fewstep.core.spacings import make_grid
 from fewstep.core.tableau import Nodes
 from fewstep.learn.networks.loop import Companion, Selection
 from fewstep.learn.networks.objectives.distances import DISTANCES

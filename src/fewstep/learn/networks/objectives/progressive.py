@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.denoiser import Denoiser, FlowMap
-from fewstep.core.grid import TimeGrid, make_grid
+from fewstep.core.grid import TimeGrid
 from fewstep.core.prediction import aligned, prediction
+from fewstep.core.spacings import make_grid
 from fewstep.core.tableau import Nodes
 from fewstep.learn.networks.loop import step_of
 from fewstep.learn.networks.objectives.config import STORED, StudentConfig
