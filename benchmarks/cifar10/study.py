@@ -93,7 +93,7 @@ PRESETS = {
         finetune="--rounds 2 --half",
         trajectories=65536,
         distill="--steps 7000 --half",
-        guided="--steps 3000 --half",
+        guided="--steps 4000 --half",
         features="cpu",
     ),
     "gpu": Preset(
