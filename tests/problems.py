@@ -21,7 +21,27 @@ from fewstep.models.analytic import GaussianDenoiser, MixtureDenoiser
 from fewstep.models.formats.folders import save_ours
 from fewstep.models.guided import GuidedForm, guided_model
 from fewstep.models.networks.calls import edm_time, unet_call
-from fewstep.solvers import DDIM, DEIS, IPNDM, SOLVERS, DPMSolverM, DPMSolverPP, DPMSolverV3, SDEDPMSolverPP2M, UniPC, takes_statistics
+from fewstep.solvers import (
+    ABM,
+    DDIM,
+    DEIS,
+    ETDRK4,
+    IPNDM,
+    LMS,
+    PNDM,
+    RES2S,
+    RES3S,
+    SOLVERS,
+    DPMSolverFast,
+    DPMSolverM,
+    DPMSolverPP,
+    DPMSolverV3,
+    ExponentialAB,
+    GradientEstimation,
+    SDEDPMSolverPP2M,
+    UniPC,
+    takes_statistics,
+)
 from fewstep.solvers.stencil import NEVER
 
 DSNO = str(Path(__file__).parents[1] / "assets" / "digits-dsno")  # an operator student of the repository
@@ -83,7 +103,18 @@ ODE: dict[str, Solver] = {
     **{f"unip-{p}-{weights}": UniPC(p, weights, corrector=False) for p, weights in product((2, 3), ("bh1", "bh2", "exact"))},
     **{f"deis-{p}": DEIS(steps=p) for p in (1, 2, 4)},
     **{f"ipndm-{p}": IPNDM(steps=p) for p in (1, 2, 3)},
+    **{f"lms-{p}": LMS(steps=p) for p in (1, 2, 3)},
+    **{f"ipndm-v-{p}-published": LMS(steps=p, weights="published") for p in (2, 3)},
+    **{f"abm-{p}": ABM(steps=p) for p in (1, 2, 4)},
+    "exp-ab-1": ExponentialAB(steps=1),
+    "etdrk-2": RES2S(c2=1.0),
+    "res-3s-thirds": RES3S(c2=1 / 3, c3=2 / 3),
+    "etdrk-4-krogstad": ETDRK4(form="krogstad"),
+    "gradient-estimation-1.5": GradientEstimation(gamma=1.5),
+    "pndm-runge-kutta": PNDM(warm_up="runge-kutta"),
+    **{f"dpm-solver-fast-{rest}": DPMSolverFast(remainder=rest) for rest in (1, 2)},
 }
+TIMED = ("pndm-runge-kutta",)  # it evaluates at places that depend on the time of the noise law
 _ANY = any_statistics()
 ANY_STATISTICS: dict[str, Solver] = {  # every variant, since the order of accuracy is the same for any statistics
     f"v3-{p}-{predictor}-{corrector}": DPMSolverV3(_ANY, p, predictor, corrector)

@@ -182,7 +182,7 @@ def test_every_solver_runs_or_is_refused(name):
     if table.tableau.whole_steps[-1]:
         assert bool(torch.isfinite(ask()).all())
     else:
-        assert name in ("unipc-1", "unipc-2", "unipc-3", "dpm-solver-v3")
+        assert name in ("unipc-2", "unipc-3", "abm-3", "dpm-solver-v3")
         with pytest.raises(SolverError, match="corrector returns to the state before the last one, and would undo a kick: use ddim"):
             ask()
 

@@ -128,7 +128,8 @@ def test_no_solver_spacing_or_number_of_evaluations_moves_the_start(name, spacin
             sampler = Sampler.build(solver, spacing, law, nfe=nfe, level=LEVEL)
             first = sampler.tableau.nodes
             assert all(float(one[0]) == float(two) for one, two in zip(first, nodes, strict=True))
-            assert sampler.nfe == first.evaluations == nfe and bool((torch.diff(first.t) <= 0).all())
+            assert sampler.nfe == first.evaluations == nfe and first.t.argmin() > sampler.begins[-1]
+            assert bool((torch.diff(first.t[list(sampler.begins)]) < 0).all())
             if law.times is not None:
                 assert bool(torch.isin(sampler.grid.t, law.times).all())
             made += 1
@@ -147,7 +148,7 @@ def test_exactly_so_many_evaluations_are_made(solver):
             calls.append(float(t))
             return exact(x, t)
 
-    for nfe in (6, 12):
+    for nfe in (12 if WHOLE_REGISTRY[solver].stages == 4 else 6, 12):
         calls.clear()
         sample(Counting(), WHOLE_REGISTRY[solver], nfe=nfe, seeds=range(3), x0=torch.zeros(3, 2), strength=0.3, grid="angle")
         assert len(calls) == nfe and calls[0] == begin(law, LEVEL)

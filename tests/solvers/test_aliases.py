@@ -1,10 +1,21 @@
-"""Solvers by their names in the menus of A1111 and ComfyUI."""
+"""Solvers by their names in the menus of A1111 and ComfyUI, in k-diffusion and in diffusers."""
 
 import pytest
 from tests.problems import toy
 
 from fewstep import FewstepError, Sampler, SolverError, VPLinear, make_solver, sample
-from fewstep.solvers import SOLVERS, DPMSolverPP, SDEDPMSolverPP2M, UniPC
+from fewstep.solvers import (
+    LMS,
+    PNDM,
+    SOLVERS,
+    DPMSolver2S,
+    DPMSolverFast,
+    DPMSolverPP,
+    ExponentialAB,
+    GradientEstimation,
+    SDEDPMSolverPP2M,
+    UniPC,
+)
 from fewstep.solvers.aliases import ALIASES
 
 MEANT = {  # written out once more
@@ -22,6 +33,14 @@ MEANT = {  # written out once more
     "uni_pc_bh2": UniPC(steps=3),
     "deis": make_solver("deis-3"),
     "DEIS": make_solver("deis-3"),
+    **dict.fromkeys(["LMS", "sample_lms", "LMSDiscreteScheduler"], LMS(steps=4)),
+    "PLMS": PNDM(),
+    "PNDMScheduler": PNDM(warm_up="runge-kutta"),
+    "ipndm_v": LMS(steps=4, euler_at_clean=True, weights="published"),
+    **dict.fromkeys(["DPM2", "dpm_2", "sample_dpm_2", "KDPM2DiscreteScheduler"], DPMSolver2S()),
+    **dict.fromkeys(["DPM fast", "dpm_fast", "sample_dpm_fast"], DPMSolverFast()),
+    "res_multistep": ExponentialAB(steps=2),
+    "gradient_estimation": GradientEstimation(gamma=2.0),
 }
 
 
@@ -32,7 +51,8 @@ def test_the_table_is_whole():
 @pytest.mark.parametrize("name", MEANT)
 def test_each_name_makes_its_solver(name):
     assert make_solver(name) == MEANT[name]
-    assert Sampler.build(name, "angle", VPLinear(), nfe=4).solver == type(MEANT[name]).__name__
+    nfe = sum(MEANT[name].evaluations(4))
+    assert Sampler.build(name, "angle", VPLinear(), nfe=nfe).solver == type(MEANT[name]).__name__
 
 
 def test_options_are_added_to_a_menus_name_and_win_over_it():

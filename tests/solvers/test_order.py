@@ -17,7 +17,7 @@ from tests.problems import ODE as COMMON
 
 from fewstep import Nodes, Solver, State, Tableau, TimeGrid, VarianceExploding, VPLinear, advance, tabulate
 from fewstep.models.analytic import GaussianDenoiser
-from fewstep.solvers import DPMSolverV3, UniPC
+from fewstep.solvers import ABM, DPMSolverV3, UniPC
 
 pytestmark = pytest.mark.usefixtures("each_integral_once")
 
@@ -28,6 +28,8 @@ LATE = {  # on few steps the last one, which nothing corrects, outweighs all oth
     "v3-3-true-same": (96, 192),
     "dpm-solver-3m": (96, 192),  # its two errors of h^2 and h^3 cancel at 24
     "sde-dpm-solver-1m": (96, 192),
+    "exp-ab-4": (96, 192),
+    "abm-4": (96, 192),
 }
 FINEST = 192
 HIGH, LOW = 3.0, 0.1
@@ -84,6 +86,38 @@ COLD_START = {
     "ipndm-1": 0.99,
     "ipndm-2": 2.01,
     "ipndm-3": 1.94,
+    "lms": 2.37,
+    "lms-1": 0.99,
+    "lms-2": 1.95,
+    "lms-3": 2.49,
+    "ipndm-v": 2.37,
+    "ipndm-v-2-published": 1.95,
+    "ipndm-v-3-published": 1.99,
+    "rho-ab-3": 2.49,
+    "rho-rk-3": 2.97,
+    "rho-rk-4": 4.00,
+    "abm-1": 1.99,
+    "abm-2": 2.96,
+    "abm-3": 3.44,
+    "abm-4": 3.09,
+    "exp-ab-1": 0.99,
+    "exp-ab-2": 2.03,
+    "exp-ab-3": 2.22,
+    "exp-ab-4": 2.04,
+    "res-2s": 2.00,
+    "res-3s": 2.95,
+    "res-3s-thirds": 2.97,
+    "etdrk-2": 1.99,
+    "etdrk-4": 3.95,
+    "etdrk-4-krogstad": 3.94,
+    "gradient-estimation": 0.93,
+    "gradient-estimation-1.5": 2.01,
+    "pndm": 1.96,
+    "pndm-runge-kutta": 2.04,
+    "heunpp2": 1.03,
+    "dpm-solver-fast": 2.04,
+    "dpm-solver-fast-1": 2.08,
+    "dpm-solver-fast-2": 3.09,
     "dpm-solver-v3": 1.85,
     "v3-1-true-none": 1.03,
     "v3-1-true-same": 1.03,
@@ -157,7 +191,7 @@ def slope(name: str, *, exact_start: bool) -> float:
 def corrects_the_first_step(solver: Solver) -> bool:
     if isinstance(solver, DPMSolverV3):
         return solver.corrector in ("pseudo", "true")  # "same" has two points only from the second step on
-    return isinstance(solver, UniPC) and solver.corrector
+    return isinstance(solver, ABM) or (isinstance(solver, UniPC) and solver.corrector)
 
 
 @pytest.mark.parametrize("name", ODE)

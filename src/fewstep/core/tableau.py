@@ -67,6 +67,17 @@ class Nodes(NamedTuple):
         """The number of network evaluations ``N``."""
         return len(self.t) - 1
 
+    def begins(self, t: Tensor) -> tuple[int, ...]:
+        """Return the evaluation with which each interval of the grid ``t [M+1]`` begins, the first with 0.
+
+        A solver may evaluate at an interval's start earlier, too: the last such evaluation is the one that it steps from. A solver that
+        moves the times evaluates once in each.
+        """
+        found = [(self.t[:-1] == start).nonzero() for start in t[1:-1]]
+        if self.evaluations == len(t) - 1 or not all(len(places) for places in found):
+            return tuple(range(len(t) - 1))
+        return (0, *(int(places[-1]) for places in found))
+
     def __repr__(self) -> str:
         return f"Nodes({self.evaluations} evaluations, t = {float(self.t[0]):.4g} to {float(self.t[-1]):.4g})"
 
@@ -88,7 +99,7 @@ class Solver(ABC):
     Attributes:
         order: the claimed order of convergence, a whole number; the test suite holds a solver to it.
         memory: ``K``, the number of recorded evaluations that the formulas read.
-        stages: the number of evaluations in each grid interval.
+        stages: the number of evaluations in each grid interval; where intervals differ (`evaluations`), the most.
         references: arXiv ids.
 
     Raises:
@@ -111,26 +122,42 @@ class Solver(ABC):
         """The shape ``*E`` of one coefficient: ``()`` unless the solver carries numbers per channel or per element."""
         return ()
 
+    def evaluations(self, steps: int, *, to_clean: bool = False) -> list[int]:
+        """Return the number of evaluations in each of ``steps`` grid intervals; by default `stages`.
+
+        Args:
+            steps: intervals.
+            to_clean: whether the grid ends at ``sigma = 0``, where a solver of several stages takes one evaluation for the last interval
+                (as EDM does).
+        """
+        return [self.stages] * (steps - 1) + [1 if to_clean else self.stages]
+
+    def evaluations_on(self, grid: TimeGrid, schedule: NoiseSchedule) -> list[int]:
+        """Return `evaluations` in each interval of a grid."""
+        return self.evaluations(grid.steps, to_clean=bool(schedule.sigma(grid.t[-1]) == 0))
+
     def steps_for(self, nfe: int, *, to_clean: bool = False) -> int:
         """Return the number of grid intervals that use exactly ``nfe`` evaluations.
 
         Args:
             nfe: network evaluations.
-            to_clean: whether the grid ends at ``sigma = 0``, where a solver of several stages takes one evaluation for the last interval
-                (as EDM does).
+            to_clean: whether the grid ends at ``sigma = 0``, see `evaluations`.
 
         Raises:
             SolverError: if ``nfe`` is below 1, or this solver cannot use exactly that many.
         """
         if not is_count(nfe):
             raise SolverError(f"nfe must be a whole number of at least 1, got {nfe}")
-        extra = 1 if to_clean and self.stages > 1 else 0
-        steps, left = divmod(int(nfe) - extra, self.stages)
-        if left or steps + extra < 1:
-            near = sorted({max(s, 1 - extra) * self.stages + extra for s in (steps, steps + 1)})
-            use = " or ".join(map(str, near))
-            raise SolverError(f"{type(self).__name__} takes {self.stages} evaluations a step and cannot use exactly {nfe}: use {use}")
-        return steps + extra
+        below, steps = 0, 1  # every interval adds evaluations
+        while (most := sum(self.evaluations(steps, to_clean=to_clean))) < nfe:
+            below, steps = most, steps + 1
+        if most > nfe:
+            use = f"{below} or {most}" if below else str(most)
+            several = (
+                f"{self.stages} evaluations a step" if len({*self.evaluations(9)}) == 1 else "a different number of evaluations by step"
+            )
+            raise SolverError(f"{type(self).__name__} takes {several} and cannot use exactly {nfe}: use {use}")
+        return steps
 
     def steps_on(self, schedule: NoiseSchedule, nfe: int) -> int:
         """Return `steps_for` on a grid that ends at the schedule's ``t_min``, as the grids by name do."""

@@ -11,6 +11,7 @@ so a tableau runs in the space that it was made for, and the state is scaled bef
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -48,14 +49,7 @@ class _Bridge(NamedTuple):
     schedule: NoiseSchedule
     scale: Tensor  # [N+1] c
     sigma: Tensor  # [N+1] the host's
-    intervals: int  # M
-
-    @property
-    def stages(self) -> int:
-        """The number of evaluations in an interval; a last one to ``sigma = 0`` may have a single one."""
-        evaluations = self.tableau.nodes.evaluations
-        clean = self.intervals > 1 and bool(self.sigma[-1] == 0)
-        return (evaluations - 1) // (self.intervals - 1) if clean else evaluations // self.intervals
+    begins: tuple[int, ...]  # [M] the evaluation with which each interval begins
 
 
 def sample_fewstep(
@@ -242,12 +236,12 @@ SPACES = {
 }
 
 
-def _bridge(tableau: Tableau, schedule: NoiseSchedule, intervals: int, law: str) -> _Bridge:
+def _bridge(tableau: Tableau, schedule: NoiseSchedule, grid: TimeGrid, law: str) -> _Bridge:
     nodes = tableau.nodes
     scale = look_up(law, SPACES, "law", GridError).scale(nodes.alpha, nodes.sigma)
     if not bool(torch.isfinite(scale.detach()).all()):
         raise GridError("the sampler starts at pure noise (alpha = 0), for which the law eps has no finite sigma: use it with a flow model")
-    return _Bridge(tableau, schedule, scale, nodes.sigma * scale, intervals)
+    return _Bridge(tableau, schedule, scale, nodes.sigma * scale, nodes.begins(grid.t))
 
 
 def _bridge_of(source: Sampler | str | Path, statistics: ModelStatistics | str | Path | None, levels: Tensor | None, law: str) -> _Bridge:
@@ -255,7 +249,7 @@ def _bridge_of(source: Sampler | str | Path, statistics: ModelStatistics | str |
     if statistics is not None:
         raise SolverError("a sampler has its statistics in its numbers: pass sampler= or statistics=, not both")
     sampler = source if isinstance(source, Sampler) else Sampler.load(source)
-    bridge = _bridge(sampler.tableau, sampler.schedule, sampler.grid.steps, law)
+    bridge = _bridge(sampler.tableau, sampler.schedule, sampler.grid, law)
     if levels is not None:
         if len(levels) < 2:
             raise GridError(f"a sampler takes the sigmas of its start and its end, or none at all, got {levels.tolist()}")
@@ -279,7 +273,7 @@ def _bridge_on(
     if isinstance(driving, ModelStatistics):
         own = driving.schedule
         grid = TimeGrid(_times(levels, host, own))
-    bridge = _bridge(tabulate(solver, solver.nodes(grid, own)), own, grid.steps, law)
+    bridge = _bridge(tabulate(solver, solver.nodes(grid, own)), own, grid, law)
     _check_ends(bridge.sigma, levels, "with these options the solver", "integrals=exact, or levels of the statistics")
     return bridge
 
@@ -368,7 +362,7 @@ def _reporter(callback: Callback | None, bridge: _Bridge, like: Tensor) -> Calla
     sigma = bridge.sigma.to(dtype).to(like.device)
 
     def report(i: int, x: Tensor, denoised: Tensor) -> None:
-        interval = min(i // bridge.stages, bridge.intervals - 1)
+        interval = bisect_right(bridge.begins, i) - 1
         callback({"x": x, "i": interval, "sigma": sigma[i], "sigma_hat": sigma[i], "denoised": denoised})
 
     return report

@@ -82,7 +82,7 @@ class FewstepSolver:
         self._denoiser = _Denoiser(sampler.schedule, denoiser, rhs=predicts == "rhs")
         if scheduler is not None:
             _check_law(sampler, scheduler)
-        self._at, self._state = 0, None
+        self._at, self._state, self._begins = 0, None, sampler.begins
         self._answer: Tensor | None = None
 
     @property
@@ -110,10 +110,10 @@ class FewstepSolver:
                 f"this sampler goes from {times[0]:g} through its own times: a step from t = {now:g} to {then:g} is not its step {k}; pass "
                 "time_steps=solver.time_steps"
             )
-        resume = None if begins else (k * self.sampler.stages, self._entered(x))
+        resume = None if begins else (self._begins[k], self._entered(x))
         run = steps(self._denoiser, self.sampler.tableau, x, seeds=self.seeds, resume=resume)
         last = k == len(times) - 2
-        made = list(run if last else islice(run, self.sampler.stages))
+        made = list(run if last else islice(run, self._begins[k + 1] - self._begins[k]))
         self._state, self._at = made[-1].state, k + 1
         answer = self._state.x.to(x.dtype)
         self._answer = answer.clone() if answer is self._state.x else answer  # which a caller may change in place

@@ -156,11 +156,13 @@ class Sampler(Shared):
 
     @property
     def stages(self) -> int:
-        """The number of rows in a step, counted in the first: the last step to ``sigma = 0`` may have fewer."""
-        if self.grid.steps == 1:
-            return self.tableau.nodes.evaluations
-        second = (self.tableau.nodes.t[:-1] == self.grid.t[1]).nonzero()  # Heun's first step ends with an evaluation there too
-        return int(second[-1]) if len(second) else 1
+        """The number of rows in a step, counted in the first: later ones may have fewer, as the last one to ``sigma = 0``."""
+        return (*self.begins, self.tableau.nodes.evaluations)[1]
+
+    @property
+    def begins(self) -> tuple[int, ...]:
+        """The number of the row with which each step begins."""
+        return self.tableau.nodes.begins(self.grid.t)
 
     def __repr__(self) -> str:
         first, last = torch.exp(-self.tableau.nodes.lam[[0, -1]]).tolist()
@@ -175,7 +177,7 @@ class Sampler(Shared):
         first steps are of lower order, as everywhere. A fitted sampler continues with the hand-made solver that it was fitted from.
 
         Args:
-            begin: evaluations left out, a multiple of `stages`.
+            begin: evaluations left out, one of `begins`.
             statistics: for a sampler of DPM-Solver-v3 that was loaded from disk.
 
         Raises:
@@ -184,13 +186,15 @@ class Sampler(Shared):
         begin, rows = whole(begin, "the evaluation to begin at", SolverError), self.tableau.nodes.evaluations
         if begin == 0:
             return self
-        if begin % self.stages or not 0 < begin < rows:
+        begins = self.begins
+        if begin not in begins:
+            even = begins == tuple(range(0, rows, self.stages))
+            where = f"a multiple of {self.stages} below that" if even else f"one of {', '.join(map(str, begins))}"
             raise SolverError(
-                f"this solver makes {self.stages} evaluations a step, {rows} in all: begin at a multiple of {self.stages} below that, "
-                f"not at evaluation {begin}"
+                f"this solver makes {self.stages} evaluations a step, {rows} in all: begin at {where}, not at evaluation {begin}"
             )
         solver = self.formulas if self.formulas is not None else self._rebuilt(statistics)
-        grid = TimeGrid(self.grid.t[begin // self.stages :])
+        grid = TimeGrid(self.grid.t[begins.index(begin) :])
         return Sampler.build(solver, grid, self.schedule, card={**self.card, "tail_from": begin})
 
     def after(self, level: float, *, statistics: ModelStatistics | None = None) -> Sampler:
@@ -206,7 +210,7 @@ class Sampler(Shared):
             raise SolverError(
                 f"no step of this sampler starts at noise level {level:g} or below: the last starts at {float(levels[-1]):.3g}"
             )
-        return self.tail(int(below[0]) * self.stages, statistics=statistics)
+        return self.tail(self.begins[int(below[0])], statistics=statistics)
 
     def from_level(self, level: float, *, statistics: ModelStatistics | None = None) -> Sampler:
         """Return the sampler of as many evaluations that starts at a noise level ``sigma/alpha``: its grid re-spread below that.
@@ -245,7 +249,7 @@ class Sampler(Shared):
             SolverError: fewer than 1 evaluation or more than there are, or a solver that does not record the answer.
         """
         made = self.tableau.stopped(evaluations, self.schedule)
-        grid = TimeGrid(torch.unique_consecutive(made.nodes.t))  # a solver of several stages evaluates some times twice
+        grid = TimeGrid(torch.unique(made.nodes.t).flip(0))  # a solver of several stages evaluates some times twice
         name = f"{self.name} stopped after {made.nodes.evaluations}"
         return Sampler(made, grid, self.schedule, "stopped", {"of": self.solver, **self.options}, {**self.card, "name": name})
 
@@ -262,7 +266,7 @@ class Sampler(Shared):
                     return make_solver(name, statistics=statistics)
                 raise SolverError(f"a part of a {name} sampler needs the statistics of its model: pass statistics=")
             solver = make_solver(name)
-            if solver.stages == self.stages:
+            if solver.evaluations_on(self.grid, self.schedule)[0] == self.stages:
                 return solver
         raise SolverError(f"none of {', '.join(names)} can be put on the rest of this sampler's times")
 

@@ -16,24 +16,40 @@ from fewstep.runtime.spec import check_options, merged, parse_spec
 from fewstep.solvers.aliases import ALIASES, GRID_HINT, LEVELS
 from fewstep.solvers.ddim import DDIM
 from fewstep.solvers.deis import DEIS, IPNDM
-from fewstep.solvers.dpm_solver import DPMSolver2S, DPMSolver3S, DPMSolverM
+from fewstep.solvers.dpm_solver import DPMSolver2S, DPMSolver3S, DPMSolverFast, DPMSolverM
 from fewstep.solvers.dpm_solver_pp import DPMSolverPP, SDEDPMSolverPP2M
 from fewstep.solvers.dpm_solver_v3 import DPMSolverV3
-from fewstep.solvers.heun import Euler, Heun
+from fewstep.solvers.exponential_ab import ExponentialAB
+from fewstep.solvers.heun import Euler, Heun, HeunPP2
+from fewstep.solvers.lms import ABM, LMS, GradientEstimation
+from fewstep.solvers.pndm import PNDM
+from fewstep.solvers.runge_kutta import ETDRK4, RES2S, RES3S, RhoRK3, RhoRK4
 from fewstep.solvers.unipc import UniPC
 
 __all__ = [
+    "ABM",
     "DDIM",
     "DEIS",
+    "ETDRK4",
     "IPNDM",
+    "LMS",
+    "PNDM",
+    "RES2S",
+    "RES3S",
     "SOLVERS",
     "DPMSolver2S",
     "DPMSolver3S",
+    "DPMSolverFast",
     "DPMSolverM",
     "DPMSolverPP",
     "DPMSolverV3",
     "Euler",
+    "ExponentialAB",
+    "GradientEstimation",
     "Heun",
+    "HeunPP2",
+    "RhoRK3",
+    "RhoRK4",
     "SDEDPMSolverPP2M",
     "UniPC",
     "make_solver",
@@ -47,6 +63,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "heun": Heun,
     "dpm-solver-2s": DPMSolver2S,
     "dpm-solver-3s": DPMSolver3S,
+    "dpm-solver-fast": DPMSolverFast,
     "dpm-solver-2m": partial(DPMSolverM, steps=2),
     "dpm-solver-3m": partial(DPMSolverM, steps=3),
     "dpm-solver-pp-2m": partial(DPMSolverPP, steps=2),
@@ -57,6 +74,21 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "unipc-3": partial(UniPC, steps=3),
     "deis-3": partial(DEIS, steps=3),
     "ipndm": IPNDM,
+    "ipndm-v": partial(LMS, euler_at_clean=True),
+    "lms": LMS,
+    "pndm": PNDM,
+    "heunpp2": HeunPP2,
+    "rho-ab-3": partial(LMS, steps=3, euler_at_clean=True),
+    "rho-rk-3": RhoRK3,
+    "rho-rk-4": RhoRK4,
+    "abm-3": partial(ABM, steps=3),
+    "exp-ab-2": partial(ExponentialAB, steps=2),
+    "exp-ab-3": partial(ExponentialAB, steps=3),
+    "exp-ab-4": partial(ExponentialAB, steps=4),
+    "res-2s": RES2S,
+    "res-3s": RES3S,
+    "etdrk-4": ETDRK4,
+    "gradient-estimation": GradientEstimation,
     "dpm-solver-v3": DPMSolverV3,
 }
 

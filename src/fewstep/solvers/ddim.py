@@ -10,13 +10,20 @@ from torch import Tensor
 from fewstep.core.tableau import Nodes, Solver
 from fewstep.runtime.errors import SolverError
 
-__all__ = ["DDIM", "first_order"]
+__all__ = ["DDIM", "first_order", "transfer"]
 
 
 def first_order(nodes: Nodes, s: int, t: int, x: Tensor, x0: Tensor) -> Tensor:
     """Return the state ``x_t`` after a first-order step from node ``s`` to ``t``, see `Nodes.first_order`."""
     ratio, gain = nodes.first_order(s, t)
     return ratio * x + gain * x0
+
+
+def transfer(nodes: Nodes, s: int, t: int, x: Tensor, answer: Tensor) -> Tensor:
+    """Return the state at node ``t`` after a first-order step with this ``eps``, or with this ``x0`` where ``alpha_s = 0``."""
+    if bool(nodes.alpha[s] == 0):
+        return first_order(nodes, s, t, x, answer)
+    return nodes.alpha[t] / nodes.alpha[s] * (x + nodes.sigma[s] * torch.expm1(nodes.lam[s] - nodes.lam[t]) * answer)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@ r"""DEIS and iPNDM (Zhang and Chen, arXiv 2204.13902): Adams-Bashforth methods o
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -13,17 +15,21 @@ from fewstep.solvers.ddim import first_order
 from fewstep.solvers.phi import interpolation_weights, noise_moment
 from fewstep.solvers.stencil import effective_order, noise_or_data
 
-__all__ = ["DEIS", "IPNDM", "NoiseMultistep"]
+__all__ = ["ADAMS_BASHFORTH", "DEIS", "IPNDM", "NoiseMultistep", "weighted"]
 
 
-@dataclass(frozen=True)
+def weighted(weights: Sequence[Any] | Tensor, values: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the first values by their weights."""
+    return sum((weights[k] * values[k] for k in range(1, len(weights))), weights[0] * values[0])
+
+
 class NoiseMultistep(Solver):
     """A multistep solver in ``eps``, whose step is ``x_t = alpha_t/alpha_s (x_s - sigma_s integral)``.
 
     The integral estimates ``int_0^h e^{-r} eps dr`` from past evaluations. From ``alpha = 0`` the step is of first order.
     """
 
-    steps: int
+    steps: Any  # int, as a field or a class attribute
     references = ("2204.13902",)
 
     def __post_init__(self) -> None:
@@ -44,6 +50,10 @@ class NoiseMultistep(Solver):
         else:
             x_t = nodes.alpha[t] / nodes.alpha[s] * (x - nodes.sigma[s] * self.integral(nodes, i, history))
         return x_t, x_t
+
+    def usable(self, nodes: Nodes, i: int) -> int:
+        """Return how many of ``steps`` evaluations there are of ``eps``: at ``alpha = 0`` it is not known."""
+        return min(self.steps, i if bool(nodes.alpha[0] == 0) else i + 1)
 
     @abstractmethod
     def integral(self, nodes: Nodes, i: int, eps: list[Tensor]) -> Tensor:
@@ -75,7 +85,7 @@ class DEIS(NoiseMultistep):
         p = effective_order(nodes, i, self.steps, self.lower_order_below)
         h = nodes.lam[i + 1] - nodes.lam[i]
         weights = interpolation_weights([nodes.lam[i - k] - nodes.lam[i] for k in range(p)], [noise_moment(k, h) for k in range(p)])
-        return sum((weights[k] * eps[k] for k in range(1, p)), weights[0] * eps[0])
+        return weighted(weights, eps)
 
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -102,7 +112,5 @@ class IPNDM(NoiseMultistep):
         return min(self.steps, 2)
 
     def integral(self, nodes: Nodes, i: int, eps: list[Tensor]) -> Tensor:
-        usable = min(self.steps, i if bool(nodes.alpha[0] == 0) else i + 1)
-        weights = ADAMS_BASHFORTH[usable - 1]
-        mean = sum((weights[k] * eps[k] for k in range(1, usable)), weights[0] * eps[0])
+        mean = weighted(ADAMS_BASHFORTH[self.usable(nodes, i) - 1], eps)
         return noise_moment(0, nodes.lam[i + 1] - nodes.lam[i]) * mean

@@ -18,13 +18,15 @@ from fewstep.core.prediction import to_x0
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Solver
 from fewstep.runtime.errors import SolverError
-from fewstep.solvers.ddim import first_order
+from fewstep.runtime.front_door import is_count
+from fewstep.solvers.ddim import first_order, transfer
 from fewstep.solvers.deis import NoiseMultistep
 from fewstep.solvers.dpm_solver_pp import Form, ThirdOrder, multistep_integral
 from fewstep.solvers.phi import noise_moment
+from fewstep.solvers.stages import stage_nodes
 from fewstep.solvers.stencil import effective_order, noise_or_data
 
-__all__ = ["DPMSolver2S", "DPMSolver3S", "DPMSolverM"]
+__all__ = ["DPMSolver2S", "DPMSolver3S", "DPMSolverFast", "DPMSolverM"]
 
 
 class _Singlestep(Solver):
@@ -38,23 +40,16 @@ class _Singlestep(Solver):
     fractions: ClassVar[tuple[float, ...]]
 
     def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
-        ends = Nodes.at(schedule, grid.t)
-        times = []
-        for k in range(grid.steps):
-            s, t = k, k + 1
-            if bool(ends.alpha[s] == 0):
-                lam = [torch.log(f * ends.alpha[t] / ends.sigma[t]) for f in self.fractions]
-            else:
-                lam = [ends.lam[s] + f * (ends.lam[t] - ends.lam[s]) for f in self.fractions]
-            inner = [] if bool(ends.sigma[t] == 0) else [schedule.t_of_lam(value) for value in lam]
-            times += [ends.t[s], *inner]
-        return Nodes.at(schedule, torch.stack([*times, ends.t[-1]]))
+        return stage_nodes(grid, schedule, [self.fractions] * grid.steps)
 
     def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
         return noise_or_data(nodes, i, x, x0)
 
     def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
-        stage = i % self.stages
+        return self.at_stage(nodes, i % self.stages, i, anchor, x, history)
+
+    def at_stage(self, nodes: Nodes, stage: int, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the `update` after evaluation ``i``, which is number ``stage`` of its step."""
         s, t = i - stage, i + 1
         if stage == 0:
             x0 = history[0] if bool(nodes.alpha[s] == 0) else to_x0("epsilon", history[0], x, nodes.alpha[s], nodes.sigma[s])
@@ -118,6 +113,61 @@ class DPMSolver3S(_Singlestep):
     def from_zero_alpha(self, nodes: Nodes, stage: int, s: int, t: int, x_s: Tensor, x0: Tensor, history: list[Tensor]) -> Tensor:
         x0 = x0 if stage == 1 else (history[2] + 3 * x0) / 4  # Heun's third-order rule
         return nodes.sigma[t] / nodes.sigma[s] * x_s + nodes.alpha[t] * x0
+
+
+@dataclass(frozen=True)
+class DPMSolverFast(Solver):
+    """DPM-Solver-fast (arXiv 2206.00927): steps of DPM-Solver-3, and a last one or two of lower order that use up the rest.
+
+    k-diffusion's ``sample_dpm_fast`` of ``n`` evaluations is this solver with ``remainder = n % 3`` on the grid ``logsnr``.
+
+    Args:
+        remainder: evaluations beyond a multiple of 3. With 0 the last two steps are of order 2 and 1, else the last is of this order.
+
+    Raises:
+        SolverError: another remainder.
+    """
+
+    remainder: int = 0
+    references = ("2206.00927",)
+    stages = 3
+    memory = 3
+
+    def __post_init__(self) -> None:
+        if self.remainder not in (0, 1, 2):
+            raise SolverError(f"DPM-Solver-fast has remainder 0, 1 or 2, got {self.remainder}")
+
+    @property
+    def order(self) -> int:
+        return 3 if self.remainder == 2 else 2  # one step of order 1 has an error of h^2
+
+    def evaluations(self, steps: int, *, to_clean: bool = False) -> list[int]:
+        last = [2, 1][-steps:] if self.remainder == 0 else [1 if to_clean else self.remainder]
+        return [3] * (steps - len(last)) + last
+
+    def steps_for(self, nfe: int, *, to_clean: bool = False) -> int:
+        try:
+            return super().steps_for(nfe, to_clean=to_clean)
+        except SolverError as error:
+            if is_count(nfe) and nfe % 3 != self.remainder and not (to_clean and nfe % 3 == 2):
+                raise SolverError(f"{error}, or the option remainder={nfe % 3}") from error
+            raise
+
+    def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
+        inside = {1: (), 2: DPMSolver2S.fractions, 3: DPMSolver3S.fractions}
+        return stage_nodes(grid, schedule, [inside[count] for count in self.evaluations_on(grid, schedule)])
+
+    def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
+        return noise_or_data(nodes, i, x, x0)
+
+    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        rest = nodes.evaluations % 3
+        tail = nodes.evaluations - (rest or 3)  # where the steps of order 3 end
+        if i < tail:
+            return DPMSolver3S().at_stage(nodes, i % 3, i, anchor, x, history)
+        if rest == 1 or i - tail == 2:
+            return x, transfer(nodes, i, i + 1, x, history[0])
+        return DPMSolver2S().at_stage(nodes, i - tail, i, anchor, x, history)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from fewstep.core.grid import TimeGrid
 from fewstep.core.prediction import to_x0
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Solver
-from fewstep.solvers.ddim import first_order
+from fewstep.solvers.ddim import first_order, transfer
+from fewstep.solvers.deis import weighted
 from fewstep.solvers.stencil import noise_or_data
 
-__all__ = ["Euler", "Heun"]
+__all__ = ["Euler", "Heun", "HeunPP2"]
 
 
 @dataclass(frozen=True)
@@ -69,4 +70,46 @@ class Heun(Solver):
         else:
             r_s, r_t = sigma[s] / alpha[s], sigma[t] / alpha[t]
             x_t = alpha[t] * (anchor / alpha[s] + (r_t - r_s) * (start + end) / 2)
+        return x_t, x_t
+
+
+@dataclass(frozen=True)
+class HeunPP2(Solver):
+    """Heun++ of ComfyUI (``heunpp2``): the mean of three slopes, found by two Euler steps ahead, with weights that depend on the level.
+
+    With ``w_k = r_k / (n r_0)`` for the levels ``r`` of the later slopes and of the grid's start, a step is ``z_t = z_s + (r_t - r_s) ((1 -
+    sum w) eps_s + sum w_k eps_k)`` of ``n = 3`` slopes, ``n = 2`` in the last step but one, and Euler's in the last. It has no paper; the
+    weights are those of no method of order 2. On a grid from ``alpha = 0``, where ``r_0`` is infinite, it is Euler's method.
+    """
+
+    references = ("2206.00364",)
+    stages = 3
+    order = 1
+    memory = 3
+
+    def evaluations(self, steps: int, *, to_clean: bool = False) -> list[int]:  # noqa: ARG002 - the last step is Euler's anyhow
+        return [3] * (steps - 2) + [2, 1][-steps:]
+
+    def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
+        counts = self.evaluations(grid.steps)
+        times = [grid.t[k : k + count] for k, count in enumerate(counts)]
+        return Nodes.at(schedule, torch.cat([*times, grid.t[-1:]]))
+
+    def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
+        return noise_or_data(nodes, i, x, x0)
+
+    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        left = nodes.evaluations - i  # 3 and more, but 3 in the last step but one, where 1 is the last step's
+        stage = -left % 3 if left > 1 else 0
+        s, t = i - stage, i - stage + 1
+        slopes = 1 if left == 1 else 2 if left + stage == 3 else 3
+        if stage < slopes - 1 or slopes == 1:
+            return (anchor if stage else x), transfer(nodes, i, i + 1, x, history[0])
+        if bool(nodes.alpha[s] == 0):  # weights r/r_0 = 0
+            x_t = first_order(nodes, s, t, anchor, history[stage])
+        else:
+            r = nodes.sigma / nodes.alpha
+            later = [r[s + k] / (slopes * r[0]) for k in range(1, slopes)]
+            mean = weighted([1 - sum(later), *later], history[:slopes][::-1])
+            x_t = nodes.alpha[t] * (anchor / nodes.alpha[s] + (r[t] - r[s]) * mean)
         return x_t, x_t

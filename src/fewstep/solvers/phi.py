@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["data_moment", "divided_difference_weights", "interpolation_weights", "noise_moment", "phi"]
+__all__ = ["data_moment", "divided_difference_weights", "interpolation_weights", "noise_moment", "phi", "plain_moment"]
 
 _SERIES_BELOW = 1.0  # there the recursion below would lose digits, and 20 terms of the series have none left to lose
 
@@ -41,6 +41,11 @@ def data_moment(k: int, h: Tensor) -> Tensor:
 def noise_moment(k: int, h: Tensor) -> Tensor:
     r"""Return ``int_0^h e^{-r} r^k/k! dr``, the regularised incomplete gamma function, elementwise; 1 at ``h = inf``."""
     return -torch.expm1(-h) if k == 0 else torch.special.gammainc(torch.full_like(h, k + 1.0), h)
+
+
+def plain_moment(k: int, h: Tensor) -> Tensor:
+    r"""Return ``int_0^h r^k/k! dr = h^{k+1}/(k+1)!``, elementwise: that of a method without a kernel."""
+    return h ** (k + 1) / math.factorial(k + 1)
 
 
 def interpolation_weights(offsets: list[Tensor], moments: list[Tensor]) -> Tensor:

@@ -150,5 +150,5 @@ def test_every_peer_arrives_with_many_steps() -> None:
         first_order = name in ("ddim", "euler", "edm-euler")
         assert float((end - ends["unipc-3"]).abs().max()) < (0.3 if first_order else 0.02), name
     assert {name for name in PEERS if name not in SOLVERS} == {
-        *("dpm-solver-pp-2s", "dpm-solver-pp-3s", "lms", "pndm", "edm-euler", "edm-dpm-solver-pp-2m", "edm-dpm-solver-pp-3m")
+        *("dpm-solver-pp-2s", "dpm-solver-pp-3s", "edm-euler", "edm-dpm-solver-pp-2m", "edm-dpm-solver-pp-3m")
     }

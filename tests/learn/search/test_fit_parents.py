@@ -56,9 +56,15 @@ USABLE = {
     "dpm-solver-pp-3m": 3,
     "dpm-solver-pp-3m:third_order=corrected": 3,
     "unipc-3:corrector=false": 3,
+    "exp-ab-2": 2,
+    "exp-ab-3": 3,
+    "exp-ab-4": 4,
 }  # with the outputs that they read
-SINGLESTEP = ("heun", "dpm-solver-2s", "dpm-solver-3s")
-IN_NOISE = ("dpm-solver-2m", "dpm-solver-3m", "sde-dpm-solver-2m", "deis-3", "ipndm")
+SINGLESTEP = ("heun", "dpm-solver-2s", "dpm-solver-3s", "dpm-solver-fast", "heunpp2", "res-2s", "res-3s", "etdrk-4", "rho-rk-3", "rho-rk-4")
+IN_NOISE = (
+    *("dpm-solver-2m", "dpm-solver-3m", "sde-dpm-solver-2m", "deis-3", "ipndm", "ipndm-v", "lms", "rho-ab-3"),
+    *("abm-3", "pndm", "gradient-estimation"),
+)
 OTHERS = (*SINGLESTEP, *IN_NOISE, "sde-dpm-solver-pp-2m", "unipc-2", "unipc-3", "ddim:eta=1")
 REFUSED = "steps from where it evaluates, by at most {} outputs and without noise"
 

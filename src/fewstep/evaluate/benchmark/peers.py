@@ -6,9 +6,8 @@ exponential and beta options are grids here.
 
 Left out, and why:
 
-- The Runge-Kutta start of ``PNDMScheduler`` (``skip_prk_steps=False``): its stages lie at timesteps half-way between those of the
-  grid, levels that no grid names, and it takes 12 evaluations before the method proper begins. ``pndm`` is the class without it, as
-  the pipelines of Stable Diffusion use it.
+- The Runge-Kutta start of ``PNDMScheduler`` (``skip_prk_steps=False``): it takes 12 evaluations before the method proper begins, half of
+  them at timesteps half-way between those of the grid. ``pndm`` is the class without it, as the pipelines of Stable Diffusion use it.
 - ``FlowMatchEulerDiscreteScheduler`` and ``FlowMatchHeunDiscreteScheduler``: they take the network's velocity in a flow's own time.
   On given levels the first is ``euler``; the second averages slopes in that time, so it is another method for every noise law.
 - ``algorithm_type="dpmsolver"`` of the DPM-Solver classes: deprecated there.
@@ -76,7 +75,7 @@ PEERS: dict[str, Peer] = {
     "dpm-solver-2s": Peer("KDPM2DiscreteScheduler", {"prediction_type": "epsilon"}, exploding=True, prediction="epsilon"),
     "dpm-solver-pp-2s": Peer("DPMSolverSinglestepScheduler", {"solver_order": 2}, places="euler"),
     "dpm-solver-pp-3s": Peer("DPMSolverSinglestepScheduler", {"solver_order": 3}, places="euler"),
-    "lms": Peer("LMSDiscreteScheduler", exploding=True, places="euler"),
+    "lms": Peer("LMSDiscreteScheduler", exploding=True),
     "pndm": Peer("PNDMScheduler", {"prediction_type": "epsilon", "skip_prk_steps": True}, prediction="epsilon"),
     "edm-euler": Peer("EDMEulerScheduler", {"prediction_type": "epsilon"}, **_EDM),
     "edm-dpm-solver-pp-2m": Peer("EDMDPMSolverMultistepScheduler", {"prediction_type": "epsilon", "solver_order": 2}, **_EDM),
@@ -90,12 +89,7 @@ def peer_steps(name: str, nfe: int, *, to_clean: bool = False) -> int:
     Raises:
         SolverError: an unknown peer, or a number it cannot make: an odd one for Heun (an even one ``to_clean``), 2 for PNDM.
     """
-    peer = look_up(name, PEERS, "peer", SolverError)
-    if peer.scheduler != "PNDMScheduler":
-        return make_solver(peer.places or name).steps_for(nfe, to_clean=to_clean)
-    if nfe == 2:
-        raise SolverError("PNDMScheduler takes its first step twice and cannot use exactly 2 evaluations: use 1 or 3")
-    return max(nfe - 1, 1)
+    return make_solver(look_up(name, PEERS, "peer", SolverError).places or name).steps_for(nfe, to_clean=to_clean)
 
 
 def peer_nodes(name: str, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
@@ -104,10 +98,7 @@ def peer_nodes(name: str, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
     Raises:
         SolverError: an unknown peer.
     """
-    peer = look_up(name, PEERS, "peer", SolverError)
-    if peer.scheduler == "PNDMScheduler":  # its first step is repeated with the mean of the noise at both ends
-        return Nodes.at(schedule, torch.cat([grid.t[:2], grid.t[1:]]) if grid.steps > 1 else grid.t)
-    return make_solver(peer.places or name).nodes(grid, schedule)
+    return make_solver(look_up(name, PEERS, "peer", SolverError).places or name).nodes(grid, schedule)
 
 
 def run_peer(name: str, denoiser: Denoiser, grid: TimeGrid, x: Tensor, cond: Cond = None) -> Tensor:

@@ -225,12 +225,13 @@ class FewstepScheduler(NoisingScheduler):
         if self.num_inference_steps is None:
             raise GridError("run set_timesteps before set_begin_level: it chooses the levels")
         level = number(level, "the noise level to begin at", GridError)
-        levels = torch.exp(-self._sampler.tableau.nodes.lam[:-1])[:: self.order]
+        begins = list(self._sampler.begins)
+        levels = torch.exp(-self._sampler.tableau.nodes.lam[begins])
         below = (levels <= level * (1 + LEVEL_SLACK)).nonzero()
         if not len(below):
             raise GridError(f"no step starts at noise level {level:g} or below: the last starts at {float(levels[-1]):.3g}")
-        self.set_begin_index(int(below[0]) * self.order)
-        return int(below[0]) * self.order
+        self.set_begin_index(begins[int(below[0])])
+        return begins[int(below[0])]
 
     def set_timesteps(
         self,

@@ -184,7 +184,8 @@ class TrajectorySolver:
         self.denoiser, self.solver, self.grid = denoiser, solver, grid
         self.fine = teacher_grid(denoiser.schedule, grid, nfe, solver.stages)
         self.tableau = tabulate(solver, solver.nodes(self.fine, denoiser.schedule))
-        starts = torch.isin(self.fine.t[:-1], grid.t[:-1]).nonzero().flatten() * solver.stages  # the evaluations at the grid's times
+        begins = torch.tensor(self.tableau.nodes.begins(self.fine.t))
+        starts = begins[torch.isin(self.fine.t[:-1], grid.t[:-1])]  # the evaluations at the grid's times
         if not torch.equal(self.tableau.nodes.t[:-1][starts], grid.t[:-1]):
             raise SolverError(f"{type(solver).__name__} does not start each of its steps at a time of the grid: use a solver like unipc-3")
         corrected = _in_anchor(self.tableau, denoiser.schedule)
