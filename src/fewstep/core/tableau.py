@@ -481,4 +481,4 @@ def tabulate(solver: Solver, nodes: Nodes) -> Tableau:
     if any(bool((row[:, 0] != 0).any()) for row in update[1:]):  # the anchor is read later: at the start it is x, so read it alone there
         first = update[0]
         update[0] = torch.cat([first[:, :1] + first[:, 1:2], torch.zeros_like(first[:, 1:2]), first[:, 2:]], 1)
-    return Tableau(nodes, *map(torch.stack, (record, update, bias, noise)))
+    return Tableau(nodes, torch.stack(record), torch.stack(update), torch.stack(bias), torch.stack(noise))

@@ -6,7 +6,7 @@ frequency's is shrunk to 0 by the part of its size that chance explains (James a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ def learn_first_answer(noise: Sequence[Tensor], answers: Sequence[Tensor], label
     ]
     z, d = [x.double().cpu() for x in noise], [x.double().cpu() for x in answers]
     shape, groups = tuple(z[0].shape[1:]), classes or 1
-    counts = sum_over_processes(sum((torch.bincount(y, minlength=groups).double() for y in rows), torch.zeros(groups, dtype=torch.float64)))
+    counts = _total(torch.bincount(y, minlength=groups).double() for y in rows)
     if not bool((counts > 0).all()) or float(counts.sum()) < LEAST * groups:
         raise FewstepError(
             f"a first answer is learned from {LEAST} noises or more for each of {groups} classes, got {int(counts.sum())} in all, and "
@@ -57,9 +57,9 @@ def learn_first_answer(noise: Sequence[Tensor], answers: Sequence[Tensor], label
 
     of_noise, of_answers = means(z), means(d)  # least squares for means and matrix together is that of what deviates from them
     seen, left = ([waves(x - mean[y]) for x, y in zip(values, rows, strict=True)] for values, mean in ((z, of_noise), (d, of_answers)))
-    gram = sum_over_processes(sum(torch.einsum("bcf,bdf->fcd", a, a) for a in seen))
-    cross = sum_over_processes(sum(torch.einsum("bcf,bdf->fcd", a, b) for a, b in zip(left, seen, strict=True)))
-    size = sum_over_processes(sum(a.square().sum((0, 1)) for a in left))  # [F]
+    gram = _total(torch.einsum("bcf,bdf->fcd", a, a) for a in seen)
+    cross = _total(torch.einsum("bcf,bdf->fcd", a, b) for a, b in zip(left, seen, strict=True))
+    size = _total(a.square().sum((0, 1)) for a in left)  # [F]
     channels, ridge = gram.shape[1], 1e-9 * gram.diagonal(dim1=1, dim2=2).mean(1)
     response = torch.linalg.solve(gram + ridge[:, None, None] * torch.eye(channels, dtype=torch.float64), cross.mT).mT
     chance = (size - (response * cross).sum((1, 2))).clamp_min(0) / (channels * counts.sum())  # variance of what is left, [F]
@@ -67,6 +67,11 @@ def learn_first_answer(noise: Sequence[Tensor], answers: Sequence[Tensor], label
     response = response * (1 - by_chance / response.square().sum((1, 2)).clamp_min(1e-300)).clamp_min(0)[:, None, None]
     linear = from_waves(torch.einsum("fcd,bdf->bcf", response, waves(of_noise)), shape)
     return FirstAnswer((of_answers - linear).float(), response.float(), classes is not None)
+
+
+def _total(values: Iterable[Tensor]) -> Tensor:
+    """Return the sum over the batches of all processes."""
+    return sum_over_processes(torch.stack(list(values)).sum(0))
 
 
 @dataclass(frozen=True)
