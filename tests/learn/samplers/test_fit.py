@@ -135,7 +135,8 @@ def test_the_hand_made_rival_is_the_best_of_a_few(given: Trajectories) -> None:
 
 def test_network_evaluations_are_counted_and_foreseen(tmp_path: Path) -> None:
     counts = (1, 2, 4)
-    for name, config in (("few", TINY), ("budget", FitConfig(budget=3000)), ("least", FitConfig(budget=700))):
+    foreseeing = (("first", replace(TINY, first=True)), ("first, budget", FitConfig(budget=4000, first=True)))
+    for name, config in (("few", TINY), ("budget", FitConfig(budget=3000)), ("least", FitConfig(budget=700)), *foreseeing):
         found, plan = made(tmp_path / name, model := toy(), counts, config), plan_fit(toy(), counts, config)
         on_cards = sum(one.card["network_evaluations"] for one in found.values()) + found[1].card["trajectory_evaluations"]
         check = min(4, plan.batch) * plan.levels // 2  # those on half the steps
@@ -313,7 +314,9 @@ def test_a_foreseen_first_answer_saves_a_call_and_wins_where_it_is_better(tmp_pa
     assert bool((fit(model, [2, 3], out=tmp_path, config=config)[2].tableau.update == best.tableau.update).all())
 
 
-def test_where_no_first_answer_can_be_foreseen_it_is_refused() -> None:
+def test_where_no_first_answer_can_be_foreseen_it_is_refused(given: Trajectories) -> None:
+    with pytest.raises(FewstepError, match="learned from 80 noises or more, and there are .* here: leave first out"):
+        plan_fit(toy(classes=10), 2, FitConfig(first=True), trajectories=given)
     with pytest.raises(FewstepError, match="from 8 noises or more for each class, 80 in all: raise num, now 32"):
         fit(toy(classes=10), 2, config=replace(TINY, first=True))
     assert plan_fit(toy(classes=10), 3, FitConfig(budget=9000, first=True)).num >= 80

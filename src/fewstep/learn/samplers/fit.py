@@ -179,6 +179,8 @@ def plan_fit(
         plan = plan_of(config, counts, shape, budget, lambda levels: fine_grid(model.schedule, levels).steps, least=least)
         cells = plan.cells
     _check_levels(counts[-1], cells)
+    if plan.num < least:
+        raise FewstepError(f"a first answer is learned from {least} noises or more, and there are {plan.num} here: leave first out")
     return plan
 
 

@@ -178,7 +178,11 @@ class FitSearch:
             others: grids of samplers that were found before, by their number of steps.
             note: called with the stage of the search.
         """
-        ways, errors = [self] if self.foreseen is None or nfe >= self.levels.steps else [self, self.foreseen], dict[str, Tensor]()
+        self._clear()
+        other = None if nfe >= self.levels.steps else self.foreseen  # learned from answers that the fits here share
+        ways = [self] if other is None else [self, other]
+        if other is not None:
+            other._clear()
         found, begun, of = dict[str, Tableau](), dict[str, str](), dict[str, FitSearch]()
         note("levels to begin with")
         starts = {way: way.begin(nfe + (way.first is not None), others) for way in ways}
@@ -189,8 +193,7 @@ class FitSearch:
                 found[name], begun[name], of[name] = tableau, levels, way
         note("check on held-out noises")
         rivals = self.rivals(nfe)
-        for name, tableau in (found | rivals).items():
-            errors[name] = of.get(name, self).errors(tableau, self.held_out)
+        errors = {name: of.get(name, self).errors(tableau, self.held_out) for name, tableau in (found | rivals).items()}
         stages = {name: (mean_over_processes(made), mean_over_processes(made.square()) ** 0.5) for name, made in errors.items()}
         rival = best_hand_made(stages)
         ours = [name for name in found if not _worse(errors[name], errors[rival])]
@@ -225,6 +228,8 @@ class FitSearch:
         self._counted = 0
         self._runs.clear()
         self._first.clear()
+        if isinstance(self.denoiser, Foreseeing):
+            self.denoiser.answered = 0
 
     # -- the levels -------------------------------------------------------------------------------------------------
 
@@ -237,7 +242,6 @@ class FitSearch:
         Returns:
             Their times by name, the most promising first, and the least mean error.
         """
-        self._clear()
         few, error, times = self._levels_only(range(self.plan.ranking)), dict[str, Tensor](), dict[str, Tensor]()
         for name, t in self.candidates(steps, others).items():
             if not any(torch.equal(t, other) for other in times.values()):
@@ -351,4 +355,5 @@ class FitSearch:
     def _spent(self) -> int:
         """Return the evaluations of all processes in this search."""
         runs = sum(batch.evaluations for batches in self._runs.values() for batch in batches)
-        return int(sum_over_processes(torch.tensor(self._counted + runs)))
+        foreseen = self.denoiser.answered if isinstance(self.denoiser, Foreseeing) else 0
+        return int(sum_over_processes(torch.tensor(self._counted + runs - foreseen)))

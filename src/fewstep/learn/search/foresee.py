@@ -7,7 +7,6 @@ frequency's is shrunk to 0 by the part of its size that chance explains (James a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -74,14 +73,16 @@ def _total(values: Iterable[Tensor]) -> Tensor:
     return sum_over_processes(torch.stack(list(values)).sum(0))
 
 
-@dataclass(frozen=True)
 class Foreseeing:
-    """A denoiser whose answer at one time is foreseen, and not asked of the network."""
+    """A denoiser whose answer at one time is foreseen, and not asked of the network.
 
-    denoiser: Denoiser
-    first: FirstAnswer
-    t: float
-    sigma: float
+    Attributes:
+        answered: samples whose answer was foreseen, which whoever counts calls of a denoiser has counted.
+    """
+
+    def __init__(self, denoiser: Denoiser, first: FirstAnswer, t: float, sigma: float) -> None:
+        self.denoiser, self.first, self.t, self.sigma = denoiser, first, t, sigma
+        self.answered = 0
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -90,4 +91,7 @@ class Foreseeing:
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Return ``x0 [B, *D]`` of the states ``x [B, *D]``."""
-        return self.first(x / self.sigma, cond) if float(t) == self.t else self.denoiser(x, t, cond)
+        if float(t) != self.t:
+            return self.denoiser(x, t, cond)
+        self.answered += len(x)
+        return self.first(x / self.sigma, cond)
