@@ -126,6 +126,21 @@ def test_guided_targets_are_the_teachers_at_the_scale_of_each_row(teacher: Model
         assert float(objective.loss(Networks(torch.nn.Identity()), batch, generator)) == 0, states
 
 
+def test_errors_are_measured_in_the_networks_output_or_in_the_picture(teacher: Model) -> None:
+    """An error of 0.1 in the picture is 0.1 by weights ``equal``, and 0.1 / b by ``output``."""
+    found = {}
+    for weights in ("equal", "output"):
+        objective = GuidedObjective(Problem(teacher), replace(GUIDED, weights=weights, loss="l2", states="noised", batch=64))
+        wrong = lambda scale, objective=objective: lambda x, t, cond: objective.problem.teacher_at(scale)(x, t, cond) + 0.1  # noqa: E731
+        objective._told = lambda network, scale, wrong=wrong: wrong(scale)
+        drawn = fewstep.learn.teacher.batches.Batch(torch.randn(64, 5, 1, 4, 4), torch.arange(64) % 2)
+        found[weights] = float(objective.loss(Networks(torch.nn.Identity()), drawn, loop.seeded(GUIDED.seed, 3)))
+        i = objective.rows(drawn, loop.seeded(GUIDED.seed, 3)).i
+        b = objective.output.coefficients(objective.nodes.alpha[i], objective.nodes.sigma[i])[1].double()
+    assert found["equal"] == pytest.approx(0.01, rel=1e-4)
+    assert found["output"] == pytest.approx(float((0.1 / b).square().mean()), rel=1e-3)
+
+
 # -- fresh trajectories ----------------------------------------------------------------------------------------------
 
 

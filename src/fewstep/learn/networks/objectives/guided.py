@@ -4,8 +4,9 @@ With the guided denoiser ``D^w(x, t, y) = D(x, t, 0) + w (D(x, t, y) - D(x, t, 0
 
     E_w  distance( (S(x, t, y, w) - D^w(x, t, y)) / b(t) ),      w uniform in [w_min, w_max],
 
-with ``b`` the coefficient of the network's output in ``x0``: the error in the network's own output, where all levels have one size. A
-finite network has to be taught where it will be used, so what matters is which states it sees: see `GuidedConfig`.
+with ``b`` the coefficient of the network's output in ``x0``: the error in the network's own output, where all levels have one size; or
+with 1 in place of ``b``. A finite network has to be taught where it will be used, so what matters is which states it sees: see
+`GuidedConfig`.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from fewstep.solvers import make_solver
 __all__ = ["STATES", "GuidedConfig", "GuidedObjective"]
 
 STATES = ("fresh", "guided", "teacher", "noised", "data")
+WEIGHTS = ("output", "equal")  # the unit of an error
 ROLLING = ("fresh", "guided")  # which go on from step to step
 FINE = 24  # evaluations of the guided trajectories along which a student is measured
 ABOVE = 3 * 2**40  # where their seeds begin
@@ -66,6 +68,8 @@ class GuidedConfig(StudentConfig):
         slots: number of times of these trajectories.
         grid: the spacing of those times.
         loss: huber, l1 or l2.
+        weights: the unit of an error: ``output``, in which the teacher was trained, of the network's own output, so that all noise levels
+            have one size; or ``equal``, of the denoised picture, where the levels count that decide the picture.
 
     Raises:
         FewstepError: a number out of range, or an unknown word.
@@ -77,6 +81,7 @@ class GuidedConfig(StudentConfig):
     slots: int = 24
     grid: str = "angle"
     loss: str = "huber"
+    weights: str = "output"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +90,7 @@ class GuidedConfig(StudentConfig):
         at_least(self, slots=2)
         look_up(self.states, dict.fromkeys(STATES), "states of guided distillation", FewstepError)
         look_up(self.loss, DISTANCES, "loss", FewstepError)
+        look_up(self.weights, dict.fromkeys(WEIGHTS), "weights of guided distillation", FewstepError)
         if self.states not in ("teacher", "noised"):
             self.check_unused(*STORED)
 
@@ -190,8 +196,9 @@ class GuidedObjective(StudentObjective):
         error = student(rows.x, t, rows.cond) - target
         if self.config.states in ROLLING:
             self._rollout.advance(*self._moved(rows, target if self.config.states == "guided" else wanted))
-        scale = self.output.coefficients(self.nodes.alpha[rows.i], self.nodes.sigma[rows.i])[1].abs()
-        return DISTANCES[self.config.loss]((error / aligned(scale, error))[:, None]).mean()
+        if self.config.weights == "output":
+            error = error / aligned(self.output.coefficients(self.nodes.alpha[rows.i], self.nodes.sigma[rows.i])[1].abs(), error)
+        return DISTANCES[self.config.loss](error[:, None]).mean()
 
     def _told(self, network: Any, scale: float | Tensor) -> Model:  # noqa: ANN401 - a ConditionedNetwork, maybe wrapped
         form = self.config.form
