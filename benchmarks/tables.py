@@ -490,6 +490,30 @@ def _controls(rows: list[Row], basis: str) -> None:
         print(f"| {' | '.join(cells)} | {100 * mean(agree):.1f} % |")
 
 
+STUDY = {"rmse-1": "RMSE, 1 pass", "rmse-2": "2", "rmse-4": "4", "fd-1": "Frechet, 1 pass", "fd-2": "2", "fd-4": "4"}
+
+
+def student_study(rows: list[Row], part: str) -> None:
+    """Print one part of student_study.json: ``targets`` and ``longer`` at equal training time, ``options``; ``states`` and ``guided``."""
+    named: dict[str, list[Row]] = {}
+    for row in (row for row in rows if row["row"].startswith(f"{part}/")):
+        named.setdefault(row["row"].rsplit("/", 1)[-1], []).append(row)
+    scales = "124" if part in ("states", "guided") else ""
+    heading([""], ["steps", *([f"guidance {scale}" for scale in scales] or STUDY.values())])
+    for name, found in named.items():
+        figures = [[row["calls"][scale][0] for row in found] for scale in scales] or [[row.get(key) for row in found] for key in STUDY]
+        print(f"| {name} | {mean(row['steps'] for row in found):.0f} | {' | '.join(map(_spread, figures))} |")
+
+
+def _spread(found: Sequence[float | None]) -> str:
+    """Write the mean of the seeds with least and largest, or nothing for a student that has no such figure."""
+    known = [value for value in found if value is not None]
+    if not known:
+        return ""
+    between = f" ({min(known):.4f} to {max(known):.4f})" if len(known) > 1 else ""
+    return f"{mean(known):.4f}{between}"
+
+
 def fitted(rows: list[Row]) -> None:
     """Print fitted samplers beside the best pair of a hand-made solver and a standard grid, with v3 and without."""
     ours = {row["nfe"]: row for row in rows if row["solver"] == "fitted"}
@@ -615,6 +639,7 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "passes": lambda results, args: falling(results[0]["rows"]),
     "fit-study": lambda results, args: fit_study([row for row in results[0]["rows"] if row["table"] == args.part]),
     "dsno-study": lambda results, args: dsno_study(results[0]["rows"], args.part),
+    "student-study": lambda results, args: student_study(results[0]["rows"], args.part),
     "pipeline": lambda results, args: pipeline(results[0]),
     "large": lambda results, args: large(results[0]),
     "parallel": lambda results, args: in_parallel(results[0], args.part or "picard"),
