@@ -272,6 +272,21 @@ def test_steps_of_a_guided_teacher_are_halved_at_its_guidance(teacher: Model) ->
         distill(replace(teacher, null_label=None), "progressive", config=HALVED, guidance=2)
 
 
+def test_a_halved_student_is_halved_along_its_own_steps_alone(teacher: Model, told: Model) -> None:
+    for model in (teacher, told):
+        four = distill(model, "progressive", config=replace(HALVED, nfe=(4,)))
+        assert four is not None
+        two = distill(four, "progressive", config=replace(HALVED, nfe=(2,)))
+        assert two is not None and two.tuned is not None and two.tuned.nfe == 2
+        for student, changes, mend in (
+            (four, {"nfe": (2,), "grid": "karras"}, "halve those, as nfe=2 on their grid"),
+            (two, {"nfe": (2,)}, "halve those, as nfe=1 on their grid"),
+            (two, {"nfe": (4, 2)}, "halve those, as nfe=1 on their grid"),
+        ):
+            with pytest.raises(FewstepError, match=f"was taught steps of its own alone, .*: {mend}, or name its teacher"):
+                distill(student, "progressive", config=replace(HALVED, **changes))
+
+
 @pytest.mark.slow
 def test_training_lowers_the_error_of_a_call(teacher: Model) -> None:
     before, after = (
