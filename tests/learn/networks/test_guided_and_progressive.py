@@ -1,5 +1,6 @@
 """Distilling guidance and halving steps: exact targets, fresh trajectories, runs that survive kills, and mistakes that are named."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -303,6 +304,11 @@ def pictures(labels: bool = True) -> Images:
     return Images(torch.rand(20, 1, 4, 4) * 2 - 1, torch.arange(20) % 2 if labels else None, 16, "squares")
 
 
+def of_dtype(model: Model, dtype: torch.dtype) -> Model:
+    network: Any = copy.deepcopy(model.network)
+    return model.with_network(network.to(dtype))
+
+
 MISTAKES: dict[str, tuple[Any, str, dict[str, Any], str]] = {
     "no-null-label": (lambda model: replace(model, null_label=None), "guided", {}, "no null label: there is nothing to distil"),
     "data-left-out": (lambda model: model, "guided", {"config": replace(GUIDED, states="data")}, r"pass images=... \(--data\)"),
@@ -320,6 +326,8 @@ MISTAKES: dict[str, tuple[Any, str, dict[str, Any], str]] = {
         "a Wrapped does not know the shape of its samples: make a Model",
     ),
     "function": (lambda model: toy(classes=2), "guided", {}, "is a function, which cannot be trained"),
+    "half": (lambda model: of_dtype(model, torch.float16), "guided", {}, "has weights in float16, in which the small steps"),
+    "bfloat16": (lambda model: of_dtype(model, torch.bfloat16), "progressive", {}, r"make them float32, as by model.network.float\(\)"),
     "student": (lambda model: replace(model, flow_map=FirstOrderMap(model)), "guided", {}, "is a student, which is sampled as it is"),
     "begin": (lambda model: model, "progressive", {"begin": 1}, "leave begin and trajectories out"),
     "features": (lambda model: model, "guided", {"features": torch.nn.Identity()}, "learns nothing from features: leave that out"),
