@@ -129,10 +129,10 @@ class ProgressiveObjective(StudentObjective):
         own = model.optimized("ddim", tuned.nfe).t
         if own.shape != self.fine.t.shape or not torch.allclose(own, self.fine.t, rtol=1e-9):
             times = ", ".join(f"{t:.6g}" for t in own.tolist())
-            mend = f"halve those, as nfe={tuned.nfe // 2} on their grid" if tuned.nfe > 1 else "they cannot be halved"
+            mend = f"halve those, as nfe={tuned.nfe // 2} on their grid, or name" if tuned.nfe > 1 else "one step cannot be halved; name"
             raise FewstepError(
                 f"{model.name} was taught steps of its own alone, between the times {times}, and not the {self.fine.steps} of "
-                f"{self.config.grid} that would be halved: {mend}, or name its teacher, {tuned.teacher}"
+                f"{self.config.grid} that would be halved: {mend} its teacher, {tuned.teacher}"
             )
 
     @property
