@@ -192,6 +192,18 @@ def test_a_scale_beyond_those_it_knows_is_refused(told: Model, scale: float | Te
             model.guided(scale)
 
 
+def test_scales_for_other_samples_are_refused(teacher: Model, told: Model) -> None:
+    x, t, labels = torch.zeros(3, 1, 4, 4), torch.tensor(1.0, dtype=torch.float64), torch.tensor([0, 1, 0])
+    two = torch.tensor([1.0, 2.0])
+    for model in (teacher, told, flow_map(told)):
+        made = model.guided(two)
+        with pytest.raises(ModelError, match="guidance has 2 scales for 3 samples: pass one scale, or one for each sample"):
+            _ = made(x, t, t / 2, labels) if isinstance(made, FlowMap) else made(x, t, labels)
+        for scale in (torch.tensor([1j, 2.0]), torch.tensor([])):
+            with pytest.raises(ModelError, match=r"guidance is a scale, or one for each sample \[B\], not "):
+                model.guided(scale)
+
+
 def test_guidance_by_two_answers_is_refused(told: Model) -> None:
     for options in ({}, {"rescale": 0.7}, {"interval": (0.1, 3.0)}):
         with pytest.raises(

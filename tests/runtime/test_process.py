@@ -9,7 +9,17 @@ import torch
 from tests.processes import as_rank, together
 
 from fewstep import FewstepError
-from fewstep.runtime.process import default_device, from_first, gather, lost_another, process, share, sum_over_processes, wait_for_all
+from fewstep.runtime.process import (
+    default_device,
+    from_first,
+    gather,
+    lost_another,
+    process,
+    share,
+    sum_over_processes,
+    usable_device,
+    wait_for_all,
+)
 
 
 def test_one_process_unless_torchrun_says_otherwise(monkeypatch):
@@ -38,6 +48,12 @@ def test_every_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch, count, loc
     as_rank(monkeypatch, 6, 8)
     monkeypatch.setenv("LOCAL_RANK", local)
     assert default_device() == torch.device(device)
+
+
+@pytest.mark.parametrize("device", ["meta", torch.device("meta"), "nowhere", "cuda:-2", 1.5])
+def test_a_device_that_computes_nothing_is_refused(device):
+    with pytest.raises(FewstepError, match="cannot be used here"):
+        usable_device(device)
 
 
 def test_shares_are_disjoint_and_cover_all(monkeypatch):

@@ -27,7 +27,7 @@ from fewstep.models.model import Model
 from fewstep.models.networks.beside import load_beside
 from fewstep.models.networks.calls import plain_call
 from fewstep.models.networks.extra_embedding import ConditionedNetwork, even, level_features, scale_features
-from fewstep.models.networks.scaled_call import SCALE, ScaledCall
+from fewstep.models.networks.scaled_call import SCALE, ScaledCall, each_scale
 from fewstep.runtime.artifact import ArtifactRecord, Number, load_artifact, named_path, save_artifact
 from fewstep.runtime.errors import ModelError
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
@@ -140,7 +140,7 @@ class FlowMapStudent(nn.Module):
         """Return the denoiser that the network is when it is told the level ``lam [B]`` of the target time, and a guidance scale."""
         features = {TIME: level_features(lam, self.form.features)}
         if self.scales is not None:
-            wanted = torch.as_tensor(default_scale(self.scales) if scale is None else scale, dtype=torch.float64).expand(len(lam))
+            wanted = each_scale(default_scale(self.scales) if scale is None else scale, len(lam)).double()
             features[SCALE] = scale_features(wanted, self.scales[1], self.network.features[SCALE])
         options = {"time": self.time, "dtype": self.dtype, "time_dtype": self.time_dtype, "name": "the student"}
         return Model(self.network, self.schedule, self.prediction, call=_Tell(features), **options)

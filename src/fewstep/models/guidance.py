@@ -15,6 +15,7 @@ from fewstep.core.denoiser import Cond, Denoiser, check_denoiser
 from fewstep.core.domain import Cube, check_unbounded, domain_of
 from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.models.networks.scaled_call import each_scale
 from fewstep.runtime.errors import FewstepError, ModelError
 from fewstep.runtime.front_door import number
 from fewstep.sampling.splitting import log_gradient
@@ -114,6 +115,8 @@ def classifier_free(
             "the answers with and without the condition, is for its teacher"
         )
     each, rescale = isinstance(scale, Tensor) and scale.ndim == 1, number(rescale, "rescale", ModelError)
+    if isinstance(scale, Tensor) and (not scale.numel() or scale.is_complex()):
+        raise ModelError(f"guidance is a scale, or one for each sample [B], not {scale}")
     scale = scale if each else number(scale, "the scale of guidance", ModelError)
     largest = float(torch.as_tensor(scale).abs().max()) if each else abs(float(scale))
     if not isinstance(interval, Sequence) or len(interval) != 2:
@@ -132,7 +135,7 @@ def classifier_free(
         if (not each and scale == 1) or not bool(active.any()):
             return denoiser(x, t, cond)
         null, wanted = both_answers(denoiser, x, t, cond, uncond)
-        x0 = torch.lerp(null, wanted, aligned(scale, wanted) if isinstance(scale, Tensor) else scale)
+        x0 = torch.lerp(null, wanted, aligned(each_scale(scale, len(x)), wanted) if isinstance(scale, Tensor) else scale)
         if rescale:
             dims = tuple(range(1, x0.ndim))
             ratio = wanted.std(dims, correction=0, keepdim=True) / x0.std(dims, correction=0, keepdim=True).clamp_min(1e-12)

@@ -294,8 +294,9 @@ class Model:
         """Return a model that is told its scale, at one between ``low`` and ``high``."""
         if not isinstance(scale, Tensor):
             scale = number(scale, "a guidance scale", ModelError)
-        elif scale.ndim > 1 or not scale.numel():
-            raise ModelError(f"guidance is a scale, or one for each sample [B], not a tensor of shape {tuple(scale.shape)}")
+        elif scale.ndim > 1 or not scale.numel() or scale.is_complex() or scale.dtype == torch.bool:
+            what = f"{str(scale.dtype).removeprefix('torch.')} of shape {tuple(scale.shape)}"
+            raise ModelError(f"guidance is a scale, or one for each sample [B], not a tensor of {what}")
         least, most = (float(torch.as_tensor(bound(scale) if isinstance(scale, Tensor) else scale)) for bound in (torch.min, torch.max))
         if not low <= least <= most <= high:
             raise ModelError(

@@ -42,13 +42,15 @@ def usable_device(device: torch.device | str) -> torch.device:
     """Return a device that this process can compute on.
 
     Raises:
-        FewstepError: there is no such device, or this PyTorch cannot use it.
+        FewstepError: there is no such device, this PyTorch cannot use it, or it is ``meta``, where a model moved there loses its weights.
     """
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise FewstepError(f"device {device!r} cannot be used here: {first_line(error)}") from None
+    if found.type == "meta":
+        raise FewstepError(f"device {device!r} cannot be used here: nothing has a value there; name one that computes, as cpu")
     return found
 
 

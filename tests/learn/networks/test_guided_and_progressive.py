@@ -1,5 +1,6 @@
 """Distilling guidance and halving steps: exact targets, fresh trajectories, runs that survive kills, and mistakes that are named."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -287,6 +288,21 @@ def test_steps_of_a_guided_teacher_are_halved_at_its_guidance(teacher: Model) ->
         distill(replace(teacher, null_label=None), "progressive", config=HALVED, guidance=2)
 
 
+def test_a_halved_student_is_halved_along_its_own_steps_alone(teacher: Model, told: Model) -> None:
+    for model in (teacher, told):
+        four = distill(model, "progressive", config=replace(HALVED, nfe=(4,)))
+        assert four is not None
+        two = distill(four, "progressive", config=replace(HALVED, nfe=(2,)))
+        assert two is not None and two.tuned is not None and two.tuned.nfe == 2
+        for student, changes, mend in (
+            (four, {"nfe": (2,), "grid": "karras"}, "halve those, as nfe=2 on their grid"),
+            (two, {"nfe": (2,)}, "halve those, as nfe=1 on their grid"),
+            (two, {"nfe": (4, 2)}, "halve those, as nfe=1 on their grid"),
+        ):
+            with pytest.raises(FewstepError, match=f"was taught steps of its own alone, .*: {mend}, or name its teacher"):
+                distill(student, "progressive", config=replace(HALVED, **changes))
+
+
 @pytest.mark.slow
 def test_training_lowers_the_error_of_a_call(teacher: Model) -> None:
     before, after = (
@@ -301,6 +317,11 @@ def test_training_lowers_the_error_of_a_call(teacher: Model) -> None:
 
 def pictures(labels: bool = True) -> Images:
     return Images(torch.rand(20, 1, 4, 4) * 2 - 1, torch.arange(20) % 2 if labels else None, 16, "squares")
+
+
+def of_dtype(model: Model, dtype: torch.dtype) -> Model:
+    network: Any = copy.deepcopy(model.network)
+    return model.with_network(network.to(dtype))
 
 
 MISTAKES: dict[str, tuple[Any, str, dict[str, Any], str]] = {
@@ -320,6 +341,8 @@ MISTAKES: dict[str, tuple[Any, str, dict[str, Any], str]] = {
         "a Wrapped does not know the shape of its samples: make a Model",
     ),
     "function": (lambda model: toy(classes=2), "guided", {}, "is a function, which cannot be trained"),
+    "half": (lambda model: of_dtype(model, torch.float16), "guided", {}, "has weights in float16, in which the small steps"),
+    "bfloat16": (lambda model: of_dtype(model, torch.bfloat16), "progressive", {}, r"make them float32, as by model.network.float\(\)"),
     "student": (lambda model: replace(model, flow_map=FirstOrderMap(model)), "guided", {}, "is a student, which is sampled as it is"),
     "begin": (lambda model: model, "progressive", {"begin": 1}, "leave begin and trajectories out"),
     "features": (lambda model: model, "guided", {"features": torch.nn.Identity()}, "learns nothing from features: leave that out"),

@@ -49,7 +49,8 @@ def distill(
     data: Annotated[
         str | None,
         typer.Option(
-            help="For targets of a flow map that learn from pictures, and to judge samples by in dmd and em: digits, an .npz or a folder."
+            help="For targets of a flow map that learn from pictures, for the states data of guided, and to judge samples in dmd and em: "
+            "digits, an .npz or a folder."
         ),
     ] = None,
     trajectories: Annotated[Path | None, typer.Option(help="A folder of trajectories; by default they are made.")] = None,
@@ -57,7 +58,7 @@ def distill(
     trust: Trust = False,
     json: AsJson = False,
 ) -> None:
-    """Distil a model into a student that samples in one pass.
+    """Distil a model into a student of few passes, or of one call for any guidance scale.
 
     A killed run continues where it stopped; the processes of torchrun share trajectories and batches.
     """

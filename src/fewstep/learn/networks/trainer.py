@@ -108,12 +108,17 @@ def may_write_model(model: Model, out: str | Path | None, begun: str) -> None:
         begun: a path below ``out`` that shows an unfinished run of the same kind.
 
     Raises:
-        ModelError: the teacher is a student itself or no module, or its student could not be saved (and how to mend it).
+        ModelError: the teacher is a student itself, no module or of half precision, or its student could not be saved (and how to mend it).
         FewstepError: the folder holds a finished model.
     """
     model = model.need_denoiser()
     if not isinstance(model.network, nn.Module):
         raise ModelError(f"{model.name} is a function, which cannot be trained: make the Model of a torch.nn.Module")
+    if (kept := next((one.dtype for one in model.network.parameters() if one.dtype.itemsize < 4), None)) is not None:
+        raise ModelError(
+            f"{model.name} has weights in {str(kept).removeprefix('torch.')}, in which the small steps of training are lost: make them "
+            "float32, as by model.network.float(); mixed_precision='bf16' then computes in half precision"
+        )
     if out is None:
         return
     folder = folder_of(out)

@@ -104,6 +104,9 @@ class ProgressiveObjective(StudentObjective):
     Args:
         problem: the present model and its guidance.
         config: how to distil; its ``nfe`` is the one number of this student.
+
+    Raises:
+        FewstepError: the present model was halved before, and was taught other steps than those that would be halved now.
     """
 
     kind = "progressive"
@@ -115,7 +118,22 @@ class ProgressiveObjective(StudentObjective):
         stride = config.begins // self.steps
         self.fine, self.grid = TimeGrid(whole[:: stride // 2]), TimeGrid(whole[::stride])
         self.nodes, self.output = Nodes.at(problem.schedule, self.grid.t), prediction(problem.model.prediction)
+        self._check_own_steps()
         _ = problem.teacher
+
+    def _check_own_steps(self) -> None:
+        """Refuse to halve steps that the present model was not taught, where it knows its own alone."""
+        model, tuned = self.problem.model, self.problem.model.tuned
+        if tuned is None or tuned.form != self.kind or tuned.nfe is None:
+            return
+        own = model.optimized("ddim", tuned.nfe).t
+        if own.shape != self.fine.t.shape or not torch.allclose(own, self.fine.t, rtol=1e-9):
+            times = ", ".join(f"{t:.6g}" for t in own.tolist())
+            mend = f"halve those, as nfe={tuned.nfe // 2} on their grid, or name" if tuned.nfe > 1 else "one step cannot be halved; name"
+            raise FewstepError(
+                f"{model.name} was taught steps of its own alone, between the times {times}, and not the {self.fine.steps} of "
+                f"{self.config.grid} that would be halved: {mend} its teacher, {tuned.teacher}"
+            )
 
     @property
     def trajectories(self) -> TrajectoryConfig | None:
