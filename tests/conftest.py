@@ -1,6 +1,8 @@
 """Settings of every test: problems are tiny, so threads only cost; hypothesis tries the same examples every time."""
 
+import gc
 from collections import Counter
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -9,6 +11,17 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("fewstep", derandomize=True, deadline=None, max_examples=40, database=None)
 settings.load_profile("fewstep")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import all tests without a look for garbage, of which imports make none, and never look at what they made again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
