@@ -424,8 +424,8 @@ def test_many_slots_fit_in_the_memory(made, tmp_path) -> None:
     assert in_a_fork(little_memory, *words, "--out", tmp_path / "out") == 0  # 2^25 ways through the slots cannot all be tried
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("words", [pytest.param(("--method", "slots", "--one-pass"), marks=pytest.mark.release), ("--method", "dsno")])
+@pytest.mark.release
+@pytest.mark.parametrize("words", [("--method", "slots", "--one-pass"), ("--method", "dsno")])
 def test_two_processes_learn_what_one_does(tmp_path, made, words: tuple[str, ...]) -> None:
     line = ["-m", "fewstep", "distill", made.teacher, *words, "--steps", 120, "--batch", 32, "-n", 512, "--lr", 0.003]
     line += ["--teacher-nfe", 8, "--fresh", 0.25, "--ema", 0.95, "--slots", 2, "--out"]
