@@ -91,12 +91,12 @@ def test_a_killed_sample_run_continues(monkeypatch, capsys, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_pictures_of_one(tmp_path: Path) -> None:
-    words = ["-m", "fewstep", "sample", "digits-edm", "--nfe", "3", "-n", "8", "--batch", "2", "--npz", "--out"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    for count in ("1", "2"):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([*torchrun, count, *words, str(tmp_path / count)], check=True, env=environment, capture_output=True, timeout=300)
+def test_two_processes_make_the_pictures_of_one(monkeypatch, tmp_path: Path) -> None:
+    words = ("sample", "digits-edm", "--nfe", 3, "-n", 8, "--batch", 2, "--npz", "--out")
+    assert run(monkeypatch, *words, tmp_path / "1") == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fewstep"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, *map(str, (*words, tmp_path / "2"))], check=True, env=environment, capture_output=True, timeout=300)
     np.testing.assert_array_equal(samples(tmp_path / "1"), samples(tmp_path / "2"))
 
 
@@ -211,6 +211,7 @@ SAMPLE = ("sample", "digits-edm", "--num", "2")
         (("bench", "digits-edm", "--solver", "dpm-solver-v3", "--guidance", "7.25"), "pass --statistics DIR"),
     ],
 )
+@pytest.mark.every(7)
 def test_mistakes_get_one_line_exit_2_and_leave_nothing(monkeypatch, capsys, tmp_path: Path, words: tuple[str, ...], says: str) -> None:
     assert run(monkeypatch, *words, "--out", tmp_path / "out") == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -239,6 +240,7 @@ def test_damaged_samplers_and_unwritable_folders(monkeypatch, capsys, tmp_path: 
 @pytest.mark.parametrize(
     "verb", [verb for verb in cli.VERBS if "out" in inspect.signature(verb).parameters], ids=lambda verb: verb.__name__
 )
+@pytest.mark.every(3, 2)
 def test_an_empty_folder_is_not_the_working_folder(verb, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, verb.__name__, "digits-edm", "--out=") == 2
@@ -289,6 +291,7 @@ def test_work_that_processes_do_not_share_is_refused_at_once_under_torchrun(word
     assert calls == [] and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_is_refused_by_every_verb_that_writes_there(tmp_path, tiny, monkeypatch, capsys):
     with Job.open("bench", tmp_path / "out") as job:
         for words in (

@@ -51,6 +51,7 @@ def digits(folder: Path) -> float:
 
 
 @pytest.mark.parametrize("split", ["lie", "strang", "joint"])
+@pytest.mark.every(3)
 def test_an_unconditional_model_makes_what_is_asked_for(split, monkeypatch, tmp_path: Path) -> None:
     assert run(monkeypatch, "sample", "digits-ddpm", *WORDS, "--scale", 4, "--split", split, "--out", tmp_path) == 0
     assert digits(tmp_path) > 0.85
@@ -112,6 +113,7 @@ def test_a_loss_of_ones_own(monkeypatch, tmp_path: Path) -> None:
         (("digits-ddpm", "--classifier", "nowhere:join"), "nowhere"),
     ],
 )
+@pytest.mark.every(3)
 def test_words_that_cannot_be_are_refused(words, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "hostile.py").write_text(HOSTILE)
     monkeypatch.syspath_prepend(tmp_path)

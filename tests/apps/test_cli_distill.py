@@ -271,6 +271,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("words", "says"), MISTAKES)
+@pytest.mark.every(7)
 def test_mistakes_are_said_in_one_line_and_leave_nothing(monkeypatch, capsys, tmp_path, made, words: tuple, says: str) -> None:
     names, before = {"TEACHER": made.teacher, "STORED": made.stored, "STUDENT": made.student}, contents(made.folder)
     assert run(monkeypatch, *(names.get(word, word) for word in words), "--out", tmp_path / "out") == 2
@@ -390,6 +391,7 @@ def flip(path: Path) -> None:
     path.write_bytes((data := path.read_bytes())[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(  # of those to learn from, and of those held out
     ("damage", "says", "shard"),
     [
@@ -422,7 +424,7 @@ def test_many_slots_fit_in_the_memory(made, tmp_path) -> None:
     assert in_a_fork(little_memory, *words, "--out", tmp_path / "out") == 0  # 2^25 ways through the slots cannot all be tried
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("words", [("--method", "slots", "--one-pass"), ("--method", "dsno")])
 def test_two_processes_learn_what_one_does(tmp_path, made, words: tuple[str, ...]) -> None:
     line = ["-m", "fewstep", "distill", made.teacher, *words, "--steps", 120, "--batch", 32, "-n", 512, "--lr", 0.003]

@@ -61,6 +61,7 @@ def test_fit_writes_samplers(monkeypatch, capsys, tmp_path: Path, tiny: Path, fi
     assert [(row["solver"], row["grid"], row["nfe"]) for row in rows] == [("fitted", str(fitted), nfe) for nfe in (2, 3)]
 
 
+@pytest.mark.slow
 def test_the_plan_is_printed_before_anything_runs(monkeypatch, capsys, tmp_path: Path, tiny: Path) -> None:
     stages = ("trajectories", "levels to begin with", "levels", "coefficients", "check on held-out noises", "in all, about")
     assert run(monkeypatch, "fit", tiny, "--nfe", 2, "--budget", 400, "--out", tmp_path / "out") == 0
@@ -167,6 +168,7 @@ def test_fitted_samplers_are_compared(monkeypatch, capsys, tmp_path: Path, owner
         (("digits-emd",), "did you mean digits-edm"),
     ],
 )
+@pytest.mark.every(3)
 def test_mistakes_with_fits(monkeypatch, capsys, tmp_path: Path, tiny: Path, words: tuple[str, ...], says: str) -> None:
     calls = counted(monkeypatch)
     assert run(monkeypatch, "fit", *(tiny if word == "MODEL" else word for word in words), "--out", tmp_path / "out") == 2

@@ -30,6 +30,7 @@ def samples(folder: Path) -> torch.Tensor:
         return torch.from_numpy(file["x"])
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_python_and_resume(picture: Path, monkeypatch, capsys, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ("sample", "digits-edm", "--from", picture, "--nfe", 6, "-n", 5, "--batch", 2, "--npz", "--out", out)
@@ -62,7 +63,7 @@ def test_samples_are_those_of_python_and_resume(picture: Path, monkeypatch, caps
     ],
     ids=lambda words: " ".join(map(str, words)),
 )
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 def test_with_other_options(words, picture: Path, monkeypatch, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(monkeypatch, "sample", *words, "--from", picture, "--strength", 0.1, "-n", 3, "--npz", "--out", out) == 0
@@ -96,6 +97,7 @@ COLOURED = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
         (("latent:model", "--from", "DIGIT", "--strength", 0.3), "samples latents of a pipeline, and a picture is none: put a Fewstep"),
     ],
 )
+@pytest.mark.every(3)
 def test_what_cannot_be_is_refused_in_one_line(words, says, picture: Path, monkeypatch, capsys, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((16, 8), np.uint8)).save(tmp_path / "large.png")
     Image.fromarray(COLOURED).save(tmp_path / "coloured.png")

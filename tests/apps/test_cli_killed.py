@@ -22,7 +22,7 @@ VERBS: dict[str, tuple[int, tuple[object, ...]]] = {  # after how many files
     "sample": (2, ("--nfe", 2, "-n", 8, "--batch", 2, "--npz")),
     "bench": (3, ("--solver", "ddim,unipc-2", "--grid", "angle", "--nfe", "2,3", "-n", 4)),
     "calibrate": (2, ("-n", 8, "--batch", 4, "--levels", 4)),
-    "optimize": (5, ("--nfe", 2, "-n", 8, "--levels", 4)),
+    "optimize": (5, ("--nfe", 2, "-n", 8, "--levels", 4, "--noises", 8, "--held-out", 8)),
     "fit": (6, ("--nfe", "1,2", "-n", 8, "--held-out", 8, "--noises", 8, "--levels", 4)),
     "trajectories": (3, ("-n", 8, "--batch", 2, "--slots", 2, "--nfe", 4)),
     "finetune": (6, ("--nfe", 2, "--rounds", 2, "--steps", 2, "-n", 8, "--held-out", 4, "--batch", 4, "--levels", 4, "--teacher-nfe", 4)),

@@ -21,6 +21,7 @@ def arrays(folder: Path) -> torch.Tensor:
         return torch.from_numpy(file["x"])
 
 
+@pytest.mark.slow
 def test_the_samples_are_the_sequential_ones(monkeypatch, capsys, tmp_path: Path) -> None:
     assert run(monkeypatch, "sample", "digits-edm", *DDIM, "--npz", "--out", tmp_path / "one") == 0
     capsys.readouterr()
@@ -36,6 +37,7 @@ def test_the_samples_are_the_sequential_ones(monkeypatch, capsys, tmp_path: Path
     assert "holds the samples of another command" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_says_that_it_is_a_preview(monkeypatch, capsys, tmp_path: Path) -> None:
     words = ("sample", "digits-edm", *DDIM, "--parallel", "--rounds", 3)
     assert run(monkeypatch, *words, "--out", tmp_path / "one") == 0
@@ -45,6 +47,7 @@ def test_a_run_that_is_stopped_says_that_it_is_a_preview(monkeypatch, capsys, tm
     assert 3 <= json.loads(capsys.readouterr().out)["parallel"]["settled"] < 40
 
 
+@pytest.mark.slow
 def test_trajectories_are_those_of_the_sequential_teacher(monkeypatch, capsys, tmp_path: Path) -> None:
     words = ("trajectories", "digits-edm", "--num", 4, "--nfe", 32, "--slots", 4)
     assert run(monkeypatch, *words, "--out", tmp_path / "one") == 0
@@ -83,6 +86,7 @@ def test_two_processes_share_a_window(tmp_path: Path) -> None:
         (("trajectories", "digits-edm", "--parallel", "--memory", 0), "memory is at least 1, got 0"),
     ],
 )
+@pytest.mark.every(3)
 def test_words_that_cannot_be_are_refused(words, says, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, *words, "--out", tmp_path / "out") == 2
     told = capsys.readouterr()

@@ -18,6 +18,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_by(tmp_path_factory.mktemp("reflected") / "model", *TRAIN)
 
 
+@pytest.mark.slow
 def test_it_is_sampled_inside_and_its_rows_say_what_was_outside(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -23,6 +23,7 @@ def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
     return code, said.out, said.err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_reference")
 def test_a_benchmark_is_shown_and_two_are_compared(monkeypatch, capsys, tmp_path: Path) -> None:
     words = ("bench", "digits-edm", "--num", "4", "--grid", "angle", "--nfe", "3")

@@ -60,6 +60,7 @@ def typed(files: Path, task: str, picture: str, *words: object) -> tuple[object,
 
 
 @pytest.mark.parametrize("task", TASKS)
+@pytest.mark.every(3)
 def test_tasks(monkeypatch, capsys, tmp_path: Path, files: Path, task: str) -> None:
     assert run(monkeypatch, *typed(files, task, *TASKS[task]), "-n", 3, "--out", tmp_path) == 0
     said = capsys.readouterr().out
@@ -92,6 +93,7 @@ def test_a_kernel_may_be_a_picture(monkeypatch, capsys, tmp_path: Path, files: P
     torch.testing.assert_close(one, two, rtol=0, atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues(monkeypatch, capsys, tmp_path: Path, files: Path) -> None:
     words = (*typed(files, "inpaint", *TASKS["inpaint"]), "-n", 4, "--batch", 2)
     with pytest.MonkeyPatch.context() as patch:
@@ -113,6 +115,7 @@ def blind_words(files: Path, *pictures: str) -> tuple[object, ...]:
     return ("restore", "digits-edm", *there, "--task", "blind-deblur", "--kernel-size", 3, "--noise", 0.05, "-n", 2)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_nobody_knows(monkeypatch, capsys, tmp_path: Path, files: Path) -> None:
     small = BlindConfig(nfe=3, final=2, candidates=1, random=0, start_steps=5, steps=5, rehearsal=8)
     for module in ("apps.blind", "apps.commands.restore"):
@@ -146,6 +149,7 @@ def test_a_kernel_that_nobody_knows(monkeypatch, capsys, tmp_path: Path, files: 
         (("--singles",), "takes no --singles"),
     ],
 )
+@pytest.mark.every(3)
 def test_refusals_of_blind_deblurring(monkeypatch, capsys, tmp_path: Path, files: Path, words: tuple[object, ...], says: str) -> None:
     assert run(monkeypatch, *blind_words(files, "digit"), *words, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()
@@ -193,6 +197,7 @@ def test_refusals_of_blind_deblurring(monkeypatch, capsys, tmp_path: Path, files
         ("denoise", ("digit", "--noise", 0.3, "--solver", "unipc-2", "--method", "dps", "--nfe", 4), "use ddim"),
     ],
 )
+@pytest.mark.every(3)
 def test_refusals(monkeypatch, capsys, tmp_path: Path, files: Path, task: str, words: tuple[object, ...], says: str) -> None:
     assert run(monkeypatch, *typed(files, task, *words), "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()
@@ -208,6 +213,7 @@ def test_what_was_there_is_not_replaced(monkeypatch, capsys, tmp_path: Path, fil
     assert "holds mean.png" in capsys.readouterr().err and picture.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_what_comes_before_the_samples_is_said(monkeypatch, capsys, tmp_path: Path, files: Path) -> None:
     words = ("--noise", 0.3, "-n", 1, "--nfe", 4, "--method", "spectral", "--out", tmp_path)
     assert run(monkeypatch, *typed(files, "denoise", "digit", *words)) == 0

@@ -70,6 +70,7 @@ def test_optimize_writes_samplers_grids_and_plots(monkeypatch, capsys, tiny: Pat
     assert all(f"{row['error'][0]:.4f}" in out for row in done["rows"])
 
 
+@pytest.mark.slow
 def test_optimized_samplers_are_compared(monkeypatch, capsys, tmp_path: Path, tiny: Path, optimized: Path) -> None:
     words = ("bench", tiny, "--sampler", optimized, "--num", 4, "--json", "--out", tmp_path / "out")
     assert run(monkeypatch, *words) == 0
@@ -171,6 +172,7 @@ def test_a_killed_tuning_continues(monkeypatch, capsys, tmp_path: Path, tiny: Pa
     assert load_model(tmp_path / "cut").fingerprint == load_model(tuned).fingerprint
 
 
+@pytest.mark.slow
 def test_a_tuned_model_is_sampled_and_compared_as_it_was_tuned(monkeypatch, capsys, tmp_path: Path, tuned: Path) -> None:
     common = ("--num", 3, "--npz", "--out")
     assert run(monkeypatch, "sample", tuned, *common, tmp_path / "a", "--json") == 0
@@ -216,6 +218,7 @@ def test_a_tuned_model_is_sampled_and_compared_as_it_was_tuned(monkeypatch, caps
         (("sample", "MODEL", "--grid", "optimized"), "there are none in its folder"),
     ],
 )
+@pytest.mark.every(3)
 def test_mistakes_with_schedules_and_tuning(monkeypatch, capsys, tmp_path: Path, tiny: Path, words: tuple[str, ...], says: str) -> None:
     assert run(monkeypatch, *(tiny if word == "MODEL" else word for word in words), "--out", tmp_path / "out") == 2
     message = capsys.readouterr().err.strip()

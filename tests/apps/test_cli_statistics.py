@@ -34,6 +34,7 @@ def bare(tmp_path: Path) -> Path:
     return shutil.copytree(WEIGHTS / "digits-edm", tmp_path / "bare", ignore=shutil.ignore_patterns("statistics*"))
 
 
+@pytest.mark.slow
 def test_calibrate_saves_statistics_a_card_and_a_plot(monkeypatch, capsys, tmp_path: Path) -> None:
     words = (*CALIBRATE, "--num", 4, "--pool", "scalar/element", "--data", "digits", "--guidance", 2, "--out", tmp_path)
     assert run(monkeypatch, *words, "--json") == 0
@@ -106,6 +107,7 @@ def test_statistics_in_the_models_folder_are_found(monkeypatch, capsys, tmp_path
     np.testing.assert_array_equal(samples(tmp_path / "own"), samples(tmp_path / "option"))
 
 
+@pytest.mark.slow
 def test_statistics_of_something_else_are_refused_unless_wanted(monkeypatch, capsys, tmp_path: Path, statistics: Path) -> None:
     edm, ddpm = (load_model(name).fingerprint for name in ("digits-edm", "digits-ddpm"))
     cases = {
@@ -121,6 +123,7 @@ def test_statistics_of_something_else_are_refused_unless_wanted(monkeypatch, cap
     assert run(monkeypatch, "sample", "digits-edm", "--guidance", 3, *solver, "--any-statistics", "--out", tmp_path / "out") == 0
 
 
+@pytest.mark.slow
 def test_damaged_statistics_are_named(monkeypatch, capsys, tmp_path: Path, statistics: Path) -> None:
     folder = shutil.copytree(statistics, tmp_path / "damaged")
     data = folder / "statistics.safetensors"

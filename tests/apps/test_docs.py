@@ -25,19 +25,19 @@ PAGES = tuple(
         "comfyui",
         "export",
         "distilled",
-        "adapters",
         "manual-stepping",
-        "parallel",
         "splitting",
         "strength",
-        "restore",
-        "inspect",
         "reflected",
     )
 )
 LONGER = (
     "index",
     "choose",
+    "adapters",
+    "parallel",
+    "restore",
+    "inspect",
     "fitted",
     "schedules",
     "statistics",

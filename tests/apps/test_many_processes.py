@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,10 @@ def whole(verb: str, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return VERBS[verb].numbers(out)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+SEVERAL = [pytest.param(*case, marks=() if case == ("bench", 2) else pytest.mark.release) for case in product(VERBS, (2, 4))]
+
+
+@pytest.mark.parametrize(("verb", "world"), SEVERAL, indirect=["verb"])
 def test_several_processes_make_the_result_of_one(verb: str, toy: Path, whole: dict[str, Any], tmp_path: Path, world: int) -> None:
     words = (verb, toy, *VERBS[verb].words, "--out", tmp_path / "out")
     done = subprocess.run(line(world, *words), env=environment(), capture_output=True, text=True, timeout=300)

@@ -68,6 +68,7 @@ def test_fit(typed: Callable[..., str]) -> None:
     assert (row["solver"], row["grid"], row["nfe"]) == ("fitted", "my fit", 2)
 
 
+@pytest.mark.slow
 def test_optimize(typed: Callable[..., str]) -> None:
     words = ("--levels", 8, "--num", 8, "--noises", 8, "--held-out", 8, "--iterations", 0, "--solver", "ddim,unipc-2", "--nfe", 2)
     printed = typed("optimize", OWN, *words, "--out", "grids")
@@ -96,6 +97,7 @@ TABLE = "tests.own_networks:table"
 FEW = ("--steps", 2, "--batch", 4, "--num", 8, "--held-out", 8)
 
 
+@pytest.mark.slow
 def test_a_tuned_network_of_whole_times_is_sampled_and_compared_by_those_who_trust_it(
     typed: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -146,6 +148,7 @@ def test_a_saved_network_goes_through_every_verb(typed: Callable[..., str], monk
 UNET = "tests.apps.own_models:unet"
 
 
+@pytest.mark.slow
 def test_finetune(typed: Callable[..., str], monkeypatch, tmp_path: Path, tiny: Path) -> None:
     monkeypatch.setattr(finetune, "GramConfig", lambda num: GramConfig(levels=16, num=16))
     (tmp_path / "model").symlink_to(tiny)
@@ -157,6 +160,7 @@ def test_finetune(typed: Callable[..., str], monkeypatch, tmp_path: Path, tiny: 
     assert (row["solver"], row["grid"], row["nfe"]) == ("ddim", "optimized", 2)
 
 
+@pytest.mark.slow
 def test_distill(typed: Callable[..., str], tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "model").symlink_to(tiny)
     words = ("--method", "slots", "--slots", 2, "--steps", 2, "--batch", 4, "--num", 16, "--held-out", 8, "--teacher-nfe", 4)

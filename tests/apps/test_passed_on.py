@@ -166,6 +166,7 @@ def test_trajectories(passed: Callable) -> None:
     assert options == {"guidance": 1.0, "config": TrajectoryConfig(seed=DistillConfig().seed), "parallel": None}
 
 
+@pytest.mark.slow
 def test_distill(passed: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.apps.commands.distill.Trajectories.load", lambda folder: f"those in {folder}")
     words = ("--method", "slots", "--slots", 3, "--grid", "karras", "--output", "skip", "--time", "slot", "--one-pass", "--mixing", "fft")

@@ -30,6 +30,7 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_loaded_and_measures_samples(pictures: Path) -> None:
     config = replace(TINY, epochs=8)
     done = make(pictures, config, pictures / "f", "the command")
@@ -49,6 +50,7 @@ def test_what_is_trained_is_loaded_and_measures_samples(pictures: Path) -> None:
         make(pictures, TINY, pictures / "f", "")
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_weights_of_a_whole_one(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(pictures, TINY, pictures / "whole", "")
     real, batches = module.augmented, 0

@@ -93,6 +93,7 @@ PACKED = {  # how the condition, and its null, reach the network; and how the ne
 
 
 @pytest.mark.parametrize("how", PACKED)
+@pytest.mark.every(3, 2)
 def test_guidance_reaches_a_condition_in_any_packing(how):
     cond, null, read = PACKED[how]
 

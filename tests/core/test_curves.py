@@ -154,6 +154,7 @@ def bong_tangent(steps):
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.every(4, 2)
 def test_curves_between_two_levels(host, steps):
     host = HOSTS[host]
     low, high = host.low, host.high
@@ -175,6 +176,7 @@ def test_curves_between_two_levels(host, steps):
 
 @pytest.mark.parametrize("host", ["sd", "ddpm", "edm", "vp"])
 @pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.every(3, 2)
 def test_laplace(host, steps):
     host = HOSTS[host]
     same(host, "laplace", steps, laplace(steps + 1, host.low, host.high))
@@ -199,6 +201,7 @@ def test_vp_is_the_continuous_law_of_its_own(steps):
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.every(4, 2)
 def test_linear_quadratic(host, steps):
     host = HOSTS[host]
     same(host, "linear_quadratic", steps, host.high * linear_quadratic(steps, 0.025, steps // 2))
@@ -289,6 +292,7 @@ def test_published_levels_at_the_ends_of_a_table_are_no_surprise(caplog):
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.every(4, 2)
 def test_normal_and_sgm_uniform(host, steps):
     """ComfyUI, comfy/samplers.py, normal_scheduler; A1111, modules/sd_schedulers.py has the same."""
     host = HOSTS[host]
@@ -301,6 +305,7 @@ def test_normal_and_sgm_uniform(host, steps):
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("steps", [*STEPS, 7, 30, 33, 100])
+@pytest.mark.every(5, 2)
 def test_simple(host, steps):
     """ComfyUI, comfy/samplers.py, simple_scheduler."""
     host, stride = HOSTS[host], len(HOSTS[host].sigmas) / steps
@@ -309,6 +314,7 @@ def test_simple(host, steps):
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.every(4, 2)
 def test_ddim_uniform(host, steps):
     """ComfyUI, comfy/samplers.py, ddim_scheduler."""
     host, stride = HOSTS[host], len(HOSTS[host].sigmas) // steps
@@ -323,6 +329,7 @@ def test_ddim_uniform_says_where_its_rule_makes_another_number():
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize(("alpha", "beta"), [(0.6, 0.6), (0.5, 0.7)])
+@pytest.mark.every(7, 2)
 def test_beta_over_times_and_over_levels(host, steps, alpha, beta):
     host, total = HOSTS[host], len(HOSTS[host].sigmas) - 1
     options = "" if alpha == beta else f":alpha={alpha}:beta={beta}"
@@ -356,6 +363,7 @@ LIMITS = {"laplace": ":beta=0.2:mu=-1.5"}  # levels of a flow
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("name", CURVES)
+@pytest.mark.every(11, 2)
 def test_a_grid_on_every_law(name, law):
     schedule = LAWS[law]
     if law == "zero-terminal-snr" and name not in (*WHOLE, "vp"):
@@ -373,6 +381,7 @@ def test_a_grid_on_every_law(name, law):
 
 
 @pytest.mark.parametrize("name", CURVES)
+@pytest.mark.every(3, 2)
 def test_from_a_time_on(name):
     """As image to image asks for it: no time above the first."""
     for schedule, t in ((DiscreteVP.scaled_linear(), 400.0), (VPLinear(), 0.4), (VarianceExploding(), 3.0), (RectifiedFlow(3.0), 0.6)):
@@ -392,6 +401,7 @@ def test_a_lowest_time_of_ones_own():
 
 @pytest.mark.parametrize("name", CURVES)
 @pytest.mark.parametrize("steps", [0, -1, 2.5, math.nan, True, "4"])
+@pytest.mark.every(11, 2)
 def test_at_least_one_step(name, steps):
     with pytest.raises(GridError, match="at least 1 step, a whole number of them"):
         make_grid(name, VPLinear(), steps)
@@ -429,12 +439,14 @@ def test_more_steps_than_a_table_has(name):
         ("simple:t_min=0", "grid 'simple' has no option t_min; it has: t_max"),
     ],
 )
+@pytest.mark.every(2)
 def test_options_are_refused_in_words(spec, says):
     with pytest.raises(GridError, match=says):
         make_grid(spec, VPLinear(), 5)
 
 
 @pytest.mark.parametrize("name", CURVES)
+@pytest.mark.every(3, 2)
 def test_a_law_is_asked_for(name):
     with pytest.raises(FewstepError, match="a grid is laid out on a noise law, as fewstep.VPLinear"):
         CURVES[name](None, 5)

@@ -50,6 +50,7 @@ def uniform_in(name, schedule, grid):
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("name", VARIABLES)
+@pytest.mark.every(4, 2)
 def test_uniform_in_its_own_variable(name, law):
     schedule = LAWS[law]
     for steps in (1, 2, 7, 50):
@@ -94,6 +95,7 @@ def test_angle_with_a_scale():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 6, 7, 10, 20, 27, 50, 250, 999, 1000])
+@pytest.mark.every(3, 2)
 def test_diffusers_integers(steps):
     """The formulas of its schedulers, written as there."""
     schedule, count = DiscreteVP.linear(), 1000
@@ -197,6 +199,7 @@ def test_times_that_are_no_grid(times, message):
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5])
 @pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.every(4, 2)
 def test_at_least_one_step(name, steps):
     with pytest.raises(GridError, match="at least 1 step"):
         make_grid(name, DiscreteVP.linear(), steps)
@@ -204,6 +207,7 @@ def test_at_least_one_step(name, steps):
 
 @pytest.mark.parametrize(("t_max", "t_min"), [(0.1, 0.5), (0.5, 0.5), (math.inf, 0.1)])
 @pytest.mark.parametrize("name", VARIABLES)
+@pytest.mark.every(3, 2)
 def test_ends_the_wrong_way_round(name, t_max, t_min):
     with pytest.raises(GridError, match="from t_max down to a smaller t_min"):
         make_grid(name, VPLinear(), 5, t_max=t_max, t_min=t_min)

@@ -48,6 +48,7 @@ def test_definition(kind, alpha, sigma):
 @pytest.mark.parametrize("target", KINDS)
 @settings(max_examples=8)
 @given(scales, scales)
+@pytest.mark.every(5, 2)
 def test_pairs_invert(source, target, alpha, sigma):
     x = alpha * X0 + sigma * EPS
     there = convert(source, target, EPS, x, alpha, sigma)

@@ -44,6 +44,7 @@ def between(schedule, count=101, *, inside=0.0):
 
 @laws
 @given(st.floats(0, 1))
+@pytest.mark.every(3)
 def test_lam_and_back(schedule, fraction):
     t = torch.tensor(schedule.t_min + fraction * (schedule.t_max - schedule.t_min), dtype=torch.float64)
     lam = schedule.lam(t)
@@ -114,6 +115,7 @@ def test_derivatives(schedule):
 
 @laws
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.every(4, 2)
 def test_dtype_and_shape_are_kept(schedule, dtype):
     t = between(schedule, 12, inside=0.1).to(dtype).reshape(3, 4)
     for law in (schedule.alpha, schedule.sigma, schedule.lam):

@@ -16,6 +16,7 @@ LAW = DiscreteVP.scaled_linear()
 
 
 @pytest.mark.parametrize("name", [*A1111, *COMFYUI])
+@pytest.mark.every(3)
 def test_the_menus_of_a1111_and_comfyui(name):
     """modules/sd_schedulers.py of A1111 1.10, where Automatic is the sampler's own choice; SCHEDULER_HANDLERS of comfy/samplers.py."""
     assert make_grid(name, LAW, 10).steps == 10
@@ -23,6 +24,7 @@ def test_the_menus_of_a1111_and_comfyui(name):
 
 
 @pytest.mark.parametrize("name", ALIASES)
+@pytest.mark.every(3)
 def test_a_name_of_another_program_is_one_of_ours(name):
     law = RectifiedFlow() if "shift" in name else LAW
     options = {"mu": 1.0} if "shift" in name else {}

@@ -252,7 +252,7 @@ DENOISER = MixtureDenoiser(SCHEDULE, random(3, 2), torch.tensor([0.5, 0.7, 0.6],
 
 
 @pytest.mark.parametrize("name", ["ddim", "heun", "dpm-solver-3s", "dpm-solver-pp-3m", "unipc-3", "deis-3", "sde-dpm-solver-pp-2m"])
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 def test_gradients_reach_the_times(name):
     """Through the nodes, the tableau and the loop, and through the times at which the network is called."""
     solver, start, ends = make_solver(name), random(2, 2), torch.tensor([1.0, 0.02], dtype=torch.float64)

@@ -51,6 +51,7 @@ def run(tableau, x, answers, noises):
 
 
 @pytest.mark.parametrize("case", TABLEAUX)
+@pytest.mark.every(3, 2)
 def test_it_equals_running_the_tableau(case):
     tableau = TABLEAUX[case]()
     element = tableau.update.shape[3:]
@@ -70,6 +71,7 @@ def test_it_equals_running_the_tableau(case):
 
 
 @pytest.mark.parametrize("case", TABLEAUX)
+@pytest.mark.every(5, 2)
 def test_its_tables_say_what_depends_on_what(case):
     tableau = TABLEAUX[case]()
     made, count, element = tableau.unrolled(), tableau.nodes.evaluations, tuple(tableau.update.shape[3:])

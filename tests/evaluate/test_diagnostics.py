@@ -33,6 +33,7 @@ def test_the_denoiser_of_points_is_a_mean_shift():
     torch.testing.assert_close(answer, weights @ points, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "nfe"), [(4, 12), pytest.param(32, 30, marks=pytest.mark.slow)])
 def test_every_step_goes_uphill(count, nfe):
     """At a fixed level the denoised image, and the Euler point, are likelier than the state."""
@@ -78,6 +79,7 @@ def test_the_geometry_of_a_trained_network(edm):
     assert math.isnan(edm.arrival(1e-12)[0]) and "8 trajectories of 100 evaluations" in repr(edm)
 
 
+@pytest.mark.slow
 def test_it_does_not_depend_on_the_batch(edm):
     model = load_model("digits-edm")
     sampler = Sampler.build("unipc-3", "karras", model.schedule, nfe=100)
@@ -124,6 +126,7 @@ def test_too_few_evaluations_and_other_mistakes():
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.every(9, 2)
 def test_a_stopped_sampler_returns_the_last_answer(name, tmp_path):
     sampler, x = vp(name), noise(3, 2)
     answers = [step.x0 for step in steps(mixture(VPLinear()), sampler.tableau, x, seeds=[1, 2, 3])]
@@ -149,6 +152,7 @@ def test_other_numbers_of_evaluations_are_refused(count):
         vp("ddim").stopped(count)
 
 
+@pytest.mark.slow
 def test_what_the_last_evaluations_buy():
     """On karras the last one is idle, on angle none is."""
     model = load_model("digits-edm")

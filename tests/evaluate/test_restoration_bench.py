@@ -90,6 +90,7 @@ def test_methods_see_the_same_measurement_and_noise(problem: Problem, folder: Pa
     torch.testing.assert_close(x, row["x"], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same(problem: Problem, folder: Path, tmp_path: Path) -> None:
     seen = list[str]()
 
@@ -107,6 +108,7 @@ def test_a_killed_run_goes_on_to_the_same(problem: Problem, folder: Path, tmp_pa
     assert untimed(found.rows) == untimed(read_restorations(folder / "results.json").rows)
 
 
+@pytest.mark.slow
 def test_rows_add_up_and_are_never_mixed(problem: Problem, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     small = RestorationBenchConfig(("upscale",), ("projection",), nfe=(2,), num=4, samples=1, data="digits")
     alone = bench_restorations(problem, small, tmp_path).rows

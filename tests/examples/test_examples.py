@@ -1,8 +1,9 @@
-"""Every example runs as a program of its own; what guides show of it is in it."""
+"""Every example runs, quickly here and as a program before a release; what guides show of it is in it."""
 
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,8 +11,20 @@ from pathlib import Path
 
 import pytest
 
+import fewstep
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+STUDENT = {"steps": 4, "batch": 4, "held_out": 4}
+SMALLER = {  # than examples write it down, so that all of them run in a minute
+    "FitConfig": {"budget": 1500},
+    "CalibrationConfig": {"num": 8, "levels": 8},
+    "OptimizeConfig": {"levels": 12, "num": 4, "noises": 8, "held_out": 8},
+    "DistillConfig": {**STUDENT, "num": 8},
+    "FlowMapConfig": {**STUDENT, "num": 8},
+    "GuidedConfig": STUDENT,
+    "ProgressiveConfig": STUDENT,
+}
 QUICK = {"config", "num"}  # arguments that only make an example quick, which guides leave out
 SHOWN = re.compile(r"<!-- from (examples/\w+\.py) -->\n```python\n(.*?)```", re.S)
 SAID = {  # what its last lines are about
@@ -41,9 +54,33 @@ def test_there_is_an_example_for_each_number_and_each_is_short() -> None:
     assert all(len(path.read_text().splitlines()) < 60 for path in EXAMPLES)
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learners with smaller numbers than an example passes, and comparisons of 8 noises."""
+    for name, smaller in SMALLER.items():
+        config = getattr(fewstep, name)
+        call = lambda config=config, smaller=smaller, **written: config(**{**written, **smaller})  # noqa: E731
+        monkeypatch.setattr(fewstep, name, call, raising=False)
+    compare = fewstep.compare
+    monkeypatch.setattr(fewstep, "compare", lambda *args, **options: compare(*args, **{**options, "num": 8}), raising=False)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick", "short_reference")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs(path: Path, tmp_path: Path) -> None:
+def test_an_example_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(path), run_name="__main__")
+    assert SAID[path.name[:2]] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=() if path == EXAMPLES[1] else pytest.mark.release, id=path.stem) for path in EXAMPLES]
+)
+def test_an_example_is_a_program(path: Path, tmp_path: Path) -> None:
+    """As it is written, in a process of its own; the first one runs where nothing but the package is installed, too."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     run = subprocess.run([sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -23,7 +23,7 @@ SEEDS = [0, 1]
     ],
     ids=lambda solver: type(solver).__name__,
 )
-@pytest.mark.every(2)
+@pytest.mark.every(9)
 def test_one_graph_runs_every_row(solver):
     torch._dynamo.reset()
     counter = CompileCounter()
@@ -41,6 +41,7 @@ def test_one_graph_runs_every_row(solver):
 
 @pytest.mark.parametrize("schedule", [VPLinear(), RectifiedFlow()], ids=["noisy-end", "clean-end"])
 @pytest.mark.parametrize("name", WHOLE_REGISTRY)
+@pytest.mark.every(9, 2)
 def test_number_and_place_of_the_evaluations(name, schedule):
     solver, grid = WHOLE_REGISTRY[name], TimeGrid.angle(schedule, 4)
     nfe = sum(solver.evaluations_on(grid, schedule))

@@ -164,6 +164,7 @@ def test_outside_comfyui_a_node_says_so():
 
 
 @pytest.mark.parametrize("solver", [name for name in SOLVERS if not takes_statistics(name) and not adds_noise(make_solver(name))])
+@pytest.mark.every(5, 2)
 def test_a_graph_samples(comfy, solver):
     table = DiscreteVP.scaled_linear()
     model = Model(Discrete(table), network(mixture(VarianceExploding())))

@@ -74,7 +74,7 @@ def relative(one, two):
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.every(2)
+@pytest.mark.every(7, 2)
 def test_every_solver_is_the_one_of_sample(name):
     schedule, solver = VarianceExploding(), ALL[name]
     sampler = Sampler.build(solver, TimeGrid(torch.tensor(SIGMAS)), schedule)
@@ -87,7 +87,7 @@ def test_every_solver_is_the_one_of_sample(name):
 @pytest.mark.parametrize("host", ["eps", "flow"])
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("name", ["unipc-3", "heun", "dpm-solver-2s", "sde-dpm-solver-pp-2m"])
-@pytest.mark.every(2)
+@pytest.mark.every(5, 2)
 def test_a_saved_sampler_runs_in_its_own_space(name, law, host, tmp_path):
     schedule = LAWS[law]
     ends = {"t_max": 0.95} if law == "flow" else {}
@@ -119,6 +119,7 @@ def test_pure_noise_has_no_sigma_but_a_flow_level():
 
 
 @pytest.mark.parametrize("gate", ["always", "half"])
+@pytest.mark.every(2)
 def test_statistics_of_a_discrete_model_drive_v3(gate):
     """They live along lam, and the half of a time range is that of their own law."""
     model = load_model("digits-ddpm")
@@ -295,7 +296,7 @@ def test_half_precision_is_the_models_alone(dtype):
 
 
 @pytest.mark.parametrize("name", [*WHOLE_REGISTRY, "ddim-eta-0.5", "ddim-eta-1"])
-@pytest.mark.every(3)
+@pytest.mark.every(5, 2)
 def test_gradients_exist_and_are_right(name):
     """To the start and to every level but the last, where it is 0 rather than NaN."""
     model = network(mixture(VarianceExploding()))

@@ -73,6 +73,7 @@ class Scheduler:
 @pytest.mark.parametrize("law", [EDM, VP], ids=["edm", "vp"])
 @pytest.mark.parametrize("name", ["ddim", "unipc-2", "dpm-solver-pp-3m", "heun", "deis-3", "ddim:eta=1"])
 @pytest.mark.parametrize("predicts", ["rhs", "x0"])
+@pytest.mark.every(4, 2)
 def test_it_makes_what_sample_makes(law, name, predicts):
     sampler = Sampler.build(name, "angle", law, nfe=6)
     scheduler = Scheduler(law)
@@ -150,6 +151,7 @@ def test_a_flow_from_pure_noise():
     torch.testing.assert_close(ours, sample(Euler(velocity), start, sampler.grid.t))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_reference")
 def test_their_solvers_are_compared():
     model = fewstep.load_model("digits-edm")

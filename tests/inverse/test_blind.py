@@ -99,6 +99,7 @@ def spectra(model):
     return error_spectra(model, (1, 8, 8), torch.tensor([model.null_label]), num=SMALL.rehearsal, nfe=SMALL.nfe)
 
 
+@pytest.mark.slow
 def test_the_evidence_knows_a_kernel_from_none_but_not_from_its_mirror_image(digits, spectra):
     kernel = recentred(torch.tensor([[0.5, 0.2, 0.0], [0.0, 0.2, 0.1], [0.0, 0.0, 0.0]]))
     seen = Observed.of(blurred(digits, kernel), 0.02, spectra)
@@ -146,6 +147,7 @@ def test_pictures_without_a_blur_are_left_alone(model, digits, spectra):
     assert psnr(found.x, digits) > psnr(y[:, None], digits) - 0.2
 
 
+@pytest.mark.slow
 def test_slow_em_never_leaves_the_kernel_that_does_nothing(model, digits):
     y = blurred(digits, gaussian(0.8))
     found = deblur_blind(model, y, 0.02, 3, method="slow", samples=1, cond=torch.full((6,), model.null_label))
@@ -154,6 +156,7 @@ def test_slow_em_never_leaves_the_kernel_that_does_nothing(model, digits):
 
 
 @pytest.mark.parametrize("method", ["evidence", "fast", "slow"])
+@pytest.mark.every(3)
 def test_seeds_decide_the_answer(method):
     denoiser, y = white(VarianceExploding(t_min=0.02, t_max=20.0), (1, 5, 5)), torch.randn(2, 1, 5, 5)
     run = lambda seeds: deblur_blind(denoiser, y, 0.1, 3, method=method, samples=2, seeds=seeds, config=TINY)  # noqa: E731
@@ -164,6 +167,7 @@ def test_seeds_decide_the_answer(method):
 @pytest.mark.parametrize("law", [VarianceExploding(t_min=0.02, t_max=20.0), fewstep.VPLinear(), RectifiedFlow()], ids=["edm", "vp", "flow"])
 @pytest.mark.parametrize("method", ["evidence", "fast", "slow"])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.every(4, 2)
 def test_any_law_size_and_noise(law, method, noise):
     shape = (3, 6, 7)
     y = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -33,6 +33,7 @@ def test_the_pseudo_inverse_is_the_mean_of_white_images() -> None:
     torch.testing.assert_close(a(exact), y)
 
 
+@pytest.mark.slow
 def test_what_a_start_leaves_falls_with_the_level(model: fewstep.Model) -> None:
     """A white difference of starts contracts: strictly, to less than a tenth from the top of the levels."""
     clean = fewstep.sample(model, "ddim", nfe=8, seeds=range(16))
@@ -63,6 +64,13 @@ def test_a_restoration_from_an_estimate(model: fewstep.Model) -> None:
     torch.testing.assert_close(found.samples, as_function.samples, rtol=0, atol=0)
 
 
+def test_a_rehearsal_takes_the_best_of_two(model: fewstep.Model) -> None:
+    choice = choose_start(model, CircularBlur(torch.ones(3, 3) / 9), 0.05, num=4, strengths=(0.1, 1.0))
+    assert set(choice.errors) == {0.1, 1.0} and choice.errors[choice.strength] == min(choice.errors.values())
+    assert choice.level == level_of(choice.strength) and (choice.num, choice.nfe) == (4, 10)
+
+
+@pytest.mark.slow
 def test_a_rehearsal_takes_the_best_of_what_it_tried(model: fewstep.Model) -> None:
     blur = CircularBlur(torch.ones(3, 3) / 9)
     choice = choose_start(model, blur, 0.05, num=8, strengths=(0.1, 0.5, 1.0))
@@ -120,6 +128,7 @@ def test_refusals(model: fewstep.Model, options: dict, error: type[Exception], s
         ({"nfe": 9}, fewstep.SolverError, "multiple of 2"),
     ],
 )
+@pytest.mark.every(5)
 def test_refusals_of_rehearsals(model: fewstep.Model, options: dict, error: type[Exception], said: str) -> None:
     asked = {"noise": 0.05, "num": 2, **options}
     with pytest.raises(error, match=said):

@@ -96,6 +96,7 @@ def test_the_transpose_is_one(name: str) -> None:
 
 @pytest.mark.parametrize("r2", [0.3, torch.tensor([0.3, 2.0], dtype=torch.float64)], ids=["one", "of each"])
 @pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.every(3, 2)
 def test_solve_inverts(name: str, r2: float | torch.Tensor) -> None:
     a, noise = OPERATORS[name], 0.1
     r = draw(*a(draw(2, *SHAPE)).shape, seed=1)
@@ -205,6 +206,7 @@ def test_an_object_with_a_alone_is_nonlinear() -> None:
         (lambda: checked_noise("much", Average(2)), "number"),
     ],
 )
+@pytest.mark.every(2)
 def test_refusals(make, said: str) -> None:
     with pytest.raises(ModelError, match=said):
         make()

@@ -65,6 +65,7 @@ class Counted:
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("method", ["projection", "moments", "moments:steps=2"])
+@pytest.mark.every(4)
 def test_a_gaussian_prior_has_its_exact_posterior(law: str, method: str) -> None:
     """Mean within 3 standard errors in the mean over elements and 4.5 in each; covariance within 5 %."""
     a, count, prior = Average(2), 20000, gaussian(LAWS[law])
@@ -78,6 +79,7 @@ def test_a_gaussian_prior_has_its_exact_posterior(law: str, method: str) -> None
     assert float((torch.cov(x.T) - cov).norm() / cov.norm()) < 0.05
 
 
+@pytest.mark.slow
 def test_intervals_of_the_exact_posterior_hold_the_truth() -> None:
     """The truth lies in the 90 % interval of 19 samples 90 times of 100, over truths, noises and samples."""
     a, count, prior = Average(2), 19, gaussian(LAWS["EDM"])
@@ -114,6 +116,7 @@ def test_without_noise_the_last_answer_explains_the_measurement(law: str) -> Non
 
 
 @pytest.mark.parametrize(("method", "law"), list(product(CORRECTIONS, LAWS)))
+@pytest.mark.every(4, 2)
 def test_an_answer_that_fits_is_left_alone(method: str, law: str) -> None:
     prior, a = gaussian(LAWS[law]), Average(2)
     t, x = torch.tensor(0.5, dtype=torch.float64), seeded_noise(range(2), SHAPE)
@@ -162,6 +165,7 @@ def test_the_product_of_an_exact_denoiser_is_symmetric() -> None:
 
 
 @pytest.mark.parametrize("name", ["digits-edm", "digits-ddpm"])
+@pytest.mark.every(2)
 def test_products_of_networks_by_one_evaluation(name: str) -> None:
     model = fewstep.load_model(name)
     double = replace(model, network=fewstep.load_model(name).network.double(), dtype=torch.float64)
@@ -192,6 +196,7 @@ def test_products_of_networks_by_one_evaluation(name: str) -> None:
         ("constrained:inner=2", 25, 0),
     ],
 )
+@pytest.mark.every(3)
 def test_methods_cost_what_they_say(method: str, calls: int, backward: int) -> None:
     model = fewstep.load_model("digits-edm")
     counted = Counted(model)
@@ -214,6 +219,7 @@ def error_of(method: str, a: Measurement, x0: torch.Tensor, noise: float, nfe: i
     return float((sample_posterior(model, sampler, x, a, y, noise, cond, method=method, seeds=seeds) - x0).square().mean())
 
 
+@pytest.mark.slow
 def test_the_covariance_of_the_model_says_more_than_a_white_one() -> None:
     from fewstep.data.images import load_images
 
@@ -317,6 +323,7 @@ def half() -> fewstep.Model:
         (lambda p: sampled(p, "ddim", observe=3), ModelError, "called with each Step"),
     ],
 )
+@pytest.mark.every(2)
 def test_refusals(make, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         make(gaussian(LAWS["EDM"]))
@@ -356,6 +363,7 @@ def test_the_correction_by_spectra_is_exact_for_stationary_images() -> None:
 
 
 @pytest.mark.parametrize("law", LAWS)
+@pytest.mark.every(3)
 def test_more_steps_bring_the_spread_of_the_posterior(law: str) -> None:
     """With each correction, whose guess of the covariance has to fall with the level below the measured ones too."""
     prior = GaussianDenoiser(LAWS[law], torch.zeros(1, 8, 8), torch.full((1, 8, 8), STD))
@@ -369,6 +377,7 @@ def test_more_steps_bring_the_spread_of_the_posterior(law: str) -> None:
         assert float(made.std(0)[mask > 0].mean()) / exact == pytest.approx(0.92, abs=0.06), method
 
 
+@pytest.mark.slow
 def test_spectra_are_measured_where_none_are_passed() -> None:
     model = fewstep.load_model("digits-edm")
     a, cond = Average(2), torch.full((2,), 3)
@@ -377,13 +386,19 @@ def test_spectra_are_measured_where_none_are_passed() -> None:
     found = sample_posterior(model, sampler, x, a, torch.zeros(1, 4, 4), 0.05, cond, method="spectral")
     passed = Spectral(error_spectra(model, (1, 8, 8), torch.tensor([3])))
     torch.testing.assert_close(sample_posterior(model, sampler, x, a, torch.zeros(1, 4, 4), 0.05, cond, method=passed), found)
-    with pytest.raises(ModelError, match="pass method=Spectral"):
-        measured(model, a, torch.zeros(1, 4, 4), 0.05, method="spectral")
     with pytest.raises(ModelError, match="another shape"):
         measured(model, a, torch.zeros(1, 6, 6), 0.05, method=passed)(torch.zeros(1, 1, 12, 12), torch.tensor(1.0), torch.tensor([3]))
+
+
+def test_spectra_that_cannot_be_are_refused() -> None:
+    model, a, y = fewstep.load_model("digits-edm"), Average(2), torch.zeros(1, 4, 4)
+    sampler = Sampler.build("ddim", "karras", model.schedule, nfe=3)
+    x = fewstep.start_noise(sampler.tableau.nodes, range(2), (1, 8, 8))
+    with pytest.raises(ModelError, match="pass method=Spectral"):
+        measured(model, a, y, 0.05, method="spectral")
     with pytest.raises(ModelError, match="got a str"):
         Spectral("white")
     with pytest.raises(ModelError, match="have several"):
-        sample_posterior(model, sampler, x, a, torch.zeros(1, 4, 4), 0.05, torch.tensor([3, 7]), method="spectral")
+        sample_posterior(model, sampler, x, a, y, 0.05, torch.tensor([3, 7]), method="spectral")
     with pytest.raises(ModelError, match=r"pictures \(C, H, W\)"):
         error_spectra(model, (8,))

@@ -189,6 +189,7 @@ def test_through_a_decoder(model: fewstep.Model) -> None:
         ({"method": "spectral", "seeds": [0, 1], "cond": torch.tensor([3, 7])}, ModelError, "have several"),
     ],
 )
+@pytest.mark.every(2)
 def test_refusals(model: fewstep.Model, tmp_path: Path, options: dict, error: type[Exception], said: str) -> None:
     asked = {"model": model, "measurement": Average(2), "y": Y, "noise": 0.05, "out": tmp_path / "out", **options}
     with pytest.raises(error, match=said):

@@ -79,6 +79,7 @@ def test_a_gaussian_kernel() -> None:
         ("upscale:factor", SHAPE, "should read name:option=value"),
     ],
 )
+@pytest.mark.every(2)
 def test_what_cannot_be_is_refused(spec: str, shape: tuple[int, ...], says: str) -> None:
     with pytest.raises(ModelError, match=says) as error:
         make_task(spec, shape)

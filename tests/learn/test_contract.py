@@ -374,6 +374,7 @@ def half(learner: Learner, model: Model, calls: Calls, whole: SimpleNamespace, t
 # -- in memory and in a folder ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(4)
 def test_in_memory_it_gives_the_same_and_leaves_nothing(
     learner: Learner, model: Model, whole: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,6 +447,7 @@ def continued(learner: Learner, model: Model, calls: Calls, whole: SimpleNamespa
     assert tidy(out) == whole.files
 
 
+@pytest.mark.every(3)
 def test_a_killed_run_continues_to_the_same_bits(
     learner: Learner, model: Model, calls: Calls, whole: SimpleNamespace, half: Path, tmp_path: Path
 ) -> None:
@@ -457,13 +459,16 @@ def test_a_killed_run_continues_to_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.8, 0.9, 0.97])
+@pytest.mark.parametrize(
+    "share", [0.1, 0.4, 0.97, *(pytest.param(n, marks=pytest.mark.release) for n in (0.01, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9))]
+)
 def test_wherever_it_was_killed(learner: Learner, model: Model, calls: Calls, whole: SimpleNamespace, tmp_path: Path, share: float) -> None:
     killed(learner, model, calls, tmp_path / "out", max(1, int(share * whole.calls)))
     continued(learner, model, calls, whole, tmp_path / "out")
 
 
 @pytest.mark.parametrize("state", ["half", "whole"])
+@pytest.mark.every(3)
 def test_another_models_work_is_refused(
     learner: Learner, models: tuple[Model, Model], calls: Calls, whole: SimpleNamespace, half: Path, tmp_path: Path, state: str
 ) -> None:
@@ -485,6 +490,7 @@ def bare(value: Any) -> Any:
     return {key: bare(one) for key, one in value.items() if key not in known} if isinstance(value, Mapping) else value
 
 
+@pytest.mark.every(4)
 def test_guidance_reaches_the_work(learner: Learner, model: Model, calls: Calls, whole: SimpleNamespace, tmp_path: Path) -> None:
     calls.begin()
     if learner.every_scale:
@@ -528,6 +534,7 @@ MISTAKES: dict[str, tuple[Callable[[Model, Path], tuple[Any, dict[str, Any]]], t
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.every(5)
 def test_mistakes_are_named_before_any_work(learner: Learner, model: Model, calls: Calls, tmp_path: Path, mistake: str) -> None:
     (tmp_path / "file").write_text("mine")
     make, error, says = MISTAKES[mistake]
@@ -548,6 +555,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("argument", WRONG)
+@pytest.mark.every(3)
 def test_a_value_without_meaning_is_refused_before_any_work(
     learner: Learner, model: Model, calls: Calls, tmp_path: Path, argument: str
 ) -> None:

@@ -58,7 +58,10 @@ __all__ = [
     "whole",
 ]
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode of some PyTorch releases says so
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # forward mode of some PyTorch releases says so
+]
 
 TRUSTED: dict[str, Any] = {"load": lambda folder: saved_student(folder, trust=True)}
 KD = replace(DISTILL, slots=None, steps=12)

@@ -31,6 +31,7 @@ def test_the_default_follows_prediction_and_law(schedule, kind, grid):
     assert not torch.allclose(plain, fewstep.sample(model, "unipc-2", nfe=5, grid="quadratic", seeds=range(3)))
 
 
+@pytest.mark.slow
 def test_a_trained_network_is_nearer_to_its_exact_samples():
     model = fewstep.load_model("digits-ddpm")
     exact = fewstep.sample(model, "unipc-3", nfe=64, grid="quadratic", seeds=range(16))
@@ -42,6 +43,7 @@ def test_a_trained_network_is_nearer_to_its_exact_samples():
         assert error(solver, None) < 0.9 * error(solver, "angle")
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_the_same(tmp_path, monkeypatch):
     for name, grid in (("digits-ddpm", "uniform"), ("digits-edm", "angle")):
         assert command(monkeypatch, "sample", name, "-n", 4, "--npz", "--out", tmp_path / name) == 0

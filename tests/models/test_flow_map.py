@@ -61,6 +61,7 @@ def student(flow_map, **options):
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("law", LAWS)
+@pytest.mark.every(3, 2)
 def test_a_denoisers_first_order_map_is_ddim(law, steps):
     schedule = LAWS[law]
     tableau = Sampler.build("ddim", make_grid("angle", schedule, steps), schedule).tableau
@@ -76,6 +77,7 @@ def test_a_first_order_map_goes_from_any_time_to_any_other():
 
 
 @pytest.mark.parametrize("name", [*WHOLE_REGISTRY, "dpm-solver-pp-1", "dpm-solver-1m", "deis-1", "ipndm-1", "ddim-eta-1", "v3-1-true-none"])
+@pytest.mark.every(5, 2)
 def test_tableaux_that_are_not_of_first_order_are_refused(name):
     """Those that make DDIM's steps under another name are not."""
     schedule, flow_map = LAWS["vp"], Exact(LAWS["vp"])

@@ -188,6 +188,7 @@ SAMPLE = {
 
 
 @pytest.mark.parametrize("case", SAMPLE)
+@pytest.mark.every(2)
 def test_sample_says_what_to_pass(case):
     ask, kind, says = SAMPLE[case]
     with pytest.raises(kind, match=says) as error:
@@ -241,6 +242,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("case", MODELS)
+@pytest.mark.every(3, 2)
 def test_a_model_says_what_it_is_made_of(case):
     ask, says = MODELS[case]
     with pytest.raises(FewstepError, match=says):
@@ -417,6 +419,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("case", PARTS)
+@pytest.mark.every(2)
 def test_the_parts_say_what_to_pass(case):
     ask, says = PARTS[case]
     with pytest.raises(FewstepError, match=says):

@@ -232,6 +232,7 @@ def test_the_configuration_of_a_diffusers_network_is_a_part_of_it(path):
     assert replace(model, network=other).fingerprint != model.fingerprint
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_the_same_in_another_process(tmp_path):
     (tmp_path / "own.py").write_text(
         "import torch, fewstep\nclass Net(torch.nn.Module):\n    gain = 2\n    def forward(self, x, t): return x\n"

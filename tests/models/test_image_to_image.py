@@ -144,6 +144,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.every(2)
 def test_refused(case):
     ask, kind, says = REFUSED[case]
     with pytest.raises(kind, match=says):

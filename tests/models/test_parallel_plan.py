@@ -43,6 +43,7 @@ def test_where_a_call_takes_as_long_for_eight_it_is_three_times_faster(name):
     assert float((made - exact).square().mean().sqrt()) < 8e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["ddim", "unipc-2"])
 @pytest.mark.parametrize("name", ["digits-edm", "digits-ddpm"])
 def test_the_rounds_of_the_stand_in_are_those_of_models(name, solver):
@@ -56,6 +57,7 @@ def test_the_rounds_of_the_stand_in_are_those_of_models(name, solver):
     assert plan.evaluations[8] == pytest.approx(sum(one.last - one.first for one in seen), rel=0.25)
 
 
+@pytest.mark.slow
 def test_a_device_that_is_busy_with_one_gains_nothing():
     schedule = VPLinear()
     sampler = Sampler.build("ddim", "angle", schedule, nfe=20)

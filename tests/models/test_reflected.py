@@ -101,6 +101,7 @@ def test_the_exact_guided_flow_stays_inside_at_any_scale(scale: float) -> None:
     assert outside == 0 and (made - CENTRES[0]).abs().max() < 0.2
 
 
+@pytest.mark.slow
 def test_solvers_have_their_order_on_a_mirrored_denoiser() -> None:
     x = spread_evenly(100)
     exact, _ = last(EXACT, "unipc-3", 600, x)

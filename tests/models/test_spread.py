@@ -41,6 +41,7 @@ def test_a_model_is_copied_to_devices(guidance):
         torch.testing.assert_close(spread(x, t, labels), model.guided(guidance)(x, t, labels), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sample_shares_its_rounds_among_devices():
     model = load_model("digits-edm")
     made = fewstep.sample(model, "ddim", nfe=12, seeds=range(2), parallel=ParallelConfig(tol=0, devices=("cpu", "cpu")))

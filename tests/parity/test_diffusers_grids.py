@@ -24,6 +24,7 @@ def levels(law, grid):
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"])
+@pytest.mark.every(3, 2)
 def test_levels_of_a_table(option, steps):
     """Of DPMSolverMultistepScheduler, which lays them between the ends of its table."""
     theirs = diffusers.DPMSolverMultistepScheduler(**SD, **{option: True}, final_sigmas_type="zero")
@@ -35,6 +36,7 @@ def test_levels_of_a_table(option, steps):
 @pytest.mark.parametrize("steps", [2, 5, 10, 20])
 @pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
 @pytest.mark.parametrize("mu", [None, 0.8])
+@pytest.mark.every(4, 2)
 def test_levels_of_a_flow(option, mu, steps):
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(**{option: True}, use_dynamic_shifting=mu is not None)
     theirs.set_timesteps(steps, mu=mu)
@@ -45,6 +47,7 @@ def test_levels_of_a_flow(option, mu, steps):
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("terminal", [None, 0.1])
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+@pytest.mark.every(4, 2)
 def test_static_shift(shift, terminal, steps):
     if terminal is not None and steps == 1:
         return  # diffusers divides 0 by 0
@@ -60,6 +63,7 @@ def test_static_shift(shift, terminal, steps):
 @pytest.mark.parametrize("steps", [2, 5, 10, 28])
 @pytest.mark.parametrize("terminal", [None, 0.1])
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.every(3, 2)
 def test_dynamic_shift(kind, terminal, steps):
     law = RectifiedFlow()
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind, shift_terminal=terminal)

@@ -65,6 +65,7 @@ def mixture(schedule: Any) -> MixtureDenoiser:
 
 
 @pytest.mark.parametrize(("name", "law", "steps", "ends_clean"), pairwise(list(SAME), list(GRIDS), STEPS, (False, True)))
+@pytest.mark.every(5)
 def test_a_peer_on_our_levels_gives_our_samples(name: str, law: str, steps: int, ends_clean: bool) -> None:
     schedule, spacing = GRIDS[law]
     denoiser, grid = mixture(schedule), spacing(schedule, steps)
@@ -341,7 +342,7 @@ quiet = pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning", "
 @quiet
 @pytest.mark.parametrize(("dtype", "counts"), RUNS, ids=str)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.every(3)
+@pytest.mark.every(11, 3)
 def test_diffusers_as_its_users_run_it(name: str, dtype: torch.dtype, counts: tuple[int, ...], ddpm_unet: nn.Module) -> None:
     network, noise = ddpm_unet.to(dtype), seeded_noise([0], (1, 8, 8)).to(dtype)
     for steps in counts:
@@ -381,6 +382,7 @@ def test_the_same_on_the_bundled_trained_model(name: str, dtype: torch.dtype, co
         ("pndm", {"warm_up": "runge-kutta"}),
     ],
 )
+@pytest.mark.every(4)
 def test_any_other_option_is_seen(name: str, other: dict[str, Any], ddpm_unet: nn.Module) -> None:
     """The network is not so tame that every formula would agree."""
     network, noise = ddpm_unet.float(), seeded_noise([0], (1, 8, 8))

@@ -99,6 +99,7 @@ def test_a_kill_between_two_saves_loses_only_what_came_after(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("world", [2, 7])  # there are five batches
+@pytest.mark.every(2)
 def test_processes_make_what_one_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
     for found in (together(world, lambda: summed(store(tmp_path))), together(world, lambda: summed(store(tmp_path)))):
         assert all(exact(total) for total, _ in found)  # all of them get it
@@ -112,6 +113,7 @@ def test_processes_make_what_one_makes(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("worlds", [(2, 1), (1, 2), (3, 2, 4), (2, 1, 2, 1)])
+@pytest.mark.every(4)
 def test_another_number_of_processes_makes_the_rest(tmp_path: Path, worlds: tuple[int, ...]) -> None:
     """Each run but the last is killed after some batches; what is done is not done again, whoever did it."""
     batches, stops = seed_batches(10, 203, 5), (5, 2, 1)

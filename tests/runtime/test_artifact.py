@@ -163,6 +163,7 @@ def test_a_file_of_a_terabyte_is_not_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["a" * 5000, "a" * 300, "a/" * 2500, "a\0b", "é" * 200])
 @pytest.mark.parametrize("use", [load_model, Sampler.load, ModelStatistics.load, load_images, Trajectories.load, folder_of, read_json])
+@pytest.mark.every(3)
 def test_a_path_that_no_file_can_have_is_refused(use, name):
     with pytest.raises(FewstepError, match="no file or folder can be named"):
         use(name)

@@ -87,6 +87,7 @@ MEETINGS = {
 
 @pytest.mark.parametrize("ended", [0, 1])
 @pytest.mark.parametrize("meeting", MEETINGS)
+@pytest.mark.every(4)
 def test_a_process_that_has_ended_is_noticed_by_those_that_wait(meeting, ended):
     """Within seconds, though they would wait for days for one that is at work."""
 

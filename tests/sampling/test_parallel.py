@@ -32,6 +32,7 @@ def start(count: int = 3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.every(5, 2)
 def test_without_a_tolerance_it_is_the_sequential_sample(name):
     """In float64, for every solver; and after p rounds the first p states are those of the sequential run."""
     sampler, denoiser, seen = built(name), mixture(SCHEDULE), list[Round]()
@@ -56,6 +57,7 @@ def test_any_window_and_memory(window, memory):
     torch.testing.assert_close(made, run(mixture(SCHEDULE), sampler.tableau, start()), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits-edm", "digits-ddpm"])
 def test_bundled_fitted_samplers_and_v3(name):
     """With coefficients for each element, in float64 on an exact denoiser; and once in float32 on the network."""
@@ -108,6 +110,12 @@ def tried(solver: str, nfe: int, **options) -> tuple[int, int, float]:
     return len(seen), sum(one.last - one.first for one in seen), float((made - exact).square().mean().sqrt())
 
 
+def test_a_smaller_tolerance_is_a_smaller_error_for_more_rounds():
+    (few, _, coarse), (many, _, fine) = (tried("ddim", 20, tol=tol, window=20, memory=1) for tol in (1e-2, 1e-3))
+    assert fine < coarse <= 8e-2 and fine <= 8e-3 and few < many < 20
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("memory", "times"), [(1, 8), (3, 5)])
 def test_errors_are_within_a_few_tolerances(memory, times):
     errors = []
@@ -117,6 +125,7 @@ def test_errors_are_within_a_few_tolerances(memory, times):
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.slow
 def test_rounds_and_evaluations():
     """Floors of the figures that the guide shows."""
     assert tried("ddim", 50, window=50)[0] <= 15 and tried("ddim", 50, window=50, memory=3)[0] <= 13
@@ -125,11 +134,13 @@ def test_rounds_and_evaluations():
     assert tried("ddim", 100, window=100, memory=3)[0] <= 12
 
 
+@pytest.mark.slow
 def test_noise_is_that_of_the_seeds():
     count, _, error = tried("ddim:eta=1", 50, window=50)
     assert count < 30 and error < 8e-3
 
 
+@pytest.mark.slow
 def test_a_sample_is_the_same_in_another_batch():
     model, sampler, x, labels = edm("unipc-2", 25)
     with torch.no_grad():
@@ -163,6 +174,7 @@ def test_it_stops_early_with_the_sample_as_it_stands():
     assert previews[len(previews) // 2] < 0.7 * previews[0]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_steps():
     def peak(count: int) -> int:
         held = calls = 0

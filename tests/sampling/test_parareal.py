@@ -26,6 +26,7 @@ SOLVERS = ("ddim", "ddim:eta=1", "dpm-solver-pp-2m", "unipc-3", "deis-3", "ipndm
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.every(3, 2)
 def test_exact_after_as_many_iterations_as_blocks(solver):
     fine, coarse = pair(solver, 5, 4)
     if solver == "heun":
@@ -55,11 +56,13 @@ def errors(solver: str, iterations: int) -> list[float]:
     return [float((one.x - exact).square().mean().sqrt()) for one in seen]
 
 
+@pytest.mark.slow
 def test_few_iterations_of_ddim_are_near():
     found = errors("ddim", 2)
     assert len(found) == 3 and found[1] < 3e-2 and found[2] < 5e-3
 
 
+@pytest.mark.slow
 def test_the_anchor_moves_with_the_state():
     """UniPC's corrector would throw the correction away, and the iteration diverge until it is exact."""
     found = errors("unipc-3", 5)

@@ -78,6 +78,7 @@ def replace_tensors(folder, data: bytes):
 @pytest.mark.parametrize(
     ("name", "law"), [*((name, "vp-linear") for name in WHOLE_REGISTRY), *product(("unipc-3", "dpm-solver-v3"), [*LAWS][1:])]
 )
+@pytest.mark.every(4)
 def test_round_trip(name, law, tmp_path):
     sampler = build(name, law, command="fewstep optimize", quality={"fd": 1.25})
     loaded = Sampler.load(sampler.save(tmp_path / "a" / "sampler"))
@@ -200,6 +201,7 @@ def test_json_that_is_not_text_is_refused(saved):
         ({"card": {"name": "\ud800"}}, "sampler.json is damaged"),
     ],
 )
+@pytest.mark.every(2)
 def test_other_json_is_refused(saved, changes, message):
     edit(saved, **changes)
     with pytest.raises(ArtifactError, match=message):

@@ -66,6 +66,7 @@ def test_the_start_has_the_noise_level_of_the_first_node():
 
 
 @pytest.mark.parametrize("name", WHOLE_REGISTRY)
+@pytest.mark.every(4, 2)
 def test_a_sample_does_not_know_its_batch(name):
     """Bit for bit, with noise and without."""
     seeds, shape = [4, 8, 15, 16, 23], (3, 5)
@@ -76,6 +77,7 @@ def test_a_sample_does_not_know_its_batch(name):
 
 
 @pytest.mark.parametrize("name", WHOLE_REGISTRY)
+@pytest.mark.every(4, 2)
 def test_an_observer_sees_every_evaluation(name):
     denoiser, steps, made = Tanh(), [], sampler(name)
     x = start_noise(made.tableau.nodes, [1, 2], (3,))

@@ -70,6 +70,7 @@ def errors():
         ("dpm-solver-pp-2m:form=taylor", Splitting("strang"), 0.8, 1.5),  # a history sees the kicks: second order is lost
     ],
 )
+@pytest.mark.every(3)
 def test_orders(errors, name, splitting, least, most):
     order = math.log2(errors(name, 80, splitting) / errors(name, 160, splitting))
     assert least <= order <= most
@@ -176,6 +177,7 @@ def test_noise_is_part_of_the_model_and_the_kick_comes_after_it():
 
 
 @pytest.mark.parametrize("name", WHOLE_REGISTRY)
+@pytest.mark.every(4)
 def test_every_solver_runs_or_is_refused(name):
     table = sampler(name)
     ask = lambda: sample_split(mixture(VPLinear()), table, noise(3, 2), log_normal, 0.5, guide=torch.ones(2), seeds=[1, 2, 3])  # noqa: E731

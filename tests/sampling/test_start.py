@@ -1,6 +1,7 @@
 """The start of image to image: one time for every solver, spacing and number of evaluations, and the image noised to it."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -108,35 +109,64 @@ def test_the_last_time_of_a_table():
         spacing_from("karas", clean, 1, 0.0)
 
 
+COUNTS = range(1, 7)
+
+
+def makes(solver, law, nfe):
+    """Whether a solver can make exactly so many evaluations."""
+    try:
+        WHOLE_REGISTRY[solver].steps_on(LAWS[law], nfe)
+    except SolverError:
+        return False
+    return True
+
+
+def begins_at_the_level(name, spacing, solver, nfe):
+    law = LAWS[name]
+    sampler = Sampler.build(WHOLE_REGISTRY[solver], spacing, law, nfe=nfe, level=LEVEL)
+    first, nodes = sampler.tableau.nodes, Nodes.at(law, torch.tensor([begin(law, LEVEL)], dtype=torch.float64))
+    assert all(float(one[0]) == float(two) for one, two in zip(first, nodes, strict=True))
+    assert sampler.nfe == first.evaluations == nfe and first.t.argmin() > sampler.begins[-1]
+    assert bool((torch.diff(first.t[list(sampler.begins)]) < 0).all())
+    assert law.times is None or bool(torch.isin(sampler.grid.t, law.times).all())
+
+
+TABLES = [name for name, law in LAWS.items() if law.times is not None]
+SHARE = -(-len(SPACINGS) // len(TABLES))  # of the spacings, for each table, so that every solver meets all of them
+SHARES = [*((name, 1) for name in LAWS), *(pytest.param(name, SHARE, marks=pytest.mark.slow) for name in TABLES)]
+
+
+@pytest.mark.parametrize(("name", "share"), SHARES)
+def test_no_solver_spacing_or_number_of_evaluations_moves_the_start(name, share):
+    """Every law meets every solver and spacing here, each solver all its numbers of evaluations, and by the slow tests every spacing."""
+    spacings = [spacing for spacing in SPACINGS if has(LAWS[name], spacing)]
+    first = list(LAWS).index(name) if share == 1 else share * TABLES.index(name)
+    for i, solver in enumerate(WHOLE_REGISTRY):
+        counts = [nfe for nfe in COUNTS if makes(solver, name, nfe)]
+        for j in range(share):
+            begins_at_the_level(name, spacings[(first + i + j) % len(spacings)], solver, counts[(first + i + j) % len(counts)])
+
+
+@pytest.mark.release
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", LAWS)
-@pytest.mark.every(5)
-def test_no_solver_spacing_or_number_of_evaluations_moves_the_start(name, spacing):
-    law, made = LAWS[name], 0
-    t = begin(law, LEVEL)
-    nodes = Nodes.at(law, torch.tensor([t], dtype=torch.float64))
-    if not has(law, spacing):
-        with pytest.raises(GridError, match="spacing"):
-            Sampler.build("ddim", spacing, law, nfe=4, level=LEVEL)
-        return
-    for solver in WHOLE_REGISTRY.values():
-        for nfe in range(1, 7):
-            try:
-                solver.steps_on(law, nfe)
-            except SolverError:
-                continue  # it cannot make exactly so many
-            sampler = Sampler.build(solver, spacing, law, nfe=nfe, level=LEVEL)
-            first = sampler.tableau.nodes
-            assert all(float(one[0]) == float(two) for one, two in zip(first, nodes, strict=True))
-            assert sampler.nfe == first.evaluations == nfe and first.t.argmin() > sampler.begins[-1]
-            assert bool((torch.diff(first.t[list(sampler.begins)]) < 0).all())
-            if law.times is not None:
-                assert bool(torch.isin(sampler.grid.t, law.times).all())
-            made += 1
-    assert made >= len(WHOLE_REGISTRY)
+def test_no_combination_moves_the_start(name, spacing):
+    if has(LAWS[name], spacing):
+        for solver, nfe in product(WHOLE_REGISTRY, COUNTS):
+            if makes(solver, name, nfe):
+                begins_at_the_level(name, spacing, solver, nfe)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_a_spacing_that_a_law_does_not_have_is_refused(name):
+    for spacing in SPACINGS:
+        if not has(LAWS[name], spacing):
+            with pytest.raises(GridError, match="spacing"):
+                Sampler.build("ddim", spacing, LAWS[name], nfe=4, level=LEVEL)
 
 
 @pytest.mark.parametrize("solver", WHOLE_REGISTRY)
+@pytest.mark.every(4)
 def test_exactly_so_many_evaluations_are_made(solver):
     law, calls = VPLinear(), []
     exact = GaussianDenoiser(law, torch.zeros(2), torch.tensor(0.5))
@@ -259,6 +289,7 @@ def test_a_noised_image():
         noised(x0, nodes, [7, 8])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", [0.04, 0.25, 1.0])
 def test_the_ode_contracts_what_differs_between_starts_as_it_does_of_gaussian_data(variance):
     """For data of variance c the ODE from level s multiplies a difference by (c / (c + s^2))^(1/2)."""

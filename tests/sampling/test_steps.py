@@ -114,6 +114,7 @@ def test_an_edit_is_felt_by_the_rest_of_the_run():
 
 
 @pytest.mark.parametrize("name", WHOLE_REGISTRY)
+@pytest.mark.every(4, 2)
 def test_solvers_that_an_edit_does_not_reach_are_refused(name):
     denoiser, table = Tanh(), tableau(name)
     if name.startswith(("unipc", "abm")) or name == "dpm-solver-v3":

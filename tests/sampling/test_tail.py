@@ -29,7 +29,7 @@ def rest(solver, begin, grid=GRID):
 
 @pytest.mark.parametrize("saved", [False, True], ids=["in memory", "from disk"])
 @pytest.mark.parametrize("name", NAMED)
-@pytest.mark.every(2)
+@pytest.mark.every(3, 2)
 def test_a_tail_is_the_solver_on_the_rest_of_the_grid(name, saved, tmp_path):
     sampler = Sampler.build(NAMED[name], GRID, SCHEDULE, card={"quality": 1.5})
     whole = Sampler.load(sampler.save(tmp_path)) if saved else sampler

@@ -49,6 +49,7 @@ def test_the_table_is_whole():
 
 
 @pytest.mark.parametrize("name", MEANT)
+@pytest.mark.every(3)
 def test_each_name_makes_its_solver(name):
     assert make_solver(name) == MEANT[name]
     nfe = sum(MEANT[name].evaluations(4))

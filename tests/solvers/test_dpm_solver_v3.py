@@ -49,7 +49,7 @@ def gaussian_statistics(forced: float) -> ModelStatistics:
 @pytest.mark.parametrize(
     ("name", "forced", "schedule"), pairwise(list(SOME_STATISTICS), [0.0, 1.0, 0.3], [VPLinear(), VarianceExploding()])
 )
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 def test_exact_for_the_model_of_its_statistics(name, forced, schedule):
     """One step or many: nothing is left to approximate, whatever the order."""
     solver, denoiser = replace(ANY_STATISTICS[name], statistics=gaussian_statistics(forced)), GaussianDenoiser(schedule, MEAN, STD)

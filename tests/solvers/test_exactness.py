@@ -69,7 +69,7 @@ def tableau_of(case: str, name: str) -> Tableau:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.every(2)
+@pytest.mark.every(9, 3)
 def test_point_mass(name):
     """A point mass: ``x_t = alpha_t mu + sigma_t eps`` at every evaluation with the ``eps`` of the start, and ``mu`` itself at the end.
 
@@ -90,7 +90,7 @@ def test_point_mass(name):
 
 @pytest.mark.parametrize("low", [0.02, 0.0], ids=["noisy-end", "clean-end"])
 @pytest.mark.parametrize("name", [name for name in ALL if name not in TIMED])
-@pytest.mark.every(3)
+@pytest.mark.every(11, 4)
 def test_rescaling(name, low):
     """VP, VE and flow are one problem in ``x/alpha``: the same noise levels give the same samples."""
     levels = karras_levels(7, 10.0, low)
@@ -105,7 +105,7 @@ def test_rescaling(name, low):
 
 @pytest.mark.parametrize("case", ["edm-karras-to-clean", "flow-angle"])
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.every(2)
+@pytest.mark.every(9, 2)
 def test_tableau_is_the_formulas(name, case):
     """The numbers of a tableau do what the solver's own formulas do on tensors; a formula reads no evaluation before the first."""
     solver, tableau, denoiser, steps = ALL[name], tableau_of(case, name), mixture(GRIDS[case][0]), []
@@ -124,7 +124,7 @@ def test_tableau_is_the_formulas(name, case):
 @pytest.mark.parametrize("name", ALL)
 @settings(max_examples=8)
 @given(st.integers(0, 2**31), st.floats(-3, 3), st.sampled_from(["vp-logsnr-to-clean", "flow-angle"]), st.data())
-@pytest.mark.every(3)
+@pytest.mark.every(19, 3)
 def test_update_is_affine(name, seed, weight, case, data):
     (schedule, make), solver = GRIDS[case], ALL[name]
     nodes = solver.nodes(make(schedule), schedule)
@@ -174,7 +174,7 @@ SAME = {
 
 @pytest.mark.parametrize("pair", SAME)
 @pytest.mark.parametrize("case", GRIDS)
-@pytest.mark.every(2)
+@pytest.mark.every(7, 2)
 def test_one_method_under_two_names(pair, case):
     schedule, make = GRIDS[case]
     nodes = Nodes.at(schedule, make(schedule).t)
@@ -233,6 +233,7 @@ def test_seeds_decide_a_stochastic_sample(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.every(5)
 def test_a_solver_is_a_value(name):
     solver = ALL[name]
     assert solver == replace(solver)

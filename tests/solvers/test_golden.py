@@ -49,14 +49,15 @@ def parse(key: str) -> tuple[Solver, int]:
 
 
 @pytest.mark.parametrize("key", sorted(SAMPLES))
+@pytest.mark.every(5)
 def test_reference_samples(key):
     solver, steps = parse(key)
     sampler = Sampler.build(solver, TimeGrid.logsnr(SCHEDULE, steps), SCHEDULE)
     torch.testing.assert_close(sample(DENOISER, sampler, PROBLEM["x_T"]), SAMPLES[key], rtol=GOLDEN_STEP, atol=GOLDEN_STEP)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpm-solver-3s", "unipc-3"])
-@pytest.mark.every(2)
 def test_many_steps_reach_the_exact_solution(name):
     sampler = Sampler.build(make_solver(name), TimeGrid.logsnr(SCHEDULE, 300), SCHEDULE)
     torch.testing.assert_close(sample(DENOISER, sampler, PROBLEM["x_T"]), PROBLEM["x_exact"], rtol=EXACT, atol=EXACT)
@@ -98,7 +99,7 @@ for name, golden in V3.items():
 
 
 @pytest.mark.parametrize("key", CONFIGS)
-@pytest.mark.every(2)
+@pytest.mark.every(6)
 def test_v3_samples(key):
     for golden, grid, config, expected in CONFIGS[key]:
         order, corrects, pseudo_corrector, pseudo_predictor, lowers, degenerate = config
@@ -140,6 +141,7 @@ def test_v3_as_shipped(steps, corrector):
 
 
 @pytest.mark.parametrize("key", GRIDS)
+@pytest.mark.every(4, 2)
 def test_v3_times(key):
     """Those that the reference moved to the statistics' grid, by their indices and by snapping the spacing."""
     golden, name = GRIDS[key]

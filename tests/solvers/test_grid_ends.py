@@ -58,7 +58,7 @@ BFLOAT16_STEP = 2e-2  # relative: a network's rounding of 2^-9 per layer, over t
 
 
 @pytest.mark.parametrize(("name", "law", "spacing"), pairwise([*WHOLE_REGISTRY, *SOME_STATISTICS], list(SCHEDULES), ["angle", "uniform"]))
-@pytest.mark.every(2)
+@pytest.mark.every(9, 3)
 def test_finite_from_end_to_end(name, law, spacing):
     schedule, solver = SCHEDULES[law], ALL[name]
     for steps in (1, 2, 3, 5, 8):
@@ -74,7 +74,7 @@ def test_finite_from_end_to_end(name, law, spacing):
 
 @pytest.mark.parametrize("law", SCHEDULES)
 @pytest.mark.parametrize("name", WHOLE_REGISTRY)
-@pytest.mark.every(3)
+@pytest.mark.every(11, 3)
 def test_many_steps_solve_a_gaussian(name, law):
     """Trajectories of an ODE solver against the closed form, moments of a stochastic one against the data's."""
     schedule, solver = SCHEDULES[law], WHOLE_REGISTRY[name]
@@ -90,6 +90,7 @@ def test_many_steps_solve_a_gaussian(name, law):
 
 
 @pytest.mark.parametrize("name", [name for name in ODE if name in WHOLE_REGISTRY])
+@pytest.mark.every(4, 2)
 def test_the_first_step_from_pure_noise_has_its_local_order(name):
     """In ``v = alpha/sigma``, which is finite there: solvers of several stages keep their order, the others take DDIM's step."""
     schedule, solver, lengths, errors, order = RectifiedFlow(), ODE[name], (0.08, 0.04, 0.02), [], 1
@@ -133,6 +134,7 @@ class Network(torch.nn.Module):
 
 @pytest.mark.parametrize("prediction", ["v", "flow"])
 @pytest.mark.parametrize("name", WHOLE_REGISTRY)
+@pytest.mark.every(7, 2)
 def test_a_bfloat16_network_keeps_a_float32_state(name, prediction):
     schedule, ends, steps = RectifiedFlow(), [], []
     grid = TimeGrid.angle(schedule, 6)
@@ -153,6 +155,7 @@ def test_a_bfloat16_network_keeps_a_float32_state(name, prediction):
 
 @pytest.mark.parametrize("to_clean", [False, True])
 @pytest.mark.parametrize("name", WHOLE_REGISTRY)
+@pytest.mark.every(7, 2)
 def test_steps_for_gives_exactly_that_many_evaluations(name, to_clean):
     solver, schedule = WHOLE_REGISTRY[name], RectifiedFlow(t_min=0.0 if to_clean else 0.1)
     usable = []
@@ -232,6 +235,7 @@ def test_no_evaluations_are_refused(nfe):
         lambda: DPMSolverV3(statistics(), integrals="simpson"),
     ],
 )
+@pytest.mark.every(2)
 def test_options_out_of_range_are_refused(make):
     with pytest.raises(SolverError, match="got"):
         make()

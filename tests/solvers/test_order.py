@@ -195,7 +195,7 @@ def corrects_the_first_step(solver: Solver) -> bool:
 
 
 @pytest.mark.parametrize("name", ODE)
-@pytest.mark.every(3)
+@pytest.mark.every(13, 3)
 def test_exact_start(name, record_property):
     measured = slope(name, exact_start=True)
     record_property("slope", measured)
@@ -203,7 +203,7 @@ def test_exact_start(name, record_property):
 
 
 @pytest.mark.parametrize("name", ODE)
-@pytest.mark.every(3)
+@pytest.mark.every(11, 3)
 def test_cold_start(name, record_property):
     measured = slope(name, exact_start=False)
     record_property("slope", measured)

@@ -27,7 +27,7 @@ SMALL = {"num": 8, "batch": 4}
 @pytest.mark.full_reference
 def test_rows_are_complete_resumed_and_plausible(tmp_path: Path) -> None:
     model = load_model("digits-edm")
-    config = BenchmarkConfig(("ddim", "unipc-2"), ("angle",), (5, 10), num=8)
+    config = BenchmarkConfig(("ddim", "unipc-2"), ("angle",), (5, 10), num=4)
     results = benchmark(model, config, tmp_path, command="fewstep bench").results
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert {"version", "command", "model", "machine", "rows"} <= set(results) and all(set(row) == COLUMNS for row in results["rows"])
@@ -35,7 +35,7 @@ def test_rows_are_complete_resumed_and_plausible(tmp_path: Path) -> None:
     assert error["unipc-2", 10] < error["unipc-2", 5] < error["ddim", 5]
     assert results["reference"]["error"] < 0.1 * min(error.values())
     assert all(0 <= row["solver_seconds"] < row["seconds"] and row["fd_features"] == "digits" for row in results["rows"])
-    wider = BenchmarkConfig(("ddim", "unipc-2", "deis-3"), ("angle",), (5, 10), num=8)
+    wider = BenchmarkConfig(("ddim", "unipc-2", "deis-3"), ("angle",), (5, 10), num=4)
     again = benchmark(model, wider, tmp_path, command="fewstep bench").results
     assert again["rows"][:4] == results["rows"] and len(again["rows"]) == 6  # the old rows were not run again: same seconds
 
@@ -119,6 +119,7 @@ def exact_ends(model: Model, scale: float) -> torch.Tensor:
     return sample(model, reference_sampler(LAW, REFERENCE_NFE // SHORTER), seeds=range(FEW["num"]), guidance=scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_tuned_model_is_measured_against_its_guided_teacher(tmp_path: Path, guidance: float) -> None:
     teacher = tiny(tmp_path / "teacher")
@@ -144,6 +145,7 @@ def test_a_student_that_is_its_teacher_arrives_with_many_steps(tmp_path: Path) -
     assert many < 1e-4 < 0.01 * few  # measured 2e-6 and 0.3
 
 
+@pytest.mark.slow
 def test_half_weights_are_measured_as_float32(tmp_path: Path) -> None:
     teacher = tiny(tmp_path / "teacher")
     config, rows = BenchmarkConfig(("ddim",), (OPTIMIZED,), (2,), **FEW), []
@@ -180,6 +182,7 @@ def test_solvers_without_grids_of_the_models_own_are_listed(tmp_path: Path) -> N
     assert "only of 2, 96" in skipped["ddim", OPTIMIZED, 1] and "there are some for ddim" in skipped["unipc-2", OPTIMIZED, 2]
 
 
+@pytest.mark.slow
 def test_a_row_is_run_again_when_its_grid_or_sampler_changed_and_not_before(tmp_path: Path) -> None:
     model = tuned(tmp_path / "student", tiny(tmp_path / "teacher"))
     card = {"name": "ddim", "model": model.fingerprint, "guidance": 1.0}
@@ -241,6 +244,7 @@ def test_fitted_samplers_are_rows_like_saved_ones(tmp_path: Path) -> None:
         benchmark(model, replace(config, solvers=("fitted",), nfe=(5,), samplers=()), tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_a_fitted_row_is_run_again_when_the_sampler_changed_and_not_before(tmp_path: Path) -> None:
     model, config = tiny(tmp_path / "model"), BenchmarkConfig(("ddim", "fitted"), ("angle",), (2, 3), **FEW)
 

@@ -136,6 +136,7 @@ def test_every_kind_of_sampler_is_a_row_under_its_name() -> None:
     assert [row.key[3] for row in table.rows] == [3] * 10 + [2, 5]
 
 
+@pytest.mark.slow
 def test_one_thing_alone_and_folders_and_peers(tmp_path: Path) -> None:
     model = toy(LAW)
     for what in ("ddim", UniPC(2), euler, {5: made_for(model, 5)}, made_for(model, 5), ("ddim",), (one for one in ["ddim"])):
@@ -376,6 +377,7 @@ def test_the_data_is_compared_with_too() -> None:
     assert f"Frechet distance {row.fd:.2f}, 95 %" in made._repr_html_()
 
 
+@pytest.mark.slow
 def test_it_is_written_as_a_page_and_for_a_spreadsheet(table: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = table.to_html(tmp_path / "deep" / "page.html", title="Mine")
     text = page.read_text()
@@ -461,6 +463,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], type[FewstepError], str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.every(2)
 def test_mistakes_say_what_to_pass(wrong: str) -> None:
     what, options, error, says = WRONG[wrong]
     with pytest.raises(error, match=says):

@@ -68,6 +68,7 @@ def test_lms_integrates_the_polynomial_through_the_last_four_slopes(law: str, st
 
 
 @pytest.mark.parametrize(("law", "steps", "clean"), CASES)
+@pytest.mark.every(4, 2)
 def test_pndm_is_adams_bashforth_after_a_trapezoid(law: str, steps: int, clean: bool) -> None:
     problem = Exploding(law, steps, clean)
     z, s = problem.x / problem.alpha[0], problem.level
@@ -115,6 +116,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize(("case", "law"), [(case, law) for case in ORDERS for law in GRIDS])
+@pytest.mark.every(4, 2)
 def test_singlestep_methods_take_the_levels_for_their_stages(case: tuple[str, int, bool], law: str) -> None:
     name, steps, clean = case
     problem = Exploding(law, steps, clean)
@@ -123,6 +125,7 @@ def test_singlestep_methods_take_the_levels_for_their_stages(case: tuple[str, in
 
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.every(4, 2)
 def test_peers_evaluate_as_often_as_was_said(name: str, clean: bool) -> None:
     for nfe in (1, 2, 3, 4, 5, 6, 9, 12):
         try:

@@ -58,6 +58,7 @@ def test_a_row_says_all_of_it(tmp_path: Path) -> None:
     assert {"fd", "fd_ci", "kd", "kd_ci", "precision", "recall", "labels", "fd_data_halves", "error"} < set(results["reference"])
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_is_the_same_as_never_interrupted(tmp_path: Path) -> None:
     model, config = load_model("digits-edm"), BenchmarkConfig(("unipc-2", "heun"), ("angle",), (3, 4), num=6, batch=4)
     whole = benchmark(model, config, tmp_path / "whole", command="bench").results
@@ -108,6 +109,7 @@ def test_a_peer_that_cannot_do_a_grid_is_a_failed_row(tmp_path: Path, monkeypatc
     assert good["artifact"].startswith("diffusers-")
 
 
+@pytest.mark.slow
 def test_older_tables_are_read_and_their_rows_completed(tmp_path: Path) -> None:
     assert Row(**OLD).key == ("fewstep", "ddim", "angle", 5) and Row(**OLD).rmse_ci is Row(**OLD).failed is None
     model, config = load_model("digits-edm"), BenchmarkConfig(("ddim", "unipc-2"), ("angle",), (5,), **SMALL)

@@ -16,6 +16,7 @@ from fewstep.models.problem import Problem
 pytestmark = pytest.mark.usefixtures("short_reference")
 
 
+@pytest.mark.slow
 def test_a_row_tells_how_much_lay_outside_and_holds_what_was_folded(tmp_path: Path) -> None:
     model = reflected_model()
     config = BenchmarkConfig(("ddim", "unipc-2"), ("karras",), (4,), guidance=3.0, num=4, batch=2, peers=("diffusers",))

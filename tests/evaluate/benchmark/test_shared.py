@@ -30,6 +30,7 @@ def saved(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_make_the_rows_of_one_to_the_bit(tmp_path: Path, world: int) -> None:
     model, one = tiny(tmp_path / "model"), tmp_path / "one"
@@ -41,6 +42,7 @@ def test_processes_make_the_rows_of_one_to_the_bit(tmp_path: Path, world: int) -
     assert {row["processes"] for row in whole["rows"]} == {1}
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_makes_the_other_rows(tmp_path: Path) -> None:
     model = tiny(tmp_path / "model")
     first, _ = together(2, lambda: benchmark(model, FEW, tmp_path / "out").results)
@@ -56,6 +58,7 @@ def test_another_number_of_processes_makes_the_other_rows(tmp_path: Path) -> Non
     assert said in str(compared)
 
 
+@pytest.mark.slow
 def test_a_sampler_that_fails_in_one_process_is_a_row(tmp_path: Path) -> None:
     def failing(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, callback: Any = None, disable: Any = None) -> Tensor:
         raise ValueError("not today")

@@ -38,6 +38,7 @@ def test_the_interval_of_the_rmse_holds_it_nineteen_times_of_twenty() -> None:
     assert float((intervals[:, 1] - intervals[:, 0]).mean()) == pytest.approx(normal, rel=0.05)
 
 
+@pytest.mark.slow
 def test_intervals_are_the_same_each_time_and_leave_the_global_generator_alone() -> None:
     errors, state = drawn(COUNT).abs(), torch.random.get_rng_state()
     first = rmse_interval(errors)

@@ -112,6 +112,7 @@ def test_matrices_of_pairs_may_be_taken_in_blocks(monkeypatch: pytest.MonkeyPatc
     assert Kernel.of(x).distance(y) == pytest.approx(whole[0], rel=1e-12) and precision_recall(x, y) == whole[1]
 
 
+@pytest.mark.slow
 def test_precision_and_recall_are_those_of_a_search_through_all_pairs() -> None:
     x, y = (features_of(one, load_features("digits", (1, 8, 8))).numpy() for one in (images(80), images(60, 1, 0.7)))
 
@@ -164,6 +165,7 @@ def test_few_samples_have_no_intervals() -> None:
     assert four["fd_ci"] is not None and four["precision"] is not None
 
 
+@pytest.mark.slow
 def test_digits_know_their_labels() -> None:
     data, quality = load_images("digits"), Quality.of(images(50), "digits", CPU)
     assert data.labels is not None and quality.measure(data.x, data.labels)["labels"] > 0.97

@@ -108,6 +108,7 @@ def test_the_names_and_sizes_are_those_of_the_file(weights: dict[str, Tensor]) -
     assert weights["Mixed_7c.branch3x3dbl_3b.conv.weight"].shape == (384, 384, 3, 1) and weights["fc.weight"].shape == (1008, 2048)
 
 
+@pytest.mark.slow
 def test_other_files_are_refused(weights: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     with pytest.raises(FewstepError, match="no Inception weights"):

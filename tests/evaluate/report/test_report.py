@@ -181,6 +181,7 @@ def test_samples_are_embedded_with_the_same_seeds(measured: Path) -> None:
     assert sum(one["alt"] == "samples of exact trajectory" for one in strips) == 2
 
 
+@pytest.mark.slow
 def test_all_files_are_written_and_again_the_same(measured: Path, tmp_path: Path) -> None:
     names = {"error", "distance", "errors-4", "errors-5", "schedules-4", "schedules-5"}
     assert {path.name for path in (measured / "plots").iterdir()} == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
@@ -224,8 +225,8 @@ def test_hostile_names_are_only_text(tmp_path: Path) -> None:
     assert all("<script" not in path.read_text() for path in (tmp_path / "plots").glob("*.svg"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [None, (2,), (4, 8, 8), (1, 3, 5)], ids=str)
-@pytest.mark.every(2)
 def test_old_results_and_samples_that_are_no_pictures(tmp_path: Path, shape: Sequence[int] | None) -> None:
     rows = [row("ddim", 5, 0.2), row("unipc-2", 5, 0.1, fd=None, fd_features=None)]
     made = {"rows": rows, "model": "m"} if shape is None else results(rows)
@@ -302,6 +303,7 @@ def test_errors_on_other_noises_are_compared_by_intervals_only(tmp_path: Path) -
     assert changed(*with_intervals, tmp_path, **other)[1] == "worse"
 
 
+@pytest.mark.slow
 def test_runs_are_merged_and_the_last_is_shown(tmp_path: Path) -> None:
     first = put(tmp_path / "first", results([row("ddim", 5, 0.3), row("heun", 6, 0.5)]), None)
     second = put(tmp_path / "second", results([row("ddim", 5, 0.2), row("unipc-2", 5, 0.1)]), None)

@@ -147,6 +147,7 @@ def test_distances_of_other_features_or_data_are_left_out() -> None:
     assert [one.lines[0].rows[0].row["fd"] for one in (made, other, same)] == [None, None, 0.5]
 
 
+@pytest.mark.slow
 def test_the_page_has_plots_sentences_and_a_table(tmp_path: Path) -> None:
     guided = of("teacher", [row("a", 2, 0.5), row("fitted", 2, 0.3, "optimized"), row("a", 4, 0.1, rmse_ci=[0.05, 0.2])], guidance=2.0)
     one = of("student", [row("jump", 1, 0.3, arithmetic=1.25), row("jump", 2, 0.2, arithmetic=2.5)], teacher="teacher", told=2.0)

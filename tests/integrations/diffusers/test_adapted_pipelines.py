@@ -30,6 +30,7 @@ CHANGES = {  # what changes the answers of a network, and is no weight of it
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_strength_of_an_adapter_tells_models_apart(name, folder):
     pipe = load(folder(name))
@@ -40,6 +41,7 @@ def test_the_strength_of_an_adapter_tells_models_apart(name, folder):
 
 
 @pytest.mark.parametrize("kind", GUIDERS)
+@pytest.mark.every(2)
 def test_guiders_that_know_their_step_are_refused(kind, folder):
     guider, options = GUIDERS[kind]
     pipe = guided(load(folder("sdxl-modular")), guider, guidance_scale=4.0, **options)
@@ -56,6 +58,7 @@ def test_the_arguments_of_a_modular_pipeline_are_those_of_its_blocks(folder):
         from_pipeline(empty, calls=CALLS["sdxl-modular"])
 
 
+@pytest.mark.slow
 def test_a_modular_pipeline_keeps_its_own_parts(folder):
     pipe = load(folder("sdxl-modular"))
     before = dict(vars(pipe))

@@ -20,15 +20,16 @@ pytestmark = [  # warnings of theirs, at every call
     pytest.mark.filterwarnings("ignore:Should have t:UserWarning"),
 ]
 
+SELDOM = (pytest.mark.slow, pytest.mark.release)
+
 
 def by_default(*quick):
-    """All pipelines, of which these run by default and the others with the slow tests."""
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in CALLS]
+    """All pipelines, of which these run by default, half of the others with the slow tests, and the rest before a release."""
+    others = [name for name in CALLS if name not in quick]
+    return [pytest.param(name, marks=() if name in quick else SELDOM[others.index(name) % 2]) for name in CALLS]
 
 
-@pytest.mark.parametrize(
-    "name", by_default("wan-2.2", "qwen-image", "cogvideox", "stable-audio", "ace-step", "sd-ip-adapter", "sdxl-modular")
-)
+@pytest.mark.parametrize("name", by_default("wan-2.2"))
 def test_it_steps_as_the_pipelines_own_scheduler(name, folder):
     pipe = load(folder(name))
     found = steps_apart(pipe, CALLS[name])
@@ -37,7 +38,7 @@ def test_it_steps_as_the_pipelines_own_scheduler(name, folder):
     assert found["calls"] > 1e-4
 
 
-FITTED = {"wan-2.2": (), "flux-2": pytest.mark.slow, "stable-audio": pytest.mark.slow, "sdxl-modular": pytest.mark.slow}
+FITTED = {"wan-2.2": pytest.mark.slow, "flux-2": pytest.mark.slow, "stable-audio": pytest.mark.slow, "sdxl-modular": pytest.mark.slow}
 assert set(FITTED) <= set(CALLS)
 
 
@@ -61,6 +62,7 @@ def test_the_sigmas_of_ace_step_are_a_number_of_steps(shift):
 
 
 @pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.every(3)
 def test_calls_whose_network_is_no_denoiser_are_refused(kind, folder):
     name, more, says = REFUSED[kind]
     with pytest.raises(ModelError, match=says):

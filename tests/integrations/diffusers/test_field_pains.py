@@ -52,7 +52,7 @@ def test_a_fixed_shift_is_applied_once(shift, given):
     sorted({*product(("linspace", "trailing", "leading"), (1, 2, 24, 25))} - {("leading", 25)}),
 )
 @pytest.mark.parametrize("prediction", ["v_prediction", "flow_prediction"])
-@pytest.mark.every(2)
+@pytest.mark.every(5, 2)
 def test_every_number_of_steps_ends_at_zero(prediction, steps, spacing):
     """Also one below the length of a short table."""
     law = FLOW if prediction == "flow_prediction" else V
@@ -72,6 +72,7 @@ def test_every_number_of_steps_ends_at_zero(prediction, steps, spacing):
 @pytest.mark.parametrize("name", [None, "karras", "exponential", "beta"])
 @pytest.mark.parametrize("shift", [1.0, 6.0])
 @pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.every(4, 2)
 def test_one_step_with_a_terminal_shift_is_a_number(steps, shift, name):
     options = {} if name is None else {f"use_{name}_sigmas": True}
     scheduler = made(steps, **FLOW, flow_shift=shift, shift_terminal=0.1, **options)
@@ -93,6 +94,7 @@ MAKERS = {  # few-step lists that distilled models are published with
 
 @pytest.mark.parametrize("solver", ["euler", "unipc-3"])
 @pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.every(3, 2)
 def test_lists_of_makers_are_run_exactly_as_given(name, solver):
     law, given = MAKERS[name]
     scheduler = FewstepScheduler(**law, solver=solver)
@@ -128,6 +130,7 @@ def test_leading_is_that_of_dpm_solver_whatever_scheduler_the_configuration_is_o
 
 @pytest.mark.parametrize("end", ["zero", "sigma_min"])
 @pytest.mark.parametrize("solver", ["ddim", "euler", "unipc-2", "dpm-solver-pp-3m", "deis-3", "heun", "dpm-solver-2s", "dpm-solver-3s"])
+@pytest.mark.every(5)
 def test_n_steps_are_n_steps(solver, end):
     """Of each step every stage is evaluated; only the step to the clean image needs but one."""
     stages = make_solver(solver).stages
@@ -179,6 +182,7 @@ def job(scheduler, number, mu):
         yield x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_jobs_do_not_leak_into_each_other(count):
     """Interleaved at random on schedulers that are used again, they equal jobs on fresh ones to the bit."""

@@ -55,6 +55,7 @@ def no_threads():
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "dit"])
 @pytest.mark.parametrize("solver", ["ddim", "unipc-2"])
+@pytest.mark.every(5, 2)
 def test_samples_are_the_pipelines_own(name, solver, folder):
     pipe = load(folder(name))
     model = from_pipeline(pipe, calls=CALLS[name])
@@ -76,6 +77,7 @@ def test_a_pipeline_that_keeps_both_halves_of_its_guidance(folder):
         assert float((ours - theirs).abs().max()) < 1e-4
 
 
+@pytest.mark.slow
 def test_calls_and_batches_are_mixed_at_will(folder):
     pipe = load(folder("sd"))
     model = from_pipeline(pipe, calls=CALLS["sd"])
@@ -100,6 +102,7 @@ def test_nothing_is_left_behind(folder):
 
 @pytest.mark.usefixtures("no_threads")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.every(2)
 def test_an_error_on_the_pipelines_side_ends_both(error, folder):
     pipe = load(folder("sd"))
     model, forward, calls = from_pipeline(pipe, calls=CALLS["sd"][:1]), pipe.unet.forward, []
@@ -136,6 +139,7 @@ def test_an_interrupt_on_the_learners_side_ends_both(folder, monkeypatch):
     model.network.close()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_threads")
 def test_calls_that_wait_end_with_their_model(folder):
     model = from_pipeline(load(folder("sd")), calls=CALLS["sd"])
@@ -156,6 +160,7 @@ def test_encodings_of_tensors_and_pictures_are_not_kept():
     assert [encode(["a cat"], device=torch.device("cpu"), embeds=None) for _ in range(2)] == [3, 3]
 
 
+@pytest.mark.slow
 def test_text_encoders_answer_once(folder):
     pipe, count = load(folder("sd")), []
     pipe.text_encoder.register_forward_hook(lambda *_: count.append(1))
@@ -192,6 +197,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.every(3)
 def test_calls_that_cannot_be_are_refused(kind, folder):
     calls, says = REFUSED[kind]
     with pytest.raises(FewstepError, match=says):
@@ -273,6 +279,7 @@ def test_a_loop_that_copies_its_times_is_refused(folder):
     assert not relay._thread.is_alive()
 
 
+@pytest.mark.slow
 def test_models_of_other_calls_are_told_apart(folder):
     pipe = load(folder("sd-controlnet"))
     call = CALLS["sd-controlnet"][0]
@@ -309,6 +316,7 @@ def test_files_that_are_no_calls_are_refused(text, says, tmp_path):
         read_calls(tmp_path / "calls.jsonl")
 
 
+@pytest.mark.slow
 def test_the_command_line_fits_by_calls(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "calls.jsonl").write_text("\n".join(map(json.dumps, CALLS["sd"])))
     (tmp_path / "prompts.txt").write_text("a cat\n")

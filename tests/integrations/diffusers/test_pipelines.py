@@ -93,7 +93,7 @@ SAMPLED = [("unipc-3", None), ("heun", "uniform"), ("dpm-solver-pp-2m", "angle")
         for how in SAMPLED
     ],
 )
-@pytest.mark.every(3)
+@pytest.mark.every(8, 2)
 def test_latents_are_those_of_sample(name, solver, grid, folder):
     pipe = loaded(folder(name), solver=solver, grid=grid)
     model = model_of(pipe, name)
@@ -106,7 +106,7 @@ def test_latents_are_those_of_sample(name, solver, grid, folder):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_bfloat16(name, folder):
     """The network rounds, the state does not: not much further from float32 than the network's own answers are."""
     pipe = loaded(folder(name), dtype=torch.bfloat16)
@@ -138,6 +138,7 @@ def test_callbacks_that_edit_latents(name, folder):
     assert torch.equal(latents_of(pipe, name, start, 4), plain)
 
 
+@pytest.mark.slow
 def test_pipelines_inside_and_beside_each_other(folder):
     """One in the callback of another, with a scheduler of its own; and both in threads."""
     pipes = [loaded(folder("sd"), solver="unipc-3"), loaded(folder("sdxl"), solver="unipc-3")]
@@ -191,9 +192,9 @@ def test_image_to_image_is_the_solver_on_the_rest_of_the_grid(solver, folder):
         assert distance(ours, fewstep.sample(model, tableau, started[-1], cond=torch.tensor([0, 1]))) < SAME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["unipc-2", "dpm-solver-pp-2m"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.every(2)
 def test_inpainting_with_any_network(dtype, solver, folder):
     pipe = loaded(folder("sd"), dtype=dtype, solver=solver)
     painter = diffusers.StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
@@ -299,6 +300,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.every(2)
 def test_pipelines_of_a_family_are_one_model(name, folder):
     pipe = loaded(folder(name))
     expected = model_of(pipe, name)
@@ -355,6 +357,7 @@ def test_a_compiled_network_is_the_same_model(folder):
     assert distance(*ends) < SAME
 
 
+@pytest.mark.slow
 def test_pipelines_that_are_not_known(folder, tmp_path):
     sd, dit, flux = loaded(folder("sd")), loaded(folder("dit")), loaded(folder("flux"))
     unconditional = load_pipeline(load_model("digits-ddpm").folder)

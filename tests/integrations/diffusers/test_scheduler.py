@@ -102,6 +102,7 @@ def relative(one, two):
         (UNIPC, {**V, "use_karras_sigmas": True}, BATCH[:3], 0.1944),
     ],
 )
+@pytest.mark.every(3, 2)
 def test_full_loops(config, options, shape, expected):
     x, _ = run(made(config, **options), ramp(shape))
     assert float(x.abs().mean()) == pytest.approx(expected, abs=DIGITS)
@@ -155,7 +156,7 @@ SWEEPS = [
 
 
 @pytest.mark.parametrize(("number", "options"), list(enumerate(SWEEPS)), ids=lambda value: str(value) if isinstance(value, int) else "")
-@pytest.mark.every(2)
+@pytest.mark.every(5, 2)
 def test_a_saved_configuration_steps_alike(number, options, tmp_path):
     scheduler = FewstepScheduler(**{**(DPM, UNIPC)[number % 2], **options})
     scheduler.save_config(tmp_path)
@@ -257,6 +258,7 @@ def test_outputs_and_dtypes(config):
     assert torch.equal(made(config).step(wide, t, ramp()).prev_sample, output.prev_sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
 def test_as_many_steps_as_times(spacing):
     scheduler = made(DPM, 1000, timestep_spacing=spacing)
@@ -266,6 +268,7 @@ def test_as_many_steps_as_times(spacing):
 @pytest.mark.parametrize("end", ["zero", "sigma_min"])
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+@pytest.mark.every(5)
 def test_the_schedulers_own_times_as_custom_ones(algorithm, prediction, end):
     options = {"algorithm_type": algorithm, "prediction_type": prediction, "final_sigmas_type": end}
     own = made(DPM, **options)
@@ -317,7 +320,7 @@ PARITY = [
 @pytest.mark.parametrize(
     ("name", "options"), PARITY, ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value
 )
-@pytest.mark.every(2)
+@pytest.mark.every(5, 2)
 def test_step_by_step_as_diffusers(name, options, steps):
     theirs = made({}, steps, getattr(diffusers, PEERS[name]), **options)
     ours = FewstepScheduler.from_config(theirs.config)

@@ -84,7 +84,7 @@ NAMES = [  # without noise, which comes from a generator here, from seeds there:
     ("name", "grid"),
     [*((name, "angle") for name in NAMES), *product(("unipc-3", "heun", "dpm-solver-3s"), ("karras:rho=5", "trailing"))],
 )
-@pytest.mark.every(2)
+@pytest.mark.every(5, 2)
 def test_every_solver_and_grid_is_the_one_of_sample(name, grid):
     bare = ALIASES.get(name, name)
     extra = {"statistics": statistics()} if takes_statistics(bare) else {}
@@ -100,6 +100,7 @@ def test_every_solver_and_grid_is_the_one_of_sample(name, grid):
 
 
 @pytest.mark.parametrize("solver", ["unipc-2", "heun", "dpm-solver-3s", "dpm-solver-pp-3m", "ddim"])
+@pytest.mark.every(3)
 def test_a_saved_sampler_gives_its_samples(solver, tmp_path):
     scheduler = FewstepScheduler.from_sampler(saved(tmp_path / "all", solver))
     by_name = FewstepScheduler(**V, solver=solver, grid="angle")
@@ -155,6 +156,7 @@ def test_samplers_survive_memory_and_disk(tmp_path):
     assert torch.equal(ended(again), expected) and again.order == 2
 
 
+@pytest.mark.slow
 def test_statistics_survive_memory_and_disk(tmp_path):
     ems = statistics()
     scheduler = FewstepScheduler(**V, solver="dpm-solver-v3", statistics=ems)
@@ -384,6 +386,7 @@ def test_schedulers_whose_law_is_not_known(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.every(3)
 def test_refusals_say_what_is_wrong(name, tmp_path):
     ask, kind, message = REFUSED[name]
     with pytest.raises(kind, match=message):

@@ -50,6 +50,7 @@ def test_karras_levels_of_a_flow_lie_between_the_ends_of_its_configuration():
 @pytest.mark.parametrize(
     "ends", [{"sigma_min": 0.01, "sigma_max": 200.0}, {"sigma_min": 0.1, "sigma_max": 5.0}, {"sigma_max": 80.0}, {}], ids=str
 )
+@pytest.mark.every(3, 2)
 def test_karras_levels_of_a_flow_are_those_of_unipc(ends, steps):
     theirs = diffusers.UniPCMultistepScheduler(**FLOW, flow_shift=3.0, use_karras_sigmas=True, **ends)
     ours, end, their_end = beside(theirs, timeless, steps)
@@ -87,6 +88,7 @@ def test_timesteps_beside_sigmas(solver):
 SHIFTS = [round(0.01 * k, 2) for k in range(101, 10001)]
 
 
+@pytest.mark.slow
 def test_flows_that_start_above_1_by_a_rounding():
     """79 of the shifts of two decimals give 1 + 1e-7 in float32."""
     first = {shift: float(np.float32(shift) * np.float32(1) / (1 + np.float32(shift - 1) * np.float32(1))) for shift in SHIFTS}
@@ -173,6 +175,7 @@ SOLVERS = ("deis-3", "dpm-solver-2m", "dpm-solver-3m", *RANDOM, "dpm-solver-pp-3
 @theirs_warn
 @pytest.mark.parametrize("law", [SD, {**FLOW, "flow_shift": 3.0}], ids=["betas", "flow"])
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.every(4)
 def test_back_to_the_classes_of_diffusers(solver, law):
     start = FewstepScheduler(**law, solver=solver)
     for name in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"):
@@ -203,6 +206,7 @@ IN_MULTISTEP = {
 @theirs_warn
 @pytest.mark.parametrize("end", ["zero", "sigma_min"])
 @pytest.mark.parametrize("solver", IN_MULTISTEP)
+@pytest.mark.every(4, 2)
 def test_a_solver_that_multistep_has_is_itself_there(solver, end):
     """In noise prediction there is no step to the clean image, so it ends at the last noise level there."""
     start = FewstepScheduler(**SD, solver=solver, final_sigmas_type=end)

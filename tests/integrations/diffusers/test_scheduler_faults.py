@@ -78,6 +78,7 @@ def test_more_steps_than_times(spacing):
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("solver", ["unipc-2", "heun", "euler", "dpm-solver-pp-3m"])
+@pytest.mark.every(3, 2)
 def test_a_terminal_shift_of_few_steps(solver, steps):
     scheduler = made(steps, **FLOW, shift_terminal=0.1, solver=solver)
     assert bool(scheduler.timesteps.isfinite().all() and scheduler.sigmas.isfinite().all())
@@ -97,6 +98,7 @@ LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0
         ("v_prediction", "sample", "epsilon"),
     ),
 )
+@pytest.mark.every(4, 2)
 def test_starts_without_signal_are_finite(solver, betas, levels, prediction):
     scheduler = made(6, rescale_betas_zero_snr=True, solver=solver, **{**betas, **levels, "prediction_type": prediction})
     network = tame if prediction != "epsilon" else lambda x, t: x  # the answer for no image at all; others are without meaning there
@@ -109,7 +111,7 @@ def test_starts_without_signal_are_finite(solver, betas, levels, prediction):
 
 @pytest.mark.parametrize("edit", [None, "replace", "in place"])
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.every(3)
+@pytest.mark.every(5, 2)
 def test_two_loops_in_turn(solver, edit):
     def edited(x, k):
         return x if edit is None else x.mul_(1 - 0.02 * k) if edit == "in place" else x * (1 - 0.02 * k)
@@ -129,6 +131,7 @@ def test_two_loops_in_turn(solver, edit):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.every(3, 2)
 def test_again_without_set_timesteps(solver):
     scheduler = made(solver=solver)
     assert torch.equal(run(scheduler, noise(), tame)[0], run(scheduler, noise(), tame)[0])
@@ -213,6 +216,7 @@ def test_another_process_may_have_it(law):
 
 
 @pytest.mark.parametrize("solver", [*SOLVERS, "sde-dpm-solver-pp-2m", "ddim:eta=1"])
+@pytest.mark.every(4)
 def test_a_sample_does_not_know_its_batch(solver):
     def generators(seeds):
         return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -250,7 +254,7 @@ def test_compiled_once_for_all_steps():
     "options", [{}, {"rescale_betas_zero_snr": True}, {"use_karras_sigmas": True}, FLOW, {"thresholding": True}], ids=str
 )
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.every(3)
+@pytest.mark.every(5, 2)
 def test_gradients_are_finite_and_right(solver, options):
     scheduler = made(4, solver=solver, **options)
     start, gain = noise().double().requires_grad_(), torch.ones((), dtype=torch.float64, requires_grad=True)
@@ -284,7 +288,7 @@ class NoWaiting(TorchDispatchMode):
         (*SOLVERS, "sde-dpm-solver-pp-2m"), ({}, FLOW, {"thresholding": True}, {"use_karras_sigmas": True}), (torch.float32, torch.bfloat16)
     ),
 )
-@pytest.mark.every(4)
+@pytest.mark.every(7)
 def test_a_step_never_waits_for_its_device(solver, options, dtype):
     """On the meta device, which has no numbers to wait for."""
     if solver == "dpm-solver-v3" or (solver.startswith("sde") and options is FLOW):
@@ -318,6 +322,7 @@ def test_the_state_is_kept_in_float32(solver, dtype):
 @pytest.mark.parametrize("how", ["in place", "replace"])
 @pytest.mark.parametrize("dtype", LAST_CAST)
 @pytest.mark.parametrize("solver", ["dpm-solver-pp-2m", "ddim", "deis-3", "unipc-2"])
+@pytest.mark.every(4, 2)
 def test_edits_of_half_latents_are_taken_over(solver, dtype, how):
     half, full, x, y = made(solver=solver), made(solver=solver), noise().to(dtype), noise().to(dtype).float()
     for k, t in enumerate(half.timesteps):
@@ -352,6 +357,7 @@ def test_a_tail_is_a_grid_of_its_own(solver, announced):
 
 @pytest.mark.parametrize("solver", ["unipc-3:weights=bh1", "heun", "dpm-solver-pp-3m", "dpm-solver-3s", "deis-3:steps=2"])
 @pytest.mark.parametrize("card", [True, False])
+@pytest.mark.every(4)
 def test_the_tail_of_a_saved_sampler_is_its_own_solver(solver, card, tmp_path):
     law = FewstepScheduler(**V)._law.schedule
     facts = {"prediction": "v"} | ({"name": solver} if card else {})
@@ -380,6 +386,7 @@ def test_the_tail_of_a_fitted_sampler_is_its_parent():
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.every(3, 2)
 def test_inpainting(solver):
     """The known part is put back at the noise of each step; the result there is the known picture, elsewhere that of one's own loop."""
     scheduler, known, mask = made(6, solver=solver), noise(5).clamp(-1, 1), (noise(7)[:1, :1] > 0).float()

@@ -31,6 +31,7 @@ LISTS = {"timesteps": [1000, 700, 400, 100], "sigmas": [1.0, 0.6, 0.3, 0.1]}
 
 @pytest.mark.parametrize("given", [{"num_inference_steps": 6}, {"num_inference_steps": 4, **LISTS}], ids=["steps", "lists"])
 @pytest.mark.parametrize("size", [16, 32])  # by which the shift goes
+@pytest.mark.every(4)
 def test_cogview4_steps_as_with_its_own_scheduler(folder, given, size):
     ask = {"prompt_embeds": noise(2, 16, 16), "negative_prompt_embeds": noise(2, 16, 16, seed=1), "guidance_scale": 3.0}
     ask |= {"height": size, "width": size, "output_type": "latent", **given}

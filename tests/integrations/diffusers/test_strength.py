@@ -58,7 +58,7 @@ def level_at_first(scheduler):
 
 @pytest.mark.parametrize("solver", ["unipc-2", "heun", "dpm-solver-3s", "dpm-solver-pp-2m", "sde-dpm-solver-pp-2m"])
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.every(2)
+@pytest.mark.every(5, 2)
 def test_every_grid_begins_at_the_level_with_all_its_steps(name, solver):
     scheduler = FewstepScheduler(**CONFIGS[name], solver=solver, strength=0.3)
     law, order = scheduler._law.schedule, make_solver(solver).stages
@@ -157,7 +157,7 @@ def first_calls(pipe, network, **ask):
 
 @pytest.mark.parametrize("solver", ["unipc-2", "heun"])
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 def test_the_network_is_first_called_at_the_level(name, solver, folder):
     for options in ({}, {"grid": "angle"}):
         pipe = pipeline(folder, name, f"{KINDS[name]}Pipeline", solver=solver, **options)

@@ -258,6 +258,7 @@ def test_finished_folders_and_models_are_not_written_over(teacher, stored, whole
     assert contents(tmp_path / "model") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "changes", "cheap"),
     [
@@ -266,7 +267,6 @@ def test_finished_folders_and_models_are_not_written_over(teacher, stored, whole
         (OperatorForm(mixing=Mixing("fft", insert_after="inner", branch_at="inner"), anywhere=False), {"dropout": 0.2}, False),
     ],
 )
-@pytest.mark.every(3)
 def test_students_of_every_kind(teacher, stored, tmp_path, form: OperatorForm, changes: dict, cheap: bool) -> None:
     config = replace(BRIEF, form=form, **changes)
     student = made(teacher, config, tmp_path / "out", trajectories=stored)
@@ -279,6 +279,7 @@ def test_students_of_every_kind(teacher, stored, tmp_path, form: OperatorForm, c
         assert sizes[0] < 0.7 * sizes[1]
 
 
+@pytest.mark.slow
 def test_methods(teacher, stored, whole) -> None:
     config = replace(BRIEF, steps=1, slots=None)
     assert config.num_slots == 4
@@ -310,6 +311,7 @@ def test_an_unconditional_model_that_predicts_noise(tmp_path) -> None:
     check_measured(student, Trajectories.load(tmp_path / "out" / "work" / "trajectories"), config)
 
 
+@pytest.mark.slow
 def test_a_guided_teacher_moves_into_the_weights(teacher, tmp_path) -> None:
     config = replace(BRIEF, steps=2, fresh=0.5, form=OperatorForm(mixing=NO_MIXING))
     student = made(teacher, config, tmp_path / "out", guidance=3.0)

@@ -150,7 +150,7 @@ CASES = [(target, data) for target in (*TARGETS, "consistency") for data, refuse
 
 
 @pytest.mark.parametrize(("target", "data"), CASES)
-@pytest.mark.every(3)
+@pytest.mark.every(7)
 def test_every_target_trains_a_student(teacher: Model, stored: Trajectories, pictures: Images, target: str, data: str) -> None:
     config = replace(BRIEF, target=target, states="noised" if data == "noised" else "stored")
     given = {"images": pictures} if data == "pictures" else {"trajectories": stored}
@@ -238,8 +238,8 @@ def test_a_student_to_begin_with(teacher: Model, stored: Trajectories, whole: An
 # -- kills -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["semigroup", "trajectory", "matching"])
-@pytest.mark.every(3)
 def test_a_killed_run_ends_with_the_same_weights(
     teacher: Model, stored: Trajectories, pictures: Images, tmp_path: Path, target: str
 ) -> None:
@@ -355,7 +355,7 @@ IN_MEMORY: dict[str, Any] = {
 }
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("what", IN_MEMORY)
 def test_a_student_made_in_memory_is_saved_whole(teacher: Model, tmp_path: Path, what: str) -> None:
     student = distill(teacher, what.partition(",")[0], config=IN_MEMORY[what])

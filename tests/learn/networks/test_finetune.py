@@ -122,6 +122,7 @@ def test_each_round_lowers_the_bound(made: SimpleNamespace) -> None:
     assert made.history[1].rmse < made.history[0].rmse
 
 
+@pytest.mark.slow
 def test_fresh_noises_land_nearer_to_the_teacher(made: SimpleNamespace) -> None:
     grid = made.student.optimized("ddim", TINY.nfe)
     after, untuned = (fresh_error(model, grid, made.teacher) for model in (made.student, made.teacher))
@@ -203,6 +204,7 @@ def killed_at(words: str, count: int) -> Callable[[int, str], None]:
     return on_progress
 
 
+@pytest.mark.slow
 def test_a_continued_run_repeats_no_finished_round(tmp_path: Path, made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         finetune(made.teacher, config=BRIEF, out=tmp_path, on_progress=killed_at("loss", 1))
@@ -244,6 +246,7 @@ def test_another_configuration_in_the_same_folder_is_refused(made: SimpleNamespa
         ({"sha256": ""}, "round-1 is damaged .*checksum.*: remove it and run the same command again"),
     ],
 )
+@pytest.mark.every(4)
 def test_a_damaged_round_is_named(tmp_path: Path, made: SimpleNamespace, change: dict, says: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         finetune(made.teacher, config=replace(BRIEF, rounds=2), out=tmp_path, on_progress=killed_at("loss", 3))

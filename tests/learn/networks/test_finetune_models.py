@@ -137,6 +137,7 @@ def test_configurations_that_could_not_train_are_refused(options: dict[str, Any]
         FinetuneConfig(**options)
 
 
+@pytest.mark.slow
 def test_a_round_that_makes_it_worse_is_dropped(tmp_path: Path) -> None:
     model = load_model(tiny_folder(tmp_path / "teacher"))
     tuned = finetune(model, config=replace(TINY, steps=10, lr=0.03, rounds=8), out=tmp_path / "out")
@@ -160,6 +161,7 @@ def test_images_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_other_images_are_another_work(tmp_path: Path) -> None:
     model, config = load_model(tiny_folder(tmp_path / "teacher")), replace(BRIEF, form="score", steps=4)
     with pytest.raises(KeyboardInterrupt):

@@ -52,6 +52,7 @@ def test_half_weights_load_in_half(tmp_path: Path) -> None:
     assert {value.dtype for value in loaded.network.parameters()} == {torch.float16} and loaded.fingerprint == tuned.fingerprint
 
 
+@pytest.mark.slow
 def test_the_teacher_lies_with_its_student_and_is_moved_with_it(tmp_path: Path) -> None:
     model = table_model()
     fewstep.finetune(model, config=BRIEF, out=tmp_path / "tuned")

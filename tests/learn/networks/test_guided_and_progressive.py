@@ -211,8 +211,8 @@ RUNS: dict[str, tuple[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.every(2)
 def test_a_killed_run_continues_to_the_same_bits(teacher: Model, told: Model, small_parts: None, tmp_path: Path, run: str) -> None:
     method, config = RUNS[run]
     model = told if run.endswith("told") else teacher
@@ -235,8 +235,8 @@ def test_a_killed_run_continues_to_the_same_bits(teacher: Model, told: Model, sm
         distill(model, method, config=config, out=tmp_path / "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["told", "teacher"])
-@pytest.mark.every(2)
 def test_steps_are_halved_again_and_again(request: pytest.FixtureRequest, tmp_path: Path, of: str) -> None:
     """A run that is killed between two students goes on with the second."""
     model = request.getfixturevalue(of)
@@ -280,6 +280,7 @@ def test_steps_are_halved_again_and_again(request: pytest.FixtureRequest, tmp_pa
             distill(other, "progressive", config=config, out=tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_steps_of_a_guided_teacher_are_halved_at_its_guidance(teacher: Model) -> None:
     made = distill(teacher, "progressive", config=HALVED, guidance=2)
     assert made is not None and made.tuned is not None and (made.tuned.guidance, made.tuned.nfe) == (2.0, 1)

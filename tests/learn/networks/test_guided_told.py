@@ -90,6 +90,7 @@ def numbers(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("verb", [pytest.param(verb, marks=pytest.mark.slow) if verb in HEAVY else verb for verb in VERBS])
+@pytest.mark.every(3)
 def test_a_verb_works_at_the_scale_that_was_asked_for_by_one_call(told: Model, tmp_path: Path, verb: str) -> None:
     """It does what it does to a plain model that answers as this one does at that scale, with as many calls of as many rows."""
     found, plain, rows = dict[str, Any](), replace(frozen(told, 2.0), name="plain", folder=None), list[int]()
@@ -149,6 +150,7 @@ def check_same(model: Model, loaded: Model, scales: tuple[float, ...]) -> None:
     assert all(float((one - seen[0]).abs().max()) > 1e-4 for one in seen[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["guided", "teacher"])
 def test_one_flow_map_serves_all_scales(told: Model, teacher: Model, tmp_path: Path, of: str) -> None:
     model, config = (told, MAP) if of == "guided" else (teacher, replace(MAP, scales=(1.0, 3.0)))
@@ -182,6 +184,7 @@ class ToldMean(torch.nn.Module):
 
 @pytest.mark.parametrize("target", ["trajectory", "lagrangian", "eulerian", "semigroup"])
 @pytest.mark.parametrize("states", ["stored", "noised"])
+@pytest.mark.every(3)
 def test_each_row_is_learned_at_its_own_scale(teacher: Model, target: str, states: str) -> None:
     """The loss of a batch is the mean of those of its rows alone, each of a teacher of one scale."""
     if states == "noised" and target in ("trajectory", "eulerian"):

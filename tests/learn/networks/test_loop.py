@@ -92,8 +92,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "kind"), [(101, KilledError), (25, KeyboardInterrupt), (200, KeyboardInterrupt)])
-@pytest.mark.every(3)
 def test_a_resumed_run_reports_the_losses_of_the_other(
     tmp_path: Path, reports: dict[int, float], step: int, kind: type[BaseException]
 ) -> None:
@@ -246,6 +246,7 @@ def trained(folder: Path, steps: int = 10**9) -> tuple[dict[str, Tensor], list[t
 
 
 @pytest.mark.parametrize("world", [2, 3])  # of a batch of 8
+@pytest.mark.every(2)
 def test_processes_make_the_steps_of_one(tmp_path: Path, world: int) -> None:
     weights, losses = trained(tmp_path / "one")
     first, *others = together(world, lambda: trained(tmp_path / "many"))
@@ -256,6 +257,7 @@ def test_processes_make_the_steps_of_one(tmp_path: Path, world: int) -> None:
     assert [value for _, value in first[1]] == pytest.approx([value for _, value in losses], rel=1e-6)  # summed in float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("worlds", [(2, 1), (1, 3)])
 def test_another_number_of_processes_continues(tmp_path: Path, worlds: tuple[int, int]) -> None:
     weights, _ = trained(tmp_path / "one")

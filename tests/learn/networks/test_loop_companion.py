@@ -63,6 +63,7 @@ def test_the_second_network_is_trained_as_often_as_was_asked(whole: Pair) -> Non
     assert whole.calls == 3 + 9 * (2 + 1) + measures and [one["step"] for one in whole.selection.scores] == [0, 3, 6, 9]
 
 
+@pytest.mark.slow
 def test_wherever_it_is_interrupted_both_networks_end_with_the_same_bits(whole: Pair, tmp_path: Path) -> None:
     for stop in range(1, whole.calls + 1, 2):
         with pytest.raises(KeyboardInterrupt):

@@ -101,6 +101,7 @@ def test_a_new_student_is_the_first_order_step_of_its_teacher(teacher: Model) ->
 
 
 @pytest.mark.parametrize("kind", ["kd", "flow-map"])
+@pytest.mark.every(3)
 def test_it_begins_with_a_student_of_regression(teacher: Model, students: dict[str, Model], kind: str) -> None:
     one = objective(teacher, begin=students[kind])
     z, cond = seeded_noise(range(3), (1, 4, 4)), torch.tensor([0, 1, 2]) % 2
@@ -112,6 +113,7 @@ def test_it_begins_with_a_student_of_regression(teacher: Model, students: dict[s
 
 
 @pytest.mark.parametrize("kind", ["kd", "flow-map"])
+@pytest.mark.every(2)
 def test_its_student_is_saved_as_the_one_that_it_began_with(teacher: Model, students: dict[str, Model], tmp_path: Path, kind: str) -> None:
     before = {name: value.clone() for name, value in weights(students[kind]).items()}
     student = made(teacher, "dmd", DMD, begin=students[kind], out=tmp_path / "out")
@@ -138,6 +140,7 @@ def test_a_table_of_times_is_kept_to() -> None:
 # -- what trains it --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_langevin_step_is_dmd_to_the_bit(teacher: Model) -> None:
     dmd = made(teacher, "dmd", DMD)
     assert same(dmd, made(teacher, "em", replace(EM, langevin=1, step_z=0.0)))
@@ -186,6 +189,7 @@ def test_the_target_is_the_guided_teacher_and_the_fake_sees_the_same_labels(teac
     torch.testing.assert_close(theirs[3], teacher.guided(2.0)(*theirs[:3]))
 
 
+@pytest.mark.slow
 def test_with_pairs_alone_it_is_knowledge_distillation(teacher: Model) -> None:
     """A weight of the pairs that leaves nothing else, on the same trajectories; the noises are those of held-out ones."""
     common = {**STORED, "steps": 60, "batch": 8, "lr": 3e-3, "ema": 0.9, "held_out": 4}
@@ -202,6 +206,7 @@ def test_with_pairs_alone_it_is_knowledge_distillation(teacher: Model) -> None:
 
 
 @pytest.mark.parametrize("best", [0, 1, 2])
+@pytest.mark.every(3)
 def test_the_weights_that_the_judge_finds_best_are_kept(teacher: Model, best: int) -> None:
     judge = At(best)
     student = made(teacher, "dmd", DMD, judge=judge)
@@ -212,6 +217,7 @@ def test_the_weights_that_the_judge_finds_best_are_kept(teacher: Model, best: in
     assert torch.equal(again, judge.seen[best])
 
 
+@pytest.mark.slow
 def test_the_fake_begins_as_the_teacher_and_follows(teacher: Model, judge: Judge) -> None:
     student = made(teacher, "dmd", replace(DMD, steps=30, updates=2, before=10), judge=judge)
     first, *_, last = student.card["scores"]
@@ -232,6 +238,7 @@ def test_a_fake_that_does_not_follow_is_warned_of_once(teacher: Model, caplog: p
     assert "the fake does not follow the generator" in said.getMessage() and "raise updates (now 1)" in said.getMessage()
 
 
+@pytest.mark.slow
 def test_the_card_says_what_an_error_to_the_teacher_is_worth(teacher: Model, judge: Judge, tmp_path: Path) -> None:
     student = made(teacher, "em", EM, judge=judge, out=tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -240,6 +247,7 @@ def test_the_card_says_what_an_error_to_the_teacher_is_worth(teacher: Model, jud
     assert not list((tmp_path / "out").rglob("checkpoint"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["noise", "table"])
 def test_networks_of_other_kinds_are_distilled(tmp_path: Path, kind: str) -> None:
     model = table_model() if kind == "table" else load_model(diffusers_folder(tmp_path / "teacher"))
@@ -248,6 +256,7 @@ def test_networks_of_other_kinds_are_distilled(tmp_path: Path, kind: str) -> Non
     assert images.shape == (2, *model.need_shape()) and bool(images.isfinite().all())
 
 
+@pytest.mark.slow
 def test_a_half_finished_run_of_other_options_is_refused(teacher: Model, judge: Judge, tmp_path: Path) -> None:
     def stop(done: int, note: str) -> None:
         if done == 2:

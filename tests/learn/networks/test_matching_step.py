@@ -137,6 +137,7 @@ def trained(steps: int, chain: int, batch: int = 32, **options: Any) -> float:
     return float((weight @ weight.T - COVARIANCE).detach().norm() / COVARIANCE.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chain", "options", "tolerance"),
     [

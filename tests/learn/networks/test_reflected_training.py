@@ -47,6 +47,7 @@ def measured(digits: Images) -> Measured:
     return measure_preconditioning(digits, CUBE, WALLS)
 
 
+@pytest.mark.slow
 def test_measured_coefficients_give_targets_of_unit_variance_at_every_level(digits: Images, measured: Measured) -> None:
     draw = torch.Generator().manual_seed(7)
     for sigma in torch.tensor([0.01, 0.03, 0.11, 0.3, 0.55, 0.9, 1.4, 2.1, 2.93, 3.0], dtype=torch.float64):
@@ -57,6 +58,7 @@ def test_measured_coefficients_give_targets_of_unit_variance_at_every_level(digi
         assert float(target.var()) == pytest.approx(1, abs=SPREAD) and float((scale * x).square().mean()) == pytest.approx(1, abs=SPREAD)
 
 
+@pytest.mark.slow
 def test_at_the_ends_the_target_is_the_image_or_the_state(measured: Measured, digits: Images) -> None:
     (low, high), table = (measured.at(torch.tensor(end, dtype=torch.float64)) for end in (0.01, 3.0)), measured.table
     assert len(table) == LEVELS and float(high[0]) == pytest.approx(1, abs=1e-3) and float(high[1]) < 1e-3
@@ -106,6 +108,7 @@ def test_levels_have_defaults_of_their_kind_and_old_checkpoints_stay_valid() -> 
     assert "p_mean=-0.6, p_std=1.6" in identity_of(TrainConfig("flow-map")) and replace(TrainConfig("ddpm")) == TrainConfig("ddpm")
 
 
+@pytest.mark.slow
 def test_a_trained_folder_is_a_reflected_model(digits: Images, tmp_path: Path) -> None:
     losses: list[float] = []
     loop = replace(LOOP, steps=24, lr=1e-2, batch=16)

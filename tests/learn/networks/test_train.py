@@ -18,8 +18,8 @@ from fewstep.models.networks.calls import unet_call
 LOOP = LoopConfig(steps=12, batch=16, checkpoint_every=100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "conditional"), [("edm", True), ("edm", False), ("ddpm", False)])
-@pytest.mark.every(3)
 def test_a_trained_folder_loads_as_a_model(tmp_path: Path, kind: str, conditional: bool) -> None:
     losses: list[float] = []
     config = TrainConfig(kind, conditional, channels=(16, 16))
@@ -36,6 +36,7 @@ def test_a_trained_folder_loads_as_a_model(tmp_path: Path, kind: str, conditiona
         train(load_images("digits"), config, LOOP, out, command="")
 
 
+@pytest.mark.slow
 def test_a_flow_map_is_trained_from_pictures_alone(tmp_path: Path) -> None:
     losses: list[float] = []
     digits, config, loop = (
@@ -60,6 +61,7 @@ def test_options_that_a_kind_does_not_have_are_refused(kind: str, option: dict) 
         TrainConfig(kind, **option)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_not_continued_as_another_model(tmp_path: Path) -> None:
     digits, config = load_images("digits"), TrainConfig("edm", channels=(16, 16))
 
@@ -200,6 +202,7 @@ def test_a_killed_run_ends_with_the_weights_of_a_whole_one(tmp_path: Path, confi
     assert load_model(tmp_path / "whole").fingerprint == load_model(tmp_path / "cut").fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["edm", "ddpm", "flow-map"])
 def test_a_run_that_was_killed_while_it_saved_is_not_taken_for_a_finished_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

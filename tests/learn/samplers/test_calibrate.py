@@ -133,6 +133,7 @@ def test_an_independent_gaussian_is_found_without_error(levels: int) -> None:
     assert float(s.abs().max()) <= LARGEST_SLOPE  # F does not vary: any slope would do, but it should stay a number
 
 
+@pytest.mark.slow
 def test_a_correlated_gaussian_has_the_closed_regression() -> None:
     r"""``D = m + A (X - m)`` with ``A = S (S + e^(-2 lam))^-1``, so ``F = (C - A) Y + (C - 1) m`` with ``C`` the diagonal of ``A``,
     and in ``F'`` the matrix is ``G = C' + C (A - 1) - A' - A (A - 1)``; the covariances of both are closed.
@@ -174,6 +175,7 @@ def test_a_correlated_gaussian_has_the_closed_regression() -> None:
 
 
 @pytest.mark.parametrize(("schedule", "states"), [(LAW, trajectories), (VPLinear(), clean)], ids=["edm", "vp"])
+@pytest.mark.every(2)
 def test_l_of_a_mixture_is_the_mean_diagonal_of_its_jacobian(monkeypatch, schedule: NoiseSchedule, states: States) -> None:
     """Within the probes' own scatter, and not closer than that: a probe of dependent signs would show."""
     denoiser, config = mixture(schedule), CalibrationConfig(levels=6, num=256)
@@ -241,6 +243,7 @@ def test_statistics_are_lines_fitted_to_the_data_themselves(monkeypatch, states:
     np.testing.assert_allclose(b, lines[..., 1], rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_statistics_make_few_steps_better() -> None:
     """Against the same solver with ``l = 1, s = b = 0``, which is data prediction; measured 0.35 to 0.55 of its error."""
     schedule = VarianceExploding()
@@ -264,6 +267,7 @@ def test_statistics_make_few_steps_better() -> None:
 
 
 @pytest.mark.parametrize("states", [clean, trajectories])
+@pytest.mark.every(2)
 def test_the_batch_does_not_matter(states: States) -> None:
     lam = SMALL.lam(LAW)
     denoiser = mixture(dtype=F64) if states is clean else mixture()
@@ -298,6 +302,7 @@ def equal(one: Moments, two: Moments) -> bool:
 
 
 @pytest.mark.parametrize("states", [clean, trajectories])
+@pytest.mark.every(2)
 def test_a_killed_run_visits_no_whole_batch_again(tmp_path: Path, states: States) -> None:
     whole, _ = collect(mixture(), SHAPE, SMALL, states)
     calls = 0
@@ -325,6 +330,7 @@ def test_moments_are_saved_now_and_then(monkeypatch, tmp_path: Path) -> None:
     assert written[:6] == [False] * 5 + [True]  # after the first batch of five levels
 
 
+@pytest.mark.slow
 def test_more_data_can_be_added(tmp_path: Path) -> None:
     at_once, _ = collect(mixture(), SHAPE, replace(SMALL, num=64), clean)
     stored(tmp_path)
@@ -345,8 +351,8 @@ class Never:
         pytest.fail("refused only after the work")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 5])  # there are four batches
-@pytest.mark.every(3)
 def test_processes_share_the_work(monkeypatch, tmp_path: Path, world: int) -> None:
     one, _ = collect(mixture(), SHAPE, SMALL, clean)
     lam = SMALL.lam(LAW)

@@ -177,6 +177,7 @@ def test_a_network_without_a_derivative_is_refused_before_anything_is_written(tm
 
 
 @pytest.mark.parametrize("method", ["reverse", "difference"])
+@pytest.mark.every(2)
 def test_the_way_to_differentiate_can_be_chosen(method: str) -> None:
     forward, other = (calibrate(toy(), config=replace(SMALL, jvp=jvp), images=pictures()) for jvp in ("forward", method))
     assert other.card["derivatives"] == method

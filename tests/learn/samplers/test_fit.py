@@ -133,19 +133,23 @@ def test_the_hand_made_rival_is_the_best_of_a_few(given: Trajectories) -> None:
     assert found["error"][0] < found["error"][1]
 
 
-def test_network_evaluations_are_counted_and_foreseen(tmp_path: Path) -> None:
+COUNTED = (FitConfig(budget=3000), TINY, FitConfig(budget=700), FitConfig(budget=4000, first=True), replace(TINY, first=True))
+
+
+@pytest.mark.parametrize("config", COUNTED, ids=lambda config: f"{config.budget}-{config.first}")
+@pytest.mark.every(4)
+def test_network_evaluations_are_counted_and_foreseen(tmp_path: Path, config: FitConfig) -> None:
     counts = (1, 2, 4)
-    foreseeing = (("first", replace(TINY, first=True)), ("first, budget", FitConfig(budget=4000, first=True)))
-    for name, config in (("few", TINY), ("budget", FitConfig(budget=3000)), ("least", FitConfig(budget=700)), *foreseeing):
-        found, plan = made(tmp_path / name, model := toy(), counts, config), plan_fit(toy(), counts, config)
-        on_cards = sum(one.card["network_evaluations"] for one in found.values()) + found[1].card["trajectory_evaluations"]
-        check = min(4, plan.batch) * plan.levels // 2  # those on half the steps
-        assert network(model).samples == on_cards + check
-        assert network(model).samples <= plan.evaluations <= (config.budget or 10**9)
-        assert network(model).samples > 0.6 * plan.evaluations  # measured 0.7 to 0.9
+    found, plan = made(tmp_path, model := toy(), counts, config), plan_fit(toy(), counts, config)
+    on_cards = sum(one.card["network_evaluations"] for one in found.values()) + found[1].card["trajectory_evaluations"]
+    check = min(4, plan.batch) * plan.levels // 2  # those on half the steps
+    assert network(model).samples == on_cards + check
+    assert network(model).samples <= plan.evaluations <= (config.budget or 10**9)
+    assert network(model).samples > 0.6 * plan.evaluations  # measured 0.7 to 0.9
 
 
-@pytest.mark.parametrize("law", PROBLEMS)
+@pytest.mark.slow
+@pytest.mark.parametrize("law", ["table", *(pytest.param(law, marks=pytest.mark.release) for law in ("edm", "flow"))])
 def test_no_budget_is_exceeded(tmp_path: Path, law: str) -> None:
     """Whatever the noise law makes of the levels, and where samplers are added to a folder."""
     for counts, budget in (((1,), 400), ((2, 3), 1500), ((1, 2, 3, 4, 5, 6), 4000)):
@@ -160,6 +164,7 @@ def test_no_budget_is_exceeded(tmp_path: Path, law: str) -> None:
     assert names(tmp_path) == {"README.md", "plan.json", "trajectories", "nfe-02", "nfe-03", "nfe-06"}
 
 
+@pytest.mark.slow
 def test_samplers_that_are_added_follow_what_was_named(tmp_path: Path) -> None:
     config = FitConfig(budget=3000, iterations=0, held_out=5)
     made(tmp_path, toy(), (2,), config)
@@ -251,6 +256,7 @@ def test_the_stage_is_the_one_of_least_error_that_has_no_larger_rmse_but_by_chan
 
 
 @pytest.mark.parametrize("spoiled", ["sweep", "fit_in_sequence", "both"])
+@pytest.mark.every(2)
 def test_where_a_fit_goes_wrong_another_sampler_takes_its_place(given: Trajectories, tmp_path: Path, monkeypatch, spoiled: str) -> None:
     def worse(tableau: Tableau) -> Tableau:
         return replace(tableau, update=1e-3 * tableau.update)

@@ -16,6 +16,7 @@ SHAPES = {"digits": (1, 8, 8), "sdxl": (4, 128, 128), "flux": (16, 128, 128), "w
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("counts", [(5,), (5, 8), (1, 2, 3), (4, 5, 6, 8, 10)], ids=str)
+@pytest.mark.every(5)
 def test_a_budget_is_kept_and_used(shape: str, counts: tuple[int, ...]) -> None:
     seen = []
     for budget in (3000, 10_000, 30_000, 150_000):
@@ -27,6 +28,7 @@ def test_a_budget_is_kept_and_used(shape: str, counts: tuple[int, ...]) -> None:
     assert [effort for _, effort in seen] == sorted((effort for _, effort in seen), reverse=True)  # the first is the most thorough
 
 
+@pytest.mark.slow
 def test_memory_and_disk_do_not_grow_with_the_budget() -> None:
     """States of video models fit in what a workstation has; the number of noises stops where they would not."""
     for shape, memory, disk in (("sdxl", 3, 1), ("flux", 6, 2), ("wan", 16, 12)):
@@ -42,6 +44,7 @@ def test_memory_and_disk_do_not_grow_with_the_budget() -> None:
     assert plan_of(FitConfig(channel), (5, 8), SHAPES["wan"], 3000).form == channel
 
 
+@pytest.mark.slow
 def test_what_is_named_stays() -> None:
     named = {"num": 40, "held_out": 7, "levels": 30, "noises": 11, "iterations": 3, "batch": 5}
     plan = plan_of(FitConfig(**named), (5,), SHAPES["digits"], 3000)  # as many as are named, whatever it costs
@@ -58,6 +61,7 @@ def test_what_is_named_stays() -> None:
         plan_of(FitConfig(noises=200), (5, 8), SHAPES["digits"], 3000)
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_too_small_says_what_the_least_is() -> None:
     with pytest.raises(
         FewstepError, match=r"a budget of 100 network evaluations is too small for samplers of 5, 8: the least fit takes \d+"

@@ -54,6 +54,7 @@ def test_more_evaluations_can_be_added(tmp_path: Path) -> None:
     assert re.findall(r"^\| (\d+) \|", readme, re.M) == ["1", "2", "3"]  # the card is of all that is there
 
 
+@pytest.mark.slow
 def test_other_work_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
     short = replace(TINY, iterations=0)
     made(tmp_path, toy(classes=2), config=short)
@@ -165,6 +166,7 @@ def test_configurations_that_cannot_be_are_refused(options: dict, error: type, s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_parents_that_a_fit_can_start_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit_search, "HAND_MADE", ("dpm-solver-pp-2m",))  # what is chosen here is the fit
     for parent, history in (("ddim", None), ("dpm-solver-pp-3m", 3), ("unipc-2:corrector=false", None), ("dpm-solver-pp-2m", 1)):
@@ -177,6 +179,7 @@ def test_parents_that_a_fit_can_start_from(monkeypatch: pytest.MonkeyPatch) -> N
 # -- given trajectories, batches, processes --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_given_trajectories_are_fitted_to(tmp_path: Path, given: Trajectories) -> None:
     config = replace(TINY, iterations=1)
     one = made(tmp_path / "own", toy(), (2, 3), replace(config, storage="float32"))

@@ -114,6 +114,7 @@ def test_schedules_are_saved_and_no_worse_than_standard_grids(tmp_path: Path, la
     assert {(0, "8 of 8 trajectories"), (0, "16 of 16 exact endpoints")} <= set(notes)
 
 
+@pytest.mark.slow
 def test_a_schedule_is_chosen_from_many(tmp_path: Path) -> None:
     """All standard grids, four dynamic programs of each kind, the neighbours' schedules, and the best two refined."""
     config = replace(TINY, num=32, noises=64, held_out=64, iterations=6)
@@ -155,6 +156,7 @@ def test_a_schedule_of_less_error_but_larger_rmse_is_not_chosen(tmp_path: Path, 
     assert card["chosen"] == card["best_standard_grid"] and card["rmse"][0] == card["rmse"][1]
 
 
+@pytest.mark.slow
 def test_a_solver_of_two_stages(tmp_path: Path) -> None:
     found = made(tmp_path, model := toy(), "heun", (4, 2))
     assert [(nfe, one.nfe, one.grid.steps) for nfe, one in found.items()] == [(2, 2, 1), (4, 4, 2)]
@@ -202,6 +204,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], i
     return contents(folder), calls(model)
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_schedules_repeats_nothing(tmp_path: Path, whole: tuple[dict[str, bytes], int]) -> None:
     def mortal(done: int, note: str) -> None:
         if done == 1:
@@ -224,6 +227,7 @@ def test_more_evaluations_and_solvers_can_be_added(tmp_path: Path, whole: tuple[
     assert contents(tmp_path / "added" / "ddim") == contents(tmp_path / "alone" / "ddim") and calls(three) < 0.8 * calls(four)
 
 
+@pytest.mark.slow
 def test_other_work_is_not_mixed_in(tmp_path: Path) -> None:
     made(tmp_path, toy(classes=2), "ddim", 2)
     before, other = contents(tmp_path), VarianceExploding(0.05, 20.5)
@@ -299,7 +303,8 @@ def same(ours: Sampler, theirs: Sampler) -> None:
     assert ours.card["candidates"].keys() == theirs.card["candidates"].keys()
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.release), 4])
 def test_processes_find_the_schedules_of_one(tmp_path: Path, world: int) -> None:
     def find(name: str) -> dict[int, Sampler]:
         return made(tmp_path / name, None, "dpm-solver-pp-2m", (2, 5), SHARED)
@@ -313,6 +318,7 @@ def test_processes_find_the_schedules_of_one(tmp_path: Path, world: int) -> None
     assert sorted(GridTable.load(solver_folder(tmp_path / "many", "dpm-solver-pp-2m")).grids) == [2, 3, 5]
 
 
+@pytest.mark.slow
 def test_noises_go_through_the_network_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, real = set[int](), Counted.__call__
 
@@ -339,6 +345,7 @@ def test_more_processes_than_noises_are_refused_before_any_work(tmp_path: Path, 
 # -- a budget --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", PROBLEMS)
 def test_a_budget_is_kept_and_still_helps(tmp_path: Path, law: str) -> None:
     """Everything the network is asked counts, and the trajectories that ends are measured against are those of the bound."""

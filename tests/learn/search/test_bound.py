@@ -119,8 +119,8 @@ def test_a_contraction_obeys_the_plain_bound(schedule: NoiseSchedule) -> None:
     assert tightest < 1.2  # and it says something
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [1.0, 0.05], ids=["noise", "near-the-ridge"])
-@pytest.mark.every(2)
 def test_an_expansion_obeys_the_bound_with_its_own_slopes(spread: float) -> None:
     """Two narrow components: the denoiser is steep between them, and from starts that lie there the plain bound is none."""
     denoiser = MixtureDenoiser(LAW, torch.tensor([[-1.0], [1.0]], dtype=F64), torch.tensor([0.1, 0.1], dtype=F64))
@@ -215,6 +215,7 @@ def test_the_first_order_program_finds_the_least_of_all_schedules(name: str) -> 
 
 @pytest.mark.parametrize("last_first_order", [True, False])
 @pytest.mark.parametrize("name", GRAMS)
+@pytest.mark.every(3)
 def test_the_pair_program_finds_the_least_of_all_schedules(name: str, last_first_order: bool) -> None:
     gram = GRAMS[name]()
     for amplification, total in product(AMPLIFICATIONS, ("sum", "squares")):
@@ -284,11 +285,11 @@ def test_its_gradient_is_a_difference_of_it() -> None:
         assert float(gradient[k]) == pytest.approx(rise / (2 * h * float(LEVEL[k])), rel=1e-6)  # h^2, and rounding over h
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spacing, steps, before, after",
     [("quadratic", 5, 1.3, 1), ("uniform", 3, 1.1, 1.187)],
 )
-@pytest.mark.every(2)
 def test_descent_reaches_a_minimum(spacing: str, steps: int, before: float, after: float) -> None:
     """That of the program, which is global, on moments of the same diffused states; with all levels close to the noise another."""
     (x0, noise), t, start = pool(64), make_grid("logsnr", FEW, 128).t, make_grid(spacing, FEW, steps)

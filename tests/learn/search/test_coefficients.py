@@ -136,6 +136,7 @@ def test_the_steps_of_a_gaussian_are_found(law: str, pool: str) -> None:
 
 
 @pytest.mark.parametrize("law, form", [("edm", PLAIN), ("flow", {}), ("edm", {"ridge": 10.0}), ("flow", {"shrink": 10.0})], ids=str)
+@pytest.mark.every(4)
 def test_an_exact_parent_is_given_back(law: str, form: dict) -> None:
     """Of a point mass, whose outputs are all the same, and where the batch holds the parent's own states; with any ridge."""
     schedule = LAWS[law]
@@ -210,6 +211,7 @@ def test_a_penalty_is_chosen_by_cross_validation() -> None:
 
 
 @pytest.mark.parametrize("law, pool", [("edm", "scalar"), ("vp", "channel"), ("flow", "element"), ("flow", "scalar"), ("edm", "channel")])
+@pytest.mark.every(3)
 def test_each_row_is_the_optimum(law: str, pool: str) -> None:
     """The distance to the teacher's state has no slope in any coefficient, and grows along every one."""
     (denoiser, grid, batch), form = taught(LAWS[law]), FitForm(2, pool, **PLAIN)

@@ -90,7 +90,7 @@ def changed(tableau: Tableau, name: str, i: int) -> Tableau:
         for name in names
     ],
 )
-@pytest.mark.every(3)
+@pytest.mark.every(4)
 def test_a_run_begins_like_another(law: NoiseSchedule, name: str) -> None:
     """As far as it can, to the bit, and the other stays as it was."""
     error, tableau = problem(law), solved(name, law)

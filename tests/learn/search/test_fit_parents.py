@@ -70,6 +70,7 @@ REFUSED = "steps from where it evaluates, by at most {} outputs and without nois
 
 
 @pytest.mark.parametrize("law", LAWS)
+@pytest.mark.every(4)
 def test_room_for_coefficients_changes_no_sample(law: str) -> None:
     assert {name.partition(":")[0] for name in (*USABLE, *OTHERS)} == set(SOLVERS) - {"dpm-solver-v3"}
     schedule = LAWS[law]
@@ -100,6 +101,7 @@ def test_a_parent_may_step_from_its_anchor_if_that_is_the_state() -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.every(2)
 def test_other_parents_are_refused(name: str) -> None:
     for schedule, history in product((EDM, RectifiedFlow()), (2, None)):
         parent = solved(schedule, make_grid("angle", schedule, 6), name)
@@ -140,8 +142,8 @@ def split(ends: EndpointError, count: int) -> list[EndpointError]:
     return [EndpointError(ends.denoiser, x, exact) for x, exact in parts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("law", "pool"), [("edm", "element"), ("vp", "scalar"), ("flow", "element"), ("table", "scalar")])
-@pytest.mark.every(2)
 def test_a_sweep_brings_the_ends_nearer(law: str, pool: str) -> None:
     fitted, ends = problem(LAWS[law], FitForm(None, pool, bias=pool == "element"))
     gains = {}

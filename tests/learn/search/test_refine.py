@@ -139,7 +139,7 @@ def test_conditions_go_with_their_samples() -> None:
 @pytest.mark.parametrize(
     "law, solver", [*product(["edm"], ["ddim", "dpm-solver-pp-2m", "deis-3"]), ("vp", "unipc-3"), ("table", "heun"), ("table", "unipc-3")]
 )
-@pytest.mark.every(3)
+@pytest.mark.every(2)
 def test_refinement_lowers_the_objective_from_the_worst_grid(law: str, solver: str) -> None:
     schedule = LAWS[law]
     error = problem(schedule, solver)
@@ -165,8 +165,8 @@ def test_a_flow_is_refined_between_its_infinite_ends(solver: str) -> None:
     assert found.t[0] == 1 and found.t[-1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.every(3)
 def test_one_inner_level_is_put_where_a_scan_puts_it(solver: str) -> None:
     """Within 2 % of the least of 80 places, from either side of it."""
     error = problem(solver=solver)

@@ -124,6 +124,7 @@ class Gaussian:
 
 
 @pytest.mark.parametrize("law", LAWS)
+@pytest.mark.every(4)
 def test_levels_descend_to_where_the_fit_ends_best(law: str) -> None:
     schedule, told = LAWS[law], []
     problem = Gaussian(schedule)

@@ -157,6 +157,7 @@ def test_infinite_and_clean_ends_are_finite_edges() -> None:
                 assert all(len(set(path)) == steps + 1 for steps, path in bound.best_pairs(6).items())
 
 
+@pytest.mark.slow
 def test_slopes_are_trace_and_norm_of_the_jacobian() -> None:
     """``J = diag(c)``: for signs ``v``, ``<v, J v>`` is the trace and ``|J v|^2`` the Frobenius norm, whatever the signs."""
     for schedule in (LAW, VPLinear(), TABLE, RectifiedFlow()):
@@ -229,6 +230,7 @@ def test_the_batch_does_not_matter() -> None:
     assert bool(gathered(toy()).slopes.isnan().all())
 
 
+@pytest.mark.slow
 def test_a_killed_pass_continues_to_the_same_numbers(tmp_path: Path) -> None:
     config = replace(SMALL, jacobian=True)
     whole = gathered(model := toy(), config)
@@ -245,6 +247,7 @@ def test_a_killed_pass_continues_to_the_same_numbers(tmp_path: Path) -> None:
     assert same(more, gathered(toy(), replace(config, num=16)), 0) and calls(model) < once / 2
 
 
+@pytest.mark.slow
 def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = gathered(toy())
     first, second = together(2, lambda: gathered(toy(), folder=tmp_path))

@@ -64,6 +64,7 @@ def test_derivatives_in_the_state_are_right_through_attention(name: str) -> None
 
 
 @pytest.mark.parametrize("name", DENOISERS)
+@pytest.mark.every(3)
 def test_derivatives_in_the_noise_level_are_right(name: str) -> None:
     model, function, X, lam, v = _problem(name)  # noqa: N806
     still, one = torch.zeros_like(v), torch.ones_like(lam)

@@ -103,7 +103,7 @@ PROBLEMS = {
         for problem in PROBLEMS
     ],
 )
-@pytest.mark.every(3)
+@pytest.mark.every(8)
 def test_states_are_the_exact_ones_at_the_stored_times(tmp_path, problem: str, solver: str, nfe: int, allowed: float) -> None:
     schedule, grid = PROBLEMS[problem]
     denoiser = GaussianDenoiser(schedule, MEAN, STD)
@@ -175,6 +175,7 @@ def test_the_teacher_spaces_its_steps_as_the_exact_trajectories_do(schedule, eva
         assert bool(fewer >= lengths.max() - 1e-12)
 
 
+@pytest.mark.slow
 def test_few_evaluations_end_near_the_exact_images(tmp_path) -> None:
     """Two steps an interval, uniform in lam, ended .014 from them on these noises."""
     model = load_model("digits-edm")
@@ -184,6 +185,7 @@ def test_few_evaluations_end_near_the_exact_images(tmp_path) -> None:
     assert rmse_of((few.states(slice(None)) - exact.states(slice(None)))[:, -1]) < 0.004
 
 
+@pytest.mark.slow
 def test_the_teacher_error_is_that_of_half_the_steps(tmp_path) -> None:
     model = toy(denoiser := GaussianDenoiser(LAW, MEAN, STD))
     cards = []
@@ -329,6 +331,7 @@ def test_shards_of_other_tensors_are_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.every(4)
 def test_damage_is_named_and_mended(tmp_path, damage: str) -> None:
     whole = made(tmp_path / "whole").states(slice(None))
     made(tmp_path / "other", toy(mixture(VarianceExploding(0.05, 20.5))))

@@ -110,6 +110,7 @@ TABLE_1 = {
 @pytest.mark.usefixtures("edm_modules")
 @pytest.mark.parametrize("precond", TABLE_1)
 @pytest.mark.parametrize("label_dim", [0, 4])
+@pytest.mark.every(3)
 def test_edm_pickles_against_table_1(tmp_path: Path, precond: str, label_dim: int) -> None:
     formulas, law, (vp, time) = TABLE_1[precond]
     options = {**SONG, "label_dim": label_dim}
@@ -180,6 +181,7 @@ def _refused(path: Path, sentinel: Path, names: str, **options: object) -> None:
 @pytest.mark.usefixtures("edm_modules")
 @pytest.mark.parametrize("place", ["alone", "ema", "state", "parameter", "loss_fn", "key"])
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.every(3, 2)
 def test_a_pickle_that_means_harm_is_refused_and_not_run(tmp_path: Path, place: str, protocol: int) -> None:
     sentinel = tmp_path / "sentinel"
     payload = Payload(os.system, f"touch {sentinel}")

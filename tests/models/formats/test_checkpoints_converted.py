@@ -46,8 +46,8 @@ def _same(one: Model, other: Model) -> None:
     assert torch.equal(sampled(one), sampled(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["edm", "vp", "score-sde", "guided-diffusion"])
-@pytest.mark.every(2)
 def test_converted_checkpoints_are_the_same_to_the_bit(tmp_path: Path, checkpoints: dict, name: str) -> None:
     path, options = checkpoints[name]
     model = load_checkpoint(path, **options)
@@ -149,6 +149,7 @@ def test_a_conversion_that_was_killed_between_its_files_is_made_whole(tmp_path: 
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["fewstep.json"]
 
 
+@pytest.mark.slow
 def test_damaged_single_files_and_folders(tmp_path: Path, checkpoints: dict) -> None:
     path, options = checkpoints["edm"]
     convert(path, tmp_path / "whole.safetensors", **options)

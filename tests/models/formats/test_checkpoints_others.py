@@ -49,7 +49,7 @@ SCORE_SDE = {
 
 
 @pytest.mark.parametrize("name", SCORE_SDE)
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 def test_score_sde_against_its_own_network(tmp_path: Path, name: str) -> None:
     options, config = SCORE_SDE[name]
     network = NCSNpp(**options)
@@ -80,6 +80,7 @@ def test_score_sde_against_its_own_network(tmp_path: Path, name: str) -> None:
     sampled(model)
 
 
+@pytest.mark.slow
 def test_score_sde_weights_of_the_model_itself(tmp_path: Path) -> None:
     network = NCSNpp(taps=[1, 1])
     path = score_sde_file(tmp_path / "a.pth", network)
@@ -142,7 +143,7 @@ GUIDED = {
 
 
 @pytest.mark.parametrize("name", GUIDED)
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 def test_guided_diffusion_against_its_own_network(tmp_path: Path, name: str) -> None:
     options, config = GUIDED[name]
     config = {key: value for key, value in {**ADM_CONFIG, **config}.items() if value is not None}

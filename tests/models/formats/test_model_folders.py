@@ -180,6 +180,7 @@ def test_fitted_samplers_of_other_weights_or_damaged_ones_are_refused(tmp_path: 
         model.fitted(3)
 
 
+@pytest.mark.slow
 def test_a_command_names_a_model_as_it_was_asked_for(tmp_path: Path) -> None:
     model = _ours(tmp_path / "model", 4)
     assert (model.command_name(1.0), model.command_name(2.5)) == (str(tmp_path / "model"), f"{tmp_path / 'model'} --guidance 2.5")
@@ -223,6 +224,7 @@ BUNDLED_FITS = [("digits-edm", 1, range(3, 11)), ("digits-ddpm", 1, range(4, 11)
 
 
 @pytest.mark.parametrize(("name", "guidance", "counts"), BUNDLED_FITS)
+@pytest.mark.every(3)
 def test_the_bundled_models_have_fitted_samplers(name: str, guidance: float, counts: Sequence[int]) -> None:
     model = load_model(name)
     for nfe in counts:

@@ -221,6 +221,7 @@ REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.every(2)
 def test_what_cannot_be_saved_is_refused_and_leaves_nothing(kind: str, tmp_path: Path) -> None:
     make, says = REFUSED[kind]
     with pytest.raises(ModelError, match=says):

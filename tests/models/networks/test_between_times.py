@@ -144,6 +144,7 @@ def test_noise_levels_of_ones_own_are_moved_to_the_table() -> None:
 
 
 @pytest.mark.parametrize("law", [LAW.to_clean(), DiscreteVP.linear(TIMES).zero_terminal_snr()])
+@pytest.mark.every(2)
 def test_other_ends_of_a_table(law: DiscreteVP) -> None:
     model = replace(counted(), schedule=law)
     assert bool(torch.isfinite(fewstep.sample(model, "unipc-2", nfe=4, seeds=[0])).all())

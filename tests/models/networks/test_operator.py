@@ -152,7 +152,7 @@ def test_given_the_slots_time_a_new_student_says_what_its_teacher_says_there() -
 
 
 @pytest.mark.parametrize("mixing", MIXINGS, ids=repr)
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_a_jump_lands_where_the_whole_answer_has_that_slot(mixing: Mixing) -> None:
     made = student(teacher(), output="skip", mixing=mixing)
     for begin in range(2):
@@ -165,7 +165,7 @@ def test_a_jump_lands_where_the_whole_answer_has_that_slot(mixing: Mixing) -> No
 
 
 @pytest.mark.parametrize("mixing", MIXINGS, ids=repr)
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_passes_of_the_sampler_are_jumps(mixing: Mixing) -> None:
     made, t = student(teacher(), mixing=mixing), EDM_TIMES
     x = noise(made.schedule, t[0])
@@ -333,7 +333,7 @@ def other_network(folder: Path) -> None:
         pytest.param(other_network, id="another network"),
     ],
 )
-@pytest.mark.every(3)
+@pytest.mark.every(7)
 def test_damaged_folders_are_refused(digits: Model, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     folder = folder_of(digits, student(digits), tmp_path / "it")
     damage(folder)

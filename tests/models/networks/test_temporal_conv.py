@@ -86,6 +86,7 @@ def test_forms_that_say_the_same_have_the_same_gradients(slots: int, modes: int)
 
 @pytest.mark.parametrize(("slots", "modes"), SIZES)
 @pytest.mark.parametrize("form", ["fft", "real"])
+@pytest.mark.every(3, 2)
 def test_circular_forms_are_the_papers_and_a_circulant_sum(form: str, slots: int, modes: int) -> None:
     layer = made(slots, modes, form)
     for count in range(1, slots + 1):
@@ -94,6 +95,7 @@ def test_circular_forms_are_the_papers_and_a_circulant_sum(form: str, slots: int
 
 
 @pytest.mark.parametrize(("slots", "modes"), SIZES)
+@pytest.mark.every(3, 2)
 def test_one_way_is_the_circulant_sum_without_what_comes_earlier(slots: int, modes: int) -> None:
     layer = made(slots, modes, "one-way")
     torch.testing.assert_close(branch(layer, h := features(slots)), by_sum(layer, h, lambda j, k: j >= k), rtol=EXACT, atol=EXACT)
@@ -101,6 +103,7 @@ def test_one_way_is_the_circulant_sum_without_what_comes_earlier(slots: int, mod
 
 @pytest.mark.parametrize("form", ["fft", "real"])
 @pytest.mark.parametrize(("slots", "modes"), SIZES)
+@pytest.mark.every(5, 2)
 def test_what_does_not_change_is_mapped_by_the_matrix_of_frequency_0(form: str, slots: int, modes: int) -> None:
     layer = made(slots, modes, form)
     for count in {1, slots}:
@@ -128,6 +131,7 @@ def test_one_way_slots_never_read_earlier_ones(slots: int, modes: int) -> None:
 
 
 @pytest.mark.parametrize(("slots", "modes"), SIZES)
+@pytest.mark.every(3, 2)
 def test_one_way_slots_are_the_same_without_those_before_them(slots: int, modes: int) -> None:
     layer, h = made(slots, modes, "one-way"), features(slots, 2)
     for k in range(slots):
@@ -144,6 +148,7 @@ def test_a_new_layer_is_the_identity_to_the_bit(form: str) -> None:
 
 @pytest.mark.parametrize(("slots", "modes"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 3), (5, 3)])
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.every(5, 2)
 def test_one_step_wakes_every_frequency_of_every_parameter(form: str, slots: int, modes: int) -> None:
     torch.manual_seed(0)
     layer, h = TemporalConv(CHANNELS, slots, modes, form), features(slots, 4, dtype=torch.float32)
@@ -181,6 +186,7 @@ def test_the_gate_weighs_what_each_channel_gets(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("also", ["input", "layer", "autocast"])
+@pytest.mark.every(4, 2)
 def test_half_precision_gives_nearly_the_same(form: str, dtype: torch.dtype, also: str) -> None:
     layer, h = made(4, 3, form, torch.float32), features(4, 2, 3, dtype=torch.float32)
     wanted = layer(h)

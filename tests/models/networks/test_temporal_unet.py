@@ -91,7 +91,7 @@ def at(unet: UNet2DModel, place: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 def test_a_new_operator_answers_what_the_network_alone_answers_to_the_bit(kind: str) -> None:
     x, cond = given(kind)
     wanted = alone(network(kind), x, cond)
@@ -179,6 +179,7 @@ def test_slots_that_branch_inside_are_those_that_branch_at_the_input_with_the_sa
         (("inner", "inner"), True, [2, 8, 8, 8, 8, 8, 2]),
     ],
 )
+@pytest.mark.every(5)
 def test_outer_blocks_are_run_for_the_slots_that_need_them(way: tuple[str, str], last_only: bool, rows: list[int]) -> None:
     unet, (x, _), seen = network("three"), given("three"), []
     operator = TemporalUNet(unet, SLOTS, Mixing("real", 2, *way))
