@@ -37,6 +37,7 @@ FEW = "1,2,3"  # below these, beside the passes of a student
 GUIDED = "5,8"  # of fitted samplers at guidance 2
 CALLS = "4"  # of one more: as many network calls as 8 evaluations of a guided student
 SCALES = (1, 2, 4)  # at which that is measured
+TOLD = "5,8,10"  # evaluations of samplers fitted to it, which are as many calls
 TUNED = "4"  # of phase 2
 SLOTS, PASSES = "--grid angle --slots 16", "1,2,3,4,6,8"  # of the flow map
 NETWORK = "--kind edm --conditional --flip --p-mean=-1.2 --p-std 1.2 --lr 0.001 --mixed-precision bf16"
@@ -231,6 +232,13 @@ def stages(preset: Preset, shared: Path, work: Path, docs: Path) -> Iterator[Sta
         asked = ["--guidance", str(scale), "--solver", "unipc-2", "--grid", "karras,logsnr", "--nfe", "5,8,10,20"]
         written = ["--out", str(rows / f"guided-{scale}")]
         yield Stage(f"its rows at guidance {scale}", [*fewstep, "bench", str(made), *compared, *asked, *written])
+    if preset.fit is not None:
+        student, kept = made, ["--out", str(rows / "guided-2")]
+        made, wanted = work / f"{label}-guided-fitted", student / "fitted-guidance-2"
+        options = ["--nfe", TOLD, *preset.fit.split(), *guided, "--out", str(made)]
+        yield Stage("fitted to the guided student", [*fewstep, "fit", str(student), *options], wanted, partial(keep_samplers, made, wanted))
+        told = ["--solver", "fitted", "--grid", "optimized", "--nfe", TOLD]
+        yield Stage("rows of these samplers", [*fewstep, "bench", str(student), *compared, *guided, *told, *kept])
     yield Stage("tables", [*python, "benchmarks.cifar10.tables", str(rows), "--docs", str(docs)])
 
 
