@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 from fewstep.apps.console import watched
@@ -76,6 +76,7 @@ class Jobs:
         self.out, self._method = out, method
         self._context: Any = multiprocessing.get_context(method)
         self._processes: dict[str, Any] = {}
+        self._starts: dict[str, Thread] = {}  # a first job waits until the library is imported, and its caller does not
         self._lock = Lock()
 
     def prepare(self) -> None:
@@ -149,13 +150,21 @@ class Jobs:
         with self._lock:
             if self.state(name).state == "running" and (place / STATE).exists():
                 raise FewstepError(f"{name} is running: stop it first")
-            busy = [other for other, process in self._processes.items() if process.is_alive()]
+            busy = [other for other in {*self._starts, *self._processes} if self._is_at_work(other)]
             if len(busy) >= AT_ONCE:
                 raise FewstepError(f"{' and '.join(busy)} are running, and no more than {AT_ONCE} run at a time: stop one, or wait")
             _write(place, JobState(title="starting"))
-            process = self._context.Process(target=_run, args=(str(place.resolve()), words, str(Path.cwd())), daemon=True, name=name)
-            process.start()
-            self._processes[name] = process
+            self._starts[name] = Thread(target=self._start, args=(name, str(place.resolve()), words, str(Path.cwd())), daemon=True)
+            self._starts[name].start()
+
+    def _start(self, name: str, *args: Any) -> None:  # noqa: ANN401 - of `_run`
+        process = self._context.Process(target=_run, args=args, daemon=True, name=name)
+        process.start()
+        self._processes[name] = process
+
+    def _is_at_work(self, name: str) -> bool:
+        start, process = self._starts.get(name), self._processes.get(name)
+        return (start is not None and start.is_alive()) or (process is not None and process.is_alive())
 
     def stop(self, name: str) -> None:
         """End a job as an interrupt does: what is half made is removed, and what is whole stays.
@@ -163,6 +172,8 @@ class Jobs:
         Raises:
             FewstepError: it is not running, or another page runs it.
         """
+        if name in self._starts:
+            self._starts[name].join()
         process = self._processes.get(name)
         if process is None or not process.is_alive():
             where = "another fewstep runs it, which has to stop it" if self.state(name).state == "running" else "it is not running"
@@ -174,17 +185,17 @@ class Jobs:
         """Return how a job goes. One that ended without a word, as a killed one, is stopped."""
         place = self._place(name)
         known = held_to(read_file(place / STATE), JobState, place / STATE) if (place / STATE).exists() else JobState()
-        process = self._processes.get(name)
-        if known.state != "running" or (process is not None and process.is_alive()) or in_use_now(self.out / name):
+        if known.state != "running" or self._is_at_work(name) or in_use_now(self.out / name):
             return known
-        if process is not None and (place / STATE).exists():  # it may have written its last word just now
-            known = held_to(read_file(place / STATE), JobState, place / STATE)
+        known = held_to(read_file(place / STATE), JobState, place / STATE) if (place / STATE).exists() else known  # its last word
         if known.state != "running":
             return known
         return JobState("stopped", known.title, known.done, known.total, known.note, "", known.seconds)
 
     def close(self) -> None:
         """End all jobs, as `stop` does."""
+        for start in self._starts.values():
+            start.join(SETTLE)
         for process in self._processes.values():
             if process.is_alive():
                 process.terminate()

@@ -14,7 +14,7 @@ import gradio as gr
 from PIL import Image
 from starlette.middleware import Middleware
 
-from fewstep.apps.page import sample
+from fewstep.apps.page import compare, fit, inspect, restore, sample
 from fewstep.apps.page.workshop import Workshop
 from fewstep.runtime.errors import FewstepError
 
@@ -28,7 +28,13 @@ RULES = (  # what the browser may load: from this page alone
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; frame-src 'self' blob:; worker-src 'self' blob:; "
     "object-src 'none'; base-uri 'self'; form-action 'self'"
 )
-TABS: tuple[tuple[str, Callable[[Workshop], None]], ...] = (("Sample", sample.tab),)
+TABS: tuple[tuple[str, Callable[[Workshop, gr.Blocks], None]], ...] = (
+    ("Sample", sample.tab),
+    ("Compare", compare.tab),
+    ("Fit", fit.tab),
+    ("Inspect", inspect.tab),
+    ("Restore", restore.tab),
+)
 
 
 def build(shop: Workshop) -> gr.Blocks:
@@ -36,7 +42,7 @@ def build(shop: Workshop) -> gr.Blocks:
     with gr.Blocks(title="fewstep", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page, gr.Tabs():
         for name, tab in TABS:
             with gr.Tab(name, id=name.lower()):
-                tab(shop)
+                tab(shop, page)
     return page
 
 

@@ -269,8 +269,8 @@ def python_of(models: Models, asked: Asked, one: Picked) -> str:
 # -- the tab ------------------------------------------------------------------------------------------------------------
 
 
-def tab(shop: Workshop) -> None:
-    """Lay the tab out, inside a `gr.Blocks`."""
+def tab(shop: Workshop, _page: gr.Blocks) -> None:
+    """Lay the tab out."""
     models, exact = shop.models, ExactSamples()
     first = models.names[0]
     with gr.Row(equal_height=False):
@@ -295,10 +295,9 @@ def tab(shop: Workshop) -> None:
                 stop = gr.Button("Stop", min_width=70)
         with gr.Column(scale=3, min_width=320):
             pictures = gr.HTML(_HINT, elem_classes="fs-out")
-            command = gr.Code(
-                label="The first sampler's pictures, on the command line", language="shell", lines=1, interactive=False, visible=False
-            )
-            python = gr.Code(label="and in Python", language="python", lines=1, interactive=False, visible=False)
+            code: dict[str, Any] = {"lines": 1, "interactive": False, "visible": False}
+            command = gr.Code(label="The first sampler's pictures, on the command line", language="shell", **code)
+            python = gr.Code(label="and in Python", language="python", **code)
 
     def chosen(name: str) -> list[Any]:
         solvers, grids = solvers_of(models, name), grids_of(models, name)

@@ -45,9 +45,8 @@ def strips(found: Sequence[Strip], labels: Sequence[str] = ()) -> str:
 
 
 def _strip(one: Strip) -> str:
-    head = (
-        f'<div class="fs-name"><b>{escape(one.name)}</b>{"".join(f"<small>{escape(line)}</small>" for line in one.note.splitlines())}</div>'
-    )
+    notes = "".join(f"<small>{escape(line)}</small>" for line in one.note.splitlines())
+    head = f'<div class="fs-name"><b>{escape(one.name)}</b>{notes}</div>'
     if one.images is None:
         return f'<div class="fs-row">{head}<div class="fs-none"></div></div>'
     rows = [_picture(one.images[k : k + ACROSS], one.name) for k in range(0, len(one.images), ACROSS)]
