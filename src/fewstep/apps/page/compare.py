@@ -74,7 +74,11 @@ def report_of(shop: Workshop, run: str) -> str:
     """
     if run not in runs_below(shop.out):
         raise FewstepError(f"no results in {str(run)[:80]!r}: choose one of the list, or put a run of fewstep bench into {shop.out}")
-    return frame(report_page(read_folders([Path(run)])[0]), f"report of {run}")
+    folder = Path(run)
+    written, results = folder / "report.html", folder / "results.json"
+    current = written.is_file() and written.stat().st_mtime >= results.stat().st_mtime
+    page = written.read_text(encoding="utf-8") if current else report_page(read_folders([folder])[0])
+    return frame(page, f"report of {run}")
 
 
 def tab(shop: Workshop, page: gr.Blocks) -> None:
@@ -93,9 +97,9 @@ def tab(shop: Workshop, page: gr.Blocks) -> None:
                 seed = gr.Number(0, label="First seed", precision=0, minimum=0, min_width=80)
                 guidance = gr.Number(models.open(first).default_guidance, label="Guidance", step=0.5, min_width=80)
             go = gr.Button("Compare", variant="primary")
+            earlier = gr.Dropdown(_below(shop), value="", label="Or open the report of", allow_custom_value=True)
         with gr.Column(scale=3, min_width=320):
             running = Running(shop, "bench")
-            earlier = gr.Dropdown(_below(shop), value="", label="Or the report of", allow_custom_value=True)
             report = gr.HTML('<p class="fs-note">Errors to the exact trajectories on the same noises, as curves, a table and pictures.</p>')
 
     def chosen(name: str) -> list[Any]:

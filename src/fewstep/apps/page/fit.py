@@ -13,7 +13,6 @@ from fewstep.apps.commands.fit import FIGURES, GAIN, PLAN, gain_rows, plan_note,
 from fewstep.apps.options import integers
 from fewstep.apps.page.models import Models
 from fewstep.apps.page.running import Running
-from fewstep.apps.page.sample import whole_of
 from fewstep.apps.page.shown import refused, table
 from fewstep.apps.page.workshop import Workshop
 from fewstep.integrations.exports import TARGETS, Export, export
@@ -121,7 +120,7 @@ def tab(shop: Workshop, page: gr.Blocks) -> None:
             nfe = gr.Textbox("5,8", label="Evaluations of each sampler")
             with gr.Row():
                 guidance = gr.Number(models.open(models.names[0]).default_guidance, label="Guidance", step=0.5, min_width=90)
-                budget = gr.Number(None, label="Budget", precision=0, minimum=1, placeholder="default", min_width=110)
+                budget = gr.Textbox("", label="Budget", placeholder="default", min_width=90)
             with gr.Row():
                 plan = gr.Button("Plan", min_width=80)
                 go = gr.Button("Fit", variant="primary", min_width=80)
@@ -132,7 +131,7 @@ def tab(shop: Workshop, page: gr.Blocks) -> None:
             with gr.Row(visible=False) as away:
                 sampler = gr.Dropdown([], label="Sampler", allow_custom_value=True, min_width=110)
                 target = gr.Dropdown(list(TARGETS), value="sigmas", label="Levels for", min_width=110)
-                levels_only = gr.Checkbox(False, label="levels alone, without the solver", min_width=160)
+                levels_only = gr.Checkbox(True, label="levels alone, without coefficients", min_width=160)
                 download = gr.DownloadButton("Download", min_width=100)
             exported = gr.Code(label="Levels", lines=1, interactive=False, visible=False)
             how = gr.HTML("")
@@ -176,6 +175,13 @@ def tab(shop: Workshop, page: gr.Blocks) -> None:
 
 
 def _typed(values: Sequence[Any]) -> tuple[str, str, float, int | None]:
-    """Return what the fields say."""
+    """Return what the fields say.
+
+    Raises:
+        FewstepError: a budget that is no number.
+    """
     model, nfe, guidance, budget = values
-    return model, nfe, guidance, None if budget in (None, 0) else whole_of(budget)
+    text = str(budget or "").replace(",", "").strip()
+    if text and not text.isdecimal():
+        raise FewstepError(f"a budget is a number of network evaluations, got {text[:40]!r}: leave it empty for the default")
+    return model, nfe, guidance, int(text) if text else None

@@ -32,6 +32,7 @@ NAME = re.compile(r"[a-z]+-[1-9][0-9]{0,5}")
 AT_ONCE = 2  # jobs that run at a time
 EVERY = 0.2  # seconds between two notes of progress
 SETTLE = 5.0  # seconds within which a process that was asked to end cleans up
+PRELOADED = ["fewstep.apps.cli", "diffusers.models.unets.unet_2d"]  # what any job imports; what is not installed is passed over
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
@@ -84,7 +85,7 @@ class Jobs:
         if self._method == "forkserver":
             from multiprocessing.forkserver import ensure_running
 
-            self._context.set_forkserver_preload(["fewstep.apps.cli"])
+            self._context.set_forkserver_preload(PRELOADED)
             ensure_running()
 
     def names(self, verb: str) -> list[str]:
@@ -226,9 +227,10 @@ def _run(place: str, words: Sequence[str], here: str) -> None:
     os.chdir(here)
     folder, begin, last = Path(place), time.monotonic(), 0.0
     state = JobState(title="starting")
-    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    log = (folder / LOG).open("w", encoding="utf-8", buffering=1)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = log
     sys.argv = ["fewstep", *words]
 
     def watch(title: str, done: int, total: int, note: str) -> None:
@@ -249,8 +251,7 @@ def _run(place: str, words: Sequence[str], here: str) -> None:
         code = end.code or 0
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    log.flush()
     how = {0: "done", 130: "stopped", 143: "stopped"}.get(code, "failed")
     why = _reason(folder / LOG, code) if how == "failed" else ""
     done = state.total if how == "done" else state.done

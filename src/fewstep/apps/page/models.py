@@ -18,6 +18,7 @@ from fewstep.models.problem import Problem
 from fewstep.models.zoo import BUNDLED
 from fewstep.runtime.entry import is_entry
 from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.front_door import number
 from fewstep.runtime.process import default_device
 
 __all__ = ["Models", "quoted"]
@@ -76,7 +77,7 @@ class Models:
 
     def problem(self, name: str, guidance: float) -> Problem:
         """Return a model at a guidance scale on the device that commands compute on."""
-        return Problem(self.open(name), guidance, default_device())
+        return Problem(self.open(name), number(guidance, "guidance"), default_device())
 
     def words(self, name: str, guidance: float | None = None) -> list[str]:
         """Return what names a model on the command line, with its guidance scale."""

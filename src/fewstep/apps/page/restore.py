@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.apps.page.models import Models
 from fewstep.apps.page.running import Running
 from fewstep.apps.page.sample import whole_of
-from fewstep.apps.page.shown import Strip, refused, strips
+from fewstep.apps.page.shown import Strip, refused, strips, tiles
 from fewstep.apps.page.workshop import Workshop
 from fewstep.data.images import load_images, read_image
 from fewstep.evaluate.metrics.distances import rmse
@@ -188,10 +188,10 @@ def shown_of(shop: Workshop, job: str) -> str:
         Strip("measured", "", made.y[None]),
         Strip("mean", f"RMSE {rmse(made.mean[None], truth[None]):.3f}", made.mean[None]),
         Strip("uncertainty", f"white is {float(spread.max()):.2g}", grey[None]),
-        Strip("samples", f"misfit {float(made.misfit.mean()):.3g} {unit}", made.samples),
     ]
+    samples = Strip("samples", f"misfit {float(made.misfit.mean()):.3g}\n{unit}", made.samples)
     note = "Where the samples differ, the measurement does not say what was there."
-    return f'{strips(found)}<p class="fs-note">{note}</p>'
+    return f'{tiles(found)}{strips([samples])}<p class="fs-note">{note}</p>'
 
 
 # -- the tab ------------------------------------------------------------------------------------------------------------
@@ -215,8 +215,8 @@ def tab(shop: Workshop, page: gr.Blocks) -> None:
         with gr.Column(scale=1, min_width=280, elem_classes="fs-controls"):
             model = gr.Dropdown(names, value=names[0] if names else None, label="Model")
             with gr.Row():
-                upload = gr.UploadButton("Choose a picture", file_types=["image"], type="filepath", min_width=110)
-                example = gr.Number(7, label="or scan of the digits", precision=0, minimum=0, min_width=90)
+                upload = gr.UploadButton("Upload", file_types=["image"], type="filepath", min_width=110)
+                example = gr.Number(7, label="or a digit, 0 to 1796", precision=0, minimum=0, min_width=90)
             way = gr.Dropdown(list(WAYS), value=HOLE, label="What happened to it")
             painted = gr.HTML({}, html_template='<canvas class="fs-canvas"></canvas>', js_on_load=script)
             with gr.Row(visible=False) as blur:

@@ -6,7 +6,8 @@ a browser show two jobs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -74,24 +75,27 @@ class Running:
                 return [gr.skip(), refused(error)]
             return [gr.update(choices=self._choices(), value=name), gr.skip()]
 
-        def looked(name: Any, *, again: bool) -> list[Any]:  # noqa: ANN401 - from a browser
+        def looked(name: Any, *, again: bool = False) -> Iterator[list[Any]]:  # noqa: ANN401 - from a browser
             if not name:
-                return ["", gr.Timer(active=False), *kept]
+                yield ["", gr.Timer(active=False), *kept]
+                return
             try:
                 state = self.shop.jobs.state(str(name))
-                runs = state.state == "running"
-                results = kept if runs and again else made(str(name))
-                return [progress(str(name), state), gr.Timer(active=runs), *results]
+                runs, line = state.state == "running", progress(str(name), state, self.shop.jobs.command(str(name)))
+                yield [line, gr.Timer(active=runs), *kept]
+                if not (runs and again):
+                    yield [gr.skip(), gr.skip(), *made(str(name))]
             except (FewstepError, OSError) as error:
-                return [refused(error), gr.Timer(active=False), *kept]
+                yield [refused(error), gr.Timer(active=False), *kept]
 
-        def asked(act: Callable[[str], None]) -> Callable[[Any], list[Any]]:
-            def handler(name: Any) -> list[Any]:  # noqa: ANN401 - from a browser
+        def asked(act: Callable[[str], None]) -> Callable[[Any], Iterator[list[Any]]]:
+            def handler(name: Any) -> Iterator[list[Any]]:  # noqa: ANN401 - from a browser
                 try:
                     act(str(name or ""))
                 except (FewstepError, OSError) as error:
-                    return [refused(error), gr.skip(), *kept]
-                return looked(name, again=False)
+                    yield [refused(error), gr.skip(), *kept]
+                    return
+                yield from looked(name)
 
             return handler
 
@@ -103,9 +107,9 @@ class Running:
         shown = [self.status, self.timer, *outputs]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         go.click(begun, list(fields), [self.jobs, self.status], **quiet)
-        self.jobs.change(lambda name: looked(name, again=False), self.jobs, shown, **quiet)
+        self.jobs.change(looked, self.jobs, shown, **quiet)
         self.jobs.change(None, self.jobs, None, js=REMEMBER.format(verb=self.verb))
-        self.timer.tick(lambda name: looked(name, again=True), self.jobs, shown, **quiet)
+        self.timer.tick(partial(looked, again=True), self.jobs, shown, **quiet)
         self.stop.click(asked(self.shop.jobs.stop), self.jobs, shown, **quiet)
         self.resume.click(asked(self.shop.jobs.resume), self.jobs, shown, **quiet)
         page.load(remembered, None, self.jobs, **quiet)

@@ -13,7 +13,7 @@ from fewstep.apps.page.jobs import JobState
 from fewstep.evaluate.report import plots
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["ACROSS", "Strip", "frame", "progress", "refused", "strips", "table"]
+__all__ = ["ACROSS", "Strip", "frame", "progress", "refused", "strips", "table", "tiles"]
 
 ACROSS = 8  # pictures beside each other
 
@@ -65,6 +65,17 @@ def _picture(images: Tensor, name: str) -> str:
     return f'<img src="{uri}" alt="{len(images)} samples by {escape(name)}" style="width:{100 * len(images) / ACROSS:g}%">'
 
 
+def tiles(found: Sequence[Strip]) -> str:
+    """Return single pictures beside each other, each with its name and note below."""
+    made = []
+    for one in found:
+        assert one.images is not None  # a tile is shown once it is there
+        uri = plots.data_uri(plots.strip(one.images, 1), "image/png")
+        image = f'<img src="{uri}" alt="{escape(one.name)}">'
+        made.append(f"<figure>{image}<figcaption><b>{escape(one.name)}</b><small>{escape(one.note)}</small></figcaption></figure>")
+    return f'<div class="fs-tiles">{"".join(made)}</div>'
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Return a table, its first ``left`` columns aligned to the left, the others as numbers."""
     cell = lambda tag, k, text: f"<{tag}{'' if k < left else ' class=n'}>{escape(text)}</{tag}>"  # noqa: E731
@@ -73,8 +84,8 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int =
     return f'<div class="fs-wide"><table class="fs-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def progress(name: str, state: JobState) -> str:
-    """Return how a job goes: a bar, and a line of words."""
+def progress(name: str, state: JobState, command: str) -> str:
+    """Return how a job goes: a line of words, a bar while it runs, and the command that it is."""
     share = state.done / state.total if state.total else 0.0
     words = {"done": "done", "stopped": "stopped: continue when you like", "failed": f"failed: {state.why}"}
     at = f"{state.done} of {state.total}" if state.total else state.title
@@ -82,7 +93,7 @@ def progress(name: str, state: JobState) -> str:
     bar = f'<div class="fs-bar" role="progressbar" aria-valuenow="{100 * share:.0f}"><div style="width:{100 * share:.1f}%"></div></div>'
     kind = "fs-bad" if state.state == "failed" else "fs-note"
     line = f'<p class="{kind}"><b>{escape(name)}</b> {escape(note)}, {duration(state.seconds)}</p>'
-    return line + (bar if state.state == "running" else "")
+    return f'{line}{bar if state.state == "running" else ""}<code class="fs-command">{escape(command)}</code>'
 
 
 def refused(error: Exception) -> str:
