@@ -37,12 +37,12 @@ def ui(
 
     It answers this machine alone, and needs no network. What runs in the background ends with it; a stopped job continues when you like.
     """
+    check_writable(out)
     if find_spec("gradio") is None:
         raise FewstepError("the page needs gradio: pip install 'fewstep[ui]'")
     check_packages()
     if process()[1] > 1:
         raise FewstepError("the page is the work of one process: run it without torchrun")
-    check_writable(out)
     from fewstep.apps.page.jobs import Jobs
     from fewstep.apps.page.models import Models
     from fewstep.apps.page.page import serve
