@@ -1,5 +1,6 @@
 """What the tests of the page share: its models, its folder, and jobs that are forked rather than started anew."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,24 @@ pytest.importorskip("gradio", reason="the page needs gradio: pip install 'fewste
 from fewstep.apps.page.jobs import Jobs
 from fewstep.apps.page.models import Models
 from fewstep.apps.page.workshop import Workshop
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loops_are_closed() -> Iterator[None]:
+    """Gradio makes event loops for its locks and leaves them open, which Python warns of whenever it comes across them."""
+    made, new = [], asyncio.new_event_loop
+
+    def recorded() -> asyncio.AbstractEventLoop:
+        made.append(new())
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradio.utils.asyncio.new_event_loop", recorded)
+        yield
+    for loop in made:
+        if not loop.is_running():
+            loop.close()
+    asyncio.set_event_loop(None)
 
 
 @pytest.fixture(scope="session")
