@@ -53,7 +53,8 @@ class Models:
     def names(self) -> list[str]:
         """The names to choose from, the command's first."""
         patterns = [f"{'*/' * depth}{mark}" for depth in range(1, DEPTH + 1) for mark in MARKS]
-        below = sorted(str(path.parent) for pattern in patterns for path in self.out.glob(pattern) if not path.parts[0].startswith("."))
+        found = (path.parent for pattern in patterns for path in self.out.glob(pattern))
+        below = sorted(str(path) for path in found if not path.relative_to(self.out).parts[0].startswith("."))
         return list(dict.fromkeys([*([] if self.named is None else [self.named]), *BUNDLED, *below]))
 
     def open(self, name: str) -> Model:

@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 import gradio as gr
+from gradio.themes import Base
 from PIL import Image
 from starlette.middleware import Middleware
 
@@ -99,19 +100,18 @@ def _free(port: int) -> bool:
     return True
 
 
-def _theme() -> gr.themes.Base:
+def _theme() -> Base:
     """Return a plain theme in the fonts of the machine: nothing is fetched for it."""
     sans = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif"]
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace"]
-    return gr.themes.Base(
-        primary_hue="blue", neutral_hue="slate", radius_size="sm", spacing_size="sm", text_size="md", font=sans, font_mono=mono
-    )
+    return Base(primary_hue="blue", neutral_hue="slate", radius_size="sm", spacing_size="sm", text_size="md", font=sans, font_mono=mono)
 
 
 # -- nothing from elsewhere ---------------------------------------------------------------------------------------------
 
 Message = MutableMapping[str, Any]
-Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 ELSEWHERE = re.compile(
     rb"<(?:link|script)\b[^>]*\b(?:href|src)=\"https?://[^>]*>(?:\s*</script>)?|<meta[^>]*\bcontent=\"https?://[^>]*>", re.I
 )

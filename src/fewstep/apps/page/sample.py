@@ -153,15 +153,16 @@ def picked(models: Models, name: str, solver: str, grid: str, nfe: int, guidance
         check_made_for(loaded, model, guidance, solver)
         if grid != DEFAULT or nfe != loaded.nfe:
             raise FewstepError(f"{solver} has {loaded.nfe} evaluations and a grid of its own: choose {loaded.nfe}, and the default grid")
-        return Picked(loaded, f"{solver}", ["--sampler", solver], f"fewstep.Sampler.load({quoted(solver)})")
+        return Picked(loaded, solver, ["--sampler", solver], f"fewstep.Sampler.load({quoted(solver)})")
     count = ["--nfe", str(nfe)]
     if solver == RECOMMENDED:
         if grid != DEFAULT:
             raise FewstepError("the recommended sampler has a grid of its own: choose the default grid, or a solver by name")
-        solver, where = _recommended(model, nfe, guidance)
-        if solver is None:
+        known, where = _recommended(model, nfe, guidance)
+        if known is None:
             best = best_sampler(model, nfe, guidance)
             return Picked(best, f"its own {best.nfe} steps", count, f"nfe={nfe}")
+        solver = known
     else:
         where = None if grid == DEFAULT else grid
     made = sampler_for(model, solver, nfe=nfe, guidance=guidance, grid=where)
