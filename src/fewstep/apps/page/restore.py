@@ -46,7 +46,7 @@ TRUE, MEASURED, MASK, KERNEL = "true.png", "measured.png", "mask.png", "kernel.n
 
 @dataclass(frozen=True)
 class RestoreRequest:
-    """What the tab asks for.
+    """A picture to be restored, and how.
 
     Attributes:
         model: its name.

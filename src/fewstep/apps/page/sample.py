@@ -43,7 +43,7 @@ EXACT = 16  # sets of exact samples in memory
 
 @dataclass(frozen=True)
 class Asked:
-    """What the tab asks for.
+    """Samples to be made, and how.
 
     Attributes:
         model: its name.
@@ -95,7 +95,7 @@ class Picked(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What the tab shows at one moment: the strips, and once all is there what makes the first samples again."""
+    """The tab at one moment: the strips, and once all is there what makes the first samples again."""
 
     strips: list[Strip]
     command: str = ""

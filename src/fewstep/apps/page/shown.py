@@ -1,4 +1,4 @@
-"""What the page shows of results, as HTML: pictures of the same seeds below each other, tables, commands, pages in a frame."""
+"""Results as HTML: pictures of the same seeds below each other, tables, commands, pages in a frame."""
 
 from __future__ import annotations
 

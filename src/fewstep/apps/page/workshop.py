@@ -1,4 +1,4 @@
-"""What the tabs share: the models, the jobs and the folder of one page; and how errors become sentences."""
+"""The models, the jobs and the folder that the tabs of one page share; and how errors become sentences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Workshop", "worded"]
 
 @dataclass(frozen=True)
 class Workshop:
-    """What one page works with.
+    """The things that one page works with.
 
     Attributes:
         out: its folder, outside of which the browser reads and writes nothing.
