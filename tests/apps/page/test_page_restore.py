@@ -13,7 +13,7 @@ from PIL import Image
 from fewstep import FewstepError, restore
 from fewstep.apps.measured import measured_picture
 from fewstep.apps.page.models import Models
-from fewstep.apps.page.restore import HOLE, WAYS, RestoreRequest, begin_restore, canvas_of, mask_of, picture_of, shown_of
+from fewstep.apps.page.restore import HOLE, WAYS, RestoreRequest, begin_restore, canvas_of, mask_of, picture_of, shown_of, uploaded
 from fewstep.apps.page.workshop import Workshop
 
 PAINTED = "0" * 24 + "1" * 8 + "0" * 32
@@ -43,6 +43,14 @@ def test_a_hostile_upload_is_refused(content: bytes, says: str, models: Models, 
     (tmp_path / "upload.png").write_bytes(content)
     with pytest.raises(FewstepError, match=says):
         picture_of(models, "digits-edm", tmp_path / "upload.png", 0)
+
+
+def test_an_upload_lies_below_the_folder_of_the_page(shop: Workshop) -> None:
+    inside = shop.out / ".page" / "uploads" / "a.png"
+    assert uploaded(shop.out, str(inside)) == inside.resolve() and uploaded(shop.out, None) is None
+    for path in ("/etc/passwd", f"{shop.out}/../a.png", {"path": "/etc/passwd"}):
+        with pytest.raises(FewstepError, match="no upload"):
+            uploaded(shop.out, path)
 
 
 def test_a_picture_of_another_size_is_refused_and_one_of_the_size_is_read(models: Models, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from fewstep.runtime.artifact import write_whole
 from fewstep.runtime.errors import FewstepError, look_up
 from fewstep.runtime.front_door import number
 
-__all__ = ["WAYS", "RestoreRequest", "begin_restore", "mask_of", "picture_of", "shown_of", "tab"]
+__all__ = ["WAYS", "RestoreRequest", "begin_restore", "mask_of", "picture_of", "shown_of", "tab", "uploaded"]
 
 HOLE = "a painted hole"
 WAYS = {  # what happened to a picture: the task of `fewstep restore`, and how `make_task` measures it
@@ -97,6 +97,20 @@ def picture_of(models: Models, name: str, upload: Path | None, example: int) -> 
     if not 0 <= example < len(scans):
         raise FewstepError(f"the digits have scans 0 to {len(scans) - 1}, got {example}")
     return scans[example]
+
+
+def uploaded(out: Path, file: Any) -> Path | None:  # noqa: ANN401 - from a browser
+    """Return the file of an upload; None without one.
+
+    Raises:
+        FewstepError: it does not lie below the page's folder, where uploads are put.
+    """
+    if not file:
+        return None
+    path = Path(str(file)).resolve()
+    if not path.is_relative_to(out.resolve()):
+        raise FewstepError("that is no upload: choose a picture again")
+    return path
 
 
 def mask_of(painted: str, height: int, width: int) -> Tensor:
@@ -233,7 +247,7 @@ def tab(shop: Workshop, page: gr.Blocks) -> None:
 
     def read(name: Any, file: Any, scan: Any) -> list[Any]:  # noqa: ANN401 - from a browser
         try:
-            x0 = picture_of(models, str(name), Path(file) if file else None, whole_of(scan))
+            x0 = picture_of(models, str(name), uploaded(shop.out, file), whole_of(scan))
             return [canvas_of(models, str(name), x0), ""]
         except (FewstepError, OSError) as error:
             return [{}, refused(error)]
@@ -242,7 +256,7 @@ def tab(shop: Workshop, page: gr.Blocks) -> None:
         return [gr.update(visible=shown) for shown in (kind == HOLE, kind == "blurred", kind != HOLE)]
 
     def begin(name: str, file: Any, scan: Any, kind: str, value: Any, width: float, level: float, many: Any, count: Any) -> str:  # noqa: ANN401
-        x0 = picture_of(models, name, Path(file) if file else None, whole_of(scan))
+        x0 = picture_of(models, name, uploaded(shop.out, file), whole_of(scan))
         mask = mask_of((value or {}).get("mask", ""), *x0.shape[1:]) if kind == HOLE else None
         return begin_restore(shop, RestoreRequest(name, kind, mask, width, level, whole_of(many), whole_of(count)), x0)
 
