@@ -54,7 +54,7 @@ def shorten_reference(patch: pytest.MonkeyPatch) -> None:
     def short(schedule, nfe: int = REFERENCE_NFE):
         return reference_sampler(schedule, nfe // SHORTER)
 
-    patch.setattr("fewstep.evaluate.benchmark.run.reference_sampler", short)
+    patch.setattr("fewstep.evaluate.benchmark.exact.reference_sampler", short)
 
 
 @pytest.fixture

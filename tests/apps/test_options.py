@@ -266,7 +266,8 @@ def test_every_option_says_what_it_is_and_no_two_are_one(verb: str) -> None:
 
 @pytest.mark.slow
 def test_the_command_line_starts_without_the_libraries_that_only_work_needs() -> None:
-    heavy = ("accelerate", "diffusers", "huggingface_hub", "jinja2", "matplotlib", "scipy", "sklearn", "torchmetrics", "transformers")
+    heavy = ("accelerate", "diffusers", "gradio", "huggingface_hub", "jinja2", "matplotlib", "scipy", "sklearn", "torchmetrics")
+    heavy += ("transformers",)
     program = f"import sys, fewstep.apps.cli; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -26,6 +26,7 @@ from fewstep.apps.commands.restore import restore
 from fewstep.apps.commands.sample import sample
 from fewstep.apps.commands.train import train
 from fewstep.apps.commands.trajectories import trajectories
+from fewstep.apps.commands.ui import ui
 from fewstep.apps.options import expanded
 from fewstep.runtime.errors import FewstepError
 from fewstep.runtime.process import lost_another
@@ -50,6 +51,7 @@ VERBS = (
     export,
     push,
     demo,
+    ui,
 )
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from rich import box
@@ -15,18 +16,35 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["NO_PLOTS", "console", "duration", "next_command", "pipeline_line", "print_json", "progress", "show_table"]
+__all__ = ["NO_PLOTS", "Watch", "console", "duration", "next_command", "pipeline_line", "print_json", "progress", "show_table", "watched"]
 
 NO_PLOTS = "none: pip install 'fewstep[report]'"
 
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 Report = Callable[..., None]
+Watch = Callable[[str, int, int, str], None]  # a title, the units done and in all, a note
+
+_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Hand the progress of what runs inside to a function, in place of the bar."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Report]:
     """Show a bar on stderr; ``report(done, note)`` moves it. Where stderr is no terminal, print a line every 30 seconds instead."""
+    if (watch := _watch.get()) is not None:
+        watch(title, 0, total, "")
+        yield lambda done, note="": watch(title, done, total, note)
+        return
     if not sys.stderr.isatty():
         yield _lines(title, total)
         return

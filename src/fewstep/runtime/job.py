@@ -20,7 +20,7 @@ from fewstep.runtime.artifact import TEMPORARY, check_writable, named_path
 from fewstep.runtime.errors import ArtifactError, FewstepError
 from fewstep.runtime.process import need_folder, process, usable_device, wait_for_all
 
-__all__ = ["Job", "Progress", "folder_of"]
+__all__ = ["Job", "Progress", "folder_of", "in_use"]
 
 LOCK = ".lock"
 DEPTH = 3  # folders below that of a job where it writes
@@ -164,7 +164,7 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove the temporary files and folders of killed runs in a folder and below it, but for folders where another job works."""
     for place, below, names in os.walk(folder):
         here = Path(place)
-        if here != folder and LOCK in names and _in_use(here):
+        if here != folder and LOCK in names and in_use(here):
             below.clear()
             continue
         for name in [name for name in below if name.startswith(TEMPORARY)]:
@@ -178,7 +178,7 @@ def _remove_leftovers(folder: Path) -> None:
                     (here / name).unlink()
 
 
-def _in_use(folder: Path) -> bool:
+def in_use(folder: Path) -> bool:
     """Return whether another job holds the lock of a folder."""
     try:
         FileLock(folder / LOCK, timeout=0).acquire().lock.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,9 +19,11 @@ from fewstep.learn.samplers.fit import fit as make_samplers
 from fewstep.learn.teacher.trajectories import Trajectories
 from fewstep.runtime.process import default_device, process
 
-__all__ = ["fit"]
+__all__ = ["FIGURES", "GAIN", "PLAN", "fit", "gain_rows", "plan_note", "plan_rows"]
 
 FIGURES = ("chosen", "best_hand_made", "error", "rmse", "noises", "held_out_noises", "network_evaluations", "trajectory_evaluations")
+PLAN = ("stage", "network evaluations", "time")
+GAIN = ("evaluations", "fitted", "best hand-made sampler", "ratio", "network evaluations", "from")
 
 
 def fit(
@@ -74,23 +77,40 @@ def fit(
 
 def _announce(name: str, plan: FitPlan, seconds: float) -> None:
     """Print what the fit will do and cost."""
-    total = plan.evaluations
-    rows = [(stage, f"{count:,}", duration(count * seconds)) for stage, count in plan.stages().items() if count]
-    rows.append(("in all, about", f"{total:,}", duration(total * seconds)))
+    rows = plan_rows(plan, seconds)
     title = f"plan for {name}: {plan.num} trajectories and {plan.held_out} held out, {plan.levels} levels"
-    show_table(title, ("stage", "network evaluations", "time"), rows, left=("stage",))
+    show_table(title, PLAN, rows, left=PLAN[:1])
+    console.print(plan_note(plan))
+
+
+def plan_rows(plan: FitPlan, seconds: float) -> list[tuple[str, str, str]]:
+    """Return what each stage of a fit costs, and all of it, under the headings `PLAN`; one evaluation takes so many seconds."""
+    rows = [(stage, f"{count:,}", duration(count * seconds)) for stage, count in plan.stages().items() if count]
+    return [*rows, ("in all, about", f"{plan.evaluations:,}", duration(plan.evaluations * seconds))]
+
+
+def plan_note(plan: FitPlan) -> str:
+    """Return what a fit takes beside time."""
     disk, memory = (f"{size / 2**30:.1f} GiB" if size >= 2**28 else f"{size / 2**20:.0f} MiB" for size in (plan.disk, plan.memory))
-    console.print(f"{disk} of disk and {memory} of memory beside the network; times are from one call just now")
+    return f"{disk} of disk and {memory} of memory beside the network; times are from one call just now"
+
+
+def gain_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Return the errors on held-out noises of samplers beside the best hand-made ones, under the headings `GAIN`.
+
+    Args:
+        rows: the `FIGURES` of each sampler's card, and its ``nfe``.
+    """
+    made = []
+    for row in rows:
+        (ours, theirs), (our_rmse, their_rmse) = row["error"], row["rmse"]
+        rival = f"{theirs:.4f} ({their_rmse:.4f}) {row['best_hand_made']}"
+        cost = f"{row['network_evaluations']:,}"
+        made.append((str(row["nfe"]), f"{ours:.4f} ({our_rmse:.4f})", rival, f"{ours / theirs:.2f}", cost, row["chosen"]))
+    return made
 
 
 def _show(done: dict[str, Any]) -> None:
     """Print the errors on held-out noises of each sampler beside the best hand-made one, where it came from and what it cost."""
-    rows = []
-    for row in done["rows"]:
-        (ours, theirs), (our_rmse, their_rmse) = row["error"], row["rmse"]
-        rival = f"{theirs:.4f} ({their_rmse:.4f}) {row['best_hand_made']}"
-        cost = f"{row['network_evaluations']:,}"
-        rows.append((str(row["nfe"]), f"{ours:.4f} ({our_rmse:.4f})", rival, f"{ours / theirs:.2f}", cost, row["chosen"]))
-    headings = ("evaluations", "fitted", "best hand-made sampler", "ratio", "network evaluations", "from")
-    show_table(f"{done['model']}: mean error on held-out noises (RMSE)", headings, rows, left=("from",))
+    show_table(f"{done['model']}: mean error on held-out noises (RMSE)", GAIN, gain_rows(done["rows"]), left=GAIN[-1:])
     console.print(f"{done['seconds']:.0f} seconds; trajectories are stored, other numbers of evaluations begin with them")

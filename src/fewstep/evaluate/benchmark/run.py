@@ -22,24 +22,20 @@ from fewstep.data.images import load_images
 from fewstep.evaluate.benchmark.comparison import Comparison
 from fewstep.evaluate.benchmark.cost import PeakMemory, machine_of, now, timed
 from fewstep.evaluate.benchmark.entries import Entry
+from fewstep.evaluate.benchmark.exact import exact_problem, exact_samples
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig, Setup, planned_entries
 from fewstep.evaluate.metrics.confidence import rms, rmse_interval, sample_errors
 from fewstep.evaluate.metrics.distances import rmse
 from fewstep.evaluate.metrics.quality import NO_METRICS, Quality
 from fewstep.evaluate.rows import REFERENCE, Key, Row, has_errors, picture_file, read_results, read_samples, save_samples
-from fewstep.models.formats.folders import imports_code
 from fewstep.models.guidance import calls_of
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem
-from fewstep.models.tuned import Tuned
-from fewstep.models.zoo import load_model
 from fewstep.runtime.artifact import Number, held_to, read_file, write_whole
-from fewstep.runtime.errors import FewstepError, ModelError, SolverError
+from fewstep.runtime.errors import FewstepError, SolverError
 from fewstep.runtime.job import Job
 from fewstep.runtime.process import default_device, from_first, gather
-from fewstep.sampling.loop import run
-from fewstep.sampling.reference import REFERENCE_NFE, reference_sampler
-from fewstep.sampling.sampler import Sampler
+from fewstep.sampling.reference import REFERENCE_NFE
 
 __all__ = ["benchmark", "run_entries"]
 
@@ -115,35 +111,6 @@ def run_entries(problem: Problem, entries: Sequence[Entry], setup: Setup, job: J
     return results
 
 
-def _teacher(model: Model) -> Model | None:
-    """Return the teacher of a tuned model, whose exact trajectories it is measured against; None if it has none.
-
-    Raises:
-        ModelError: the teacher is not to be found or has other weights now, or the model is a student without one.
-    """
-    if model.tuned is None:
-        if model.flow_map is not None:
-            raise ModelError(
-                f"{model.name} is a student that does not say who its teacher was, so it has no trajectories to be measured against"
-            )
-        return None
-    try:
-        teacher = load_model(model.tuned.teacher, trust=imports_code(model))  # who trusts a student's code trusts its teacher's
-    except ModelError as error:
-        raise ModelError(f"{model.name} is measured against the teacher that it was tuned from: {error}") from error
-    if teacher.fingerprint != model.tuned.fingerprint:
-        raise ModelError(
-            f"{model.name} was tuned from {model.tuned.teacher} with fingerprint {model.tuned.fingerprint}; that model now has "
-            f"{teacher.fingerprint}: put the old weights back"
-        )
-    return teacher
-
-
-def _scale_of(tuned: Tuned, problem: Problem) -> float:
-    """Return the scale at which the teacher of a tuned model sampled; where the model is told its scale, that one."""
-    return problem.guidance if tuned.guidance is None else tuned.guidance
-
-
 class _Run(NamedTuple):
     """The samples ``[num, *D]`` of a sampler, and what they cost: seconds in all and without the network, evaluations of each, bytes.
 
@@ -175,7 +142,8 @@ class _Bench:
         self.problem, self.setup, self.job = problem, setup, job
         self.seeds = list(range(setup.seed, setup.seed + setup.num))
         self.labels = problem.labels(self.seeds)
-        teacher, tuned = _teacher(problem.model), problem.model.tuned
+        exact = exact_problem(problem)
+        teacher = None if exact is problem else exact.model
         self.identity: dict[str, Any] = {
             "fingerprint": problem.fingerprint,
             "seed": setup.seed,
@@ -187,7 +155,6 @@ class _Bench:
         if teacher is not None:
             self.identity["reference"]["teacher"] = teacher.fingerprint
         self.quality = self._quality(setup.data or problem.model.data or (None if teacher is None else teacher.data))
-        exact = problem if teacher is None or tuned is None else Problem(teacher, _scale_of(tuned, problem), problem.device)
         self.reference_guidance = exact.guidance
         self.exact, self.reference_error = self._reference(exact)
 
@@ -237,15 +204,11 @@ class _Bench:
             return read_samples(path), known
         self.job.on_progress(0, "reference trajectory")
 
-        def ends(sampler: Sampler, seeds: list[int], cond: Cond) -> Tensor:
-            return run(exact.teacher, sampler.tableau, exact.start(seeds, sampler.tableau.nodes), cond, seeds=seeds).cpu()
-
-        fine, coarse = reference_sampler(exact.schedule), reference_sampler(exact.schedule, REFERENCE_NFE // 2)
         parts, error = list[Tensor](), 0.0
         for seeds, cond in self._batches(slice(rank, None, world)):
-            parts.append(ends(fine, seeds, cond))
+            parts.append(exact_samples(exact, seeds, cond))
             if seeds[0] == self.seeds[0]:
-                error = rmse(ends(coarse, seeds, cond), parts[0])
+                error = rmse(exact_samples(exact, seeds, cond, REFERENCE_NFE // 2), parts[0])
         shares, error = gather(parts), from_first(error)
         rounds = [part for round_ in itertools.zip_longest(*shares) for part in round_ if part is not None]
         samples = torch.cat(rounds).contiguous()

@@ -28,7 +28,7 @@ from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import from_first, process, wait_for_all
 from fewstep.sampling.sampler import Sampler
 
-__all__ = ["FitConfig", "FitPlan", "fit", "nfe_folder", "plan_fit"]
+__all__ = ["FitConfig", "FitPlan", "fit", "nfe_folder", "plan_fit", "seconds_per_evaluation"]
 
 
 def nfe_folder(folder: Path, nfe: int) -> Path:
@@ -110,7 +110,7 @@ def fit(
         for one in plans:
             more = tuple(n for n in one.counts if n in left)
             if more and on_plan is not None and job.rank == 0:
-                on_plan(replace(one, counts=more, cells=0 if taught else one.cells), _seconds_per_evaluation(problem))
+                on_plan(replace(one, counts=more, cells=0 if taught else one.cells), seconds_per_evaluation(problem))
                 taught = True
         with _noted(job, plans, identity):
             trajectories = _teach(problem, plans[0], job) if trajectories is None else trajectories
@@ -208,7 +208,7 @@ def _check_levels(most: int, cells: int) -> None:
 
 
 @torch.no_grad()
-def _seconds_per_evaluation(problem: Problem) -> float:
+def seconds_per_evaluation(problem: Problem) -> float:
     """Time one call of the network on a few samples, after one that is not timed, and return the seconds for one of them."""
     t, taken = problem.schedule.ends[0], 0.0
     for seeds in (range(1), range(TIMED)):
