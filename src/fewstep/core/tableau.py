@@ -71,12 +71,13 @@ class Nodes(NamedTuple):
         """Return the evaluation with which each interval of the grid ``t [M+1]`` begins, the first with 0.
 
         A solver may evaluate at an interval's start earlier, too: the last such evaluation is the one that it steps from. A solver that
-        moves the times evaluates once in each.
+        moves the times evaluates once in each, and one that raises the noise there (churn) steps from the next.
         """
         found = [(self.t[:-1] == start).nonzero() for start in t[1:-1]]
         if self.evaluations == len(t) - 1 or not all(len(places) for places in found):
             return tuple(range(len(t) - 1))
-        return (0, *(int(places[-1]) for places in found))
+        last = [int(places[-1]) for places in found]
+        return (0, *(k + int(self.t[k + 1] > self.t[k]) for k in last))
 
     def __repr__(self) -> str:
         return f"Nodes({self.evaluations} evaluations, t = {float(self.t[0]):.4g} to {float(self.t[-1]):.4g})"
