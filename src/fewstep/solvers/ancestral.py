@@ -73,10 +73,10 @@ class _Ancestral(Solver):
 
     def raised(self, nodes: Nodes, s: int, t: int) -> Tensor:
         """Return the standard deviation of the noise that a step from ``s`` to ``t`` adds."""
-        if self.law == "eps":
+        if self.law == "eps" or self.eta == 0:
             return self.s_noise * eta_noise(nodes, s, t, self.eta)
         down = self.down(nodes, s, t)
-        return self.s_noise * torch.sqrt(((nodes.sigma[t] - down) * (nodes.sigma[t] + down)).clamp(min=0))  # 0 without eta
+        return self.s_noise * torch.sqrt((nodes.sigma[t] - down) * (nodes.sigma[t] + down))
 
 
 @dataclass(frozen=True)
