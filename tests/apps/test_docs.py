@@ -33,6 +33,7 @@ PAGES = tuple(
         "restore",
         "inspect",
         "reflected",
+        "solvers",
     )
 )
 LONGER = (
