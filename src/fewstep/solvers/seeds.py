@@ -33,11 +33,10 @@ class _SEEDS(RungeKutta):
     def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
         stage = i % self.stages + 1
         s, answers = i + 1 - stage, history[:stage][::-1]
-        if s + self.stages > nodes.evaluations:
-            x_t = self.to_clean(nodes, s, x, history[0])
-        else:
-            free = x if stage == 1 else x - self._drift(nodes, s, answers[:-1])
-            x_t = carried(nodes, i, i + 1, self.eta) * free + self._drift(nodes, s, answers)
+        if self.eta == 0 or s + self.stages > nodes.evaluations:
+            return super().update(nodes, i, anchor, x, history)
+        free = x if stage == 1 else x - self._drift(nodes, s, answers[:-1])
+        x_t = carried(nodes, i, i + 1, self.eta) * free + self._drift(nodes, s, answers)
         return x_t, x_t
 
     def _drift(self, nodes: Nodes, s: int, answers: list[Tensor]) -> Tensor:
