@@ -53,11 +53,11 @@ class HeunChurn(Solver):
             raise SolverError(f"Heun with churn has an s_churn of at least 0, and s_tmin of at least 0 up to s_tmax, got {self}")
 
     def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
-        gamma, lam = min(self.s_churn / grid.steps, math.sqrt(2) - 1), schedule.lam(grid.t)
-        times = [grid.t[:1]]
-        for k in range(1, grid.steps):
-            churned = gamma > 0 and self.s_tmin <= float(torch.exp(-lam[k].detach())) <= self.s_tmax
-            times += [grid.t[k : k + 1], schedule.t_of_lam(lam[k] - math.log1p(gamma))[None] if churned else grid.t[k : k + 1]]
+        gamma, times = min(self.s_churn / grid.steps, math.sqrt(2) - 1), [grid.t[:1]]
+        for t in grid.t[1:-1].split(1):
+            lam = schedule.lam(t)
+            churned = gamma > 0 and self.s_tmin <= float(torch.exp(-lam.detach())) <= self.s_tmax
+            times += [t, schedule.t_of_lam(lam - math.log1p(gamma)) if churned else t]
         end = grid.t[-1:]
         return Nodes.at(schedule, torch.cat([*times, end] if bool(schedule.sigma(end[0]) == 0) else [*times, end, end]))
 
