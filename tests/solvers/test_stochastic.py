@@ -545,3 +545,9 @@ def test_lcm_and_churn_have_a_path_too():
         tableau = tabulate(solver, solver.nodes(TimeGrid(karras_levels(16, HIGH, LOW)), law))
         drawn = torch.stack([path().of(tableau, i).flatten() for i in range(tableau.evaluations) if tableau.noise[i]])
         torch.testing.assert_close(drawn @ drawn.T / 512, torch.eye(len(drawn), dtype=torch.float64), rtol=0, atol=0.35)
+
+
+def test_churn_raises_no_level_above_the_models_first():
+    law = DiscreteVP.linear()
+    nodes = HeunChurn(s_churn=400.0, s_tmax=math.inf).nodes(TimeGrid.linspace(law, 20), law)
+    assert float(nodes.t.max()) == law.t_max and bool((nodes.t[2::2] >= nodes.t[1:-1:2]).all())

@@ -27,7 +27,7 @@ class HeunChurn(Solver):
 
     Before a step from a level ``r`` in ``[s_tmin, s_tmax]`` noise raises it to ``(1 + gamma) r``, where ``gamma`` is the lesser of
     ``s_churn/N``, on a grid of ``N`` steps, and ``sqrt(2) - 1``. The first step is not churned: its start is noise of the level that it
-    begins at. Defaults are those of EDM's Table 5 for ImageNet.
+    begins at. No level is raised above the model's first. Defaults are those of EDM's Table 5 for ImageNet.
 
     Args:
         s_churn: how much noise, over all steps.
@@ -54,10 +54,12 @@ class HeunChurn(Solver):
 
     def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
         gamma, times = min(self.s_churn / grid.steps, math.sqrt(2) - 1), [grid.t[:1]]
-        for t in grid.t[1:-1].split(1):
-            lam = schedule.lam(t)
+        highest = schedule.lam(schedule.ends[0])  # beyond which the network knows no level
+        for k in range(1, grid.steps):
+            t = grid.t[k : k + 1]
+            lam = schedule.lam(t)  # of inner times alone: at an infinite one there is no slope
             churned = gamma > 0 and self.s_tmin <= float(torch.exp(-lam.detach())) <= self.s_tmax
-            times += [t, schedule.t_of_lam(lam - math.log1p(gamma)) if churned else t]
+            times += [t, schedule.t_of_lam((lam - math.log1p(gamma)).clamp(min=float(highest))) if churned else t]
         end = grid.t[-1:]
         return Nodes.at(schedule, torch.cat([*times, end] if bool(schedule.sigma(end[0]) == 0) else [*times, end, end]))
 
