@@ -478,11 +478,11 @@ def driven(solver, count, denoiser, x):
 @functools.cache
 def exact_end():
     """The start, and the SDE's solution for Gaussian data: its posterior mean is ``M_s + int dB/(1/s^2 + q)``, a Wiener integral."""
-    start, levels = HIGH * noise(8, WIDTH) + MEAN, np.linspace(-math.log(HIGH), -math.log(LOW), 1025)
+    start, levels = HIGH * noise(8, WIDTH) + MEAN, np.linspace(-math.log(HIGH), -math.log(LOW), 513)
     q, angles = np.exp(2 * levels), np.arctan(np.exp(-levels))
     precision = 1 / float(STD) ** 2 + q
     m = (MEAN / STD**2 + q[0] * start) / precision[0]
-    for k in range(1024):
+    for k in range(512):
         m = m + math.sqrt(q[k + 1] - q[k]) * path().between(angles[k], angles[k + 1]) * 2 / (precision[k] + precision[k + 1])
     return start, (precision[-1] * m - MEAN / STD**2) / q[-1]
 
