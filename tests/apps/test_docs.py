@@ -29,6 +29,7 @@ PAGES = tuple(
         "splitting",
         "strength",
         "reflected",
+        "solvers",
     )
 )
 LONGER = (

@@ -244,20 +244,41 @@ def test_extra_args_reach_the_model():
     assert sample_fewstep(model, start(), SIGMAS, extra)[0].tolist() == pytest.approx([2.0, 4.0])
 
 
-@pytest.mark.parametrize("name", STOCHASTIC)
-def test_a_noise_sampler_is_asked_between_levels(name):
+ONCE = [name for name, solver in STOCHASTIC.items() if solver.stages == 1 and name != "sa-solver-2-uncorrected"]  # noise in each step
+
+
+def asked_by(name):
+    """The samples, and what a noise sampler was asked."""
     asked = []
 
     def noise_sampler(sigma, sigma_next):
         asked.append((float(sigma), float(sigma_next)))
         return seeded_noise([4, 5, 6], (2,), stream=len(asked))
 
-    model, solver = network(mixture(VarianceExploding())), STOCHASTIC[name]
-    ours = sample_fewstep(model, start(), SIGMAS, solver=solver, noise_sampler=noise_sampler)
+    model = network(mixture(VarianceExploding()))
+    return sample_fewstep(model, start(), SIGMAS, solver=STOCHASTIC[name], noise_sampler=noise_sampler), asked
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_a_noise_sampler_is_asked_between_levels(name):
+    made, asked = asked_by(name)
     assert [sigma for pair in asked for sigma in pair] == pytest.approx(
         [s for pair in zip(SIGMAS[:4], SIGMAS[1:5], strict=True) for s in pair]
     )
-    assert torch.equal(ours, sample_fewstep(model, start(), SIGMAS, solver=solver, seeds=[4, 5, 6]))
+    model = network(mixture(VarianceExploding()))
+    assert torch.equal(made, sample_fewstep(model, start(), SIGMAS, solver=STOCHASTIC[name], seeds=[4, 5, 6]))
+
+
+@pytest.mark.parametrize("name", ["dpm2-ancestral", "dpm-solver-pp-2s-ancestral-flow"])
+def test_noise_of_a_whole_step_is_asked_for_as_such(name):
+    assert asked_by(name)[1] == [pytest.approx(pair) for pair in zip(SIGMAS[:4], SIGMAS[1:5], strict=True)]
+
+
+@pytest.mark.parametrize(("name", "stages"), [("dpm-solver-pp-sde", 2), ("seeds-2", 2), ("seeds-3", 3)])
+def test_noises_within_a_step_are_asked_for_side_by_side(name, stages):
+    asked = asked_by(name)[1]
+    assert [sigma for sigma, _ in asked[::stages]] == pytest.approx(SIGMAS[:4]) and len(asked) == 4 * stages
+    assert [end for _, end in asked[:-1]] == pytest.approx([begin for begin, _ in asked[1:]])
 
 
 def test_noise_is_asked_for():

@@ -125,6 +125,8 @@ def test_solvers_that_an_edit_does_not_reach_are_refused(name):
         asked = list[int]()
         made = list(steps(denoiser, table, start(), seeds=SEEDS, edit=lambda step: asked.append(step.i)))
         ends = list(accumulate(WHOLE_REGISTRY[name].evaluations(5)))
+        if name.startswith("seeds"):  # which carries on the state of every stage, and so what an edit made of it
+            ends = list(range(1, ends[-1] + 1))
         assert asked == [end - 1 for end in ends] and len(made) == ends[-1]
 
 

@@ -5,15 +5,26 @@ from tests.problems import toy
 
 from fewstep import FewstepError, Sampler, SolverError, VPLinear, make_solver, sample
 from fewstep.solvers import (
+    DDPM,
+    ERSDE,
+    LCM,
     LMS,
     PNDM,
+    RES2S,
+    SEEDS2,
+    SEEDS3,
     SOLVERS,
+    DPM2Ancestral,
     DPMSolver2S,
     DPMSolverFast,
     DPMSolverPP,
+    DPMSolverPP2SAncestral,
+    DPMSolverPPSDE,
+    EulerAncestral,
     ExponentialAB,
     GradientEstimation,
     SDEDPMSolverPP2M,
+    SDEDPMSolverPP3M,
     UniPC,
 )
 from fewstep.solvers.aliases import ALIASES
@@ -41,6 +52,23 @@ MEANT = {  # written out once more
     **dict.fromkeys(["DPM fast", "dpm_fast", "sample_dpm_fast"], DPMSolverFast()),
     "res_multistep": ExponentialAB(steps=2),
     "gradient_estimation": GradientEstimation(gamma=2.0),
+    "sample_euler": make_solver("euler"),
+    "sample_heun": make_solver("heun"),
+    "sample_dpmpp_2m": DPMSolverPP(steps=2),
+    **dict.fromkeys(["dpmpp_2m_sde_gpu", "sample_dpmpp_2m_sde"], SDEDPMSolverPP2M()),
+    "dpmpp_2m_sde_heun_gpu": SDEDPMSolverPP2M(form="taylor"),
+    **dict.fromkeys(["Euler a", "euler_ancestral", "sample_euler_ancestral", "EulerAncestralDiscreteScheduler"], EulerAncestral()),
+    **dict.fromkeys(["DPM2 a", "dpm_2_ancestral", "sample_dpm_2_ancestral", "KDPM2AncestralDiscreteScheduler"], DPM2Ancestral()),
+    **dict.fromkeys(["DPM++ 2S a", "dpmpp_2s_ancestral", "sample_dpmpp_2s_ancestral"], DPMSolverPP2SAncestral()),
+    **dict.fromkeys(["DPM++ SDE", "dpmpp_sde", "dpmpp_sde_gpu", "sample_dpmpp_sde", "DPMSolverSDEScheduler"], DPMSolverPPSDE()),
+    **dict.fromkeys(["DPM++ 3M SDE", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "sample_dpmpp_3m_sde"], SDEDPMSolverPP3M()),
+    **dict.fromkeys(["LCM", "LCMScheduler"], LCM()),
+    **dict.fromkeys(["DDPM", "DDPMScheduler"], DDPM()),
+    "seeds_2": SEEDS2(),
+    "seeds_3": SEEDS3(),
+    "exp_heun_2_x0": RES2S(c2=1.0),
+    "exp_heun_2_x0_sde": SEEDS2(c2=1.0, form="phi2"),
+    "er_sde": ERSDE(integrals="sum"),
 }
 
 

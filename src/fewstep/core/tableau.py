@@ -71,12 +71,13 @@ class Nodes(NamedTuple):
         """Return the evaluation with which each interval of the grid ``t [M+1]`` begins, the first with 0.
 
         A solver may evaluate at an interval's start earlier, too: the last such evaluation is the one that it steps from. A solver that
-        moves the times evaluates once in each.
+        moves the times evaluates once in each, and one that raises the noise there (churn) steps from the next.
         """
         found = [(self.t[:-1] == start).nonzero() for start in t[1:-1]]
         if self.evaluations == len(t) - 1 or not all(len(places) for places in found):
             return tuple(range(len(t) - 1))
-        return (0, *(int(places[-1]) for places in found))
+        last = [int(places[-1]) for places in found]
+        return (0, *(k + int(self.t[k + 1] > self.t[k]) for k in last))
 
     def __repr__(self) -> str:
         return f"Nodes({self.evaluations} evaluations, t = {float(self.t[0]):.4g} to {float(self.t[-1]):.4g})"
@@ -298,15 +299,27 @@ class Tableau:
     @cached_property
     def whole_steps(self) -> tuple[bool, ...]:
         """Whether a step is complete after each evaluation, so that the next one begins at the state ``x`` alone: always where no row reads
-        the anchor, after the last stage of Heun's, and never where a corrector returns to the anchor (UniPC's).
+        the anchor, after the last stage of Heun's, with or without noise, and never where a corrector returns to the anchor (UniPC's).
         """
         reads_anchor = self._used[1][0][0] or self._used[1][1][0]
         if not reads_anchor:
             return (True,) * len(self.record)
         pairs = torch.cat([self.update, self.bias[:, :, None]], 2).detach().flatten(2)
-        same = torch.isclose(pairs[:, 0], pairs[:, 1], rtol=1e-9, atol=1e-12).all(1) & (self.noise.detach() == 0)
+        noisy = self.noise.detach() != 0
+        same = torch.isclose(pairs[:, 0], pairs[:, 1], rtol=1e-9, atol=1e-12).all(1) & ~noisy
+        unread = ~(self.update[1:, :, 0].detach() != 0).flatten(1).any(1)  # the next row begins at x alone
+        same[:-1] |= noisy[:-1] & unread
         same[-1] |= bool(same.any()) or len(same) == 1  # where a last step to the clean image has fewer stages, nothing reads the anchor
         return tuple(same.tolist())
+
+    @cached_property
+    def noise_intervals(self) -> tuple[tuple[int, int], ...]:
+        """The nodes between which the noise of each row acts, as ``(first, last)``: it begins where the last step or noise ended."""
+        found, begin = list[tuple[int, int]](), 0
+        for i, ends in enumerate((torch.tensor(self.whole_steps) | (self.noise.detach() != 0)).tolist()):
+            found.append((begin, i + 1))
+            begin = i + 1 if ends else begin
+        return tuple(found)
 
     def rows(self, x: Tensor) -> list[Row]:
         """Return all rows in the dtype and on the device of ``x [B, *D]``: one transfer, and nothing left to do in the loop."""

@@ -28,6 +28,7 @@ from fewstep.core.spacings import is_curve
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, Tableau, tabulate
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError, look_up
+from fewstep.sampling.brownian import NoisePath
 from fewstep.sampling.loop import steps
 from fewstep.sampling.sampler import Sampler
 from fewstep.sampling.start import begin, level_of, spacing_from
@@ -66,6 +67,7 @@ def sample_fewstep(
     law: Law = "eps",
     seeds: Sequence[int] | Tensor | None = None,
     noise_sampler: NoiseSampler | None = None,
+    path: NoisePath = "steps",
     labels: Tensor | None = None,
 ) -> Tensor:
     """Sample as k-diffusion's functions do, with any solver or saved sampler of this library; gradients flow through everything.
@@ -86,6 +88,7 @@ def sample_fewstep(
         law: what the host's ``sigmas`` are: ``eps`` (k-diffusion) or ``flow`` (ComfyUI's flow models).
         seeds: one per sample, for solvers that add noise: the noise of `fewstep.sample`.
         noise_sampler: in place of seeds, k-diffusion's function ``(sigma [], sigma_next []) -> standard normal [B, *D]``.
+        path: how seeds make noise: ``steps`` or ``brownian``, see `fewstep.steps`.
         labels: class labels ``[B]``, whole numbers, for a sampler that foresees its first answer by them; the model gets ``extra_args``.
 
     Returns:
@@ -111,7 +114,7 @@ def sample_fewstep(
     denoiser = _HostDenoiser(model, bridge, x, report)
     with _progress(bridge.tableau.evaluations, shows=disable is False) as tick:
         end = start = x.to(denoiser.scale.dtype) / denoiser.scale[0]
-        for step in steps(denoiser, bridge.tableau, start, extra_args or {}, seeds=seeds, noise=noise):
+        for step in steps(denoiser, bridge.tableau, start, extra_args or {}, seeds=seeds, noise=noise, path=path):
             end = step.x_next
             tick()
     return (denoiser.scale[-1] * end).to(x.dtype)
@@ -340,13 +343,14 @@ def _noise_of(
         raise SolverError(f"{len(seeds)} seeds for {len(x)} samples: pass one for each")
     if noise_sampler is None:
         return None
-    noisy, sigma = (bridge.tableau.noise.detach() != 0).tolist(), bridge.sigma.detach()
+    noisy, intervals, sigma = (bridge.tableau.noise.detach() != 0).tolist(), bridge.tableau.noise_intervals, bridge.sigma.detach()
     sigma = sigma.to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
 
     def noise(i: int) -> Tensor:
         if not noisy[i]:
             return torch.zeros_like(x)
-        drawn = noise_sampler(sigma[i], sigma[i + 1])
+        first, last = intervals[i]
+        drawn = noise_sampler(sigma[first], sigma[last])
         if drawn.shape != x.shape:
             raise SolverError(f"the noise sampler answered shape {tuple(drawn.shape)} for samples of shape {tuple(x.shape)}")
         return drawn

@@ -30,6 +30,7 @@ from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, Model
 from fewstep.runtime.front_door import checked, scale_of
 from fewstep.runtime.process import process
 from fewstep.runtime.spec import parse_spec
+from fewstep.sampling.brownian import NoisePath
 from fewstep.sampling.loop import check_start, run
 from fewstep.sampling.noise import seed_list, start_noise
 from fewstep.sampling.parallel import ParallelConfig, Round, sample_in_parallel
@@ -63,6 +64,7 @@ def sample(
     *,
     nfe: int | None = None,
     seeds: Iterable[int] | Tensor | None = None,
+    path: NoisePath = "steps",
     x0: Tensor | None = None,
     strength: float | None = None,
     guidance: float | None = None,
@@ -82,6 +84,8 @@ def sample(
         nfe: network evaluations per sample. A sampler or tableau has its own.
         seeds: one for each sample. A seed gives the same picture in any batch and on any device. Of a reflected model the start is folded
             into its cube, and so are the samples.
+        path: for samplers that add noise. Of ``steps`` each evaluation has a noise of its own, of ``brownian`` each seed has one path over
+            the noise levels, so that more evaluations refine the same sample, see `BrownianPath`.
         x0: image to image: clean images to begin with, ``[B, *D]``, one for each seed, or a single one ``[*D]`` of a model's shape for all.
         strength: how much noise they get, ``sigma / (alpha + sigma)``, above 0 and up to 1: a noise level, the same for any solver, grid
             and ``nfe``, below which all evaluations are made. Of 1 nothing is left of the images but what the model's range leaves. A
@@ -154,9 +158,9 @@ def sample(
         cond = model.condition(cond, len(x))
         cond = cond.to(x.device) if isinstance(cond, Tensor) else cond
     if parallel is None:
-        return run(denoiser, tableau, x, cond, seeds=seeds, observe=observe)
+        return run(denoiser, tableau, x, cond, seeds=seeds, path=path, observe=observe)
     spread = spread_of(model, denoiser, guidance, parallel)
-    return sample_in_parallel(spread, tableau, x, cond, seeds=seeds, config=replace(parallel, devices=()), observe=observe)
+    return sample_in_parallel(spread, tableau, x, cond, seeds=seeds, path=path, config=replace(parallel, devices=()), observe=observe)
 
 
 def spread_of(model: Model | Denoiser | FlowMap, denoiser: Denoiser | FlowMap, guidance: float, config: ParallelConfig) -> Denoiser:

@@ -18,7 +18,8 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, State, Tableau, advance
 from fewstep.runtime.errors import ModelError, SolverError
 from fewstep.runtime.front_door import checked, whole
-from fewstep.sampling.noise import seeded_noise, seeds_of
+from fewstep.sampling.brownian import NoisePath, noise_of
+from fewstep.sampling.noise import seeds_of
 
 __all__ = ["NETWORK", "Edit", "FiniteCheck", "Step", "check_schedule", "check_start", "jumps", "run", "steps"]
 
@@ -61,6 +62,7 @@ def steps(
     *,
     seeds: Iterable[int] | Tensor | None = None,
     noise: Callable[[int], Tensor] | None = None,
+    path: NoisePath = "steps",
     resume: tuple[int, State] | None = None,
     edit: Edit | None = None,
 ) -> Iterator[Step]:
@@ -79,6 +81,8 @@ def steps(
         cond: handed to the denoiser unchanged.
         seeds: one per sample, for tableaux that add noise; others do not read them.
         noise: the same by evaluation, ``i -> standard normal [B, *D]``.
+        path: how the seeds make noise: ``steps`` by the number of the evaluation, ``brownian`` as a function of the noise levels, so that
+            another number of steps follows the same path of each seed (`BrownianPath`).
         resume: begin at this evaluation with this state instead of at 0 with ``x``, which then only says the shape and dtype.
         edit: may change the state after each step, ``step -> [B, *D]`` or None: guidance by projection, constraints, inpainting. A solver
             of several stages is asked after the last one of each step.
@@ -101,6 +105,9 @@ def steps(
     for name, function, form in (("noise", noise, "i -> standard normal [B, *D]"), ("edit", edit, "step -> [B, *D] or None")):
         if function is not None and not callable(function):
             raise SolverError(f"{name} is a function, {form}, got a {type(function).__name__}")
+    if noise is not None and path != "steps":
+        raise SolverError(f"path={path!r} says how seeds make noise: pass seeds= with it, or noise= alone")
+    drawn = noise_of(tableau, listed, x.shape[1:], path) if noise is None else noise
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     answer = jumps(denoiser, tableau) if isinstance(denoiser, FlowMap) else denoiser
     first, state = (0, tableau.start(x)) if resume is None else _resumed(resume, x, tableau)
@@ -121,7 +128,7 @@ def steps(
         finite.note(NETWORK, i, x0)
         xi = None
         if row.noise is not None:
-            xi = seeded_noise(listed, x.shape[1:], stream=i + 1) if noise is None else noise(i)
+            xi = drawn(i)
             _check_like(xi, x, "noise")
             xi = xi.to(x.dtype).to(x.device)
             if noise is not None:
@@ -194,6 +201,7 @@ def run(
     cond: Cond = None,
     *,
     seeds: Sequence[int] | Tensor | None = None,
+    path: NoisePath = "steps",
     edit: Edit | None = None,
     observe: Callable[[Step], None] | None = None,
 ) -> Tensor:
@@ -205,7 +213,7 @@ def run(
         observe: called with every step.
     """
     end = x
-    for step in steps(denoiser, tableau, x, cond, seeds=seeds, edit=edit):
+    for step in steps(denoiser, tableau, x, cond, seeds=seeds, path=path, edit=edit):
         end = step.x_next
         if observe is not None:
             observe(step)

@@ -24,8 +24,9 @@ from fewstep.core.domain import domain_of
 from fewstep.core.tableau import Row, Tableau, advance
 from fewstep.runtime.errors import ModelError, SolverError
 from fewstep.runtime.front_door import checked, checked_class, number, whole
+from fewstep.sampling.brownian import NoisePath, noise_of
 from fewstep.sampling.loop import NETWORK, FiniteCheck, Step, check_schedule, check_start
-from fewstep.sampling.noise import seeded_noise, seeds_of
+from fewstep.sampling.noise import seeds_of
 from fewstep.sampling.sampler import Sampler, tableau_of
 
 __all__ = ["Noises", "ParallelConfig", "Round", "evaluated", "opened", "rounds", "sample_in_parallel"]
@@ -104,6 +105,7 @@ def sample_in_parallel(
     cond: Cond = None,
     *,
     seeds: Iterable[int] | Tensor | None = None,
+    path: NoisePath = "steps",
     config: ParallelConfig | None = None,
     observe: Callable[[Round], None] | None = None,
 ) -> Tensor:
@@ -115,6 +117,7 @@ def sample_in_parallel(
         x: the start.
         cond: the condition of the batch.
         seeds: one per sample, for samplers that add noise.
+        path: how they make noise, see `steps`.
         config: how.
         observe: called with each `Round`, whose ``x`` is an early preview.
 
@@ -130,7 +133,7 @@ def sample_in_parallel(
     if config.devices:
         raise SolverError("a denoiser is where it is: leave devices out, or pass a Model to fewstep.sample(..., parallel=...)")
     end = x
-    for made in rounds(denoiser, sampler, x, cond, seeds=seeds, config=config):
+    for made in rounds(denoiser, sampler, x, cond, seeds=seeds, path=path, config=config):
         end = made.x
         if observe is not None:
             observe(made)
@@ -145,6 +148,7 @@ def rounds(
     cond: Cond = None,
     *,
     seeds: Iterable[int] | Tensor | None = None,
+    path: NoisePath = "steps",
     config: ParallelConfig,
 ) -> Iterator[Round]:
     """Run a sampler round by round. Arguments and errors are those of `sample_in_parallel`.
@@ -156,7 +160,7 @@ def rounds(
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     nodes, rows, count = tableau.nodes, tableau.rows(x), tableau.nodes.evaluations
     size = torch.hypot(nodes.alpha, nodes.sigma).to(x.dtype).to(x.device).reshape(-1, *(1,) * x.ndim)  # of a state
-    mixing, noise = _Anderson(config.memory, config.ridge), Noises(listed, x)
+    mixing, noise = _Anderson(config.memory, config.ridge), Noises(noise_of(tableau, listed, x.shape[1:], path), x)
     lo, hi, state, guess, i = 0, 1, tableau.start(x), [x], 0
     while lo < count:
         i += 1
@@ -236,14 +240,14 @@ def _changes(residuals: Tensor) -> list[float]:
 class Noises:
     """The noise of each row, drawn once: the very one that `steps` adds."""
 
-    def __init__(self, seeds: list[int], x: Tensor) -> None:
-        self.seeds, self.x, self.drawn = seeds, x, dict[int, Tensor]()
+    def __init__(self, noise: Callable[[int], Tensor], x: Tensor) -> None:
+        self.noise, self.x, self.drawn = noise, x, dict[int, Tensor]()
 
     def __call__(self, row: Row, j: int) -> Tensor | None:
         if row.noise is None:
             return None
         if j not in self.drawn:
-            self.drawn[j] = seeded_noise(self.seeds, self.x.shape[1:], stream=j + 1).to(self.x.dtype).to(self.x.device)
+            self.drawn[j] = self.noise(j).to(self.x.dtype).to(self.x.device)
         return self.drawn[j]
 
     def forget(self, before: int) -> None:

@@ -23,6 +23,7 @@ from fewstep.core.domain import domain_of
 from fewstep.core.tableau import State, Tableau, advance
 from fewstep.runtime.errors import SolverError
 from fewstep.runtime.front_door import checked, number, whole
+from fewstep.sampling.brownian import noise_of
 from fewstep.sampling.loop import NETWORK, FiniteCheck
 from fewstep.sampling.parallel import Noises, evaluated, opened
 from fewstep.sampling.sampler import Sampler
@@ -111,7 +112,7 @@ class _Blocks:
 
     def __init__(self, denoiser: Denoiser, fine: Tableau, coarse: Tableau, x: Tensor, cond: Cond, seeds: list[int]) -> None:
         self.denoiser, self.fine, self.cond = denoiser, fine, cond
-        self.rows, self.coarse_rows, self.noise = fine.rows(x), coarse.rows(x), Noises(seeds, x)
+        self.rows, self.coarse_rows, self.noise = fine.rows(x), coarse.rows(x), Noises(noise_of(fine, seeds, x.shape[1:]), x)
         self.places, self.count = _places(fine, coarse), coarse.nodes.evaluations
         self.size = torch.hypot(fine.nodes.alpha, fine.nodes.sigma)
         self.ratios, self.coarse_ratios = _anchors(fine, x), _anchors(coarse, x)

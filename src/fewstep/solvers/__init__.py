@@ -14,43 +14,61 @@ from fewstep.runtime.errors import SolverError, nearest
 from fewstep.runtime.front_door import checked, number
 from fewstep.runtime.spec import check_options, merged, parse_spec
 from fewstep.solvers.aliases import ALIASES, GRID_HINT, LEVELS
-from fewstep.solvers.ddim import DDIM
+from fewstep.solvers.ancestral import DPM2Ancestral, DPMSolverPP2SAncestral, EulerAncestral
+from fewstep.solvers.churn import HeunChurn
+from fewstep.solvers.ddim import DDIM, DDPM, LCM
 from fewstep.solvers.deis import DEIS, IPNDM
 from fewstep.solvers.dpm_solver import DPMSolver2S, DPMSolver3S, DPMSolverFast, DPMSolverM
 from fewstep.solvers.dpm_solver_pp import DPMSolverPP, SDEDPMSolverPP2M
+from fewstep.solvers.dpm_solver_sde import DPMSolverPPSDE, SDEDPMSolverPP3M
 from fewstep.solvers.dpm_solver_v3 import DPMSolverV3
+from fewstep.solvers.er_sde import ERSDE
 from fewstep.solvers.exponential_ab import ExponentialAB
 from fewstep.solvers.heun import Euler, Heun, HeunPP2
 from fewstep.solvers.lms import ABM, LMS, GradientEstimation
 from fewstep.solvers.pndm import PNDM
 from fewstep.solvers.runge_kutta import ETDRK4, RES2S, RES3S, RhoRK3, RhoRK4
+from fewstep.solvers.sa_solver import SASolver
+from fewstep.solvers.seeds import SEEDS2, SEEDS3
 from fewstep.solvers.unipc import UniPC
 
 __all__ = [
     "ABM",
     "DDIM",
+    "DDPM",
     "DEIS",
+    "ERSDE",
     "ETDRK4",
     "IPNDM",
+    "LCM",
     "LMS",
     "PNDM",
     "RES2S",
     "RES3S",
+    "SEEDS2",
+    "SEEDS3",
     "SOLVERS",
+    "DPM2Ancestral",
     "DPMSolver2S",
     "DPMSolver3S",
     "DPMSolverFast",
     "DPMSolverM",
     "DPMSolverPP",
+    "DPMSolverPP2SAncestral",
+    "DPMSolverPPSDE",
     "DPMSolverV3",
     "Euler",
+    "EulerAncestral",
     "ExponentialAB",
     "GradientEstimation",
     "Heun",
+    "HeunChurn",
     "HeunPP2",
     "RhoRK3",
     "RhoRK4",
+    "SASolver",
     "SDEDPMSolverPP2M",
+    "SDEDPMSolverPP3M",
     "UniPC",
     "make_solver",
     "spec_of",
@@ -90,6 +108,20 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "etdrk-4": ETDRK4,
     "gradient-estimation": GradientEstimation,
     "dpm-solver-v3": DPMSolverV3,
+    "ddpm": DDPM,
+    "lcm": LCM,
+    "euler-ancestral": EulerAncestral,
+    "dpm2-ancestral": DPM2Ancestral,
+    "dpm-solver-pp-2s-ancestral": DPMSolverPP2SAncestral,
+    "dpm-solver-pp-sde": DPMSolverPPSDE,
+    "sde-dpm-solver-pp-3m": SDEDPMSolverPP3M,
+    "heun-churn": HeunChurn,
+    "er-sde-1": partial(ERSDE, steps=1),
+    "er-sde-2": partial(ERSDE, steps=2),
+    "er-sde-3": partial(ERSDE, steps=3),
+    "seeds-2": SEEDS2,
+    "seeds-3": SEEDS3,
+    "sa-solver": SASolver,
 }
 
 

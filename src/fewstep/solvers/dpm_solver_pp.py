@@ -16,6 +16,7 @@ from fewstep.core.tableau import Nodes, Solver
 from fewstep.runtime.errors import SolverError
 from fewstep.solvers.phi import data_moment, phi
 from fewstep.solvers.stencil import effective_order
+from fewstep.solvers.stochastic import added, carried, check_noise
 
 __all__ = ["DPMSolverPP", "SDEDPMSolverPP2M", "multistep_integral"]
 
@@ -103,10 +104,12 @@ class DPMSolverPP(Solver):
 class SDEDPMSolverPP2M(Solver):
     """SDE-DPM-Solver++(2M) (Lu et al., arXiv 2211.01095): the polynomial of 2M in the reverse-time SDE, which adds noise.
 
-    Its kernel is ``e^{-2(h-r)}``.
+    Its kernel is ``e^{-(1+eta)(h-r)}``.
 
     Args:
         form, lower_order_below, euler_at_final: as of `DPMSolverPP`.
+        eta: share of noise: 0 is the ODE's 2M, 1 the SDE of the noising process.
+        s_noise: a factor of the noise.
 
     Raises:
         SolverError: an option that is none of these.
@@ -115,25 +118,28 @@ class SDEDPMSolverPP2M(Solver):
     form: Form = "midpoint"
     lower_order_below: int = 15
     euler_at_final: bool = False
+    eta: float = 1.0
+    s_noise: float = 1.0
     references = ("2211.01095",)
     order = 2
     memory = 2
 
     def __post_init__(self) -> None:
+        check_noise("SDE-DPM-Solver++", self.s_noise, self.eta)
         if self.form not in ("midpoint", "taylor"):
             raise SolverError(f"SDE-DPM-Solver++ has form midpoint or taylor, got {self.form!r}")
 
     def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
         s, t = i, i + 1
         h = nodes.lam[t] - nodes.lam[s]
-        gain = -nodes.alpha[t] * torch.expm1(-2 * h)
-        x_t = nodes.sigma[t] / nodes.sigma[s] * torch.exp(-h) * x + gain * history[0]
+        rate = 1 + self.eta
+        gain = -nodes.alpha[t] * torch.expm1(-rate * h)
+        x_t = carried(nodes, s, t, self.eta) * x + gain * history[0]
         if effective_order(nodes, i, 2, self.lower_order_below, euler_at_final=self.euler_at_final) == 2:
             slope = (history[0] - history[1]) * h / (nodes.lam[s] - nodes.lam[s - 1])
-            weight = gain / 2 if self.form == "midpoint" else nodes.alpha[t] * 2 * h * phi(2, -2 * h)
+            weight = gain / 2 if self.form == "midpoint" else nodes.alpha[t] * rate * h * phi(2, -rate * h)
             x_t = x_t + weight * slope
         return x_t, x_t
 
     def noise(self, nodes: Nodes, i: int) -> Tensor:
-        h = nodes.lam[i + 1] - nodes.lam[i]
-        return nodes.sigma[i + 1] * torch.sqrt(-torch.expm1(-2 * h))
+        return self.s_noise * added(nodes, i, i + 1, self.eta)

@@ -34,6 +34,17 @@ class Euler(Solver):
         return x_t, x_t
 
 
+def trapezoid(nodes: Nodes, s: int, t: int, x_s: Tensor, x: Tensor, history: list[Tensor]) -> Tensor:
+    """Return the state at node ``t`` of Heun's step from ``s``, by what was recorded at the state ``x`` of ``t`` and at ``x_s``."""
+    alpha, sigma = nodes.alpha, nodes.sigma
+    end, start = history[0], history[1]
+    if bool(alpha[s] == 0):
+        x0 = to_x0("epsilon", end, x, alpha[t], sigma[t])
+        return sigma[t] / sigma[s] * x_s + alpha[t] * (start + x0) / 2
+    r_s, r_t = sigma[s] / alpha[s], sigma[t] / alpha[t]
+    return alpha[t] * (x_s / alpha[s] + (r_t - r_s) * (start + end) / 2)
+
+
 @dataclass(frozen=True)
 class Heun(Solver):
     """Heun's method in ``z = x/alpha`` over ``r = sigma/alpha``: an Euler step, then the trapezoid (EDM, arXiv 2206.00364, algorithm 1).
@@ -62,14 +73,7 @@ class Heun(Solver):
             s = i
             x0 = history[0] if bool(alpha[s] == 0) else to_x0("epsilon", history[0], x, alpha[s], sigma[s])
             return x, first_order(nodes, s, t, x, x0)
-        s = i - 1
-        end, start = history[0], history[1]
-        if bool(alpha[s] == 0):
-            x0 = to_x0("epsilon", end, x, alpha[t], sigma[t])
-            x_t = sigma[t] / sigma[s] * anchor + alpha[t] * (start + x0) / 2
-        else:
-            r_s, r_t = sigma[s] / alpha[s], sigma[t] / alpha[t]
-            x_t = alpha[t] * (anchor / alpha[s] + (r_t - r_s) * (start + end) / 2)
+        x_t = trapezoid(nodes, i - 1, i, anchor, x, history)
         return x_t, x_t
 
 

@@ -18,7 +18,7 @@ from fewstep.solvers.deis import weighted
 __all__ = ["RungeKutta", "stage_nodes"]
 
 
-def stage_nodes(grid: TimeGrid, schedule: NoiseSchedule, inside: Sequence[Sequence[float]], *, in_level: bool = False) -> Nodes:
+def stage_nodes(grid: TimeGrid, schedule: NoiseSchedule, inside: Sequence[Sequence[float | Tensor]], *, in_level: bool = False) -> Nodes:
     """Return the nodes of methods that evaluate inside a step: at its start, and at shares of it.
 
     Shares are of ``lam``, or of ``sigma/alpha`` with ``in_level``. A step from ``alpha = 0``, where neither is finite, has shares of

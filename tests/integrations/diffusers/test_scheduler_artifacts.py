@@ -31,6 +31,7 @@ from fewstep import (
 )
 from fewstep.integrations.diffusers import FewstepScheduler
 from fewstep.models.formats.diffusers_law import noise_law
+from fewstep.sampling.loop import steps as each_step
 from fewstep.solvers import SOLVERS, takes_statistics
 from fewstep.solvers.aliases import ALIASES
 
@@ -75,7 +76,7 @@ class Toy:
 
 NAMES = [  # without noise, which comes from a generator here, from seeds there: SDEs are compared with diffusers'
     *(name for name in SOLVERS if name not in STOCHASTIC),
-    *(name for name in ALIASES if "sde" not in name.lower()),
+    *(name for name in ALIASES if ALIASES[name].split(":")[0] not in STOCHASTIC and "sde" not in name.lower()),
     "dpm-solver-pp-3m:third_order=corrected",
 ]
 
@@ -94,6 +95,19 @@ def test_every_solver_and_grid_is_the_one_of_sample(name, grid):
     tableau = tabulate(solver, solver.nodes(make_grid(grid, law.schedule, 5), law.schedule))
     assert relative(run(scheduler, noise(), tame)[0], sample(Toy(law), tableau, noise())) < SAME
     assert len(scheduler.timesteps) == tableau.nodes.evaluations and scheduler.order == solver.stages and scheduler.num_inference_steps == 5
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name in STOCHASTIC])
+@pytest.mark.every(2)
+def test_a_solver_that_adds_noise_takes_it_from_the_generator_row_by_row(name):
+    scheduler = after(**V, solver=name, grid="angle")
+    law = noise_law(scheduler.config, to_clean=True)
+    solver = make_solver(name)
+    tableau = tabulate(solver, solver.nodes(make_grid("angle", law.schedule, 5), law.schedule))
+    draws = torch.Generator().manual_seed(1)
+    made = list(each_step(Toy(law), tableau, noise(), noise=lambda i: torch.randn(noise().shape, generator=draws)))[-1].x_next
+    assert relative(run(scheduler, noise(), tame, generator=torch.Generator().manual_seed(1))[0], made) < SAME
+    assert scheduler.order == solver.stages and scheduler.config.algorithm_type.startswith("sde-")
 
 
 # -- samplers -------------------------------------------------------------------------------------------------------------------------

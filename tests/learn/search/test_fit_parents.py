@@ -65,7 +65,20 @@ IN_NOISE = (
     *("dpm-solver-2m", "dpm-solver-3m", "sde-dpm-solver-2m", "deis-3", "ipndm", "ipndm-v", "lms", "rho-ab-3"),
     *("abm-3", "pndm", "gradient-estimation"),
 )
-OTHERS = (*SINGLESTEP, *IN_NOISE, "sde-dpm-solver-pp-2m", "unipc-2", "unipc-3", "ddim:eta=1")
+NOISY = (
+    *(
+        "sde-dpm-solver-pp-2m",
+        "sde-dpm-solver-pp-3m",
+        "dpm-solver-pp-sde",
+        "ddim:eta=1",
+        "ddpm",
+        "lcm",
+        "euler-ancestral",
+        "dpm2-ancestral",
+    ),
+    *("dpm-solver-pp-2s-ancestral", "heun-churn", "er-sde-1", "er-sde-2", "er-sde-3", "seeds-2", "seeds-3", "sa-solver"),
+)
+OTHERS = (*SINGLESTEP, *IN_NOISE, *NOISY, "unipc-2", "unipc-3")
 REFUSED = "steps from where it evaluates, by at most {} outputs and without noise"
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fewstep.core.grid import TimeGrid
+from fewstep.core.schedule import VPLinear
+from fewstep.core.tableau import Solver, tabulate
 from fewstep.runtime.errors import SolverError, look_up
 from fewstep.runtime.spec import parse_spec
 from fewstep.solvers import make_solver, takes_statistics
@@ -81,10 +84,17 @@ def _steps(family: str, order: int) -> str:
     return family.format(2) + ":steps=1" if order == 1 else family.format(order)
 
 
+def _adds_noise(solver: Solver) -> bool:
+    law = VPLinear()
+    return tabulate(solver, solver.nodes(TimeGrid.logsnr(law, 4), law)).stochastic
+
+
 def options_of(name: str) -> dict[str, Any]:
     """Return the options of diffusers' schedulers that describe a solver best, for those made from a `FewstepScheduler`'s configuration."""
     bare, written = parse_spec(name, SolverError)
-    steps = written.get("steps") or (2 if takes_statistics(name) else getattr(make_solver(name), "steps", 2 if "2m" in bare else 1))
+    steps = written.get("steps") or (
+        2 if takes_statistics(name) else getattr(make_solver(name), "steps", 2 if "2m" in bare else 3 if "3m" in bare else 1)
+    )
     kind = "bh2"
     if "unipc" in bare:
         kind = str(written.get("weights", "bh2")) if written.get("weights") != "exact" else "bh2"
@@ -92,7 +102,8 @@ def options_of(name: str) -> dict[str, Any]:
         kind = "heun" if written.get("form") == "taylor" else "midpoint"
     elif "deis" in bare:
         kind = "logrho"
-    sde = "sde-" if bare.startswith("sde-") or (bare == "ddim" and written.get("eta") == 1) else ""
+    noisy = written.get("eta") == 1 if bare == "ddim" else not takes_statistics(name) and _adds_noise(make_solver(name))
+    sde = "sde-" if noisy else ""
     algorithm = "deis" if "deis" in bare else f"{sde}dpmsolver" if bare.removeprefix("sde-") in ("dpm-solver-2m", "dpm-solver-3m") else ""
     return {
         "solver_order": min(int(steps), 3),
