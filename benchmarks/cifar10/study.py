@@ -224,7 +224,8 @@ def stages(preset: Preset, shared: Path, work: Path, docs: Path) -> Iterator[Sta
         made, wanted = work / f"{label}-fitted-guidance-2-calls", teacher / "fitted-guidance-2-calls"
         options = ["--nfe", CALLS, *preset.fit.split(), *guided, "--out", str(made)]
         yield Stage("fitted for fewer calls", [*fewstep, "fit", str(teacher), *options], wanted, partial(keep_samplers, made, wanted))
-        yield Stage("row of that", [*bench, *guided, "--solver", "fitted", "--grid", "optimized", "--nfe", CALLS, *kept])
+        fewer = ["--out", str(rows / "guidance-2-calls")]
+        yield Stage("row of that", [*bench, *guided, "--solver", "fitted", "--grid", "optimized", "--nfe", CALLS, *fewer])
     made = Path("assets") / f"{label}-guided"
     learn = [*side_by_side, "distill", str(teacher), "--method", "guided", *preset.guided.split(), "--out", str(made)]
     yield Stage("guided student", learn, made / "tuned.json")

@@ -227,7 +227,7 @@ def tables(folder: Path) -> dict[str, Callable[[], None]]:
         "fitted": lambda: fitted(read(rows)),
         "tuned": lambda: tuned(read(folder / "tuned" / "results.json"), read(rows)),
         "student": lambda: students([json_of(f"{part}/results.json") for part in ("student", "few", "standard")]),
-        "guided-student": lambda: students([json_of(f"{part}/results.json") for part in ("guided-2", "guidance-2")]),
+        "guided-student": lambda: students([json_of(f"{part}/results.json") for part in ("guided-2", "guidance-2", "guidance-2-calls")]),
         "cost": lambda: cost(json_of("stages.json")),
     }
 
