@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 __all__ = [
+    "MODEL_FILES",
     "TEMPORARY",
     "ArtifactRecord",
     "Count",
@@ -41,6 +42,7 @@ __all__ = [
     "Whole",
     "alike",
     "check_file",
+    "check_no_model",
     "check_writable",
     "digest_of",
     "facts_of",
@@ -61,6 +63,7 @@ __all__ = [
 
 VERSION = 1
 TEMPORARY = ".fewstep-"  # how the names of files and folders begin that are not whole yet; a `Job` removes those of killed runs
+MODEL_FILES = ("fewstep.json", "network.safetensors", "unet", "model_index.json")  # any of them makes a folder that of a model
 LARGEST = 1 << 30  # bytes of a file that is read as a whole
 DEEPEST = 64  # lists within lists in a JSON file
 DIGITS = 20  # of a whole number in one
@@ -253,6 +256,16 @@ def check_writable(folder: Path) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         what = "may not be written to" if parent.is_dir() else "is a file"
         raise ArtifactError(f"cannot write {folder}: {parent} {what}; choose a folder that you may write to")
+
+
+def check_no_model(folder: Path) -> None:
+    """Refuse a folder that holds a model, or part of one, for anything else: its card would be lost. A folder below it is right.
+
+    Raises:
+        ArtifactError: it holds one.
+    """
+    if any((folder / name).exists() for name in MODEL_FILES):
+        raise ArtifactError(f"{folder} already holds a model, whose card would be lost: choose another folder, or one below it")
 
 
 def named_path(value: Any) -> Path:  # noqa: ANN401 - what a caller passed

@@ -19,7 +19,7 @@ from fewstep.core.schedule import NoiseSchedule, schedule_from_config
 from fewstep.core.spacings import make_grid
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
-from fewstep.runtime.artifact import ArtifactRecord, Count, load_artifact, named_path, save_artifact, tensor_of
+from fewstep.runtime.artifact import ArtifactRecord, Count, check_no_model, load_artifact, named_path, save_artifact, tensor_of
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError
 from fewstep.runtime.front_door import checked, number, whole
 from fewstep.runtime.hub import Shared, header
@@ -290,6 +290,7 @@ class Sampler(Shared):
         return self._write(named_path(folder), self._readme('load("path/to/this/folder")'))
 
     def _write(self, folder: Path, readme: str) -> Path:
+        check_no_model(folder)
         tensors = {f"nodes.{name}": value for name, value in self.tableau.nodes._asdict().items()}
         tensors |= {name: getattr(self.tableau, name) for name in TABLES}
         tensors["grid"] = self.grid.t

@@ -126,7 +126,7 @@ def distill(
         raise ModelError(f"{model.name} was made for {few.nfe} steps of {few.solver} alone, and is no teacher: name its own, {few.teacher}")
     if isinstance(options, ProgressiveConfig) and len(options.nfe) > 1:
         return _halved(model, replace(options, guidance=scale), out, on_progress, device=device, command=command)
-    with Job.open("distill", out, device=device or model.device, on_progress=on_progress, command=command) as job:
+    with Job.open("distill", out, device=device or model.device, on_progress=on_progress, command=command, makes_model=True) as job:
         may_write_model(model, out, "work/curve.json")  # in the job, which removes what a killed run left
         problem, work = Problem(model, scale, job.device), replace(job, folder=job.folder / "work")
         objective = chosen.make(problem, replace(options, guidance=scale), given)

@@ -195,7 +195,7 @@ def finetune(
         check_images(images, model)
     for count in (config.batch, config.held_out):
         share(range(count))
-    with Job.open("finetune", out, device=device or model.device, on_progress=on_progress, command=command) as job:
+    with Job.open("finetune", out, device=device or model.device, on_progress=on_progress, command=command, makes_model=True) as job:
         may_write_model(model, out, "work")  # in the job, which removes what a killed run left
         tuning = _Tuning(Problem(model, config.guidance, job.device), config, images, job)
         history = tuning.alternate()

@@ -33,6 +33,7 @@ from fewstep.models.networks.extra_embedding import ConditionedNetwork
 from fewstep.models.networks.operator import OperatorStudent
 from fewstep.models.networks.unets import NETWORKS, build_network, empty_network
 from fewstep.runtime.artifact import (
+    MODEL_FILES,
     Count,
     Number,
     Record,
@@ -301,7 +302,7 @@ def _has_format(model: Model) -> bool:
 
 def holds_model(folder: Path) -> bool:
     """Return whether a folder holds a model, or part of one."""
-    return any((folder / name).exists() for name in (DESCRIPTION, OWN_WEIGHTS, "unet", "model_index.json"))
+    return any((folder / name).exists() for name in MODEL_FILES)
 
 
 def check_savable(model: Model) -> None:
@@ -329,7 +330,7 @@ def save_model(model: Model, folder: str | Path) -> Path:
     student: Any = model.network
     folder, made_of = named_path(folder), _made_of(model)
     check_savable(made_of)
-    with Job.open("save", folder, alone=True):
+    with Job.open("save", folder, alone=True, makes_model=True):
         if holds_model(folder):
             raise ArtifactError(f"{folder} already holds a model, which would be lost: choose another folder, or remove it")
         with written_apart(folder, last=DESCRIPTION) as scratch:
