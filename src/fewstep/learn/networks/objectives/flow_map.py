@@ -211,14 +211,7 @@ class FlowMapObjective(StudentObjective):
                     f"and of {told}: "
                     "ask for that form, or begin with another student"
                 )
-            tuned, problem = begin.tuned, self.problem
-            wanted = self.sampled_by(problem.guidance)[0]
-            if tuned is not None and (tuned.fingerprint, tuned.guidance) != (problem.model.fingerprint, wanted):
-                scale = "of any scale" if tuned.guidance is None else f"{tuned.guidance:g}"
-                raise ModelError(
-                    f"{begin.name} is a student of {tuned.teacher} ({tuned.fingerprint}) at guidance {scale}, not of "
-                    f"{problem.model.name} ({problem.model.fingerprint}) at {problem.guidance:g}: begin with one of the same teacher"
-                )
+            self.check_teacher(begin, self.sampled_by(self.problem.guidance)[0])
         super().take_over(student, begin)
 
     # -- guidance scales that it is told ------------------------------------------------------------------------------

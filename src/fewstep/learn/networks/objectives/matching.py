@@ -140,7 +140,7 @@ class MatchingObjective(StudentObjective):
             FewstepError: a start was asked for beside it.
             ModelError: it is no student of one pass, of another teacher, or at another guidance.
         """
-        student, problem, tuned = begin.network, self.problem, begin.tuned
+        student = begin.network
         if self.config.start is not None:
             raise FewstepError(f"{begin.name} starts where it was made to: leave start out, or begin with the teacher's own network")
         if not isinstance(student, OperatorStudent | FlowMapStudent):
@@ -151,11 +151,7 @@ class MatchingObjective(StudentObjective):
             raise ModelError(
                 f"{begin.name} is told its guidance scale, and distribution matching has one: begin with a flow map of one scale"
             )
-        if tuned is not None and (tuned.fingerprint, tuned.guidance) != (problem.fingerprint, problem.guidance):
-            raise ModelError(
-                f"{begin.name} is a student of {tuned.teacher} ({tuned.fingerprint}) at guidance {tuned.guidance:g}, not of {problem.name} "
-                f"({problem.fingerprint}) at {problem.guidance:g}: begin with one of the same teacher"
-            )
+        self.check_teacher(begin, self.problem.guidance)
         return student.times[0] if isinstance(student, OperatorStudent) else torch.tensor(student.first, dtype=torch.float64)
 
     def _time_of(self, level: float) -> Tensor:

@@ -115,6 +115,16 @@ class OperatorObjective(StudentObjective):
         teacher = self.problem.model.with_network(self.copied())
         return OperatorStudent(teacher, self.grid.t, self.config.form).to(self.problem.device)
 
+    def take_over(self, student: nn.Module, begin: Model) -> None:
+        """Begin with the weights of another operator of the same teacher and guidance, those of its temporal layers where they fit.
+
+        Raises:
+            ModelError: it is of another (which).
+        """
+        if isinstance(begin.network, OperatorStudent):
+            self.check_teacher(begin, self.problem.guidance)
+        super().take_over(student, begin)
+
     def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:
         x, cond, student = batch.x, batch.cond, networks.student
         at_noise = self._at_noise(int(sum_over_processes(torch.tensor(len(x)))))
