@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from fewstep.core.condition import check_batch
-from fewstep.core.denoiser import Cond, FlowMap
+from fewstep.core.denoiser import Cond, FlowMap, check_jump
 from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule, RectifiedFlow
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import answer_of, network_dtype, refusals, unwritten
-from fewstep.runtime.errors import ModelError, look_up
+from fewstep.runtime.errors import ModelError, SolverError, look_up
 from fewstep.runtime.front_door import checked, number
 
 __all__ = ["VELOCITY_FORMS", "VelocityForm", "VelocityMap", "flow_map_model"]
@@ -87,6 +87,10 @@ class VelocityMap(FlowMap):
     dtype: torch.dtype | None = None
 
     @property
+    def called(self) -> object:
+        return self.network
+
+    @property
     def anywhere(self) -> bool:
         return True
 
@@ -100,6 +104,7 @@ class VelocityMap(FlowMap):
 
     def __call__(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         check_batch(cond, len(x))
+        s, t = check_jump(self, x, s, t)
         form, dtype = self.form, self.dtype or network_dtype(self.network, x.dtype)
         first, last = (1 - self.law.sigma(time) if form.to_data else self.law.sigma(time) for time in (s, t))
         kind = torch.promote_types(dtype, torch.float32)
@@ -111,6 +116,12 @@ class VelocityMap(FlowMap):
 
     def arithmetic(self, t: Tensor) -> float:
         return float(len(t) - 1)
+
+    def check(self, t: Tensor) -> None:
+        first, last = self.law.ends
+        slack = 1e-9 * (first - last)
+        if not bool(((t <= first + slack) & (t >= last - slack)).all()):
+            raise SolverError(f"this flow map knows times from {first:g} to {last:g}, not {t[0]:g} to {t[-1]:g}: use a grid between them")
 
 
 @checked

@@ -90,7 +90,8 @@ class Model:
         card: provenance and figures of the learner that made it.
 
     Raises:
-        FewstepError: an unknown prediction type, or a value that is no shape, schedule, function, dtype, number of classes or flow map.
+        FewstepError: an unknown prediction type, a value that is no shape, schedule, function, dtype, number of classes or flow map, or a
+            flow map that calls another network.
 
     Example:
         >>> import torch, fewstep
@@ -158,6 +159,11 @@ class Model:
             )
         if not isinstance(self.flow_map, FlowMap | None):
             raise ModelError(f"flow_map is a fewstep.FlowMap, got {type(self.flow_map).__name__}: subclass it")
+        if self.flow_map is not None and self.flow_map.called is not None and self.flow_map.called is not self.network:
+            raise ModelError(
+                f"{self.name or type(self.network).__name__} has a flow map that calls another network, so this one would answer nothing: "
+                "pass the flow map of the new network with it, as flow_map=; or make the model anew, as by fewstep.flow_map_model"
+            )
         if not isinstance(self.domain, Cube | None):
             raise ModelError(f"domain is the cube that a reflected model was trained in, as fewstep.Cube(-1, 1), got {self.domain!r}")
         if self.domain is not None:
@@ -371,7 +377,11 @@ class Model:
         return torch.tensor([seed % self.classes if label is None else label for seed in seeds], dtype=torch.int64)
 
     def with_network(self, network: nn.Module, **changes: Any) -> Model:  # noqa: ANN401
-        """Return the same model with another network, as a student's, and other changes; its `identity` says so."""
+        """Return the same model with another network, as a student's, and other changes; its `identity` says so.
+
+        Raises:
+            ModelError: it is a flow map that calls the old network, and no other is among the changes.
+        """
         identity = self.identity and f"{self.identity} {digest(parts(network))}"
         return replace(self, network=network, identity=identity, **changes)
 

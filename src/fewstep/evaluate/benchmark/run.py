@@ -124,7 +124,8 @@ def _teacher(model: Model) -> Model | None:
     if model.tuned is None:
         if model.flow_map is not None:
             raise ModelError(
-                f"{model.name} is a student that does not say who its teacher was, so it has no trajectories to be measured against"
+                f"{model.name} is a student that does not say who its teacher was, so it has no trajectories to be measured against: "
+                "measure its samples as a set, by fewstep.evaluate.metrics.judge.Judge.of(images)(samples)"
             )
         return None
     try:
