@@ -232,7 +232,7 @@ def sampler_for(
         model.guided(guidance)  # refuses a scale that it cannot have, before a sampler for it is looked for
     made = _sampler_for(model, what, nfe, guidance, grid, statistics, any_statistics, strength)
     if isinstance(model, Model):
-        _check_own_steps(made, model, guidance)
+        model.check_own_steps(made.tableau if isinstance(made, Sampler) else made)
     return made
 
 
@@ -295,25 +295,6 @@ def _sampler_for(
             raise GridError("optimized grids are those that a Model carries, for a solver by name")
         return Sampler.build(solver, model.optimized(what, nfe, guidance), model.schedule, nfe=nfe, level=level)
     return Sampler.build(solver, default_grid(model) if grid is None else grid, model.schedule, nfe=nfe, level=level)
-
-
-def _check_own_steps(sampler: Sampler | Tableau, model: Model, guidance: float) -> None:
-    """Refuse another sampler than its own for a student whose answers are for its own steps alone.
-
-    Raises:
-        SolverError: it is another (and which steps there are).
-    """
-    tuned = model.tuned
-    if tuned is None or tuned.form != "progressive":
-        return
-    tableau, own = (sampler.tableau if isinstance(sampler, Sampler) else sampler), best_sampler(model, guidance=guidance).tableau
-    same = tableau.nodes.t.shape == own.nodes.t.shape and torch.allclose(tableau.nodes.t, own.nodes.t, rtol=1e-9)
-    if not same or not torch.allclose(tableau.unrolled().answers, own.unrolled().answers, rtol=1e-9):
-        times = ", ".join(f"{t:.6g}" for t in own.nodes.t.tolist())
-        raise SolverError(
-            f"{model.name} was taught its own {tuned.nfe} steps of {tuned.solver} alone, at the times {times}: leave solver, grid, times "
-            f"and strength out, or sample its teacher, {tuned.teacher}"
-        )
 
 
 def _from_level(sampler: Sampler, level: float, model: Model | Denoiser | FlowMap, guidance: float) -> Sampler:

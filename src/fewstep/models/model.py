@@ -19,6 +19,7 @@ from fewstep.core.prediction import Prediction, aligned, prediction, to_x0
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.spacings import make_grid
 from fewstep.core.statistics import ModelStatistics
+from fewstep.core.tableau import Tableau
 from fewstep.models.carried import OPTIMIZED, Carried
 from fewstep.models.guidance import Wrapped, classifier_free, default_scale
 from fewstep.models.identity import Part, digest, parts, state_of
@@ -39,7 +40,7 @@ from fewstep.models.networks.scaled_call import ScaledCall
 from fewstep.models.reflected import check_levels, check_reflected_law, mirrored
 from fewstep.models.tuned import Tuned
 from fewstep.runtime.artifact import rounded
-from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError
+from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError, counted
 from fewstep.runtime.front_door import checked_class, is_count, number, whole
 from fewstep.sampling.sampler import Sampler
 
@@ -404,6 +405,43 @@ class Model:
         if self.flow_map is not None:
             raise ModelError(f"{self.name} is a student, which is sampled as it is: name its teacher")
         return self
+
+    def need_trajectories(self) -> Model:
+        """Return the model itself, for what is learned or inferred from its answers at any time.
+
+        Raises:
+            ModelError: it is a student, or was made for few steps alone, to end where its teacher does (whom to name).
+        """
+        model, tuned = self.need_denoiser(), self.tuned
+        if tuned is not None and tuned.solver is not None:
+            steps = "few steps" if tuned.nfe is None else counted(tuned.nfe, "step")
+            raise ModelError(
+                f"{self.name} was made for {steps} of {tuned.solver} alone, to end where its teacher does, and its answers at other times "
+                f"mean nothing: sample it as it is, or name its teacher, {tuned.teacher}"
+            )
+        return model
+
+    def check_own_steps(self, tableau: Tableau) -> None:
+        """Refuse another tableau than its own for a student whose answers are for its own steps alone.
+
+        Raises:
+            SolverError: it is another (and which steps there are).
+            GridError: its own grid is missing.
+            ArtifactError: its own grid is damaged.
+        """
+        tuned = self.tuned
+        if tuned is None or tuned.form != "progressive" or tuned.solver is None or tuned.nfe is None:
+            return
+        tables = [one for one in self.carried.grids if one.solver == tuned.solver and tuned.nfe in one.grids]  # at another scale, too
+        grid = tables[0].grids[tuned.nfe] if tables else self.optimized(tuned.solver, tuned.nfe)
+        own = Sampler.build(tuned.solver, grid, self.schedule).tableau
+        same = tableau.nodes.t.shape == own.nodes.t.shape and torch.allclose(tableau.nodes.t, own.nodes.t, rtol=1e-9)
+        if not same or not torch.allclose(tableau.unrolled().answers, own.unrolled().answers, rtol=1e-9):
+            times = ", ".join(f"{t:.6g}" for t in own.nodes.t.tolist())
+            raise SolverError(
+                f"{self.name} was taught its own {counted(tuned.nfe, 'step')} of {tuned.solver} alone, at the times {times}: leave solver, "
+                f"nfe, grid, times and strength out, or sample its teacher, {tuned.teacher}"
+            )
 
     def need_unbounded(self, taker: str, why: str) -> Model:
         """Return the model itself, for what cannot be right with a reflected one; see `check_unbounded`.

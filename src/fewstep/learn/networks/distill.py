@@ -28,6 +28,7 @@ from fewstep.learn.networks.objectives.matching import JudgeOfSamples
 from fewstep.learn.networks.objectives.objective import StudentObjective
 from fewstep.learn.networks.trainer import (
     NO_STUDENT,
+    STEPS,
     Trained,
     check_one_scale,
     dropout_as,
@@ -53,7 +54,6 @@ from fewstep.sampling.grid_table import GridTable
 __all__ = ["DistillConfig", "EMConfig", "FlowMapConfig", "GuidedConfig", "MatchingConfig", "ProgressiveConfig", "distill"]
 
 HALVED = ("guided", "progressive")  # students whose own students are measured against their teacher
-STEPS = "steps"  # the folder of the students before the last
 
 
 @checked
@@ -86,7 +86,7 @@ def distill(
         config: how to distil: a `FlowMapConfig` of flow-map, a `MatchingConfig` of dmd, an `EMConfig` of em, a `DistillConfig` of dsno,
             slots and kd.
         trajectories: stored ones to learn from, with the times of ``config.grid`` among theirs; by default they are made.
-        begin: a student whose weights training begins with, where they fit; by default the teacher's.
+        begin: a student of the same teacher and kind, whose weights training begins with; by default the teacher's.
         features: network of the loss ``features``, from pictures ``[B, *D]`` to ``[B, F]``.
         images: pictures to learn from, for targets of a flow map that take some.
         judge: measures samples, for dmd and em, which keep the weights that it finds best: ``fewstep.evaluate.metrics.judge.Judge``.
@@ -121,9 +121,8 @@ def distill(
         raise FewstepError(
             "progressive distillation begins with the model that it halves, and fresh noise: leave begin and trajectories out"
         )
-    few = model.tuned
-    if few is not None and few.solver is not None and not (isinstance(options, ProgressiveConfig) and few.form == "progressive"):
-        raise ModelError(f"{model.name} was made for {few.nfe} steps of {few.solver} alone, and is no teacher: name its own, {few.teacher}")
+    if not (isinstance(options, ProgressiveConfig) and model.tuned is not None and model.tuned.form == "progressive"):
+        model.need_trajectories()
     if isinstance(options, ProgressiveConfig) and len(options.nfe) > 1:
         return _halved(model, replace(options, guidance=scale), out, on_progress, device=device, command=command)
     with Job.open("distill", out, device=device or model.device, on_progress=on_progress, command=command, makes_model=True) as job:
