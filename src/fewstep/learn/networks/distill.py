@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.images import Images
-from fewstep.learn.networks.loop import check_checkpoint, forget_checkpoint
+from fewstep.learn.networks.loop import check_checkpoint, check_precision, forget_checkpoint
 from fewstep.learn.networks.objectives import (
     OBJECTIVES,
     DistillConfig,
@@ -108,6 +108,7 @@ def distill(
     options = config_of(config, chosen.config)
     check_model(model)
     model.need_unbounded("distillation", NO_STUDENT)
+    check_precision(options.loop, pair=isinstance(options, MatchingConfig))
     given = Given(features, images, judge, begin)
     for name in ("features", "images", "judge"):
         if getattr(given, name) is not None and name not in chosen.takes:
@@ -146,7 +147,8 @@ def distill(
         if begin is not None:
             identity += f" from {begin.fingerprint}"
         note = lambda step, value: job.on_progress(step, f"loss {value:.3e}")  # noqa: E731
-        trained = train_student(objective, student, data, options.loop, work.folder, identity=identity, on_step=note)
+        how = {"identity": identity, "on_step": note, "in_memory": job.in_memory}
+        trained = train_student(objective, student, data, options.loop, work.folder, **how)
         if job.rank:
             return None
         figures = {"curve": trained.curve, **objective.finish(trained.student, data), "seconds": trained.seconds}

@@ -54,6 +54,7 @@ def train_student(
     *,
     identity: str,
     on_step: Callable[[int, float], None],
+    in_memory: bool = False,
 ) -> Trained:
     """Train a student for an objective; a killed run continues from its checkpoint in ``folder`` and ends with the same weights.
 
@@ -65,6 +66,7 @@ def train_student(
         folder: for the checkpoint and the loss curve.
         identity: what is trained on what; a checkpoint of anything else is refused.
         on_step: called with the step and the mean loss since the last call.
+        in_memory: whether the folder goes with the run.
 
     Raises:
         ArtifactError: the folder holds a checkpoint of another run.
@@ -83,6 +85,7 @@ def train_student(
 
     student.requires_grad_(True)
     beside = {"averaged": averaged, "companion": objective.companion, "selection": objective.selection}
+    beside |= {"in_memory": in_memory, "mend": objective.mend}
     trained: Any = run_loop(student, loss, loop, folder, identity=identity, observe=observe, **beside).to(objective.problem.device)
     return Trained(trained.requires_grad_(False), curve.points, curve.seconds)
 

@@ -205,6 +205,11 @@ class GuidedObjective(StudentObjective):
         call = ScaledCall(form.w_max, form.features, scale)
         return replace(self.problem.model, network=network, call=call, null_label=None).at_any_time()
 
+    def mend(self) -> str | None:
+        if self.config.states not in ROLLING or self._rollout.finite():
+            return None
+        return f"the answers of {self.problem.name} itself are not finite, so check its weights and dtype"
+
     @cached_property
     def _rollout(self) -> Rollout:
         form = self.config.form

@@ -63,6 +63,10 @@ class Objective(ABC):
     def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:
         """Return the mean loss ``[]`` over the samples of a batch."""
 
+    def mend(self) -> str | None:
+        """Return how to mend a loss that is not finite; None where a lower learning rate may do."""
+        return None
+
     @abstractmethod
     def finish(self, student: nn.Module, data: Any) -> dict[str, Any]:  # noqa: ANN401 - as of `batch`
         """Measure the trained student on held-out trajectories and return figures for its card, as plain JSON values."""

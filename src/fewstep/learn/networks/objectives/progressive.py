@@ -191,6 +191,11 @@ class ProgressiveObjective(StudentObjective):
         second = present(middle, v, rows.cond)
         return jump(schedule, middle, second, v, t), composed(schedule, first, second, s, v, t)
 
+    def mend(self) -> str | None:
+        if self._rollout.finite():
+            return None
+        return f"the answers of {self.problem.name} itself are not finite, so check its weights and dtype"
+
     @cached_property
     def _rollout(self) -> Rollout:
         def move(rows: Rows) -> tuple[Tensor, Tensor]:
