@@ -26,7 +26,7 @@ from fewstep.models.model import Model
 from fewstep.models.networks.calls import check_evaluating
 from fewstep.models.problem import Problem
 from fewstep.models.spread import OverProcesses, over_devices
-from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
+from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError, counted
 from fewstep.runtime.front_door import checked, scale_of
 from fewstep.runtime.process import process
 from fewstep.runtime.spec import parse_spec
@@ -247,7 +247,7 @@ def _sampler_for(
     strength: float | None,
 ) -> Sampler | Tableau:
     level = math.inf if strength is None else level_of(strength)
-    if not isinstance(nfe, SupportsInt | None):
+    if not isinstance(nfe, SupportsInt | None) or isinstance(nfe, bool):
         raise SolverError(f"nfe is one number of network evaluations, as nfe=8, got {nfe!r}")
     if not isinstance(grid, str | TimeGrid | None):
         raise GridError(f"a grid is the name of a spacing or a fewstep.TimeGrid(times), got a {type(grid).__name__}")
@@ -349,6 +349,11 @@ def best_sampler(model: Model, nfe: int | None = None, guidance: float = 1.0) ->
         SolverError: it carries none (and what there is).
     """
     tuned = model.tuned
+    if tuned is not None and tuned.form == "progressive" and nfe not in (None, tuned.nfe):
+        raise SolverError(
+            f"{model.name} was taught its own {counted(tuned.nfe or 1, 'step')} alone, not {nfe}: leave nfe out, or sample its teacher, "
+            f"{tuned.teacher}"
+        )
     if tuned is not None and tuned.solver is not None and (guidance == 1 or tuned.guidance is None):
         count = tuned.nfe if nfe is None else nfe
         if count is not None and count in (model.num_jumps or (tuned.nfe,)):

@@ -538,19 +538,30 @@ class Model:
         if table is None and self.flow_map is not None:
             if solver != "ddim":
                 raise GridError(f"{self.name} is a student, which jumps by ddim alone: leave --solver out")
-            raise GridError(f"{self.name} is a student without times of its own at guidance {guidance:g}: leave --grid and --guidance out")
+            if any(one.solver == solver for one in tables):
+                raise GridError(f"{self.name} is a student without times of its own at guidance {guidance:g}: leave guidance out")
+            anywhere = "say --grid angle, or another spacing" if self.flow_map.anywhere else "name times that it knows, by --times"
+            raise GridError(f"{self.name} is a student whose folder has no times of its own (optimized/ddim is missing): {anywhere}")
+        if table is None and self.tuned is not None and self.tuned.form == "progressive":
+            steps = counted(self.tuned.nfe or 1, "step")
+            raise GridError(
+                f"{self.name} was taught its own {steps} of {self.tuned.solver} alone, not {solver}: leave --solver and --grid out, or "
+                f"sample its teacher, {self.tuned.teacher}"
+            )
         if table is None:
-            known = ", ".join(f"{table.solver} at {table.scale}" for table in tables)
+            known = ", ".join(f"{table.solver} {'' if table.guidance is None else 'at '}{table.scale}" for table in tables)
             there = f"there are some for {known}" if tables else "there are none in its folder"
             raise GridError(
                 f"no optimized grid of {self.name} for {solver} at guidance {guidance:g}, {there}: make a sampler with "
                 f"'fewstep optimize {self.command_name(guidance)} --solver {solver} --out DIR'"
             )
         if table.model != self.fingerprint:
-            raise ArtifactError(f"the optimized grids in {self.folder} were made for other weights ({table.model}, not {self.fingerprint})")
+            raise ArtifactError(f"the optimized grids {self._other_weights(table.model)}, or name another grid")
         fixed = self.flow_map is not None or (self.tuned is not None and self.tuned.form == "progressive")
         if fixed and nfe not in table.grids:
-            raise GridError(f"{self.name} makes {', '.join(map(str, sorted(table.grids)))} passes, not {nfe}")
+            first, *more = sorted(table.grids)
+            passes = counted(first, "pass") if not more else f"{', '.join(map(str, (first, *more)))} passes"
+            raise GridError(f"{self.name} makes {passes}, not {nfe}")
         return table.grid(nfe)
 
     def trajectory_grid(self, name: str, slots: int, guidance: float = 1.0) -> TimeGrid:
@@ -574,13 +585,21 @@ class Model:
         for sampler in samplers:
             if (sampler.nfe, sampler.card.get("guidance")) == (nfe, guidance):
                 if sampler.card.get("model") != self.fingerprint:
-                    raise ArtifactError(f"the fitted samplers in {self.folder} were made for other weights, not {self.fingerprint}")
+                    raise ArtifactError(f"the fitted samplers {self._other_weights(sampler.card.get('model'))}, or fit it again")
                 return sampler
         known = ", ".join(f"{sampler.nfe} at {sampler.card.get('guidance'):g}" for sampler in samplers)
         there = f"there are some of {known}" if known else "there are none in its folder"
         raise SolverError(
             f"no fitted sampler of {self.name} with {nfe} evaluations at guidance {guidance:g}, {there}: make one with "
             f"'fewstep fit {self.command_name(guidance)} --nfe {nfe} --out DIR' and use it with --sampler DIR"
+        )
+
+    def _other_weights(self, made_for: object) -> str:
+        """Return what is wrong where what the model carries was made for other weights, and how to mend it."""
+        where = "it carries" if self.folder is None else f"in {self.folder}"
+        return (
+            f"{where} were made for other weights or another dtype of {self.name} ({made_for}, not {self.fingerprint}): put these back, as "
+            "by loading or making it anew"
         )
 
     def command_name(self, guidance: float) -> str:

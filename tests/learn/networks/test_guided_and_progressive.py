@@ -33,6 +33,7 @@ from fewstep.inverse.measurements import Average
 from fewstep.learn.networks import loop
 from fewstep.learn.networks.distill import FlowMapConfig, GuidedConfig, ProgressiveConfig, distill
 from fewstep.learn.networks.loop import LoopConfig
+from fewstep.learn.networks.objectives import OBJECTIVES
 from fewstep.learn.networks.objectives import config as config_module
 from fewstep.learn.networks.objectives.flow_map_targets import composed, jump
 from fewstep.learn.networks.objectives.guided import GuidedObjective
@@ -270,7 +271,7 @@ def test_steps_are_halved_again_and_again(request: pytest.FixtureRequest, tmp_pa
         for other in ({"what": "unipc-2", "nfe": 8}, {"what": "ddim", "nfe": 3, "grid": "karras"}, {"what": "ddim", "nfe": 5}):
             with pytest.raises(SolverError, match=f"was taught its own {steps} steps? of ddim alone, at the times .*: leave solver"):
                 sample(one, seeds=[0], **other)
-        with pytest.raises(GridError, match=f"makes {steps} passes, not 3"):
+        with pytest.raises(GridError, match=f"makes {steps} pass(es)?, not 3"):
             sample(one, "ddim", nfe=3, seeds=[0], grid="optimized")
         if model.scales is None:
             with pytest.raises(ModelError, match="is a student: its guidance is in its weights; use guidance 1"):
@@ -303,6 +304,19 @@ def test_a_halved_student_is_halved_along_its_own_steps_alone(teacher: Model, to
         ):
             with pytest.raises(FewstepError, match=f"was taught steps of its own alone, .*: {mend}, or name its teacher"):
                 distill(student, "progressive", config=replace(HALVED, **changes))
+
+
+def test_a_halved_student_says_how_it_is_sampled(told: Model) -> None:
+    """Nothing that is advised is refused."""
+    student = distill(told, "progressive", config=replace(HALVED, nfe=(2,)))
+    assert student is not None
+    with pytest.raises(SolverError, match="was taught its own 2 steps alone, not 4: leave nfe out, or sample its teacher"):
+        sample(student, nfe=4, seeds=[0])
+    with pytest.raises(GridError, match="own 2 steps of ddim alone, not unipc-2: leave --solver and --grid out, or sample its teacher"):
+        student.optimized("unipc-2", 2)
+    student.network.half()
+    with pytest.raises(ArtifactError, match="the optimized grids it carries were made for other weights or another dtype of .*: put these"):
+        sample(student, seeds=[0])
 
 
 def test_more_than_half_is_not_left_out(teacher: Model, tmp_path: Path) -> None:
@@ -456,3 +470,21 @@ def test_a_student_of_few_steps_is_no_teacher() -> None:
             ModelError, match="digits-edm-3step was made for 3 steps of ddim alone, .*: sample it as it is, or name its teacher, digits-edm"
         ):
             distill(load_model("digits-edm-3step"), method)
+
+
+@pytest.mark.parametrize(("method", "config"), [("guided", GUIDED), ("progressive", replace(HALVED, nfe=(2,)))])
+def test_a_loss_says_whose_fault_it_is(teacher: Model, method: str, config: Any, tmp_path: Path) -> None:
+    """And names no folder that goes with the run."""
+    model = replace(teacher, call=lambda network, x, time, cond: network(x, time, cond).sample * torch.nan, null_label=2)
+    for of, says in ((model, "the answers of teacher itself are not finite, so check its weights and dtype$"), (teacher, "lower lr$")):
+        with pytest.raises(ArtifactError, match=f"the loss is not finite at step [0-9]+: {says}"):
+            distill(of, method, config=replace(config, lr=1e-3 if of is model else 1e30))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 trains there")
+@pytest.mark.parametrize("method", ["flow-map", "kd", "guided", "progressive"])
+def test_a_precision_that_is_not_there_is_refused_before_any_work(teacher: Model, tmp_path: Path, method: str) -> None:
+    config = OBJECTIVES[method].config(mixed_precision="fp16")
+    with pytest.raises(FewstepError, match="no training in fp16 on this machine: it needs a GPU; use bf16, or no"):
+        distill(teacher, method, config=config, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -178,13 +178,18 @@ def is_offloaded(network: nn.Module) -> bool:
 
 
 def check_evaluating(network: object) -> None:
-    """Refuse a network in training mode whose answers are then random, or depend on the batch.
+    """Refuse a network in training mode whose answers are then random, or depend on the batch, and one whose weights have no values.
 
     Raises:
-        ModelError: it has dropout or batch normalisation in that mode.
+        ModelError: it has dropout or batch normalisation in that mode, or weights on the device meta that nobody loads.
     """
     if not isinstance(network, nn.Module):
         return
+    if any(one.is_meta for one in network.parameters()) and not is_offloaded(network):
+        raise ModelError(
+            "the network has weights on the device meta, which have no values: load them first, as by network.to_empty(device='cpu') and "
+            "network.load_state_dict(weights)"
+        )
     for module in network.modules():
         if module.training and (isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0)):
             raise ModelError(f"the network has a {type(module).__name__} in training mode, so its answers vary: call network.eval() first")
