@@ -281,3 +281,24 @@ def test_a_jump_between_other_times_is_refused(of: str) -> None:
         with pytest.raises(FewstepError, match=says):
             flow_map(x, s, t, cond)
     assert_close(flow_map(x, high, torch.stack([low, low]), cond), flow_map(x, high, low, cond))
+
+
+@pytest.mark.parametrize("network", [lambda x, t, r: {"v": x}, lambda x, t, r: x.mul_(2)], ids=["a dict", "in place"])
+def test_a_network_that_has_to_be_called_otherwise_is_told_its_own_call(network: Any) -> None:
+    with pytest.raises(ModelError, match=r"pass call=lambda net, x, s, t, cond: net\(x(.clone\(\))?, s, t\)"):
+        sample(flow_map_model(network, shape=SHAPE), nfe=1, seeds=[0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"call": 3}, "call is a function"),
+        ({"scale": 0.0}, "scale is the unit of the network's times, a positive number, as 1000, got 0"),
+        ({"scale": float("nan")}, "scale is a number"),
+        ({"to_data": "no"}, "to_data is True or False, got 'no'"),
+        ({"duration": 1}, "duration is True or False, got 1"),
+    ],
+)
+def test_a_convention_is_checked_when_it_is_made(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        VelocityForm(**{"call": state_first, **wrong})
