@@ -47,6 +47,7 @@ __all__ = [
     "digest_of",
     "facts_of",
     "held_to",
+    "listed",
     "load_artifact",
     "named_path",
     "parse_json",
@@ -142,6 +143,8 @@ def load_artifact(folder: str | Path, kind: str, record: type[A], build: Callabl
     folder = named_path(folder)
     meta = read_record(folder / f"{kind}.json", record)
     path = folder / f"{kind}.safetensors"
+    if not path.exists():
+        raise ArtifactError(f"{folder} is not a whole {kind} artifact: {path.name} is missing; fetch or make it again")
     data = read_file(path)
     if hashlib.sha256(data).hexdigest() != meta.sha256:
         raise ArtifactError(f"{path} is damaged: its checksum is not the one in {kind}.json; fetch or make it again")
@@ -150,6 +153,11 @@ def load_artifact(folder: str | Path, kind: str, record: type[A], build: Callabl
     except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, FewstepError) as error:
         why = str(error) if isinstance(error, FewstepError) else repr(error)
         raise ArtifactError(f"{folder} is not a whole {kind} artifact: {why}; fetch or make it again") from error
+
+
+def listed(card: Mapping[str, Any]) -> str:
+    """Return the facts of a card as a list of Markdown, but for those that are empty, as the command of what was made in Python."""
+    return "\n".join(f"- {key}: {value}" for key, value in card.items() if value not in ("", None))
 
 
 def tensor_of(

@@ -33,7 +33,7 @@ from fewstep.learn.networks.objectives.objective import Networks, StudentObjecti
 from fewstep.learn.teacher.batches import FIRST_FRESH, Batch, TeacherData
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.models.flow_map_student import FlowMapStudent
-from fewstep.models.formats.folders import as_student, save_like
+from fewstep.models.formats.folders import as_student, imports_code, save_like
 from fewstep.models.model import Model
 from fewstep.models.networks.operator import OperatorForm, OperatorStudent
 from fewstep.models.networks.temporal_unet import Mixing
@@ -386,7 +386,7 @@ class MatchingObjective(StudentObjective):
 
     def save(self, student: nn.Module, folder: Path) -> None:
         assert isinstance(student, OperatorStudent | FlowMapStudent)
-        student.save(folder)
+        student.save(folder, trust=imports_code(self.problem.model))
         save_like(self.problem.model, self.network(student), folder)
 
 

@@ -27,7 +27,7 @@ from fewstep.learn.networks.objectives.config import StudentConfig
 from fewstep.learn.networks.objectives.distances import DISTANCES
 from fewstep.learn.networks.objectives.objective import Networks, StudentObjective
 from fewstep.learn.teacher.batches import Batch, TeacherData
-from fewstep.models.formats.folders import as_student, save_like
+from fewstep.models.formats.folders import as_student, imports_code, save_like
 from fewstep.models.model import Model
 from fewstep.models.networks.operator import OperatorForm, OperatorStudent
 from fewstep.models.problem import Problem
@@ -224,5 +224,5 @@ class OperatorObjective(StudentObjective):
 
     def save(self, student: nn.Module, folder: Path) -> None:
         assert isinstance(student, OperatorStudent)
-        student.save(folder)
+        student.save(folder, trust=imports_code(self.problem.model))
         save_like(self.problem.model, student.operator.network, folder)

@@ -35,13 +35,13 @@ from fewstep.learn.networks.objectives.rollout import Rollout, Rows
 from fewstep.learn.teacher.batches import FIRST_FRESH, Batch
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.models.carried import Carried
-from fewstep.models.formats.folders import save_like
-from fewstep.models.guided import form_of, save_guided
+from fewstep.models.formats.folders import imports_code, save_like
+from fewstep.models.guided import form_of, save_guided, untold
 from fewstep.models.model import Model
 from fewstep.models.networks.extra_embedding import ConditionedNetwork
 from fewstep.models.problem import Problem
-from fewstep.runtime.artifact import write_whole
-from fewstep.runtime.errors import FewstepError, look_up
+from fewstep.runtime.artifact import listed, write_whole
+from fewstep.runtime.errors import FewstepError, counted, look_up
 from fewstep.runtime.front_door import at_least, checked_class, is_count
 from fewstep.runtime.process import share
 from fewstep.sampling.loop import run
@@ -243,21 +243,20 @@ class ProgressiveObjective(StudentObjective):
     def save(self, student: nn.Module, folder: Path) -> None:
         model = self.problem.model
         if isinstance(student, ConditionedNetwork):
-            save_guided(student, form_of(model), self._card, folder)
+            save_guided(student, form_of(model), self._card, folder, trust=imports_code(untold(model)))
         else:
-            write_whole(folder / "README.md", _card(folder.name, self._card).encode())
+            write_whole(folder / "README.md", _card(folder.name, self._card, imports_code(model)).encode())
         save_like(model, self.network(student), folder)
 
 
-def _card(name: str, facts: Mapping[str, Any]) -> str:
-    lines = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+def _card(name: str, facts: Mapping[str, Any], trust: bool) -> str:
     return f"""# {name}
 
-A student of {facts["steps"]} first-order steps, made by halving those of its teacher. Its guidance is in its weights.
+A student of {counted(facts["steps"], "first-order step")}, made by halving those of its teacher. Its guidance is in its weights.
 
-{lines}
+{listed(facts)}
 
 ```
-fewstep sample {name} --out runs/sample
+fewstep sample {name}{" --trust" if trust else ""} --out runs/sample
 ```
 """
