@@ -34,7 +34,7 @@ from fewstep.learn.networks.objectives.objective import Networks, StudentObjecti
 from fewstep.learn.networks.objectives.rollout import Rollout, Rows
 from fewstep.learn.teacher.batches import FIRST_FRESH, Batch
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
-from fewstep.models.carried import Carried
+from fewstep.models.carried import OPTIMIZED, Carried
 from fewstep.models.formats.folders import imports_code, save_like
 from fewstep.models.guided import form_of, save_guided, untold
 from fewstep.models.model import Model
@@ -80,6 +80,10 @@ class ProgressiveConfig(StudentConfig):
         super().__post_init__()
         at_least(self, start=2)
         look_up(self.loss, DISTANCES, "loss", FewstepError)
+        if self.grid == OPTIMIZED:
+            raise FewstepError(
+                "a grid that is halved again and again is a spacing by name, as angle, not a model's own of one number of steps"
+            )
         self.check_unused(*STORED)
         object.__setattr__(self, "nfe", tuple(self.nfe) if isinstance(self.nfe, tuple | list) else (self.nfe,))
         steps = [self.begins, *self.nfe] if self.nfe and all(map(is_count, self.nfe)) else []
