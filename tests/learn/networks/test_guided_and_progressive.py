@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.own_networks import timed_model
 from tests.problems import LAW, diffusers_folder, tiny_folder, told_model, toy
 from torch import Tensor
 
@@ -29,8 +30,10 @@ from fewstep import (
 )
 from fewstep.core.schedule import NoiseSchedule, RectifiedFlow, VarianceExploding
 from fewstep.data.images import Images
+from fewstep.evaluate.rows import read_results
 from fewstep.inverse.measurements import Average
 from fewstep.learn.networks import loop
+from fewstep.learn.networks.distill import DistillConfig as KdConfig
 from fewstep.learn.networks.distill import FlowMapConfig, GuidedConfig, ProgressiveConfig, distill
 from fewstep.learn.networks.loop import LoopConfig
 from fewstep.learn.networks.objectives import OBJECTIVES
@@ -44,6 +47,8 @@ from fewstep.models.flow_map import FirstOrderMap
 from fewstep.models.generate import best_sampler, sampler_for
 from fewstep.models.guidance import classifier_free
 from fewstep.models.guided import GuidedForm
+from fewstep.models.networks.operator import OperatorForm
+from fewstep.models.networks.temporal_unet import Mixing
 from fewstep.models.problem import Problem
 from fewstep.solvers import DDIM
 
@@ -488,3 +493,33 @@ def test_a_precision_that_is_not_there_is_refused_before_any_work(teacher: Model
     with pytest.raises(FewstepError, match="no training in fp16 on this machine: it needs a GPU; use bf16, or no"):
         distill(teacher, method, config=config, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_of_a_card_run(told: Model, tmp_path: Path) -> None:
+    """Of a network of one's own they trust its code; what was made in Python has no command; a halved student has its own steps."""
+    own = timed_model()
+    config = KdConfig(slots=1, steps=1, batch=2, num=2, held_out=2, teacher_nfe=2, form=OperatorForm(mixing=Mixing("none")))
+    for made in (distill(own, "kd", config=config, out=tmp_path / "own"), distill(own, "kd", config=config)):
+        assert made is not None
+        folder = tmp_path / "own" if made.folder is not None else made.save(tmp_path / "saved")
+        card = (folder / "README.md").read_text()
+        assert f"fewstep sample {folder.name} --trust --out runs/sample" in card and "- command:" not in card
+    halved = distill(told, "progressive", config=replace(HALVED, nfe=(2,)))
+    assert halved is not None
+    assert "--solver" not in (halved.save(tmp_path / "halved") / "README.md").read_text()
+
+
+def test_a_folder_without_what_is_asked_for_says_so(teacher: Model, tmp_path: Path) -> None:
+    (tmp_path / "run" / "work").mkdir(parents=True)
+    with pytest.raises(ModelError, match="run holds an unfinished run and no model yet: run the command that began it again, it continues"):
+        load_model(tmp_path / "run")
+    assert teacher.folder is not None
+    with pytest.raises(ArtifactError, match="teacher holds no trajectories: name a folder that fewstep trajectories"):
+        fewstep.Trajectories.load(teacher.folder)
+    with pytest.raises(ArtifactError, match="teacher holds no rows of a benchmark: name a folder that fewstep bench"):
+        read_results(teacher.folder / "results.json")
+    student = distill(teacher, "flow-map", config=FlowMapConfig(slots=4, steps=1, batch=2, num=2, held_out=2, teacher_nfe=2, max_passes=2))
+    assert student is not None
+    (student.save(tmp_path / "student") / "flow-map.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="not a whole flow-map artifact: flow-map.safetensors is missing; fetch or make it again"):
+        load_model(tmp_path / "student")

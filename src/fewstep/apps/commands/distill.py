@@ -33,7 +33,8 @@ FLAGS = {
     "grid": Flag(help="Spacing of the times; optimized, but of progressive, is the model's own for ddim."),
     "states": Flag(
         help="Where the student is taught. flow-map: on the stored trajectories, or at their ends noised anew. guided: on fresh "
-        "trajectories without guidance, on guided ones, on stored ones of the teacher, at their ends noised anew, or on noised pictures (data)."
+        "trajectories without guidance, on guided ones, on stored ones of the teacher, at their ends noised anew, or on noised pictures "
+        "(data)."
     ),
     "form.features": Flag(help="Features of what the student is told: the target time of flow-map, the guidance scale of guided."),
     "form.anywhere": Flag("--anywhere/--one-pass", help="Start at any of the slots' times, for several passes, or at the noise only."),
