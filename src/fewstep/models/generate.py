@@ -254,7 +254,7 @@ def _sampler_for(
     if isinstance(what, Sampler | Tableau):
         count = what.nfe if isinstance(what, Sampler) else what.evaluations
         if nfe not in (None, count):
-            raise SolverError(f"this sampler makes {count} evaluations, not {nfe}: leave nfe out, or take another sampler")
+            raise SolverError(f"this sampler makes {counted(count, 'evaluation')}, not {nfe}: leave nfe out, or take another sampler")
         if grid is not None:
             raise GridError("a sampler has a grid of its own: leave grid out")
         if isinstance(what, Sampler) and isinstance(model, Model):
@@ -375,7 +375,7 @@ def best_sampler(model: Model, nfe: int | None = None, guidance: float = 1.0) ->
     known = sorted({*fitted, *(n for table in tables for n in table.grids)})
     there = f"it carries some for {', '.join(map(str, known))}; " if known else ""
     mend = _NOTHING if model.flow_map is None else _KNOWN_TIMES
-    raise SolverError(f"{model.name} carries no sampler for {nfe} evaluations at guidance {guidance:g}: {there}{mend}")
+    raise SolverError(f"{model.name} carries no sampler for {counted(nfe, 'evaluation')} at guidance {guidance:g}: {there}{mend}")
 
 
 _NOTHING = "name a solver, as in sample(model, 'unipc-2', nfe=8, seeds=range(4)), or make a sampler with fewstep.fit"

@@ -590,7 +590,7 @@ class Model:
         known = ", ".join(f"{sampler.nfe} at {sampler.card.get('guidance'):g}" for sampler in samplers)
         there = f"there are some of {known}" if known else "there are none in its folder"
         raise SolverError(
-            f"no fitted sampler of {self.name} with {nfe} evaluations at guidance {guidance:g}, {there}: make one with "
+            f"no fitted sampler of {self.name} with {counted(nfe, 'evaluation')} at guidance {guidance:g}, {there}: make one with "
             f"'fewstep fit {self.command_name(guidance)} --nfe {nfe} --out DIR' and use it with --sampler DIR"
         )
 

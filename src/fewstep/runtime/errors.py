@@ -48,8 +48,9 @@ def first_line(error: BaseException) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a number with its noun, which has an s but for 1; ``pass`` has ``es``."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
+    """Return a number with its noun, in the plural but for 1, as it is formed of ``step``, ``pass`` and ``trajectory``."""
+    many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}{'es' if noun.endswith('s') else 's'}"
+    return f"{count:,} {noun if count == 1 else many}"
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -16,12 +16,12 @@ from fewstep.evaluate.metrics.features import load_digits_features
 from fewstep.evaluate.metrics.judge import Judge
 from fewstep.evaluate.pictures import save_comparison
 from fewstep.learn.networks.distill import distill as make_student
-from fewstep.learn.networks.objectives import OBJECTIVES, MatchingConfig
+from fewstep.learn.networks.objectives import OBJECTIVES, DistillConfig, FlowMapConfig, MatchingConfig
 from fewstep.learn.teacher.trajectories import Trajectories
 from fewstep.models.flow_map import OperatorMap
 from fewstep.models.model import Model
-from fewstep.runtime.errors import FewstepError
-from fewstep.runtime.process import default_device
+from fewstep.runtime.errors import FewstepError, counted
+from fewstep.runtime.process import default_device, process
 
 __all__ = ["distill"]
 
@@ -78,6 +78,10 @@ def distill(
     stored = None if trajectories is None else Trajectories.load(trajectories)
     scale, matches = guidance_of(opened, guidance), isinstance(chosen, MatchingConfig)
     images = None if data is None else load_images(data)
+    if not json and process()[0] == 0:
+        made = isinstance(chosen, DistillConfig | FlowMapConfig) and stored is None and images is None
+        before = f"{counted(chosen.num + chosen.held_out, 'trajectory')} of {chosen.teacher_nfe} evaluations, then " if made else ""
+        console.print(f"distilling {opened.name}: {before}{counted(chosen.all_steps, 'training step')} of {chosen.batch} rows")
     with progress(f"distilling {opened.name}", chosen.all_steps) as report:
         student = make_student(
             opened,
