@@ -144,7 +144,7 @@ def load_artifact(folder: str | Path, kind: str, record: type[A], build: Callabl
     meta = read_record(folder / f"{kind}.json", record)
     path = folder / f"{kind}.safetensors"
     if not path.exists():
-        raise ArtifactError(f"{folder} is not a whole {kind} artifact: {path.name} is missing; fetch or make it again")
+        raise ArtifactError(f"cannot read {path}: No such file, and {kind}.json is beside it; fetch or make it again")
     data = read_file(path)
     if hashlib.sha256(data).hexdigest() != meta.sha256:
         raise ArtifactError(f"{path} is damaged: its checksum is not the one in {kind}.json; fetch or make it again")

@@ -521,5 +521,5 @@ def test_a_folder_without_what_is_asked_for_says_so(teacher: Model, tmp_path: Pa
     student = distill(teacher, "flow-map", config=FlowMapConfig(slots=4, steps=1, batch=2, num=2, held_out=2, teacher_nfe=2, max_passes=2))
     assert student is not None
     (student.save(tmp_path / "student") / "flow-map.safetensors").unlink()
-    with pytest.raises(ArtifactError, match="not a whole flow-map artifact: flow-map.safetensors is missing; fetch or make it again"):
+    with pytest.raises(ArtifactError, match="flow-map.safetensors: No such file, and flow-map.json is beside it; fetch or make it again"):
         load_model(tmp_path / "student")
