@@ -1,5 +1,6 @@
 """Flow maps of others, each against its published formula written out here."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,20 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import fewstep
-from fewstep import FewstepError, GaussianDenoiser, Model, ModelError, RectifiedFlow, SolverError, flow_map_model, make_grid, sample
+from fewstep import (
+    FewstepError,
+    GaussianDenoiser,
+    Model,
+    ModelError,
+    RectifiedFlow,
+    SolverError,
+    flow_map_model,
+    load_model,
+    make_grid,
+    sample,
+)
 from fewstep.models.flow_map import FirstOrderMap
-from fewstep.models.foreign_maps import VELOCITY_FORMS, VelocityForm, state_first
+from fewstep.models.foreign_maps import VELOCITY_FORMS, VelocityForm, VelocityMap, state_first
 
 SHAPE = (3,)
 WEIGHTS = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
@@ -230,3 +242,63 @@ def test_mistakes_say_how_to_mend_them(mistake: str) -> None:
 def test_errors_of_models_are_model_errors() -> None:
     with pytest.raises(ModelError):
         flow_map_model(Net("x12"), "other", shape=SHAPE)
+
+
+def test_a_flow_map_and_its_model_have_one_network() -> None:
+    """Another network would be in the fingerprint and answer nothing."""
+    model = flow_map_model(Net("x12"), shape=SHAPE)
+    for change in (lambda: model.with_network(Net("x12")), lambda: replace(model, network=Net("x12"))):
+        with pytest.raises(ModelError, match="has a flow map that calls another network, .* make the model anew"):
+            change()
+    other, flow_map = Net("x12"), model.flow_map
+    assert isinstance(flow_map, VelocityMap)
+    assert model.with_network(other, flow_map=replace(flow_map, network=other)).fingerprint != ""
+
+
+@pytest.mark.parametrize("of", ["theirs", "ours", "first order"])
+def test_a_jump_between_other_times_is_refused(of: str) -> None:
+    """As `sample` refuses them: no answer is invented."""
+    found, x = load_model("digits-flow-map"), torch.zeros(2, 1, 8, 8)
+    teacher = load_model("digits-edm")
+    flow_map = {
+        "theirs": flow_map_model(lambda x, t, r: x, shape=(1, 8, 8)).flow_map,
+        "ours": found.flow_map,
+        "first order": FirstOrderMap(teacher),
+    }[of]
+    assert flow_map is not None
+    cond, (high, low) = (None if of == "theirs" else torch.tensor([0, 1])), flow_map.schedule.ends
+    middle, nan = (high + low) / 2, high * torch.nan
+    for s, t, says in (
+        (middle, high, "leads from s to a time t nearer to the image, not from"),
+        (nan, low, "leads from s to a time t nearer to the image, not from nan"),
+        (high, nan, "nearer to the image, not from .* to nan"),
+        *(((2 * high, low, "knows times from"), (high, low - 1, "knows times from")) if of != "first order" else ()),
+        (torch.stack([high, middle]), torch.stack([low, high]), "nearer to the image, not from"),
+        (1.0, 0.5, "s is a time of the jump, .*, not a float: pass torch.tensor"),
+        (high, torch.tensor(0), "t is a time of the jump, .*, not a int64"),
+        (high.expand(3), low, "one for each of 2 samples, got shape \\(3,\\)"),
+    ):
+        with pytest.raises(FewstepError, match=says):
+            flow_map(x, s, t, cond)
+    assert_close(flow_map(x, high, torch.stack([low, low]), cond), flow_map(x, high, low, cond))
+
+
+@pytest.mark.parametrize("network", [lambda x, t, r: {"v": x}, lambda x, t, r: x.mul_(2)], ids=["a dict", "in place"])
+def test_a_network_that_has_to_be_called_otherwise_is_told_its_own_call(network: Any) -> None:
+    with pytest.raises(ModelError, match=r"pass call=lambda net, x, s, t, cond: net\(x(.clone\(\))?, s, t\)"):
+        sample(flow_map_model(network, shape=SHAPE), nfe=1, seeds=[0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"call": 3}, "call is a function"),
+        ({"scale": 0.0}, "scale is the unit of the network's times, a positive number, as 1000, got 0"),
+        ({"scale": float("nan")}, "scale is a number"),
+        ({"to_data": "no"}, "to_data is True or False, got 'no'"),
+        ({"duration": 1}, "duration is True or False, got 1"),
+    ],
+)
+def test_a_convention_is_checked_when_it_is_made(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        VelocityForm(**{"call": state_first, **wrong})

@@ -138,6 +138,8 @@ SAMPLE = {
     "seeds that are not whole": (lambda: asked(seeds=[0.5]), FewstepError, "seeds are whole numbers"),
     "seeds that are true or not": (lambda: asked(seeds=[True, False]), FewstepError, "seeds are whole numbers"),
     "seeds that are a mask": (lambda: asked(seeds=np.array([True, False])), FewstepError, "seeds are whole numbers"),
+    "a number that is true": (lambda: asked(nfe=True), SolverError, "nfe is one number of network evaluations, as nfe=8, got True"),
+    "seeds that are negative": (lambda: asked(seeds=[0, -1]), FewstepError, r"got .*: they lie between 0 and 2\^63"),
     "seeds that are too large": (lambda: asked(seeds=[2**64]), FewstepError, "seeds are whole numbers"),
     "seeds in a square": (lambda: asked(seeds=torch.zeros(2, 2)), FewstepError, "seeds are whole numbers"),
     "other seeds than starts": (lambda: asked(x=TWO_BY_TWO, seeds=[1, 2, 3]), ModelError, "3 seeds for 2 starts: pass one for each"),
@@ -485,3 +487,9 @@ def test_a_tuned_model_is_sampled_as_it_was_tuned():
     assert best_sampler(model).nfe == model.tuned.nfe == 3
     assert torch.equal(sample(model, seeds=[1]), sample(model, "ddim", nfe=3, grid="optimized", seeds=[1]))
     assert [best_sampler(student, jumps).nfe for jumps in student.num_jumps] == [1, 2, 3, 4] and best_sampler(student).nfe == 1
+
+
+def test_weights_without_values_are_named() -> None:
+    model = replace(PLAIN, network=nn.Linear(2, 2).to("meta"), call=lambda net, x, t, cond: net(x))
+    with pytest.raises(ModelError, match="weights on the device meta, which have no values: load them first"):
+        sample(model, "ddim", nfe=2, seeds=[0])

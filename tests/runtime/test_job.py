@@ -18,7 +18,7 @@ from filelock import FileLock
 from fewstep import ArtifactError, FewstepError
 from fewstep.apps import cli
 from fewstep.runtime import job as module
-from fewstep.runtime.artifact import write_whole
+from fewstep.runtime.artifact import MODEL_FILES, write_whole
 from fewstep.runtime.job import Job
 
 
@@ -157,12 +157,12 @@ def test_a_job_without_a_folder_is_in_memory(tmp_path: Path, monkeypatch: pytest
 
 def test_a_job_says_where_it_computes_and_how_far_it_is(tmp_path: Path) -> None:
     shown = []
-    with Job.open("fit", tmp_path, device="meta", on_progress=lambda *now: shown.append(now), command="fewstep fit") as job:
+    with Job.open("fit", tmp_path, device="cpu:0", on_progress=lambda *now: shown.append(now), command="fewstep fit") as job:
         job.on_progress(3, "of 4")
         assert (job.work, job.folder, job.device, job.command, job.in_memory) == (
             "fit",
             tmp_path,
-            torch.device("meta"),
+            torch.device("cpu:0"),
             "fewstep fit",
             False,
         )
@@ -175,7 +175,7 @@ def test_a_job_says_where_it_computes_and_how_far_it_is(tmp_path: Path) -> None:
 
 def test_a_part_is_a_job_of_its_own(tmp_path: Path) -> None:
     shown, mine = [], []
-    with Job.open("fit", tmp_path / "out", device="meta", on_progress=lambda *now: shown.append(now), command="fewstep fit") as job:
+    with Job.open("fit", tmp_path / "out", device="cpu:0", on_progress=lambda *now: shown.append(now), command="fewstep fit") as job:
         with job.below("a") as part:
             part.on_progress(1, "is not the whole's progress")
             assert (part.work, part.folder, part.device, part.command) == ("fit", job.folder / "a", job.device, "fewstep fit")
@@ -404,3 +404,14 @@ def test_a_terminated_run_is_said_to_be_one_whoever_raised_the_interrupt_anew(mo
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 143 and capsys.readouterr().err == "fewstep: terminated; run the same command to continue\n"
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_a_models_folder_is_no_place_for_other_work(tmp_path: Path, name: str) -> None:
+    """Its card would be overwritten; a folder below it is right."""
+    (tmp_path / name).write_text("weights")
+    with pytest.raises(ArtifactError, match="already holds a model, whose card would be lost: choose another folder, or one below it"):
+        free(tmp_path)
+    free(tmp_path / "fitted")
+    with Job.open("distill", tmp_path, makes_model=True):
+        pass

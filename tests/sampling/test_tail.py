@@ -103,7 +103,7 @@ def test_statistics_are_asked_for_again(tmp_path):
 @pytest.mark.parametrize(
     ("name", "begin", "says"),
     [
-        ("unipc-2", 6, "1 evaluations a step, 6 in all: begin at a multiple of 1 below that, not at evaluation 6"),
+        ("unipc-2", 6, "1 evaluation a step, 6 in all: begin at a multiple of 1 below that, not at evaluation 6"),
         ("unipc-2", -1, "not at evaluation -1"),
         ("heun", 3, "2 evaluations a step, 12 in all: begin at a multiple of 2 below that, not at evaluation 3"),
         ("dpm-solver-3s", 18, "not at evaluation 18"),

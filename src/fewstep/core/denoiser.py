@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from os import PathLike
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.runtime.errors import ModelError
+from fewstep.runtime.errors import ModelError, SolverError
 
-__all__ = ["Cond", "Denoiser", "FlowMap", "check_denoiser"]
+__all__ = ["Cond", "Denoiser", "FlowMap", "check_denoiser", "check_jump"]
 
 Cond = Any  # whatever the network is conditioned on: labels [B], a dict of tensors [B, ...], or None
 
@@ -63,6 +64,11 @@ class FlowMap(ABC):
         return ()
 
     @property
+    def called(self) -> object:
+        """The network that it calls, which has to be that of its model; by default it is not known."""
+        return None
+
+    @property
     def anywhere(self) -> bool:
         """Whether it starts at any of its times, so that a noised image can be put in; by default at the noise alone."""
         return False
@@ -90,6 +96,9 @@ class FlowMap(ABC):
             s: a time of the schedule, ``[]`` float64.
             t: a later time, nearer to the image, ``[]`` float64.
             cond: the condition, as the network takes it.
+
+        Raises:
+            ModelError, SolverError: times that it cannot jump between, see `check_jump`.
         """
 
     def check(self, t: Tensor) -> None:  # noqa: B027 - a map that can jump anywhere has nothing to refuse
@@ -98,3 +107,37 @@ class FlowMap(ABC):
         Raises:
             SolverError: it cannot (which times it knows).
         """
+
+
+def check_jump(flow_map: FlowMap, x: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the times of a jump, both ``[]`` or both ``[B]``, and refuse those between which a flow map does not lead.
+
+    Their values are read on the CPU alone, where times belong: elsewhere each jump would wait for the device.
+
+    Args:
+        flow_map: the map.
+        x: the states ``[B, *D]``.
+        s, t: the times, ``[]`` or ``[B]``.
+
+    Raises:
+        ModelError: they are no tensors of floating point numbers, or not one for each sample.
+        SolverError: one is not a number, or none that the map knows, or the second is the noisier one.
+    """
+    for name, time in (("s", s), ("t", t)):
+        if not isinstance(time, Tensor) or not time.is_floating_point():
+            what = str(time.dtype).removeprefix("torch.") if isinstance(time, Tensor) else type(time).__name__
+            raise ModelError(f"{name} is a time of the jump, a tensor [] or [B], not a {what}: pass torch.tensor(1.0, dtype=torch.float64)")
+        if time.shape not in ((), (len(x),)):
+            raise ModelError(f"{name} is a time of the jump, [], or one for each of {len(x)} samples, got shape {tuple(time.shape)}")
+    s, t = torch.broadcast_tensors(s, t)
+    if s.device.type != "cpu" or t.device.type != "cpu" or not s.numel():
+        return s, t
+    if not bool((s >= t).all()):  # which NaN is not, either
+        k = int((~(s >= t)).flatten().nonzero()[0])
+        raise SolverError(
+            f"a flow map leads from s to a time t nearer to the image, not from {s.flatten()[k]:g} to {t.flatten()[k]:g}: swap them, or "
+            "check where they come from"
+        )
+    for ends in ((s.max(), t.min()), (s.min(), t.max()))[: 1 + bool(s.ndim)]:
+        flow_map.check(torch.stack(ends))
+    return s, t

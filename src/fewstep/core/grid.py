@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.runtime.errors import GridError
+from fewstep.runtime.errors import GridError, counted
 from fewstep.runtime.front_door import checked, checked_class, is_count, number
 
 __all__ = ["RHO", "TimeGrid", "check_law", "grid_ends", "karras_roots", "nearest_time", "step_count"]
@@ -57,7 +57,7 @@ class TimeGrid:
             raise GridError(f"times must strictly decrease, but {t[i]:g} (at index {i}) {what}; use fewer steps or another spacing")
 
     def __repr__(self) -> str:
-        return f"TimeGrid({self.steps} steps, t = {float(self.t[0]):.4g} to {float(self.t[-1]):.4g})"
+        return f"TimeGrid({counted(self.steps, 'step')}, t = {float(self.t[0]):.4g} to {float(self.t[-1]):.4g})"
 
     @property
     def steps(self) -> int:

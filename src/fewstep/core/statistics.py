@@ -25,7 +25,17 @@ from torch import Tensor
 
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule, schedule_from_config
-from fewstep.runtime.artifact import ArtifactRecord, Count, Number, alike, load_artifact, named_path, save_artifact, tensor_of
+from fewstep.runtime.artifact import (
+    ArtifactRecord,
+    Count,
+    Number,
+    alike,
+    check_no_model,
+    load_artifact,
+    named_path,
+    save_artifact,
+    tensor_of,
+)
 from fewstep.runtime.errors import ArtifactError, GridError
 from fewstep.runtime.hub import Shared, header
 
@@ -266,6 +276,7 @@ class ModelStatistics(Shared):
         return self._write(named_path(folder), self._readme('load("path/to/this/folder")', ["statistics.png"]))
 
     def _write(self, folder: Path, readme: str) -> Path:
+        check_no_model(folder)
         meta = {
             "model": self.model,
             "guidance": self.guidance,

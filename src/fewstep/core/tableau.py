@@ -25,7 +25,7 @@ from torch import Tensor
 from fewstep.core.first_answer import FirstAnswer
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.runtime.errors import SolverError
+from fewstep.runtime.errors import SolverError, counted
 from fewstep.runtime.front_door import is_count, whole
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Nodes(NamedTuple):
         return (0, *(k + int(self.t[k + 1] > self.t[k]) for k in last))
 
     def __repr__(self) -> str:
-        return f"Nodes({self.evaluations} evaluations, t = {float(self.t[0]):.4g} to {float(self.t[-1]):.4g})"
+        return f"Nodes({counted(self.evaluations, 'evaluation')}, t = {float(self.t[0]):.4g} to {float(self.t[-1]):.4g})"
 
     def first_order(self, s: int | slice = slice(None, -1), t: int | slice = slice(1, None)) -> tuple[Tensor, Tensor]:
         """Return ``r, g`` of the step ``x_t = r x_s + g x0`` from node ``s`` to ``t``; by default of all steps.
@@ -276,7 +276,7 @@ class Tableau:
     def __repr__(self) -> str:
         coefficients = f", coefficients {self.element}" if self.element else ""
         foreseen = "" if self.first is None else ", the first answer foreseen"
-        return f"Tableau({self.evaluations} evaluations, memory {self.memory}{coefficients}{foreseen})"
+        return f"Tableau({counted(self.evaluations, 'evaluation')}, memory {self.memory}{coefficients}{foreseen})"
 
     @property
     def stochastic(self) -> bool:

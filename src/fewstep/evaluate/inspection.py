@@ -136,11 +136,7 @@ def check_inspected(model: Model, num: int, seed: int) -> None:
     model.need_unbounded(
         "an inspection", "what its network answers on the way is a mean of mirror images, not the image so far; use fewstep bench"
     )
-    if model.tuned is not None and model.tuned.solver is not None:
-        raise ModelError(
-            f"{model.name} was tuned for {model.tuned.nfe} steps of {model.tuned.solver}, to end where its teacher does: sample it as it "
-            "is, or inspect its teacher"
-        )
+    model.need_trajectories()
     if num < 2:
         raise FewstepError(f"an inspection takes 2 noises or more, got {num}")
     check_seeds(seed, num)

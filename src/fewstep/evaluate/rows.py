@@ -153,6 +153,8 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: it cannot be read, or a field that is shown is missing or of another type (which).
     """
+    if path.parent.is_dir() and not path.exists():
+        raise ArtifactError(f"{path.parent} holds no rows of a benchmark: name a folder that fewstep bench or compare(..., out=) made")
     text = read_file(path)
     results = parse_json(text, path)
     if isinstance(results.get("problem"), dict) and "pictures" in results["problem"]:

@@ -155,11 +155,14 @@ def checked_prior(denoiser: Denoiser, method: Method, taker: str = "a restoratio
     """Return a denoiser that a method can work with.
 
     Raises:
-        ModelError: it is none, a student, reflected, or computes in 16 bits where a difference of answers is taken at a small distance.
+        ModelError: it is none, a student, made for few steps, or reflected; or it computes in 16 bits where a difference of answers is
+            taken at a small distance.
     """
     check_denoiser(denoiser, taker)
     if isinstance(denoiser, FlowMap) or (isinstance(denoiser, Model) and denoiser.flow_map is not None):
         raise ModelError("a student jumps to the image and has no answers on the way to correct: take its teacher as the prior")
+    if isinstance(denoiser, Model):
+        denoiser.need_trajectories()
     check_unbounded(denoiser, taker, UNBOUNDED)
     size = getattr(method, "size", None)
     if isinstance(denoiser, Model) and size is not None and not getattr(method, "backward", False) and size < ROUGH:

@@ -28,7 +28,7 @@ from fewstep.models.batches import is_finished, sampled_in_batches, samples_reco
 from fewstep.models.identity import digest, parts
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
-from fewstep.runtime.artifact import ArtifactRecord, load_artifact, named_path, save_artifact, tensor_of
+from fewstep.runtime.artifact import ArtifactRecord, check_no_model, load_artifact, named_path, save_artifact, tensor_of
 from fewstep.runtime.errors import ArtifactError, ModelError, first_line
 from fewstep.runtime.front_door import checked, is_count, number, scale_of
 from fewstep.runtime.job import Job, Progress
@@ -118,7 +118,8 @@ found = Restoration.load("path/to/this/folder")
 found.samples, found.mean, found.spread, found.misfit
 ```
 """
-        return save_artifact(named_path(folder), "restoration", {"card": dict(self.card)}, tensors, readme)
+        check_no_model(folder := named_path(folder))
+        return save_artifact(folder, "restoration", {"card": dict(self.card)}, tensors, readme)
 
     @classmethod
     def load(cls, folder: str | Path) -> Restoration:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.denoiser import Cond, Denoiser, FlowMap
+from fewstep.core.denoiser import Cond, Denoiser, FlowMap, check_jump
 from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes
@@ -38,6 +38,7 @@ class FirstOrderMap(FlowMap):
         return self.denoiser.schedule
 
     def __call__(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        s, t = check_jump(self, x, s, t)
         ratio, gain = Nodes.at(self.schedule, torch.stack([s, t])).first_order(0, 1)
         return aligned(ratio, x) * x + aligned(gain, x) * self.denoiser(x, s, cond)
 
@@ -49,6 +50,10 @@ class OperatorMap(FlowMap):
     student: OperatorStudent = field(repr=False)
 
     @property
+    def called(self) -> object:
+        return self.student
+
+    @property
     def schedule(self) -> NoiseSchedule:
         return self.student.schedule
 
@@ -57,7 +62,7 @@ class OperatorMap(FlowMap):
         return astuple(self.student.form), self.student.times.tolist()
 
     def __call__(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        return self.student.jump(x, s, t, cond)
+        return self.student.jump(x, *check_jump(self, x, s, t), cond)
 
     def arithmetic(self, t: Tensor) -> float:
         return self.student.arithmetic(t)
@@ -87,6 +92,10 @@ class StudentMap(FlowMap):
     scale: float | Tensor | None = None
 
     @property
+    def called(self) -> object:
+        return self.student
+
+    @property
     def schedule(self) -> NoiseSchedule:
         return self.student.schedule
 
@@ -104,7 +113,7 @@ class StudentMap(FlowMap):
         return replace(self, scale=scale)
 
     def __call__(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        return self.student.jump(x, s, t, cond, self.scale)
+        return self.student.jump(x, *check_jump(self, x, s, t), cond, self.scale)
 
     def arithmetic(self, t: Tensor) -> float:
         return float(len(t) - 1)  # the small networks of its embeddings apart

@@ -28,7 +28,7 @@ from fewstep.models.networks.beside import load_beside
 from fewstep.models.networks.calls import plain_call
 from fewstep.models.networks.extra_embedding import ConditionedNetwork, even, level_features, scale_features
 from fewstep.models.networks.scaled_call import SCALE, ScaledCall, each_scale
-from fewstep.runtime.artifact import ArtifactRecord, Number, load_artifact, named_path, save_artifact
+from fewstep.runtime.artifact import ArtifactRecord, Number, listed, load_artifact, named_path, save_artifact
 from fewstep.runtime.errors import ModelError
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
 
@@ -163,10 +163,14 @@ class FlowMapStudent(nn.Module):
 
     # -- as a folder ------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, trust: bool = False) -> Path:
         """Write ``flow-map.json``, ``flow-map.safetensors`` and a card; the network itself is saved beside them by `save_like`.
 
         The embedding of its guidance scale, where it is told one, is saved by `save_guided`, before.
+
+        Args:
+            folder: of the model.
+            trust: whether it names code to import, for the commands of the card.
 
         Raises:
             ArtifactError: the folder cannot be written, or the card is not JSON-able.
@@ -176,7 +180,7 @@ class FlowMapStudent(nn.Module):
         meta = {"form": asdict(self.form), "first": self.first, "last": self.last, "card": self.card}
         meta |= {} if self.scales is None else {"scales": list(self.scales)}
         meta |= {"single": True} if self.single else {}
-        return save_artifact(folder, "flow-map", meta, tensors, self._readme(folder.name))
+        return save_artifact(folder, "flow-map", meta, tensors, self._readme(folder.name, trust))
 
     @classmethod
     def load(cls, folder: str | Path, teacher: Model) -> FlowMapStudent:
@@ -200,8 +204,8 @@ class FlowMapStudent(nn.Module):
 
         return load_artifact(folder, "flow-map", FlowMapRecord, build)
 
-    def _readme(self, name: str) -> str:
-        facts = "\n".join(f"- {key}: {value}" for key, value in self.card.items())
+    def _readme(self, name: str, trust: bool) -> str:
+        typed = f"{name} --trust" if trust else name
         about = "one network that leads from any time of its trajectories to any later one, so any number of passes makes an image"
         if self.single:
             about = "one network that leads from noise to the image in one pass, trained on so that its samples have the right distribution"
@@ -209,10 +213,10 @@ class FlowMapStudent(nn.Module):
 
 A flow map: {about}.
 
-{facts}
+{listed(self.card)}
 
 ```
-fewstep sample {name} --nfe 1 --out runs/sample
-fewstep bench {name} --nfe {"1" if self.single else "1,2,4"} --out runs/bench
+fewstep sample {typed} --nfe 1 --out runs/sample
+fewstep bench {typed} --nfe {"1" if self.single else "1,2,4"} --out runs/bench
 ```
 """

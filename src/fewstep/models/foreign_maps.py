@@ -10,6 +10,7 @@ call's arguments, in whether it is told the other time or the duration, and in t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
@@ -18,16 +19,17 @@ import torch
 from torch import Tensor
 
 from fewstep.core.condition import check_batch
-from fewstep.core.denoiser import Cond, FlowMap
+from fewstep.core.denoiser import Cond, FlowMap, check_jump
 from fewstep.core.prediction import aligned
 from fewstep.core.schedule import NoiseSchedule, RectifiedFlow
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import answer_of, network_dtype, refusals, unwritten
-from fewstep.runtime.errors import ModelError, look_up
+from fewstep.runtime.errors import ModelError, SolverError, look_up
 from fewstep.runtime.front_door import checked, number
 
 __all__ = ["VELOCITY_FORMS", "VelocityForm", "VelocityMap", "flow_map_model"]
 
+TIMES = "s, t"  # as errors call them
 VelocityCall = Callable[[Any, Tensor, Tensor, Tensor, Cond], Any]  # (network, x [B, *D], from [B], to [B], cond) -> v [B, *D]
 
 
@@ -51,6 +53,9 @@ class VelocityForm:
         scale: the unit of the times that they are told, as 1000.
         duration: whether they are told the time between the two in the place of the second.
         about: where it comes from.
+
+    Raises:
+        ModelError: a call that is no function, a unit that is not positive, or a switch that is none.
     """
 
     call: VelocityCall
@@ -58,6 +63,15 @@ class VelocityForm:
     scale: float = 1.0
     duration: bool = False
     about: str = ""
+
+    def __post_init__(self) -> None:
+        if not callable(self.call):
+            raise ModelError(f"call is a function (network, x, from, to, cond) -> velocity, got {self.call!r}")
+        if not 0 < number(self.scale, "scale", ModelError) < math.inf:
+            raise ModelError(f"scale is the unit of the network's times, a positive number, as 1000, got {self.scale}")
+        for name in ("to_data", "duration"):
+            if not isinstance(getattr(self, name), bool):
+                raise ModelError(f"{name} is True or False, got {getattr(self, name)!r}")
 
 
 VELOCITY_FORMS = {
@@ -87,6 +101,10 @@ class VelocityMap(FlowMap):
     dtype: torch.dtype | None = None
 
     @property
+    def called(self) -> object:
+        return self.network
+
+    @property
     def anywhere(self) -> bool:
         return True
 
@@ -100,17 +118,24 @@ class VelocityMap(FlowMap):
 
     def __call__(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         check_batch(cond, len(x))
+        s, t = check_jump(self, x, s, t)
         form, dtype = self.form, self.dtype or network_dtype(self.network, x.dtype)
         first, last = (1 - self.law.sigma(time) if form.to_data else self.law.sigma(time) for time in (s, t))
         kind = torch.promote_types(dtype, torch.float32)
         other = (last - first).abs() if form.duration else last
         here, there = ((form.scale * time).to(kind).to(x.device).expand(len(x)) for time in (first, other))
-        with refusals(x), unwritten(x):
-            velocity = answer_of(form.call(self.network, x.to(dtype), here, there, cond), x)
+        with refusals(x), unwritten(x, TIMES):
+            velocity = answer_of(form.call(self.network, x.to(dtype), here, there, cond), x, TIMES)
         return x + aligned(last - first, x) * velocity.to(x.dtype)
 
     def arithmetic(self, t: Tensor) -> float:
         return float(len(t) - 1)
+
+    def check(self, t: Tensor) -> None:
+        first, last = self.law.ends
+        slack = 1e-9 * (first - last)
+        if not bool(((t <= first + slack) & (t >= last - slack)).all()):
+            raise SolverError(f"this flow map knows times from {first:g} to {last:g}, not {t[0]:g} to {t[-1]:g}: use a grid between them")
 
 
 @checked
@@ -161,8 +186,6 @@ def flow_map_model(
         raise ModelError(f"a flow map's network is a module or a function, got {type(network).__name__}")
     form = kind if isinstance(kind, VelocityForm) else look_up(kind, VELOCITY_FORMS, "convention of flow maps", ModelError)
     if call is not None:
-        if not callable(call):
-            raise ModelError(f"call is a function (network, x, from, to, cond) -> velocity, got {call!r}")
         form = replace(form, call=call)
     law = RectifiedFlow(number(shift, "shift", ModelError))
     flow_map = VelocityMap(network, form, law, dtype)

@@ -26,7 +26,7 @@ from fewstep.models.model import Model
 from fewstep.models.networks.calls import check_evaluating
 from fewstep.models.problem import Problem
 from fewstep.models.spread import OverProcesses, over_devices
-from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
+from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError, counted
 from fewstep.runtime.front_door import checked, scale_of
 from fewstep.runtime.process import process
 from fewstep.runtime.spec import parse_spec
@@ -236,7 +236,7 @@ def sampler_for(
         model.guided(guidance)  # refuses a scale that it cannot have, before a sampler for it is looked for
     made = _sampler_for(model, what, nfe, guidance, grid, statistics, any_statistics, strength)
     if isinstance(model, Model):
-        _check_own_steps(made, model, guidance)
+        model.check_own_steps(made.tableau if isinstance(made, Sampler) else made)
     return made
 
 
@@ -251,14 +251,14 @@ def _sampler_for(
     strength: float | None,
 ) -> Sampler | Tableau:
     level = math.inf if strength is None else level_of(strength)
-    if not isinstance(nfe, SupportsInt | None):
+    if not isinstance(nfe, SupportsInt | None) or isinstance(nfe, bool):
         raise SolverError(f"nfe is one number of network evaluations, as nfe=8, got {nfe!r}")
     if not isinstance(grid, str | TimeGrid | None):
         raise GridError(f"a grid is the name of a spacing or a fewstep.TimeGrid(times), got a {type(grid).__name__}")
     if isinstance(what, Sampler | Tableau):
         count = what.nfe if isinstance(what, Sampler) else what.evaluations
         if nfe not in (None, count):
-            raise SolverError(f"this sampler makes {count} evaluations, not {nfe}: leave nfe out, or take another sampler")
+            raise SolverError(f"this sampler makes {counted(count, 'evaluation')}, not {nfe}: leave nfe out, or take another sampler")
         if grid is not None:
             raise GridError("a sampler has a grid of its own: leave grid out")
         if isinstance(what, Sampler) and isinstance(model, Model):
@@ -299,25 +299,6 @@ def _sampler_for(
             raise GridError("optimized grids are those that a Model carries, for a solver by name")
         return Sampler.build(solver, model.optimized(what, nfe, guidance), model.schedule, nfe=nfe, level=level)
     return Sampler.build(solver, default_grid(model) if grid is None else grid, model.schedule, nfe=nfe, level=level)
-
-
-def _check_own_steps(sampler: Sampler | Tableau, model: Model, guidance: float) -> None:
-    """Refuse another sampler than its own for a student whose answers are for its own steps alone.
-
-    Raises:
-        SolverError: it is another (and which steps there are).
-    """
-    tuned = model.tuned
-    if tuned is None or tuned.form != "progressive":
-        return
-    tableau, own = (sampler.tableau if isinstance(sampler, Sampler) else sampler), best_sampler(model, guidance=guidance).tableau
-    same = tableau.nodes.t.shape == own.nodes.t.shape and torch.allclose(tableau.nodes.t, own.nodes.t, rtol=1e-9)
-    if not same or not torch.allclose(tableau.unrolled().answers, own.unrolled().answers, rtol=1e-9):
-        times = ", ".join(f"{t:.6g}" for t in own.nodes.t.tolist())
-        raise SolverError(
-            f"{model.name} was taught its own {tuned.nfe} steps of {tuned.solver} alone, at the times {times}: leave solver, grid, times "
-            f"and strength out, or sample its teacher, {tuned.teacher}"
-        )
 
 
 def _from_level(sampler: Sampler, level: float, model: Model | Denoiser | FlowMap, guidance: float) -> Sampler:
@@ -372,6 +353,11 @@ def best_sampler(model: Model, nfe: int | None = None, guidance: float = 1.0) ->
         SolverError: it carries none (and what there is).
     """
     tuned = model.tuned
+    if tuned is not None and tuned.form == "progressive" and nfe not in (None, tuned.nfe):
+        raise SolverError(
+            f"{model.name} was taught its own {counted(tuned.nfe or 1, 'step')} alone, not {nfe}: leave nfe out, or sample its teacher, "
+            f"{tuned.teacher}"
+        )
     if tuned is not None and tuned.solver is not None and (guidance == 1 or tuned.guidance is None):
         count = tuned.nfe if nfe is None else nfe
         if count is not None and count in (model.num_jumps or (tuned.nfe,)):
@@ -393,7 +379,7 @@ def best_sampler(model: Model, nfe: int | None = None, guidance: float = 1.0) ->
     known = sorted({*fitted, *(n for table in tables for n in table.grids)})
     there = f"it carries some for {', '.join(map(str, known))}; " if known else ""
     mend = _NOTHING if model.flow_map is None else _KNOWN_TIMES
-    raise SolverError(f"{model.name} carries no sampler for {nfe} evaluations at guidance {guidance:g}: {there}{mend}")
+    raise SolverError(f"{model.name} carries no sampler for {counted(nfe, 'evaluation')} at guidance {guidance:g}: {there}{mend}")
 
 
 _NOTHING = "name a solver, as in sample(model, 'unipc-2', nfe=8, seeds=range(4)), or make a sampler with fewstep.fit"

@@ -15,7 +15,7 @@ from fewstep.models.networks.beside import load_beside
 from fewstep.models.networks.calls import plain_call
 from fewstep.models.networks.extra_embedding import ConditionedNetwork, even
 from fewstep.models.networks.scaled_call import SCALE, ScaledCall
-from fewstep.runtime.artifact import ArtifactRecord, load_artifact, named_path, save_artifact
+from fewstep.runtime.artifact import ArtifactRecord, listed, load_artifact, named_path, save_artifact
 from fewstep.runtime.errors import ModelError
 from fewstep.runtime.front_door import at_least, check_fields, checked_class
 
@@ -102,17 +102,24 @@ def untold(model: Model, network: nn.Module | None = None) -> Model:
     return replace(model, network=told.network if network is None else network, call=call, scales=None)
 
 
-def save_guided(network: ConditionedNetwork, form: GuidedForm, card: Mapping[str, Any], folder: str | Path) -> Path:
+def save_guided(network: ConditionedNetwork, form: GuidedForm, card: Mapping[str, Any], folder: str | Path, *, trust: bool = False) -> Path:
     """Write ``guided.json``, ``guided.safetensors`` and a card; the network itself is saved beside them by `save_like`.
 
     What the network is told beside its scale, as a flow map the time that it leads to, is saved by others.
+
+    Args:
+        network: with the embedding of its scale.
+        form: its parts.
+        card: provenance; with ``steps``, the student is sampled by these alone.
+        folder: of the model.
+        trust: whether it names code to import, for the commands of the card.
 
     Raises:
         ArtifactError: the folder cannot be written, or the card is not JSON-able.
     """
     folder = named_path(folder)
     tensors = {name: value for name, value in network.state_dict().items() if name.startswith(EMBEDDING)}
-    return save_artifact(folder, "guided", {"form": asdict(form), "card": dict(card)}, tensors, _readme(folder.name, form, card))
+    return save_artifact(folder, "guided", {"form": asdict(form), "card": dict(card)}, tensors, _readme(folder.name, form, card, trust))
 
 
 def load_guided(folder: str | Path, teacher: Model) -> Model:
@@ -132,18 +139,18 @@ def load_guided(folder: str | Path, teacher: Model) -> Model:
     return load_artifact(folder, "guided", GuidedRecord, build)
 
 
-def _readme(name: str, form: GuidedForm, card: Mapping[str, Any]) -> str:
-    facts = "\n".join(f"- {key}: {value}" for key, value in card.items())
+def _readme(name: str, form: GuidedForm, card: Mapping[str, Any], trust: bool) -> str:
+    typed = f"{name} --trust" if trust else name
     options = "" if "steps" in card else " --solver unipc-2 --nfe 8"  # one of few steps has times of its own
     scale = min(max(2.0, form.w_min), form.w_max)
     return f"""# {name}
 
 A guided student: it is told the guidance scale, from {form.w_min:g} to {form.w_max:g}, and answers with one call of its network.
 
-{facts}
+{listed(card)}
 
 ```
-fewstep sample {name} --guidance {scale:g}{options} --out runs/sample
-fewstep bench {name} --guidance {scale:g} --out runs/bench
+fewstep sample {typed} --guidance {scale:g}{options} --out runs/sample
+fewstep bench {typed} --guidance {scale:g} --out runs/bench
 ```
 """

@@ -19,6 +19,7 @@ from fewstep.core.prediction import Prediction, aligned, prediction, to_x0
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.spacings import make_grid
 from fewstep.core.statistics import ModelStatistics
+from fewstep.core.tableau import Tableau
 from fewstep.models.carried import OPTIMIZED, Carried
 from fewstep.models.guidance import Wrapped, classifier_free, default_scale
 from fewstep.models.identity import Part, digest, parts, state_of
@@ -39,7 +40,7 @@ from fewstep.models.networks.scaled_call import ScaledCall
 from fewstep.models.reflected import check_levels, check_reflected_law, mirrored
 from fewstep.models.tuned import Tuned
 from fewstep.runtime.artifact import rounded
-from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError
+from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError, counted
 from fewstep.runtime.front_door import checked_class, is_count, number, whole
 from fewstep.sampling.sampler import Sampler
 
@@ -90,7 +91,8 @@ class Model:
         card: provenance and figures of the learner that made it.
 
     Raises:
-        FewstepError: an unknown prediction type, or a value that is no shape, schedule, function, dtype, number of classes or flow map.
+        FewstepError: an unknown prediction type, a value that is no shape, schedule, function, dtype, number of classes or flow map, or a
+            flow map that calls another network.
 
     Example:
         >>> import torch, fewstep
@@ -158,6 +160,11 @@ class Model:
             )
         if not isinstance(self.flow_map, FlowMap | None):
             raise ModelError(f"flow_map is a fewstep.FlowMap, got {type(self.flow_map).__name__}: subclass it")
+        if self.flow_map is not None and self.flow_map.called is not None and self.flow_map.called is not self.network:
+            raise ModelError(
+                f"{self.name or type(self.network).__name__} has a flow map that calls another network, so this one would answer nothing: "
+                "pass the flow map of the new network with it, as flow_map=; or make the model anew, as by fewstep.flow_map_model"
+            )
         if not isinstance(self.domain, Cube | None):
             raise ModelError(f"domain is the cube that a reflected model was trained in, as fewstep.Cube(-1, 1), got {self.domain!r}")
         if self.domain is not None:
@@ -371,7 +378,11 @@ class Model:
         return torch.tensor([seed % self.classes if label is None else label for seed in seeds], dtype=torch.int64)
 
     def with_network(self, network: nn.Module, **changes: Any) -> Model:  # noqa: ANN401
-        """Return the same model with another network, as a student's, and other changes; its `identity` says so."""
+        """Return the same model with another network, as a student's, and other changes; its `identity` says so.
+
+        Raises:
+            ModelError: it is a flow map that calls the old network, and no other is among the changes.
+        """
         identity = self.identity and f"{self.identity} {digest(parts(network))}"
         return replace(self, network=network, identity=identity, **changes)
 
@@ -394,6 +405,43 @@ class Model:
         if self.flow_map is not None:
             raise ModelError(f"{self.name} is a student, which is sampled as it is: name its teacher")
         return self
+
+    def need_trajectories(self) -> Model:
+        """Return the model itself, for what is learned or inferred from its answers at any time.
+
+        Raises:
+            ModelError: it is a student, or was made for few steps alone, to end where its teacher does (whom to name).
+        """
+        model, tuned = self.need_denoiser(), self.tuned
+        if tuned is not None and tuned.solver is not None:
+            steps = "few steps" if tuned.nfe is None else counted(tuned.nfe, "step")
+            raise ModelError(
+                f"{self.name} was made for {steps} of {tuned.solver} alone, to end where its teacher does, and its answers at other times "
+                f"mean nothing: sample it as it is, or name its teacher, {tuned.teacher}"
+            )
+        return model
+
+    def check_own_steps(self, tableau: Tableau) -> None:
+        """Refuse another tableau than its own for a student whose answers are for its own steps alone.
+
+        Raises:
+            SolverError: it is another (and which steps there are).
+            GridError: its own grid is missing.
+            ArtifactError: its own grid is damaged.
+        """
+        tuned = self.tuned
+        if tuned is None or tuned.form != "progressive" or tuned.solver is None or tuned.nfe is None:
+            return
+        tables = [one for one in self.carried.grids if one.solver == tuned.solver and tuned.nfe in one.grids]  # at another scale, too
+        grid = tables[0].grids[tuned.nfe] if tables else self.optimized(tuned.solver, tuned.nfe)
+        own = Sampler.build(tuned.solver, grid, self.schedule).tableau
+        same = tableau.nodes.t.shape == own.nodes.t.shape and torch.allclose(tableau.nodes.t, own.nodes.t, rtol=1e-9)
+        if not same or not torch.allclose(tableau.unrolled().answers, own.unrolled().answers, rtol=1e-9):
+            times = ", ".join(f"{t:.6g}" for t in own.nodes.t.tolist())
+            raise SolverError(
+                f"{self.name} was taught its own {counted(tuned.nfe, 'step')} of {tuned.solver} alone, at the times {times}: leave solver, "
+                f"nfe, grid, times and strength out, or sample its teacher, {tuned.teacher}"
+            )
 
     def need_unbounded(self, taker: str, why: str) -> Model:
         """Return the model itself, for what cannot be right with a reflected one; see `check_unbounded`.
@@ -490,19 +538,30 @@ class Model:
         if table is None and self.flow_map is not None:
             if solver != "ddim":
                 raise GridError(f"{self.name} is a student, which jumps by ddim alone: leave --solver out")
-            raise GridError(f"{self.name} is a student without times of its own at guidance {guidance:g}: leave --grid and --guidance out")
+            if any(one.solver == solver for one in tables):
+                raise GridError(f"{self.name} is a student without times of its own at guidance {guidance:g}: leave guidance out")
+            anywhere = "say --grid angle, or another spacing" if self.flow_map.anywhere else "name times that it knows, by --times"
+            raise GridError(f"{self.name} is a student whose folder has no times of its own (optimized/ddim is missing): {anywhere}")
+        if table is None and self.tuned is not None and self.tuned.form == "progressive":
+            steps = counted(self.tuned.nfe or 1, "step")
+            raise GridError(
+                f"{self.name} was taught its own {steps} of {self.tuned.solver} alone, not {solver}: leave --solver and --grid out, or "
+                f"sample its teacher, {self.tuned.teacher}"
+            )
         if table is None:
-            known = ", ".join(f"{table.solver} at {table.scale}" for table in tables)
+            known = ", ".join(f"{table.solver} {'' if table.guidance is None else 'at '}{table.scale}" for table in tables)
             there = f"there are some for {known}" if tables else "there are none in its folder"
             raise GridError(
                 f"no optimized grid of {self.name} for {solver} at guidance {guidance:g}, {there}: make a sampler with "
                 f"'fewstep optimize {self.command_name(guidance)} --solver {solver} --out DIR'"
             )
         if table.model != self.fingerprint:
-            raise ArtifactError(f"the optimized grids in {self.folder} were made for other weights ({table.model}, not {self.fingerprint})")
+            raise ArtifactError(f"the optimized grids {self._other_weights(table.model)}, or name another grid")
         fixed = self.flow_map is not None or (self.tuned is not None and self.tuned.form == "progressive")
         if fixed and nfe not in table.grids:
-            raise GridError(f"{self.name} makes {', '.join(map(str, sorted(table.grids)))} passes, not {nfe}")
+            first, *more = sorted(table.grids)
+            passes = counted(first, "pass") if not more else f"{', '.join(map(str, (first, *more)))} passes"
+            raise GridError(f"{self.name} makes {passes}, not {nfe}")
         return table.grid(nfe)
 
     def trajectory_grid(self, name: str, slots: int, guidance: float = 1.0) -> TimeGrid:
@@ -526,13 +585,21 @@ class Model:
         for sampler in samplers:
             if (sampler.nfe, sampler.card.get("guidance")) == (nfe, guidance):
                 if sampler.card.get("model") != self.fingerprint:
-                    raise ArtifactError(f"the fitted samplers in {self.folder} were made for other weights, not {self.fingerprint}")
+                    raise ArtifactError(f"the fitted samplers {self._other_weights(sampler.card.get('model'))}, or fit it again")
                 return sampler
         known = ", ".join(f"{sampler.nfe} at {sampler.card.get('guidance'):g}" for sampler in samplers)
         there = f"there are some of {known}" if known else "there are none in its folder"
         raise SolverError(
-            f"no fitted sampler of {self.name} with {nfe} evaluations at guidance {guidance:g}, {there}: make one with "
+            f"no fitted sampler of {self.name} with {counted(nfe, 'evaluation')} at guidance {guidance:g}, {there}: make one with "
             f"'fewstep fit {self.command_name(guidance)} --nfe {nfe} --out DIR' and use it with --sampler DIR"
+        )
+
+    def _other_weights(self, made_for: object) -> str:
+        """Return what is wrong where what the model carries was made for other weights, and how to mend it."""
+        where = "it carries" if self.folder is None else f"in {self.folder}"
+        return (
+            f"{where} were made for other weights or another dtype of {self.name} ({made_for}, not {self.fingerprint}): put these back, as "
+            "by loading or making it anew"
         )
 
     def command_name(self, guidance: float) -> str:

@@ -87,7 +87,7 @@ class Problem:
         """The denoiser, for learners, which need the clean image at any time, see `Model.at_any_time`.
 
         Raises:
-            ModelError: the model is a student, or cannot be asked at any time.
+            ModelError: the model is a student, was made for few steps alone, or cannot be asked at any time.
         """
         return self.teacher_at(self.guidance)
 
@@ -95,9 +95,9 @@ class Problem:
         """Return the denoiser for learners at another guidance scale, or at one for each sample of a batch ``[B]``, see `teacher`.
 
         Raises:
-            ModelError: the model is a student, has no such scale, or cannot be asked at any time.
+            ModelError: the model is a student, was made for few steps alone, has no such scale, or cannot be asked at any time.
         """
-        model = self.model.need_denoiser()
+        model = self.model.need_trajectories()
         if model.scales is not None:
             told = model.guided(scale)
             assert isinstance(told, Model)  # a denoiser, which is told its scale

@@ -67,6 +67,8 @@ def over_devices(model: Model, guidance: float, devices: Sequence[str]) -> Denoi
         FewstepError: a device that cannot be used here.
         ModelError: a student, or a model whose network is no module that can be copied.
     """
+    if model.flow_map is not None:
+        raise ModelError(f"{model.name} is a student, whose few jumps need one device: leave devices out")
     made, found = list[Denoiser](), [usable_device(device) for device in devices]
     for device in found:
         try:
@@ -78,8 +80,7 @@ def over_devices(model: Model, guidance: float, devices: Sequence[str]) -> Denoi
             guided = replace(model, network=network.to(device)).guided(guidance)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ModelError(f"the network of {model.name} cannot be copied to {device}: leave devices out") from error
-        if isinstance(guided, FlowMap):
-            raise ModelError(f"{model.name} is a student, whose few jumps need one device: leave devices out")
+        assert not isinstance(guided, FlowMap)  # see above
         made.append(guided)
     return OverDevices(made, found)
 

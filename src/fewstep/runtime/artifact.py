@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 __all__ = [
+    "MODEL_FILES",
     "TEMPORARY",
     "ArtifactRecord",
     "Count",
@@ -41,10 +42,12 @@ __all__ = [
     "Whole",
     "alike",
     "check_file",
+    "check_no_model",
     "check_writable",
     "digest_of",
     "facts_of",
     "held_to",
+    "listed",
     "load_artifact",
     "named_path",
     "parse_json",
@@ -61,6 +64,7 @@ __all__ = [
 
 VERSION = 1
 TEMPORARY = ".fewstep-"  # how the names of files and folders begin that are not whole yet; a `Job` removes those of killed runs
+MODEL_FILES = ("fewstep.json", "network.safetensors", "unet", "model_index.json")  # any of them makes a folder that of a model
 LARGEST = 1 << 30  # bytes of a file that is read as a whole
 DEEPEST = 64  # lists within lists in a JSON file
 DIGITS = 20  # of a whole number in one
@@ -139,6 +143,8 @@ def load_artifact(folder: str | Path, kind: str, record: type[A], build: Callabl
     folder = named_path(folder)
     meta = read_record(folder / f"{kind}.json", record)
     path = folder / f"{kind}.safetensors"
+    if not path.exists():
+        raise ArtifactError(f"cannot read {path}: No such file, and {kind}.json is beside it; fetch or make it again")
     data = read_file(path)
     if hashlib.sha256(data).hexdigest() != meta.sha256:
         raise ArtifactError(f"{path} is damaged: its checksum is not the one in {kind}.json; fetch or make it again")
@@ -147,6 +153,11 @@ def load_artifact(folder: str | Path, kind: str, record: type[A], build: Callabl
     except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, FewstepError) as error:
         why = str(error) if isinstance(error, FewstepError) else repr(error)
         raise ArtifactError(f"{folder} is not a whole {kind} artifact: {why}; fetch or make it again") from error
+
+
+def listed(card: Mapping[str, Any]) -> str:
+    """Return the facts of a card as a list of Markdown, but for those that are empty, as the command of what was made in Python."""
+    return "\n".join(f"- {key}: {value}" for key, value in card.items() if value not in ("", None))
 
 
 def tensor_of(
@@ -253,6 +264,16 @@ def check_writable(folder: Path) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         what = "may not be written to" if parent.is_dir() else "is a file"
         raise ArtifactError(f"cannot write {folder}: {parent} {what}; choose a folder that you may write to")
+
+
+def check_no_model(folder: Path) -> None:
+    """Refuse a folder that holds a model, or part of one, for anything else: its card would be lost. A folder below it is right.
+
+    Raises:
+        ArtifactError: it holds one.
+    """
+    if any((folder / name).exists() for name in MODEL_FILES):
+        raise ArtifactError(f"{folder} already holds a model, whose card would be lost: choose another folder, or one below it")
 
 
 def named_path(value: Any) -> Path:  # noqa: ANN401 - what a caller passed

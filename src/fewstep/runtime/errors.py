@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-__all__ = ["ArtifactError", "FewstepError", "GridError", "ModelError", "SolverError", "first_line", "look_up", "nearest"]
+__all__ = ["ArtifactError", "FewstepError", "GridError", "ModelError", "SolverError", "counted", "first_line", "look_up", "nearest"]
 
 LONGEST = 1800  # bytes of a message; what is longer loses its middle
 T = TypeVar("T")
@@ -45,6 +45,12 @@ class ArtifactError(FewstepError):
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error of another library says, or its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, in the plural but for 1, as it is formed of ``step``, ``pass`` and ``trajectory``."""
+    many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}{'es' if noun.endswith('s') else 's'}"
+    return f"{count:,} {noun if count == 1 else many}"
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

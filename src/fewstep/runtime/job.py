@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 from filelock import FileLock, Timeout
 
-from fewstep.runtime.artifact import TEMPORARY, check_writable, named_path
+from fewstep.runtime.artifact import TEMPORARY, check_no_model, check_writable, named_path
 from fewstep.runtime.errors import ArtifactError, FewstepError
 from fewstep.runtime.process import need_folder, process, usable_device, wait_for_all
 
@@ -77,6 +77,7 @@ class Job:
         on_progress: Progress | None = None,
         command: str = "",
         alone: bool = False,
+        makes_model: bool = False,
     ) -> Generator[Job, None, None]:
         """Open a folder for one job, or a temporary folder without ``out``, which is removed at the end.
 
@@ -90,9 +91,10 @@ class Job:
             on_progress: called with the units done and a note.
             command: the command line, for cards.
             alone: whether the work cannot be shared by several processes.
+            makes_model: whether the work makes a model of the folder, and sees for itself that it overwrites none.
 
         Raises:
-            ArtifactError: another job works in the folder, or it cannot be written.
+            ArtifactError: another job works in the folder, it holds a model, or it cannot be written.
             FewstepError: a device that cannot be used, no function for the progress; several processes without a folder to meet in, or for
                 work that one has to do alone.
         """
@@ -109,6 +111,8 @@ class Job:
             return
         folder = folder_of(out)
         check_writable(folder)
+        if not makes_model:
+            check_no_model(folder)
         with _locked(folder, rank):
             wait_for_all()  # the first process has the lock
             yield cls(work, folder, *facts, in_memory=False, rank=rank, world=world)

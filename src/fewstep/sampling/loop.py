@@ -94,13 +94,15 @@ def steps(
         ModelError: the denoiser's schedule is another, its output has another shape; the output, the start, the noise or what an edit
             answered is not finite (which, at which evaluation).
         SolverError: coefficients of samples of another shape, a stochastic tableau without noise, seeds of another number, a solver whose
-            steps an edit does not reach, or one that a flow map cannot take.
+            steps an edit does not reach, or one that a flow map or a student of few steps cannot take.
     """
     if not isinstance(tableau, Tableau):
         raise SolverError(f"the loop runs a Tableau, as sampler.tableau, not a {type(tableau).__name__}")
     check_start(x)
     nodes = tableau.nodes
     check_schedule(nodes, denoiser)
+    if (check := getattr(denoiser, "check_own_steps", None)) is not None:  # a Model, which may know its own alone
+        check(tableau)
     listed = seeds_of(tableau, x, seeds, needed=noise is None)
     for name, function, form in (("noise", noise, "i -> standard normal [B, *D]"), ("edit", edit, "step -> [B, *D] or None")):
         if function is not None and not callable(function):

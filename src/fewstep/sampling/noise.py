@@ -21,18 +21,19 @@ def seed_list(seeds: Iterable[int] | Tensor) -> list[int]:
     """Return seeds as a list of whole numbers.
 
     Raises:
-        FewstepError: they are no whole numbers of 64 bits.
+        FewstepError: they are no whole numbers from 0 to 2^63.
     """
     try:
         numbers = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
         whole = [int(number) for number in numbers]
         fits = all(
-            one == two and not isinstance(two, bool | np.bool_) and -(2**63) <= one < 2**63 for one, two in zip(whole, numbers, strict=True)
+            one == two and not isinstance(two, bool | np.bool_) and 0 <= one < 2**63 for one, two in zip(whole, numbers, strict=True)
         )
     except (TypeError, ValueError, OverflowError):
         whole, fits = [], False
     if not fits:
-        raise FewstepError(f"seeds are whole numbers, one for each sample, as in seeds=range(4), got {str(seeds)[:80]!r}")
+        low = ": they lie between 0 and 2^63" if whole else ""
+        raise FewstepError(f"seeds are whole numbers, one for each sample, as in seeds=range(4), got {str(seeds)[:80]!r}{low}")
     return whole
 
 

@@ -19,8 +19,8 @@ from fewstep.core.schedule import NoiseSchedule, schedule_from_config
 from fewstep.core.spacings import make_grid
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
-from fewstep.runtime.artifact import ArtifactRecord, Count, load_artifact, named_path, save_artifact, tensor_of
-from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError
+from fewstep.runtime.artifact import ArtifactRecord, Count, check_no_model, load_artifact, named_path, save_artifact, tensor_of
+from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError, counted
 from fewstep.runtime.front_door import checked, number, whole
 from fewstep.runtime.hub import Shared, header
 from fewstep.runtime.spec import parse_spec
@@ -166,7 +166,7 @@ class Sampler(Shared):
 
     def __repr__(self) -> str:
         first, last = torch.exp(-self.tableau.nodes.lam[[0, -1]]).tolist()
-        return f"Sampler({self.name}, {self.nfe} evaluations, noise levels {first:.3g} to {last:.3g})"
+        return f"Sampler({self.name}, {counted(self.nfe, 'evaluation')}, noise levels {first:.3g} to {last:.3g})"
 
     # -- the rest of a grid -----------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class Sampler(Shared):
             even = begins == tuple(range(0, rows, self.stages))
             where = f"a multiple of {self.stages} below that" if even else f"one of {', '.join(map(str, begins))}"
             raise SolverError(
-                f"this solver makes {self.stages} evaluations a step, {rows} in all: begin at {where}, not at evaluation {begin}"
+                f"this solver makes {counted(self.stages, 'evaluation')} a step, {rows} in all: begin at {where}, not at evaluation {begin}"
             )
         solver = self.formulas if self.formulas is not None else self._rebuilt(statistics)
         grid = TimeGrid(self.grid.t[begins.index(begin) :])
@@ -290,6 +290,7 @@ class Sampler(Shared):
         return self._write(named_path(folder), self._readme('load("path/to/this/folder")'))
 
     def _write(self, folder: Path, readme: str) -> Path:
+        check_no_model(folder)
         tensors = {f"nodes.{name}": value for name, value in self.tableau.nodes._asdict().items()}
         tensors |= {name: getattr(self.tableau, name) for name in TABLES}
         tensors["grid"] = self.grid.t
@@ -329,7 +330,7 @@ class Sampler(Shared):
         sigmas = ", ".join(f"{s:.4g}" for s in torch.exp(-self.tableau.nodes.lam).tolist())
         facts = "\n".join(f"- {key}: {value}" for key, value in self.card.items())
         shown = "".join(f"\n![{name}]({name})\n" for name in pictures)
-        return f"""{header(self.card, "sampler")}# A fewstep sampler: {self.solver}, {self.nfe} evaluations
+        return f"""{header(self.card, "sampler")}# A fewstep sampler: {self.solver}, {counted(self.nfe, "evaluation")}
 
 - options: {json.dumps(dict(self.options))}
 - noise levels sigma/alpha: {sigmas}

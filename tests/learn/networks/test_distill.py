@@ -353,6 +353,27 @@ def test_a_student_to_begin_with(teacher, stored, whole, tmp_path) -> None:
     assert not (tmp_path / "bad").exists()
 
 
+def test_a_student_to_begin_with_has_the_same_teacher_and_network(teacher, tmp_path) -> None:
+    """Else what does not fit would be left out without a word."""
+    config = replace(BRIEF, steps=1, slots=None, form=OperatorForm(mixing=NO_MIXING))
+    student = distill(teacher, "kd", config=config)
+    wide = load_model(tiny_folder(tmp_path / "wide", 2, **{**LEVELS, "block_out_channels": (8, 24)}))
+    assert student is not None
+    for model, begin, guidance, says in (
+        (wide, student, 1.0, "at guidance 1, not of wide .*: begin with one of the same teacher"),
+        (teacher, student, 2.0, "at guidance 1, not of teacher .* at 2: begin with one of the same teacher"),
+        (
+            wide,
+            replace(student, given=None),
+            1.0,
+            r"another than that of wide: .* is \[.*\] there and \[.*\] here; begin with a student of",
+        ),
+    ):
+        with pytest.raises(ModelError, match=says):
+            distill(model, "kd", config=config, begin=begin, guidance=guidance, out=tmp_path / "bad")
+        assert not (tmp_path / "bad").exists()
+
+
 # -- kills, changed minds and damage ---------------------------------------------------------------------------------
 
 

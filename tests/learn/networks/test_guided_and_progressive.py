@@ -1,7 +1,7 @@
 """Distilling guidance and halving steps: exact targets, fresh trajectories, runs that survive kills, and mistakes that are named."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.own_networks import timed_model
 from tests.problems import LAW, diffusers_folder, tiny_folder, told_model, toy
 from torch import Tensor
 
@@ -29,9 +30,13 @@ from fewstep import (
 )
 from fewstep.core.schedule import NoiseSchedule, RectifiedFlow, VarianceExploding
 from fewstep.data.images import Images
+from fewstep.evaluate.rows import read_results
+from fewstep.inverse.measurements import Average
 from fewstep.learn.networks import loop
+from fewstep.learn.networks.distill import DistillConfig as KdConfig
 from fewstep.learn.networks.distill import FlowMapConfig, GuidedConfig, ProgressiveConfig, distill
 from fewstep.learn.networks.loop import LoopConfig
+from fewstep.learn.networks.objectives import OBJECTIVES
 from fewstep.learn.networks.objectives import config as config_module
 from fewstep.learn.networks.objectives.flow_map_targets import composed, jump
 from fewstep.learn.networks.objectives.guided import GuidedObjective
@@ -39,8 +44,11 @@ from fewstep.learn.networks.objectives.objective import Networks
 from fewstep.learn.networks.objectives.progressive import ABOVE, ProgressiveObjective
 from fewstep.learn.networks.objectives.rollout import Rollout
 from fewstep.models.flow_map import FirstOrderMap
+from fewstep.models.generate import best_sampler, sampler_for
 from fewstep.models.guidance import classifier_free
 from fewstep.models.guided import GuidedForm
+from fewstep.models.networks.operator import OperatorForm
+from fewstep.models.networks.temporal_unet import Mixing
 from fewstep.models.problem import Problem
 from fewstep.solvers import DDIM
 
@@ -266,9 +274,9 @@ def test_steps_are_halved_again_and_again(request: pytest.FixtureRequest, tmp_pa
         own = make_grid("angle", model.schedule, steps)
         assert torch.equal(pictures, sample(one, "ddim", nfe=steps, grid=own, seeds=range(3)))
         for other in ({"what": "unipc-2", "nfe": 8}, {"what": "ddim", "nfe": 3, "grid": "karras"}, {"what": "ddim", "nfe": 5}):
-            with pytest.raises(SolverError, match=f"was taught its own {steps} steps of ddim alone, at the times .*: leave solver"):
+            with pytest.raises(SolverError, match=f"was taught its own {steps} steps? of ddim alone, at the times .*: leave solver"):
                 sample(one, seeds=[0], **other)
-        with pytest.raises(GridError, match=f"makes {steps} passes, not 3"):
+        with pytest.raises(GridError, match=f"makes {steps} pass(es)?, not 3"):
             sample(one, "ddim", nfe=3, seeds=[0], grid="optimized")
         if model.scales is None:
             with pytest.raises(ModelError, match="is a student: its guidance is in its weights; use guidance 1"):
@@ -302,6 +310,67 @@ def test_a_halved_student_is_halved_along_its_own_steps_alone(teacher: Model, to
         ):
             with pytest.raises(FewstepError, match=f"was taught steps of its own alone, .*: {mend}, or name its teacher"):
                 distill(student, "progressive", config=replace(HALVED, **changes))
+
+
+def test_a_halved_student_says_how_it_is_sampled(told: Model) -> None:
+    """Nothing that is advised is refused."""
+    student = distill(told, "progressive", config=replace(HALVED, nfe=(2,)))
+    assert student is not None
+    with pytest.raises(SolverError, match="was taught its own 2 steps alone, not 4: leave nfe out, or sample its teacher"):
+        sample(student, nfe=4, seeds=[0])
+    with pytest.raises(GridError, match="own 2 steps of ddim alone, not unipc-2: leave --solver and --grid out, or sample its teacher"):
+        student.optimized("unipc-2", 2)
+    student.network.half()
+    with pytest.raises(ArtifactError, match="the optimized grids it carries were made for other weights or another dtype of .*: put these"):
+        sample(student, seeds=[0])
+
+
+def test_more_than_half_is_not_left_out(teacher: Model, tmp_path: Path) -> None:
+    for nfe in ((2,), (2, 1)):
+        with pytest.raises(FewstepError, match=r"half of start=8 steps is 4, not 2: say nfe=\(4, 2\), which .*, or start=4"):
+            distill(teacher, "progressive", config=replace(HALVED, nfe=nfe, start=8), out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("first", ["progressive", "flow-map"])
+def test_a_folder_has_runs_of_one_kind(teacher: Model, tmp_path: Path, first: str) -> None:
+    """What a killed run left is no part of another student."""
+    methods: dict[str, tuple[str, Any, str]] = {
+        "progressive": ("flow-map", FlowMapConfig(slots=4, steps=2, batch=4, num=4, held_out=4, teacher_nfe=4, max_passes=4), "in steps:"),
+        "flow-map": ("progressive", HALVED, "in work:"),
+    }
+    second, config, says = methods[first]
+    (tmp_path / "out" / {"progressive": "steps/02", "flow-map": "work"}[first]).mkdir(parents=True)
+    (tmp_path / "out" / {"progressive": "steps/02", "flow-map": "work"}[first] / "curve.json").write_text("{}")
+    with pytest.raises(FewstepError, match=f"holds an unfinished run of another kind, {says} continue that by its own command, remove"):
+        distill(teacher, second, config=config, out=tmp_path / "out")
+
+
+def test_what_means_nothing_between_its_own_steps_is_not_asked(teacher: Model, told: Model, tmp_path: Path) -> None:
+    """Of a halved student: its answers at other times are learned from by nothing, and no other tableau runs."""
+    learn: dict[str, Callable[[Model], Any]] = {
+        "fit": lambda model: fewstep.fit(model, nfe=2, out=tmp_path / "made"),
+        "calibrate": lambda model: fewstep.calibrate(model, out=tmp_path / "made"),
+        "unguided": lambda model: fewstep.calibrate(model, unguided=True),
+        "optimize": lambda model: fewstep.optimize(model, "unipc-2", nfe=2, out=tmp_path / "made"),
+        "trajectories": lambda model: fewstep.generate_trajectories(model, make_grid("angle", model.schedule, 2), tmp_path / "made"),
+        "finetune": lambda model: fewstep.finetune(model, nfe=2, out=tmp_path / "made"),
+        "guided": lambda model: distill(model, "flow-map", out=tmp_path / "made"),
+        "restore": lambda model: fewstep.restore(model, Average(2), torch.zeros(1, 2, 2), 0.1, seeds=[0]),
+    }
+    for model in (teacher, told):
+        student = distill(model, "progressive", config=replace(HALVED, nfe=(2,)))
+        assert student is not None
+        for name, ask in learn.items():
+            if name == "finetune" and model is told:
+                continue  # which is refused for its scales before
+            with pytest.raises(ModelError, match="was made for 2 steps of ddim alone, .* answers at other times mean nothing: sample it"):
+                ask(student)
+            assert not (tmp_path / "made").exists(), name
+        x, own = torch.zeros(1, 1, 4, 4), best_sampler(student).tableau
+        assert len(list(fewstep.steps(student.guided(student.default_guidance), own, x, torch.tensor([0])))) == 2
+        with pytest.raises(SolverError, match="was taught its own 2 steps of ddim alone, at the times"):
+            next(fewstep.steps(student, sampler_for(model, "ddim", nfe=2, grid="karras").tableau, x, torch.tensor([0])))
 
 
 @pytest.mark.slow
@@ -404,6 +473,54 @@ def test_options_of_stored_trajectories_are_refused_where_there_are_none(option:
 def test_a_student_of_few_steps_is_no_teacher() -> None:
     for method in ("flow-map", "guided", "kd"):
         with pytest.raises(
-            ModelError, match="digits-edm-3step was made for 3 steps of ddim alone, and is no teacher: name its own, digits-edm"
+            ModelError, match="digits-edm-3step was made for 3 steps of ddim alone, .*: sample it as it is, or name its teacher, digits-edm"
         ):
             distill(load_model("digits-edm-3step"), method)
+
+
+@pytest.mark.parametrize(("method", "config"), [("guided", GUIDED), ("progressive", replace(HALVED, nfe=(2,)))])
+def test_a_loss_says_whose_fault_it_is(teacher: Model, method: str, config: Any, tmp_path: Path) -> None:
+    """And names no folder that goes with the run."""
+    model = replace(teacher, call=lambda network, x, time, cond: network(x, time, cond).sample * torch.nan, null_label=2)
+    for of, says in ((model, "the answers of teacher itself are not finite, so check its weights and dtype$"), (teacher, "lower lr$")):
+        with pytest.raises(ArtifactError, match=f"the loss is not finite at step [0-9]+: {says}"):
+            distill(of, method, config=replace(config, lr=1e-3 if of is model else 1e30))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 trains there")
+@pytest.mark.parametrize("method", ["flow-map", "kd", "guided", "progressive"])
+def test_a_precision_that_is_not_there_is_refused_before_any_work(teacher: Model, tmp_path: Path, method: str) -> None:
+    config = OBJECTIVES[method].config(mixed_precision="fp16")
+    with pytest.raises(FewstepError, match="no training in fp16 on this machine: it needs a GPU; use bf16, or no"):
+        distill(teacher, method, config=config, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_of_a_card_run(told: Model, tmp_path: Path) -> None:
+    """Of a network of one's own they trust its code; what was made in Python has no command; a halved student has its own steps."""
+    own = timed_model()
+    config = KdConfig(slots=1, steps=1, batch=2, num=2, held_out=2, teacher_nfe=2, form=OperatorForm(mixing=Mixing("none")))
+    for made in (distill(own, "kd", config=config, out=tmp_path / "own"), distill(own, "kd", config=config)):
+        assert made is not None
+        folder = tmp_path / "own" if made.folder is not None else made.save(tmp_path / "saved")
+        card = (folder / "README.md").read_text()
+        assert f"fewstep sample {folder.name} --trust --out runs/sample" in card and "- command:" not in card
+    halved = distill(told, "progressive", config=replace(HALVED, nfe=(2,)))
+    assert halved is not None
+    assert "--solver" not in (halved.save(tmp_path / "halved") / "README.md").read_text()
+
+
+def test_a_folder_without_what_is_asked_for_says_so(teacher: Model, tmp_path: Path) -> None:
+    (tmp_path / "run" / "work").mkdir(parents=True)
+    with pytest.raises(ModelError, match="run holds an unfinished run and no model yet: run the command that began it again, it continues"):
+        load_model(tmp_path / "run")
+    assert teacher.folder is not None
+    with pytest.raises(ArtifactError, match="teacher holds no trajectories: name a folder that fewstep trajectories"):
+        fewstep.Trajectories.load(teacher.folder)
+    with pytest.raises(ArtifactError, match="teacher holds no rows of a benchmark: name a folder that fewstep bench"):
+        read_results(teacher.folder / "results.json")
+    student = distill(teacher, "flow-map", config=FlowMapConfig(slots=4, steps=1, batch=2, num=2, held_out=2, teacher_nfe=2, max_passes=2))
+    assert student is not None
+    (student.save(tmp_path / "student") / "flow-map.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="flow-map.safetensors: No such file, and flow-map.json is beside it; fetch or make it again"):
+        load_model(tmp_path / "student")

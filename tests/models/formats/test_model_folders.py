@@ -126,7 +126,7 @@ def test_optimized_grids_of_other_weights_or_damaged_ones_are_refused(tmp_path: 
     with pytest.raises(GridError, match="there are none in its folder"):
         model.optimized("ddim", 3)
     _grids(model, "optimized/ddim", 1.0, 3, fingerprint="0" * 16)
-    with pytest.raises(ArtifactError, match=f"made for other weights \\({'0' * 16}, not {model.fingerprint}\\)"):
+    with pytest.raises(ArtifactError, match=f"made for other weights .*\\({'0' * 16}, not {model.fingerprint}\\)"):
         model.optimized("ddim", 3)
     (model.folder / "optimized" / "ddim" / "grids.json").write_text("{")
     with pytest.raises(ArtifactError, match="damaged"):
@@ -171,7 +171,7 @@ def test_fitted_samplers_are_found_by_evaluations_and_guidance(tmp_path: Path) -
 def test_fitted_samplers_of_other_weights_or_damaged_ones_are_refused(tmp_path: Path) -> None:
     model = _ours(tmp_path / "model")
     _fitted(model, "fitted", 3, fingerprint="0" * 16)
-    with pytest.raises(ArtifactError, match=f"the fitted samplers in .*model were made for other weights, not {model.fingerprint}"):
+    with pytest.raises(ArtifactError, match=f"the fitted samplers in .*model were made for other weights .*, not {model.fingerprint}"):
         model.fitted(3)
     _fitted(model, "fitted", 3)
     assert model.fitted(3).nfe == 3

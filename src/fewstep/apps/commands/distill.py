@@ -16,12 +16,12 @@ from fewstep.evaluate.metrics.features import load_digits_features
 from fewstep.evaluate.metrics.judge import Judge
 from fewstep.evaluate.pictures import save_comparison
 from fewstep.learn.networks.distill import distill as make_student
-from fewstep.learn.networks.objectives import OBJECTIVES, MatchingConfig
+from fewstep.learn.networks.objectives import OBJECTIVES, DistillConfig, FlowMapConfig, MatchingConfig
 from fewstep.learn.teacher.trajectories import Trajectories
 from fewstep.models.flow_map import OperatorMap
 from fewstep.models.model import Model
-from fewstep.runtime.errors import FewstepError
-from fewstep.runtime.process import default_device
+from fewstep.runtime.errors import FewstepError, counted
+from fewstep.runtime.process import default_device, process
 
 __all__ = ["distill"]
 
@@ -30,6 +30,13 @@ SCORES = ("fd", "precision", "recall", "fake", "teacher")
 METHODS = "; ".join(f"{name}: {method.about}" for name, method in OBJECTIVES.items()) + "."
 FLAGS = {
     "num": NUM,
+    "grid": Flag(help="Spacing of the times; optimized, but of progressive, is the model's own for ddim."),
+    "states": Flag(
+        help="Where the student is taught. flow-map: on the stored trajectories, or at their ends noised anew. guided: on fresh "
+        "trajectories without guidance, on guided ones, on stored ones of the teacher, at their ends noised anew, or on noised pictures "
+        "(data)."
+    ),
+    "form.features": Flag(help="Features of what the student is told: the target time of flow-map, the guidance scale of guided."),
     "form.anywhere": Flag("--anywhere/--one-pass", help="Start at any of the slots' times, for several passes, or at the noise only."),
     "form.mixing.form": Flag("--mixing", help="Temporal layers of dsno: real, fft, one-way (the last slot needs no other)."),
     "form.mixing.insert_after": Flag(
@@ -71,6 +78,10 @@ def distill(
     stored = None if trajectories is None else Trajectories.load(trajectories)
     scale, matches = guidance_of(opened, guidance), isinstance(chosen, MatchingConfig)
     images = None if data is None else load_images(data)
+    if not json and process()[0] == 0:
+        made = isinstance(chosen, DistillConfig | FlowMapConfig) and stored is None and images is None
+        before = f"{counted(chosen.num + chosen.held_out, 'trajectory')} of {chosen.teacher_nfe} evaluations, then " if made else ""
+        console.print(f"distilling {opened.name}: {before}{counted(chosen.all_steps, 'training step')} of {chosen.batch} rows")
     with progress(f"distilling {opened.name}", chosen.all_steps) as report:
         student = make_student(
             opened,

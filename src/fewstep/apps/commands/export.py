@@ -13,7 +13,7 @@ from fewstep.apps.options import NUMBERS, AsJson, numbers
 from fewstep.integrations.exports import TARGETS, check_levels, saved_samplers
 from fewstep.integrations.exports import export as exported
 from fewstep.runtime.artifact import write_whole
-from fewstep.runtime.errors import GridError
+from fewstep.runtime.errors import GridError, counted
 
 __all__ = ["export"]
 
@@ -54,7 +54,7 @@ def export(
         print_json([{"nfe": one.nfe, "sampler": one.name, **asdict(export), "out": out} for one, export in made])
         return
     for one, export in made:
-        typer.echo(f"{one.name}, {one.nfe} evaluations: {export.use}", err=True)
+        typer.echo(f"{one.name}, {counted(one.nfe, 'evaluation')}: {export.use}", err=True)
         if out is None:
             typer.echo(export.text)
     if out is not None:

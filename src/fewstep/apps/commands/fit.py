@@ -17,6 +17,7 @@ from fewstep.apps.pipelines import PipelineOptions
 from fewstep.learn.samplers.fit import FitConfig, FitPlan, nfe_folder
 from fewstep.learn.samplers.fit import fit as make_samplers
 from fewstep.learn.teacher.trajectories import Trajectories
+from fewstep.runtime.errors import counted
 from fewstep.runtime.process import default_device, process
 
 __all__ = ["FIGURES", "GAIN", "PLAN", "fit", "gain_rows", "plan_note", "plan_rows"]
@@ -45,7 +46,7 @@ def fit(
     """
     opened, counts, begin = open_model(model, pipeline, guidance, trust=trust), sorted(set(integers(nfe, "--nfe"))), time.perf_counter()
     stored = None if trajectories is None else Trajectories.load(trajectories)
-    with progress(f"fitting {len(counts)} samplers of {opened.name}", len(counts)) as report:
+    with progress(f"fitting {counted(len(counts), 'sampler')} of {opened.name}", len(counts)) as report:
         samplers = make_samplers(
             opened,
             counts,

@@ -40,7 +40,7 @@ from fewstep.models.model import Model
 from fewstep.models.parallel_plan import plan_parallel
 from fewstep.models.problem import Problem, check_seeds
 from fewstep.runtime.artifact import read_json, write_whole
-from fewstep.runtime.errors import FewstepError, GridError
+from fewstep.runtime.errors import FewstepError, GridError, counted
 from fewstep.runtime.job import Job
 from fewstep.runtime.process import default_device, process
 from fewstep.sampling.parallel import ParallelConfig, Round
@@ -306,7 +306,7 @@ def _described(sampler: Sampler) -> str:
     """Return what a sampler is, for the reader."""
     first, last = torch.exp(-sampler.tableau.nodes.lam[[0, -1]]).tolist()
     where = f" on {sampler.card['grid']}" if sampler.card.get("grid") else ""
-    return f"{sampler.name}{where}, {sampler.nfe} evaluations, noise levels {first:.3g} to {last:.3g}"
+    return f"{sampler.name}{where}, {counted(sampler.nfe, 'evaluation')}, noise levels {first:.3g} to {last:.3g}"
 
 
 def _written(images: Tensor, labels: Tensor | None, seeds: range, out: Path, singles: bool, npz: bool) -> dict[str, Any]:

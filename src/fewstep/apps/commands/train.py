@@ -40,7 +40,7 @@ def train(
             rate.add(step)
             report(step, f"loss {loss:.4f}{rate}")
 
-        with Job.open("train", out):
+        with Job.open("train", out, makes_model=True):
             train_model(load_images(data), config, loop, out, command=command(), observe=on_progress)
     if process()[0] == 0:
         console.print(f"model: {out}{rate}")

@@ -46,13 +46,15 @@ def _teacher(model: Model) -> Model | None:
     if model.tuned is None:
         if model.flow_map is not None:
             raise ModelError(
-                f"{model.name} is a student that does not say who its teacher was, so it has no trajectories to be measured against"
+                f"{model.name} is a student that does not say who its teacher was, so it has no trajectories to be measured against: "
+                "measure its samples as a set, by fewstep.evaluate.metrics.judge.Judge.of(images)(samples)"
             )
         return None
     try:
         teacher = load_model(model.tuned.teacher, trust=imports_code(model))  # who trusts a student's code trusts its teacher's
     except ModelError as error:
-        raise ModelError(f"{model.name} is measured against the teacher that it was tuned from: {error}") from error
+        mend = "; make the student with out=..., which saves a teacher in memory beside it" if model.folder is None else ""
+        raise ModelError(f"{model.name} is measured against the teacher that it was tuned from: {error}{mend}") from error
     if teacher.fingerprint != model.tuned.fingerprint:
         raise ModelError(
             f"{model.name} was tuned from {model.tuned.teacher} with fingerprint {model.tuned.fingerprint}; that model now has "

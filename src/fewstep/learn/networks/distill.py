@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.images import Images
-from fewstep.learn.networks.loop import check_checkpoint, forget_checkpoint
+from fewstep.learn.networks.loop import check_checkpoint, check_precision, forget_checkpoint
 from fewstep.learn.networks.objectives import (
     OBJECTIVES,
     DistillConfig,
@@ -28,6 +28,7 @@ from fewstep.learn.networks.objectives.matching import JudgeOfSamples
 from fewstep.learn.networks.objectives.objective import StudentObjective
 from fewstep.learn.networks.trainer import (
     NO_STUDENT,
+    STEPS,
     Trained,
     check_one_scale,
     dropout_as,
@@ -53,7 +54,6 @@ from fewstep.sampling.grid_table import GridTable
 __all__ = ["DistillConfig", "EMConfig", "FlowMapConfig", "GuidedConfig", "MatchingConfig", "ProgressiveConfig", "distill"]
 
 HALVED = ("guided", "progressive")  # students whose own students are measured against their teacher
-STEPS = "steps"  # the folder of the students before the last
 
 
 @checked
@@ -86,7 +86,7 @@ def distill(
         config: how to distil: a `FlowMapConfig` of flow-map, a `MatchingConfig` of dmd, an `EMConfig` of em, a `DistillConfig` of dsno,
             slots and kd.
         trajectories: stored ones to learn from, with the times of ``config.grid`` among theirs; by default they are made.
-        begin: a student whose weights training begins with, where they fit; by default the teacher's.
+        begin: a student of the same teacher and kind, whose weights training begins with; by default the teacher's.
         features: network of the loss ``features``, from pictures ``[B, *D]`` to ``[B, F]``.
         images: pictures to learn from, for targets of a flow map that take some.
         judge: measures samples, for dmd and em, which keep the weights that it finds best: ``fewstep.evaluate.metrics.judge.Judge``.
@@ -108,6 +108,7 @@ def distill(
     options = config_of(config, chosen.config)
     check_model(model)
     model.need_unbounded("distillation", NO_STUDENT)
+    check_precision(options.loop, pair=isinstance(options, MatchingConfig))
     given = Given(features, images, judge, begin)
     for name in ("features", "images", "judge"):
         if getattr(given, name) is not None and name not in chosen.takes:
@@ -121,12 +122,11 @@ def distill(
         raise FewstepError(
             "progressive distillation begins with the model that it halves, and fresh noise: leave begin and trajectories out"
         )
-    few = model.tuned
-    if few is not None and few.solver is not None and not (isinstance(options, ProgressiveConfig) and few.form == "progressive"):
-        raise ModelError(f"{model.name} was made for {few.nfe} steps of {few.solver} alone, and is no teacher: name its own, {few.teacher}")
+    if not (isinstance(options, ProgressiveConfig) and model.tuned is not None and model.tuned.form == "progressive"):
+        model.need_trajectories()
     if isinstance(options, ProgressiveConfig) and len(options.nfe) > 1:
         return _halved(model, replace(options, guidance=scale), out, on_progress, device=device, command=command)
-    with Job.open("distill", out, device=device or model.device, on_progress=on_progress, command=command) as job:
+    with Job.open("distill", out, device=device or model.device, on_progress=on_progress, command=command, makes_model=True) as job:
         may_write_model(model, out, "work/curve.json")  # in the job, which removes what a killed run left
         problem, work = Problem(model, scale, job.device), replace(job, folder=job.folder / "work")
         objective = chosen.make(problem, replace(options, guidance=scale), given)
@@ -147,7 +147,8 @@ def distill(
         if begin is not None:
             identity += f" from {begin.fingerprint}"
         note = lambda step, value: job.on_progress(step, f"loss {value:.3e}")  # noqa: E731
-        trained = train_student(objective, student, data, options.loop, work.folder, identity=identity, on_step=note)
+        how = {"identity": identity, "on_step": note, "in_memory": job.in_memory}
+        trained = train_student(objective, student, data, options.loop, work.folder, **how)
         if job.rank:
             return None
         figures = {"curve": trained.curve, **objective.finish(trained.student, data), "seconds": trained.seconds}

@@ -21,7 +21,7 @@ from torch import nn
 from fewstep.core.grid import TimeGrid
 from fewstep.core.tableau import Nodes
 from fewstep.data.images import Images
-from fewstep.learn.networks.loop import LoopConfig, forget_checkpoint
+from fewstep.learn.networks.loop import LoopConfig, check_precision, forget_checkpoint
 from fewstep.learn.networks.objectives.steps import LandingObjective, ScoreObjective, StepsObjective
 from fewstep.learn.networks.score_matching import check_images
 from fewstep.learn.networks.trainer import (
@@ -195,7 +195,8 @@ def finetune(
         check_images(images, model)
     for count in (config.batch, config.held_out):
         share(range(count))
-    with Job.open("finetune", out, device=device or model.device, on_progress=on_progress, command=command) as job:
+    check_precision(config.loop)
+    with Job.open("finetune", out, device=device or model.device, on_progress=on_progress, command=command, makes_model=True) as job:
         may_write_model(model, out, "work")  # in the job, which removes what a killed run left
         tuning = _Tuning(Problem(model, config.guidance, job.device), config, images, job)
         history = tuning.alternate()
@@ -264,7 +265,8 @@ class _Tuning:
         begin, before, objective = time.monotonic(), (number - 1) * self.config.steps, self.objective(index)
         note = lambda step, value: self.job.on_progress(before + step, f"loss {value:.2e}")  # noqa: E731
         identity = f"{self.identity} {index}"
-        trained = train_student(objective, student, self.data, self.config.loop, folder, identity=identity, on_step=note).student
+        how = {"identity": identity, "on_step": note, "in_memory": self.job.in_memory}
+        trained = train_student(objective, student, self.data, self.config.loop, folder, **how).student
         bound = self._bound(trained)
         best = from_first(bound.best(self.config.nfe)[self.config.nfe])
         levels, rmse = torch.exp(-self.nodes.lam[index]).tolist(), self.objective(best).finish(trained, self.data)["rmse"]

@@ -29,6 +29,7 @@ __all__ = [
     "LossCurve",
     "Selection",
     "check_checkpoint",
+    "check_precision",
     "forget_checkpoint",
     "identity_of",
     "run_loop",
@@ -202,6 +203,8 @@ def run_loop(
     companion: Companion | None = None,
     selection: Selection | None = None,
     observe: Callable[[int, float], None] | None = None,
+    in_memory: bool = False,
+    mend: Callable[[], str | None] = lambda: None,
 ) -> N:
     """Train a network and return it with its averaged (EMA) weights.
 
@@ -220,17 +223,18 @@ def run_loop(
         companion: a second network, which is trained first in each step.
         selection: chooses among the averaged weights on the way; by default the last are returned.
         observe: called with the step and the mean loss since the last call, about 100 times a run.
+        in_memory: whether the folder goes with the run.
+        mend: says how to mend a loss that is not finite; None stands for a lower learning rate.
 
     Raises:
-        ArtifactError: the folder holds a checkpoint of a run with another configuration.
+        ArtifactError: the folder holds a checkpoint of a run with another configuration; the loss is not finite.
         FewstepError: this machine has no such precision; there are more processes than samples in a batch, or accelerate knows of others; a
             companion in fp16.
     """
     from diffusers.training_utils import EMAModel
 
     (rank, world), mine = process(), len(share(range(config.batch)))
-    if companion is not None and config.mixed_precision == "fp16":  # one scale of the loss for two optimisers would not be right
-        raise FewstepError("two networks are not trained together in fp16: use bf16, or no")
+    check_precision(config, pair=companion is not None)
     accelerator = _accelerator(config)
     if config.channels_last:
         loose: Any = network  # torch's types do not know this form of ``to``
@@ -309,8 +313,10 @@ def run_loop(
                 reduced = accelerator.reduce(total / counted, "mean")
                 mean = float(reduced)
                 if not math.isfinite(mean):
-                    mend = "lower lr" if companion is None else "lower lr, or raise updates"
-                    raise ArtifactError(f"the loss is not finite at step {step + 1}: {mend}; the last checkpoint is kept in {folder}")
+                    how = mend() or ("lower lr" if companion is None else "lower lr, or raise updates")
+                    kept = not in_memory and (folder / "checkpoint").exists()
+                    last = f"; the last checkpoint is kept in {folder}" if kept else ""
+                    raise ArtifactError(f"the loss is not finite at step {step + 1}: {how}{last}")
                 if observe is not None and accelerator.is_main_process:
                     observe(step + 1, mean)
                 total, counted = torch.zeros_like(total), 0
@@ -339,6 +345,25 @@ def _prepared(accelerator: Any, companion: Companion) -> tuple[Any, Any]:  # noq
     return accelerator.prepare(companion.network, optimizer)
 
 
+def check_precision(config: LoopConfig, *, pair: bool = False) -> None:
+    """Refuse, before long work, a precision that training would not have.
+
+    Args:
+        config: how to train.
+        pair: whether two networks are trained together.
+
+    Raises:
+        FewstepError: fp16 without a GPU, where accelerate would train in float32 and not say so; or of two networks, since one scale of the
+            loss for two optimisers would not be right.
+    """
+    if config.mixed_precision != "fp16":
+        return
+    if pair:
+        raise FewstepError("two networks are not trained together in fp16: use bf16, or no")
+    if not torch.cuda.is_available():
+        raise FewstepError("no training in fp16 on this machine: it needs a GPU; use bf16, or no")
+
+
 def _accelerator(config: LoopConfig) -> Any:  # noqa: ANN401
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -348,8 +373,6 @@ def _accelerator(config: LoopConfig) -> Any:  # noqa: ANN401
         accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
     except ValueError as error:
         raise FewstepError(f"no training in {config.mixed_precision} on this machine: {first_line(error)}") from error
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in float32 and not say so
-        raise FewstepError("no training in fp16 on this machine: it needs a GPU; use bf16, or no")
     if accelerator.num_processes != process()[1]:  # each would train on its share, and nobody average
         raise FewstepError(
             f"{process()[1]} processes were started, and accelerate knows of {accelerator.num_processes}: start them with torchrun, or set "

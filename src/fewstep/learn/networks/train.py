@@ -17,7 +17,7 @@ from fewstep.core.domain import Cube
 from fewstep.core.prediction import EDM
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, VarianceExploding
 from fewstep.data.images import Images
-from fewstep.learn.networks.loop import LoopConfig, forget_checkpoint, identity_of, run_loop
+from fewstep.learn.networks.loop import LoopConfig, check_precision, forget_checkpoint, identity_of, run_loop
 from fewstep.learn.networks.objectives.flow_map import FlowMapConfig, FlowMapObjective
 from fewstep.learn.networks.objectives.objective import Networks
 from fewstep.learn.networks.preconditioning import measure_preconditioning
@@ -147,6 +147,7 @@ def train(
     if config.kind == "reflected":
         CUBE.check(images.x, f"the images of {images.name}")
     check_writable(out)
+    check_precision(loop)
     identity = f"{identity_of(config)}{images.identity}"
     network = _network(images, config)
     if config.kind == "flow-map":

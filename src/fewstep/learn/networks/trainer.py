@@ -22,9 +22,11 @@ from fewstep.runtime.artifact import written_apart
 from fewstep.runtime.errors import FewstepError, ModelError
 from fewstep.runtime.job import folder_of
 
-__all__ = ["NO_STUDENT", "Trained", "check_one_scale", "dropout_as", "halve", "may_write_model", "teacher_name", "train_student"]
+__all__ = ["NO_STUDENT", "STEPS", "Trained", "check_one_scale", "dropout_as", "halve", "may_write_model", "teacher_name", "train_student"]
 
 NO_STUDENT = "students are taught between free states, and nothing would fold theirs; make a sampler of it with fewstep fit"
+STEPS = "steps"  # the folder of the students before the last of progressive distillation, below that of the last
+WORK = "work"  # the folder of a run's trajectories and checkpoint, below its student's
 TEACHER = "teacher"  # the folder of a teacher that has none of its own, below its student's
 
 
@@ -52,6 +54,7 @@ def train_student(
     *,
     identity: str,
     on_step: Callable[[int, float], None],
+    in_memory: bool = False,
 ) -> Trained:
     """Train a student for an objective; a killed run continues from its checkpoint in ``folder`` and ends with the same weights.
 
@@ -63,6 +66,7 @@ def train_student(
         folder: for the checkpoint and the loss curve.
         identity: what is trained on what; a checkpoint of anything else is refused.
         on_step: called with the step and the mean loss since the last call.
+        in_memory: whether the folder goes with the run.
 
     Raises:
         ArtifactError: the folder holds a checkpoint of another run.
@@ -81,6 +85,7 @@ def train_student(
 
     student.requires_grad_(True)
     beside = {"averaged": averaged, "companion": objective.companion, "selection": objective.selection}
+    beside |= {"in_memory": in_memory, "mend": objective.mend}
     trained: Any = run_loop(student, loss, loop, folder, identity=identity, observe=observe, **beside).to(objective.problem.device)
     return Trained(trained.requires_grad_(False), curve.points, curve.seconds)
 
@@ -109,7 +114,7 @@ def may_write_model(model: Model, out: str | Path | None, begun: str) -> None:
 
     Raises:
         ModelError: the teacher is a student itself, no module or of half precision, or its student could not be saved (and how to mend it).
-        FewstepError: the folder holds a finished model.
+        FewstepError: the folder holds a finished model, or an unfinished run of another kind.
     """
     model = model.need_denoiser()
     if not isinstance(model.network, nn.Module):
@@ -130,6 +135,13 @@ def may_write_model(model: Model, out: str | Path | None, begun: str) -> None:
         raise FewstepError(f"{folder} already holds a finished student: choose another folder, or remove it")
     if holds_model(folder) and not (folder / begun).exists():  # with it, a run was killed while it saved
         raise FewstepError(f"{folder} already holds a model, which would be lost: choose another folder")
+    chained = model.folder is not None and model.folder.resolve().parent == (folder / STEPS).resolve()  # the next after one of those
+    other = WORK if begun == STEPS else STEPS
+    if (folder / other).exists() and not ((folder / STEPS).exists() if begun == STEPS else chained):
+        raise FewstepError(
+            f"{folder} holds an unfinished run of another kind, in {other}: continue that by its own command, remove it, or choose "
+            "another folder"
+        )
 
 
 def check_one_scale(model: Model, method: str) -> None:

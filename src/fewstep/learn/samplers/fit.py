@@ -22,7 +22,7 @@ from fewstep.models.carried import FITTED
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.artifact import Count, Number, Record, Whole, facts_of, read_record, write_whole
-from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError
+from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError, counted
 from fewstep.runtime.front_door import checked, config_of, scale_of, wholes
 from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import from_first, process, wait_for_all
@@ -121,7 +121,7 @@ def fit(
             for done, n in enumerate(counts):
                 place = nfe_folder(job.folder, n)
                 if not from_first(job.rank == 0 and (place / "sampler.json").exists()):
-                    note = lambda text, done=done, n=n: job.on_progress(done, f"{n} evaluations: {text}")  # noqa: E731
+                    note = lambda text, done=done, n=n: job.on_progress(done, f"{counted(n, 'evaluation')}: {text}")  # noqa: E731
                     before = _stored(job.folder, identity) if job.rank == 0 else {}
                     found = searches[n].find(n, from_first({one.grid.steps: one.grid for m, one in before.items() if m < n}), note)
                     if job.rank == 0:

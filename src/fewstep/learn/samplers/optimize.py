@@ -30,7 +30,7 @@ from fewstep.models.generate import solver_for
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.artifact import Count, Number, facts_of, write_whole
-from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError
+from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, SolverError, counted
 from fewstep.runtime.front_door import checked, config_of, scale_of, wholes
 from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import from_first, process, sum_over_processes
@@ -126,7 +126,7 @@ def optimize(
         search, place = _Search(problem, gram, exact, plan, most), solver_folder(job.folder, name)
         made: dict[int, Sampler] = {}
         for done, n in enumerate(counts):
-            job.on_progress(done, f"{name}, {n} evaluations")
+            job.on_progress(done, f"{name}, {counted(n, 'evaluation')}")
             made[n] = search.stored(name, solver, n, place / f"nfe-{n:02d}", made, job)
             if job.rank == 0:
                 table = _table(problem, name, made, place, job.command)

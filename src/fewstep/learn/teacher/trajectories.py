@@ -454,6 +454,8 @@ class Trajectories(torch.utils.data.Dataset[dict[str, Any]]):
         path = named_path(folder) / "manifest.json"
         if not path.exists() and any(path.parent.glob("shard-*.safetensors")):
             raise ArtifactError(f"{folder} holds unfinished trajectories: run the same command again, it continues")
+        if path.parent.is_dir() and not path.exists():
+            raise ArtifactError(f"{folder} holds no trajectories: name a folder that fewstep trajectories or generate_trajectories made")
         meta = read_record(path, TrajectoriesRecord)
         try:
             return cls(path.parent, meta)

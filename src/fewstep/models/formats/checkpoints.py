@@ -168,7 +168,7 @@ def convert(
     there = ArtifactError(f"{out} is there already: name another, or move it away")
     if out.exists() and (single or not out.is_dir()):
         raise there
-    with Job.open("convert", out.parent if single else out, alone=True) as job:
+    with Job.open("convert", out.parent if single else out, alone=True, makes_model=True) as job:
         if out.exists() if single else job.files - {DESCRIPTION}:
             raise there
         model = load_checkpoint(path, format=format, config=config, trust=trust)

@@ -33,6 +33,7 @@ from fewstep.models.networks.extra_embedding import ConditionedNetwork
 from fewstep.models.networks.operator import OperatorStudent
 from fewstep.models.networks.unets import NETWORKS, build_network, empty_network
 from fewstep.runtime.artifact import (
+    MODEL_FILES,
     Count,
     Number,
     Record,
@@ -66,6 +67,7 @@ __all__ = [
     "write_model",
 ]
 
+UNFINISHED = ("work", "steps", "checkpoint")  # folders of a run that has not made its model yet
 DESCRIPTION, WEIGHTS, OWN_WEIGHTS = "fewstep.json", "unet/model.safetensors", "network.safetensors"
 FORMAT = "fewstep-model"
 STUDENTS = ("operator", "flow-map", "guided")  # the files beside a network that make a student of it
@@ -134,6 +136,8 @@ def load_folder(source: str | Path, *, trust: bool = False) -> Model:
         ArtifactError: ``fewstep.json`` is damaged, or of another version.
     """
     path = named_path(source)
+    if not holds_model(path) and any((path / name).is_dir() for name in UNFINISHED):
+        raise ModelError(f"{path} holds an unfinished run and no model yet: run the command that began it again, it continues")
     model = _load_network(path, source, trust)
     for kind in STUDENTS:
         if (path / f"{kind}.safetensors").exists() and not (path / f"{kind}.json").exists():
@@ -301,7 +305,7 @@ def _has_format(model: Model) -> bool:
 
 def holds_model(folder: Path) -> bool:
     """Return whether a folder holds a model, or part of one."""
-    return any((folder / name).exists() for name in (DESCRIPTION, OWN_WEIGHTS, "unet", "model_index.json"))
+    return any((folder / name).exists() for name in MODEL_FILES)
 
 
 def check_savable(model: Model) -> None:
@@ -329,13 +333,13 @@ def save_model(model: Model, folder: str | Path) -> Path:
     student: Any = model.network
     folder, made_of = named_path(folder), _made_of(model)
     check_savable(made_of)
-    with Job.open("save", folder, alone=True):
+    with Job.open("save", folder, alone=True, makes_model=True):
         if holds_model(folder):
             raise ArtifactError(f"{folder} already holds a model, which would be lost: choose another folder, or remove it")
         with written_apart(folder, last=DESCRIPTION) as scratch:
             write_model(made_of, scratch)
             if made_of is not model:
-                student.save(scratch)
+                student.save(scratch, trust=not _has_format(untold(made_of)))
             _write_carried(model.carried, scratch)
     return folder
 
@@ -376,7 +380,9 @@ def _write_carried(carried: Carried, folder: Path) -> None:
 def write_model(model: Model, folder: Path) -> None:
     """Write the files of a model; the description is the last of them."""
     if model.scales is not None and isinstance(model.network, ConditionedNetwork):
-        save_guided(model.network, form_of(model), {}, folder)
+        tuned = model.tuned
+        steps = {} if tuned is None or tuned.nfe is None else {"steps": tuned.nfe}
+        save_guided(model.network, form_of(model), steps, folder, trust=not _has_format(untold(model)))
     model = untold(model)
     if _has_format(model):
         save_described(model, folder)

@@ -178,24 +178,30 @@ def is_offloaded(network: nn.Module) -> bool:
 
 
 def check_evaluating(network: object) -> None:
-    """Refuse a network in training mode whose answers are then random, or depend on the batch.
+    """Refuse a network in training mode whose answers are then random, or depend on the batch, and one whose weights have no values.
 
     Raises:
-        ModelError: it has dropout or batch normalisation in that mode.
+        ModelError: it has dropout or batch normalisation in that mode, or weights on the device meta that nobody loads.
     """
     if not isinstance(network, nn.Module):
         return
+    if any(one.is_meta for one in network.parameters()) and not is_offloaded(network):
+        raise ModelError(
+            "the network has weights on the device meta, which have no values: load them first, as by network.to_empty(device='cpu') and "
+            "network.load_state_dict(weights)"
+        )
     for module in network.modules():
         if module.training and (isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0)):
             raise ModelError(f"the network has a {type(module).__name__} in training mode, so its answers vary: call network.eval() first")
 
 
-def answer_of(output: object, x: Tensor) -> Tensor:
+def answer_of(output: object, x: Tensor, times: str = "t") -> Tensor:
     """Return the tensor in what a network answered: the answer itself, its ``sample``, or the only one of a tuple.
 
     Args:
         output: what it answered.
         x: the state that it was asked at, ``[B, *D]``.
+        times: the names of the times that it was told, for the error.
 
     Raises:
         ModelError: there is none, or it is not of the state's shape and real.
@@ -205,18 +211,20 @@ def answer_of(output: object, x: Tensor) -> Tensor:
         answer = answer[0]
     if not isinstance(answer, Tensor):
         what = type(answer).__name__ + (f" of {len(answer)}" if isinstance(answer, tuple | list | dict) else "")
-        raise ModelError(f"the network answered a {what}, not a tensor: pass call=lambda net, x, t, cond: net(x, t)[0], or alike")
+        raise ModelError(
+            f"the network answered a {what}, not a tensor: pass call=lambda net, x, {times}, cond: net(x, {times})[0], or alike"
+        )
     if not answer.is_floating_point():
         raise ModelError(f"the network answered in {str(answer.dtype).removeprefix('torch.')}: an answer is of floating point numbers")
     if answer.shape != x.shape:
         twice = answer.shape == (*x.shape[:1], 2 * x.shape[1], *x.shape[2:]) if x.ndim > 1 else False
-        hint = ": it predicts a variance too, so pass call=lambda net, x, t, cond: net(x, t)[:, :C], or alike" if twice else ""
+        hint = f": it predicts a variance too, so pass call=lambda net, x, {times}, cond: net(x, {times})[:, :C], or alike" if twice else ""
         raise ModelError(f"the network answered shape {tuple(answer.shape)} to a state of shape {tuple(x.shape)}{hint}")
     return answer
 
 
 @contextmanager
-def unwritten(x: Tensor) -> Iterator[None]:
+def unwritten(x: Tensor, times: str = "t") -> Iterator[None]:
     """Refuse a network that writes into the state ``x [B, *D]`` that it is given, which the sampler still needs.
 
     Raises:
@@ -225,7 +233,7 @@ def unwritten(x: Tensor) -> Iterator[None]:
     before = None if x.is_inference() else x._version  # noqa: SLF001 - the only record of it
     yield
     if before is not None and x._version != before:  # noqa: SLF001
-        raise ModelError("the network writes into its input: pass call=lambda net, x, t, cond: net(x.clone(), t), or alike")
+        raise ModelError(f"the network writes into its input: pass call=lambda net, x, {times}, cond: net(x.clone(), {times}), or alike")
 
 
 @contextmanager

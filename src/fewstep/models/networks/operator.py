@@ -33,8 +33,7 @@ from fewstep.models.networks.calls import image_size, network_device, network_dt
 from fewstep.models.networks.extra_embedding import level_features
 from fewstep.models.networks.slot_rows import SlotRows
 from fewstep.models.networks.temporal_unet import Mixing, TemporalUNet, has_blocks
-from fewstep.models.networks.unets import NETWORKS
-from fewstep.runtime.artifact import ArtifactRecord, Number, load_artifact, named_path, save_artifact
+from fewstep.runtime.artifact import ArtifactRecord, Number, listed, load_artifact, named_path, save_artifact
 from fewstep.runtime.errors import ArtifactError, ModelError, look_up
 from fewstep.runtime.front_door import check_fields, checked_class
 
@@ -251,8 +250,12 @@ class OperatorStudent(nn.Module):
 
     # -- as a folder ------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, trust: bool = False) -> Path:
         """Write ``operator.json``, ``operator.safetensors`` and a card; the network itself is saved beside them by `save_like`.
+
+        Args:
+            folder: of the model.
+            trust: whether it names code to import, for the commands of the card.
 
         Raises:
             ArtifactError: the folder cannot be written, or the card is not JSON-able.
@@ -260,7 +263,7 @@ class OperatorStudent(nn.Module):
         folder = named_path(folder)
         tensors = {name: value for name, value in self.state_dict().items() if not name.startswith(NETWORK)}
         meta = {"form": asdict(self.form), "times": self.times.tolist(), "card": self.card}
-        return save_artifact(folder, "operator", meta, tensors, self._readme(folder.name))
+        return save_artifact(folder, "operator", meta, tensors, self._readme(folder.name, trust))
 
     @classmethod
     def load(cls, folder: str | Path, network: Teacher) -> OperatorStudent:
@@ -286,19 +289,17 @@ class OperatorStudent(nn.Module):
 
         return load_artifact(folder, "operator", OperatorRecord, build)
 
-    def _readme(self, name: str) -> str:
-        own = isinstance(self.operator, SlotRows) and type(self.operator.network).__name__ not in NETWORKS
-        trust = " --trust" if own else ""
-        facts = "\n".join(f"- {key}: {value}" for key, value in self.card.items())
+    def _readme(self, name: str, trust: bool) -> str:
+        typed = f"{name} --trust" if trust else name
         return f"""# {name}
 
 An operator student: one pass of its network leads from noise to the image, by way of {self.slots} slots of time.
 
-{facts}
+{listed(self.card)}
 
 ```
-fewstep sample {name}{trust} --out runs/sample
-fewstep bench {name}{trust} --out runs/bench
+fewstep sample {typed} --out runs/sample
+fewstep bench {typed} --out runs/bench
 ```
 """
 

@@ -29,9 +29,9 @@ from fewstep.learn.teacher.batches import Batch, TeacherData
 from fewstep.learn.teacher.jvp import JVP_METHODS, choose_jvp
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.models.flow_map_student import FlowMapForm, FlowMapStudent
-from fewstep.models.formats.folders import as_student, save_like
+from fewstep.models.formats.folders import as_student, imports_code, save_like
 from fewstep.models.guidance import scale_range
-from fewstep.models.guided import GuidedForm, form_of, guided_model, save_guided
+from fewstep.models.guided import GuidedForm, form_of, guided_model, save_guided, untold
 from fewstep.models.model import Model
 from fewstep.models.networks.extra_embedding import ConditionedNetwork
 from fewstep.models.problem import Problem
@@ -165,7 +165,8 @@ class FlowMapObjective(StudentObjective):
         if images is None and self.equation == "matching":
             raise FewstepError("the target matching learns from pictures: pass images=..., the data that the model was trained on (--data)")
         if self.equation == "matching" and (self.scales is not None or problem.guidance != 1):
-            raise FewstepError("the target matching learns the data, not what guidance makes of it: use another target, or guidance 1")
+            mend = "" if self.scales is not None else ", or guidance 1"
+            raise FewstepError(f"the target matching learns the data, not what guidance makes of it: use another target{mend}")
         if images is not None:
             config.check_unused("num", "fresh")
             check_images(images, problem.model)
@@ -211,14 +212,7 @@ class FlowMapObjective(StudentObjective):
                     f"and of {told}: "
                     "ask for that form, or begin with another student"
                 )
-            tuned, problem = begin.tuned, self.problem
-            wanted = self.sampled_by(problem.guidance)[0]
-            if tuned is not None and (tuned.fingerprint, tuned.guidance) != (problem.model.fingerprint, wanted):
-                scale = "of any scale" if tuned.guidance is None else f"{tuned.guidance:g}"
-                raise ModelError(
-                    f"{begin.name} is a student of {tuned.teacher} ({tuned.fingerprint}) at guidance {scale}, not of "
-                    f"{problem.model.name} ({problem.model.fingerprint}) at {problem.guidance:g}: begin with one of the same teacher"
-                )
+            self.check_teacher(begin, self.sampled_by(self.problem.guidance)[0])
         super().take_over(student, begin)
 
     # -- guidance scales that it is told ------------------------------------------------------------------------------
@@ -515,7 +509,7 @@ class FlowMapObjective(StudentObjective):
         assert isinstance(student, FlowMapStudent)
         if self.scales is not None:
             save_guided(student.network, form_of(self._told(self.problem.model, student.network)), {}, folder)
-        student.save(folder)
+        student.save(folder, trust=imports_code(untold(self.problem.model)))
         save_like(self.problem.model, student.network.network, folder)
 
 

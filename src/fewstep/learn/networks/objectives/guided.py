@@ -32,7 +32,7 @@ from fewstep.learn.networks.objectives.rollout import Rollout, Rows
 from fewstep.learn.networks.score_matching import check_images, draw_images
 from fewstep.learn.teacher.batches import FIRST_FRESH, Batch, TeacherData
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
-from fewstep.models.formats.folders import save_like
+from fewstep.models.formats.folders import imports_code, save_like
 from fewstep.models.guidance import both_answers
 from fewstep.models.guided import GuidedForm, form_of, guided_model, save_guided
 from fewstep.models.model import Model
@@ -205,6 +205,11 @@ class GuidedObjective(StudentObjective):
         call = ScaledCall(form.w_max, form.features, scale)
         return replace(self.problem.model, network=network, call=call, null_label=None).at_any_time()
 
+    def mend(self) -> str | None:
+        if self.config.states not in ROLLING or self._rollout.finite():
+            return None
+        return f"the answers of {self.problem.name} itself are not finite, so check its weights and dtype"
+
     @cached_property
     def _rollout(self) -> Rollout:
         form = self.config.form
@@ -277,5 +282,5 @@ class GuidedObjective(StudentObjective):
 
     def save(self, student: nn.Module, folder: Path) -> None:
         assert isinstance(student, ConditionedNetwork)
-        save_guided(student, self.config.form, self._card, folder)
+        save_guided(student, self.config.form, self._card, folder, trust=imports_code(self.problem.model))
         save_like(self.problem.model, student.network, folder)

@@ -33,7 +33,7 @@ from fewstep.learn.networks.objectives.objective import Networks, StudentObjecti
 from fewstep.learn.teacher.batches import FIRST_FRESH, Batch, TeacherData
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.models.flow_map_student import FlowMapStudent
-from fewstep.models.formats.folders import as_student, save_like
+from fewstep.models.formats.folders import as_student, imports_code, save_like
 from fewstep.models.model import Model
 from fewstep.models.networks.operator import OperatorForm, OperatorStudent
 from fewstep.models.networks.temporal_unet import Mixing
@@ -140,7 +140,7 @@ class MatchingObjective(StudentObjective):
             FewstepError: a start was asked for beside it.
             ModelError: it is no student of one pass, of another teacher, or at another guidance.
         """
-        student, problem, tuned = begin.network, self.problem, begin.tuned
+        student = begin.network
         if self.config.start is not None:
             raise FewstepError(f"{begin.name} starts where it was made to: leave start out, or begin with the teacher's own network")
         if not isinstance(student, OperatorStudent | FlowMapStudent):
@@ -151,11 +151,7 @@ class MatchingObjective(StudentObjective):
             raise ModelError(
                 f"{begin.name} is told its guidance scale, and distribution matching has one: begin with a flow map of one scale"
             )
-        if tuned is not None and (tuned.fingerprint, tuned.guidance) != (problem.fingerprint, problem.guidance):
-            raise ModelError(
-                f"{begin.name} is a student of {tuned.teacher} ({tuned.fingerprint}) at guidance {tuned.guidance:g}, not of {problem.name} "
-                f"({problem.fingerprint}) at {problem.guidance:g}: begin with one of the same teacher"
-            )
+        self.check_teacher(begin, self.problem.guidance)
         return student.times[0] if isinstance(student, OperatorStudent) else torch.tensor(student.first, dtype=torch.float64)
 
     def _time_of(self, level: float) -> Tensor:
@@ -390,7 +386,7 @@ class MatchingObjective(StudentObjective):
 
     def save(self, student: nn.Module, folder: Path) -> None:
         assert isinstance(student, OperatorStudent | FlowMapStudent)
-        student.save(folder)
+        student.save(folder, trust=imports_code(self.problem.model))
         save_like(self.problem.model, self.network(student), folder)
 
 

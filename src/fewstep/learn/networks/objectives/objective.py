@@ -63,6 +63,10 @@ class Objective(ABC):
     def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:
         """Return the mean loss ``[]`` over the samples of a batch."""
 
+    def mend(self) -> str | None:
+        """Return how to mend a loss that is not finite; None where a lower learning rate may do."""
+        return None
+
     @abstractmethod
     def finish(self, student: nn.Module, data: Any) -> dict[str, Any]:  # noqa: ANN401 - as of `batch`
         """Measure the trained student on held-out trajectories and return figures for its card, as plain JSON values."""
@@ -109,17 +113,42 @@ class StudentObjective(Objective):
         return ""
 
     def take_over(self, student: nn.Module, begin: Model) -> None:
-        """Begin with the weights of another student, where they fit.
+        """Begin with the weights of another student: those of its network, and others where they fit.
 
         Raises:
-            ModelError: it is no student of this kind.
+            ModelError: it is no student of this kind, or its network has other weights.
         """
         theirs: Any = begin.network
         if type(theirs) is not type(student):
             raise ModelError(f"{begin.name} is no {self.kind} student to begin with: name one, or leave it out")
-        ours = student.state_dict()
+        ours, shapes = student.state_dict(), [{n: v.shape for n, v in self.network(one).state_dict().items()} for one in (student, theirs)]
+        if shapes[0] != shapes[1]:
+            name = next(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name))
+            found = [list(one[name]) if name in one else "missing" for one in shapes]
+            raise ModelError(
+                f"the network of {begin.name} is another than that of {self.problem.name}: {name} is {found[1]} there and {found[0]} here; "
+                "begin with a student of this teacher, or leave it out"
+            )
         fitting = {name: value for name, value in theirs.state_dict().items() if name in ours and ours[name].shape == value.shape}
         student.load_state_dict(fitting, strict=False)
+
+    def check_teacher(self, begin: Model, guidance: float | None) -> None:
+        """Refuse a student to begin with that was made of another teacher, or at another guidance scale.
+
+        Args:
+            begin: the student.
+            guidance: the scale; None of a student that is told it.
+
+        Raises:
+            ModelError: it was (of which).
+        """
+        tuned, problem = begin.tuned, self.problem
+        if tuned is not None and (tuned.fingerprint, tuned.guidance) != (problem.fingerprint, guidance):
+            theirs, ours = ("of any scale" if scale is None else f"{scale:g}" for scale in (tuned.guidance, guidance))
+            raise ModelError(
+                f"{begin.name} is a student of {tuned.teacher} ({tuned.fingerprint}) at guidance {theirs}, not of {problem.name} "
+                f"({problem.fingerprint}) at {ours}: begin with one of the same teacher"
+            )
 
     def check_data(self, data: TeacherData) -> None:  # noqa: B027 - there is nothing to refuse by default
         """Refuse trajectories that the student cannot learn from, beside what `TeacherData` refuses.

@@ -27,7 +27,7 @@ from fewstep.learn.networks.objectives.config import StudentConfig
 from fewstep.learn.networks.objectives.distances import DISTANCES
 from fewstep.learn.networks.objectives.objective import Networks, StudentObjective
 from fewstep.learn.teacher.batches import Batch, TeacherData
-from fewstep.models.formats.folders import as_student, save_like
+from fewstep.models.formats.folders import as_student, imports_code, save_like
 from fewstep.models.model import Model
 from fewstep.models.networks.operator import OperatorForm, OperatorStudent
 from fewstep.models.problem import Problem
@@ -114,6 +114,16 @@ class OperatorObjective(StudentObjective):
     def student(self) -> OperatorStudent:
         teacher = self.problem.model.with_network(self.copied())
         return OperatorStudent(teacher, self.grid.t, self.config.form).to(self.problem.device)
+
+    def take_over(self, student: nn.Module, begin: Model) -> None:
+        """Begin with the weights of another operator of the same teacher and guidance, those of its temporal layers where they fit.
+
+        Raises:
+            ModelError: it is of another (which).
+        """
+        if isinstance(begin.network, OperatorStudent):
+            self.check_teacher(begin, self.problem.guidance)
+        super().take_over(student, begin)
 
     def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:
         x, cond, student = batch.x, batch.cond, networks.student
@@ -214,5 +224,5 @@ class OperatorObjective(StudentObjective):
 
     def save(self, student: nn.Module, folder: Path) -> None:
         assert isinstance(student, OperatorStudent)
-        student.save(folder)
+        student.save(folder, trust=imports_code(self.problem.model))
         save_like(self.problem.model, student.operator.network, folder)

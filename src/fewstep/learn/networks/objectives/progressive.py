@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,14 @@ from fewstep.learn.networks.objectives.objective import Networks, StudentObjecti
 from fewstep.learn.networks.objectives.rollout import Rollout, Rows
 from fewstep.learn.teacher.batches import FIRST_FRESH, Batch
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
-from fewstep.models.formats.folders import save_like
-from fewstep.models.guided import form_of, save_guided
+from fewstep.models.carried import OPTIMIZED, Carried
+from fewstep.models.formats.folders import imports_code, save_like
+from fewstep.models.guided import form_of, save_guided, untold
 from fewstep.models.model import Model
 from fewstep.models.networks.extra_embedding import ConditionedNetwork
 from fewstep.models.problem import Problem
-from fewstep.runtime.artifact import write_whole
-from fewstep.runtime.errors import FewstepError, look_up
+from fewstep.runtime.artifact import listed, write_whole
+from fewstep.runtime.errors import FewstepError, counted, look_up
 from fewstep.runtime.front_door import at_least, checked_class, is_count
 from fewstep.runtime.process import share
 from fewstep.sampling.loop import run
@@ -60,7 +61,8 @@ class ProgressiveConfig(StudentConfig):
 
     Args:
         nfe: numbers of steps, each half of the one before: a student is trained for each, and the last is the result.
-        start: steps of the model that is halved first; by default twice the first number.
+        start: steps of the model that is halved first, twice the first number, which is the default; of a student that was halved before,
+            steps of the grid that its own are every second time of, or every fourth, and so on.
         grid: the spacing of those steps, of which each student keeps every second time.
         loss: huber, l1 or l2.
 
@@ -78,6 +80,10 @@ class ProgressiveConfig(StudentConfig):
         super().__post_init__()
         at_least(self, start=2)
         look_up(self.loss, DISTANCES, "loss", FewstepError)
+        if self.grid == OPTIMIZED:
+            raise FewstepError(
+                "a grid that is halved again and again is a spacing by name, as angle, not a model's own of one number of steps"
+            )
         self.check_unused(*STORED)
         object.__setattr__(self, "nfe", tuple(self.nfe) if isinstance(self.nfe, tuple | list) else (self.nfe,))
         steps = [self.begins, *self.nfe] if self.nfe and all(map(is_count, self.nfe)) else []
@@ -106,7 +112,8 @@ class ProgressiveObjective(StudentObjective):
         config: how to distil; its ``nfe`` is the one number of this student.
 
     Raises:
-        FewstepError: the present model was halved before, and was taught other steps than those that would be halved now.
+        FewstepError: the present model was halved before, and was taught other steps than those that would be halved now; or it was not,
+            and the first student would have less than half as many.
     """
 
     kind = "progressive"
@@ -119,12 +126,20 @@ class ProgressiveObjective(StudentObjective):
         self.fine, self.grid = TimeGrid(whole[:: stride // 2]), TimeGrid(whole[::stride])
         self.nodes, self.output = Nodes.at(problem.schedule, self.grid.t), prediction(problem.model.prediction)
         self._check_own_steps()
-        _ = problem.teacher
+        self.present = replace(problem, model=replace(problem.model, given=Carried()))  # without the record of the steps just checked
+        _ = self.present.teacher
 
     def _check_own_steps(self) -> None:
-        """Refuse to halve steps that the present model was not taught, where it knows its own alone."""
+        """Refuse to halve steps that the present model was not taught, where it knows its own alone, or to more than halve any other's."""
         model, tuned = self.problem.model, self.problem.model.tuned
         if tuned is None or tuned.form != self.kind or tuned.nfe is None:
+            if self.fine.steps != self.config.begins:
+                whole = self.config.begins
+                chain = ", ".join(str(whole // 2**k) for k in range(1, whole.bit_length()) if whole // 2**k >= self.steps)
+                raise FewstepError(
+                    f"the half of start={whole} steps is {whole // 2}, not {self.steps}: say nfe=({chain}), which halves again and again, "
+                    f"or start={2 * self.steps}"
+                )
             return
         own = model.optimized("ddim", tuned.nfe).t
         if own.shape != self.fine.t.shape or not torch.allclose(own, self.fine.t, rtol=1e-9):
@@ -161,7 +176,7 @@ class ProgressiveObjective(StudentObjective):
         return kind.coefficients(self.nodes.alpha[i], self.nodes.sigma[i])[1].abs()
 
     def _told(self, network: Any, scale: float | Tensor) -> Denoiser:  # noqa: ANN401 - a network, maybe wrapped
-        model = self.problem.model.with_network(network) if isinstance(network, nn.Module) else self.problem.model
+        model = self.present.model.with_network(network) if isinstance(network, nn.Module) else self.present.model
         if model.scales is None:
             return model.conditional
         found = model.guided(scale)
@@ -169,7 +184,7 @@ class ProgressiveObjective(StudentObjective):
         return found
 
     def _present(self, scale: float | Tensor) -> Denoiser:
-        return self.problem.teacher if self.problem.model.scales is None else self._told(None, scale)
+        return self.present.teacher if self.problem.model.scales is None else self._told(None, scale)
 
     def _two_steps(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Return where two steps of the present model lead, and the answer whose one step leads there."""
@@ -179,6 +194,11 @@ class ProgressiveObjective(StudentObjective):
         middle = jump(schedule, rows.x, first, s, v)
         second = present(middle, v, rows.cond)
         return jump(schedule, middle, second, v, t), composed(schedule, first, second, s, v, t)
+
+    def mend(self) -> str | None:
+        if self._rollout.finite():
+            return None
+        return f"the answers of {self.problem.name} itself are not finite, so check its weights and dtype"
 
     @cached_property
     def _rollout(self) -> Rollout:
@@ -227,21 +247,20 @@ class ProgressiveObjective(StudentObjective):
     def save(self, student: nn.Module, folder: Path) -> None:
         model = self.problem.model
         if isinstance(student, ConditionedNetwork):
-            save_guided(student, form_of(model), self._card, folder)
+            save_guided(student, form_of(model), self._card, folder, trust=imports_code(untold(model)))
         else:
-            write_whole(folder / "README.md", _card(folder.name, self._card).encode())
+            write_whole(folder / "README.md", _card(folder.name, self._card, imports_code(model)).encode())
         save_like(model, self.network(student), folder)
 
 
-def _card(name: str, facts: Mapping[str, Any]) -> str:
-    lines = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+def _card(name: str, facts: Mapping[str, Any], trust: bool) -> str:
     return f"""# {name}
 
-A student of {facts["steps"]} first-order steps, made by halving those of its teacher. Its guidance is in its weights.
+A student of {counted(facts["steps"], "first-order step")}, made by halving those of its teacher. Its guidance is in its weights.
 
-{lines}
+{listed(facts)}
 
 ```
-fewstep sample {name} --out runs/sample
+fewstep sample {name}{" --trust" if trust else ""} --out runs/sample
 ```
 """

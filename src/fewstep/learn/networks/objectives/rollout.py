@@ -64,7 +64,7 @@ class Rollout:
     def __init__(
         self, problem: Problem, nodes: Nodes, size: int, scales: tuple[float, float], move: Move, seed: int = 0, blocks: int = BLOCKS
     ) -> None:
-        first = FIRST_FRESH + seed * 2**20
+        self.move, first = move, FIRST_FRESH + seed * 2**20
         self.blocks = [_Block(problem, nodes, size, scales, move, first + k * size, blocks * size) for k in range(blocks)]
         self.present = self.blocks[0]
 
@@ -72,6 +72,12 @@ class Rollout:
         """Return the trajectories at a training step, this process's share of them."""
         self.present = self.blocks[step % len(self.blocks)]
         return self.present.at(step // len(self.blocks))
+
+    @torch.no_grad()
+    def finite(self) -> bool:
+        """Return whether all trajectories are finite where they are and where they come to next, both by the teacher."""
+        present = [block.now for block in self.blocks if block.now is not None]
+        return all(bool(torch.isfinite(x).all()) for rows in present for x in (rows.x, self.move(rows)[0]))
 
     def advance(self, x: Tensor, remember: Tensor) -> None:
         """Move the trajectories of this training step on.
