@@ -10,6 +10,7 @@ from tests.processes import as_rank, together
 
 from fewstep import FewstepError
 from fewstep.runtime.process import (
+    computing_device,
     default_device,
     from_first,
     gather,
@@ -17,7 +18,6 @@ from fewstep.runtime.process import (
     process,
     share,
     sum_over_processes,
-    usable_device,
     wait_for_all,
 )
 
@@ -53,7 +53,7 @@ def test_every_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch, count, loc
 @pytest.mark.parametrize("device", ["meta", torch.device("meta"), "nowhere", "cuda:-2", 1.5])
 def test_a_device_that_computes_nothing_is_refused(device):
     with pytest.raises(FewstepError, match="cannot be used here"):
-        usable_device(device)
+        computing_device(device)
 
 
 def test_shares_are_disjoint_and_cover_all(monkeypatch):

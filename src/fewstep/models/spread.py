@@ -16,7 +16,7 @@ from fewstep.core.domain import Cube, domain_of
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.models.model import Model
 from fewstep.runtime.errors import ModelError
-from fewstep.runtime.process import gather, process, usable_device
+from fewstep.runtime.process import computing_device, gather, process
 
 __all__ = ["OverDevices", "OverProcesses", "over_devices"]
 
@@ -69,7 +69,7 @@ def over_devices(model: Model, guidance: float, devices: Sequence[str]) -> Denoi
     """
     if model.flow_map is not None:
         raise ModelError(f"{model.name} is a student, whose few jumps need one device: leave devices out")
-    made, found = list[Denoiser](), [usable_device(device) for device in devices]
+    made, found = list[Denoiser](), [computing_device(device) for device in devices]
     for device in found:
         try:
             network = model.network if device == model.device else copy.deepcopy(model.network)

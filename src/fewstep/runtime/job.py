@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from fewstep.runtime.artifact import TEMPORARY, check_no_model, check_writable, named_path
 from fewstep.runtime.errors import ArtifactError, FewstepError
-from fewstep.runtime.process import need_folder, process, usable_device, wait_for_all
+from fewstep.runtime.process import computing_device, need_folder, process, wait_for_all
 
 __all__ = ["Job", "Progress", "folder_of", "in_use"]
 
@@ -103,7 +103,7 @@ class Job:
             raise FewstepError(f"{work} runs in one process: start it without torchrun")
         if on_progress is not None and not callable(on_progress):
             raise FewstepError(f"on_progress is a function of the units done and a note, got {on_progress!r}")
-        facts = (usable_device(device or "cpu"), on_progress or _silent, command)
+        facts = (computing_device(device or "cpu"), on_progress or _silent, command)
         if out is None:
             need_folder(work)
             with TemporaryDirectory(prefix="fewstep-") as folder:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fewstep.runtime.errors import FewstepError, first_line
 
 __all__ = [
+    "computing_device",
     "default_device",
     "from_first",
     "gather",
@@ -39,16 +40,26 @@ def default_device() -> torch.device:
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """Return a device that this process can compute on.
+    """Return a device that this PyTorch has; ``meta``, on which tensors have shapes alone, is one.
 
     Raises:
-        FewstepError: there is no such device, this PyTorch cannot use it, or it is ``meta``, where a model moved there loses its weights.
+        FewstepError: there is no such device, or this PyTorch cannot use it.
     """
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise FewstepError(f"device {device!r} cannot be used here: {first_line(error)}") from None
+    return found
+
+
+def computing_device(device: torch.device | str) -> torch.device:
+    """Return a `usable_device` that holds numbers, as a model needs that is moved there.
+
+    Raises:
+        FewstepError: it is none, or ``meta``, where a model would lose its weights.
+    """
+    found = usable_device(device)
     if found.type == "meta":
         raise FewstepError(f"device {device!r} cannot be used here: nothing has a value there; name one that computes, as cpu")
     return found
