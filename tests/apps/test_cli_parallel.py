@@ -80,7 +80,7 @@ def test_two_processes_share_a_window(tmp_path: Path) -> None:
         (("sample", "digits-edm", "--parallel", "--tol", "nan"), "tol is a number"),
         (("sample", "digits-edm", "--parallel", "--devices", "cuda:7"), "device 'cuda:7' cannot be used here"),
         (("sample", "digits-edm", "--parallel", "--devices", "cpu,,cpu"), "device '' cannot be used here"),
-        (("sample", "digits-edm", "--parallel", "--devices", "meta"), "nothing is computed on the device meta"),
+        (("sample", "digits-edm", "--parallel", "--devices", "meta"), "device 'meta' cannot be used here: nothing has a value there"),
         (("sample", DSNO, "--parallel"), "a student makes each of its few jumps by one call"),
         (("trajectories", "digits-edm", "--memory", 3), "--memory is for sampling in parallel"),
         (("trajectories", "digits-edm", "--parallel", "--memory", 0), "memory is at least 1, got 0"),

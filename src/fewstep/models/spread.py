@@ -75,8 +75,6 @@ def over_devices(model: Model, guidance: float, devices: Sequence[str]) -> Denoi
             network = model.network if device == model.device else copy.deepcopy(model.network)
             if not isinstance(network, nn.Module) or type(model) is not Model:
                 raise ModelError(f"{model.name} is no model of a torch.nn.Module, which can be copied to {device}: leave devices out")
-            if device.type == "meta":
-                raise ModelError("nothing is computed on the device meta: leave it out")
             guided = replace(model, network=network.to(device)).guided(guidance)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ModelError(f"the network of {model.name} cannot be copied to {device}: leave devices out") from error

@@ -68,7 +68,7 @@ class OnePercent(DPMSolverPP):
 def test_a_wrong_coefficient_is_a_regression_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = load_model("digits-edm"), BenchmarkConfig(("dpm-solver-pp-2m",), ("karras",), (20,), num=64, batch=64)
     half = lambda schedule, nfe=REFERENCE_NFE: reference_sampler(schedule, nfe // 2)  # noqa: E731 - still far tighter than 20 evaluations
-    monkeypatch.setattr("fewstep.evaluate.benchmark.run.reference_sampler", half)
+    monkeypatch.setattr("fewstep.evaluate.benchmark.exact.reference_sampler", half)
     for name in ("before", "again", "after"):
         if name == "after":
             monkeypatch.setattr("fewstep.evaluate.benchmark.plan.solver_for", lambda *_, **__: OnePercent(2))
