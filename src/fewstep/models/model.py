@@ -430,7 +430,7 @@ class Model:
             ArtifactError: its own grid is damaged.
         """
         tuned = self.tuned
-        if tuned is None or tuned.form != "progressive" or tuned.solver is None or tuned.nfe is None:
+        if tuned is None or not tuned.halved or tuned.solver is None or tuned.nfe is None:
             return
         tables = [one for one in self.carried.grids if one.solver == tuned.solver and tuned.nfe in one.grids]  # at another scale, too
         grid = tables[0].grids[tuned.nfe] if tables else self.optimized(tuned.solver, tuned.nfe)
@@ -542,7 +542,7 @@ class Model:
                 raise GridError(f"{self.name} is a student without times of its own at guidance {guidance:g}: leave guidance out")
             anywhere = "say --grid angle, or another spacing" if self.flow_map.anywhere else "name times that it knows, by --times"
             raise GridError(f"{self.name} is a student whose folder has no times of its own (optimized/ddim is missing): {anywhere}")
-        if table is None and self.tuned is not None and self.tuned.form == "progressive":
+        if table is None and self.tuned is not None and self.tuned.halved:
             steps = counted(self.tuned.nfe or 1, "step")
             raise GridError(
                 f"{self.name} was taught its own {steps} of {self.tuned.solver} alone, not {solver}: leave --solver and --grid out, or "
@@ -557,7 +557,7 @@ class Model:
             )
         if table.model != self.fingerprint:
             raise ArtifactError(f"the optimized grids {self._other_weights(table.model)}, or name another grid")
-        fixed = self.flow_map is not None or (self.tuned is not None and self.tuned.form == "progressive")
+        fixed = self.flow_map is not None or (self.tuned is not None and self.tuned.halved)
         if fixed and nfe not in table.grids:
             first, *more = sorted(table.grids)
             passes = counted(first, "pass") if not more else f"{', '.join(map(str, (first, *more)))} passes"

@@ -47,6 +47,11 @@ class Tuned:
     nfe: int | None
     form: str
 
+    @property
+    def halved(self) -> bool:
+        """Whether it was made by progressive distillation, so that its answers are for its own steps alone."""
+        return self.form == "progressive"
+
     def save(self, folder: Path) -> None:
         """Write ``tuned.json``, whole or not at all."""
         meta = {"format": TunedRecord.FORMAT, "version": TunedRecord.VERSION, **asdict(self)}

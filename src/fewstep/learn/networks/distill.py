@@ -122,7 +122,7 @@ def distill(
         raise FewstepError(
             "progressive distillation begins with the model that it halves, and fresh noise: leave begin and trajectories out"
         )
-    if not (isinstance(options, ProgressiveConfig) and model.tuned is not None and model.tuned.form == "progressive"):
+    if not (isinstance(options, ProgressiveConfig) and model.tuned is not None and model.tuned.halved):
         model.need_trajectories()
     if isinstance(options, ProgressiveConfig) and len(options.nfe) > 1:
         return _halved(model, replace(options, guidance=scale), out, on_progress, device=device, command=command)
