@@ -84,7 +84,9 @@ benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/passes.py digits-flow-map digits-edm --out benchmarks/results/passes.json
 	for scale in 1 2 4; do \
 		$(BIN)/fewstep bench assets/digits-guided --data digits --solver unipc-2 --grid angle --nfe 5,8,10,20 --num 1024 --guidance $$scale \
-			--out benchmarks/results/digits-guided-guidance-$$scale || exit 1; \
+			--out benchmarks/results/digits-guided-guidance-$$scale && \
+		$(BIN)/fewstep bench digits-edm --solver unipc-2 --grid angle --nfe 5,8,10,20 --num 1024 --guidance $$scale \
+			--out benchmarks/results/digits-edm-by-unipc-guidance-$$scale || exit 1; \
 	done
 	$(BIN)/fewstep bench assets/digits-dsno --data digits --num 1024 --out benchmarks/results/digits-dsno
 	$(BIN)/python benchmarks/dsno_study.py --out benchmarks/results/dsno_study.json

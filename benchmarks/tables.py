@@ -493,9 +493,14 @@ def _controls(rows: list[Row], basis: str) -> None:
 STUDY = {"rmse-1": "RMSE, 1 pass", "rmse-2": "2", "rmse-4": "4", "fd-1": "Frechet, 1 pass", "fd-2": "2", "fd-4": "4"}
 
 
+AS_IT_IS = {"options": "targets/0/trajectory", "guided": "states/fresh"}  # what one thing is changed of
+
+
 def student_study(rows: list[Row], part: str) -> None:
     """Print one part of student_study.json: ``targets`` and ``longer`` at equal training time, ``options``; ``states`` and ``guided``."""
     named: dict[str, list[Row]] = {}
+    for row in (row for row in rows if row["row"] == AS_IT_IS.get(part)):
+        named["as it is"] = [row]
     for row in (row for row in rows if row["row"].startswith(f"{part}/")):
         named.setdefault(row["row"].rsplit("/", 1)[-1], []).append(row)
     scales = "124" if part in ("states", "guided") else ""
