@@ -35,7 +35,7 @@ from fewstep import (
 from fewstep.models.carried import Carried
 from fewstep.models.generate import best_sampler, sampler_for, solver_for
 from fewstep.sampling.grid_table import GridTable
-from fewstep.solvers import UniPC
+from fewstep.solvers import LCM, EulerAncestral, HeunChurn, SASolver, SDEDPMSolverPP3M, UniPC
 
 NET, LAW = nn.Identity(), DiscreteVP.linear()
 PLAIN, LABELLED, SHAPELESS = toy(), toy(classes=2), replace(toy(), shape=None)
@@ -395,8 +395,14 @@ PARTS = {
     "make_solver without statistics": (lambda: make_solver("dpm-solver-v3"), "needs statistics of its model"),
     "make_solver of the wrong kind": (
         lambda: make_solver("unipc-2:lower_order_below=many"),
-        "option lower_order_below of solver .* is of type int",
+        "option lower_order_below of UniPC is a whole number, got 'many'",
     ),
+    "a solver's option in words": (lambda: EulerAncestral(eta="1"), "option eta of EulerAncestral is a number, got '1'"),
+    "a solver's option that is nothing": (lambda: HeunChurn(s_churn=None), "option s_churn of HeunChurn is a number, got 'None'"),
+    "a solver's switch as a number": (lambda: SDEDPMSolverPP3M(euler_at_final=0.5), "euler_at_final of .* is True or False, got 0.5"),
+    "a solver's count that is not whole": (lambda: SASolver(predictor=2.0), "option predictor of SASolver is a whole number, got 2.0"),
+    "a solver's option beyond all numbers": (lambda: LCM(s_noise=10**400), "option s_noise of LCM is a number, got '1000"),
+    "a configuration beyond all numbers": (lambda: fewstep.MatchingConfig(lr=10**400), "lr is a number, got 1000"),
     "DPMSolverV3 of nothing": (lambda: DPMSolverV3(), "DPMSolverV3: missing a required argument: 'statistics'"),
     "make_grid without a law": (lambda: make_grid("angle", None, 5), "a spacing is laid out on a noise law, as in make_grid"),
     "make_grid the other way round": (lambda: make_grid(LAW, "angle", 5), "a name is text"),
