@@ -14,7 +14,19 @@ from typing import Any, ParamSpec, SupportsFloat, TypeVar, Union, get_args, get_
 
 from fewstep.runtime.errors import FewstepError, ModelError, nearest
 
-__all__ = ["at_least", "check_fields", "checked", "checked_class", "config_of", "is_count", "number", "plain", "scale_of", "whole", "wholes"]
+__all__ = [
+    "at_least",
+    "check_fields",
+    "checked",
+    "checked_class",
+    "config_of",
+    "is_count",
+    "number",
+    "plain",
+    "scale_of",
+    "whole",
+    "wholes",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
