@@ -59,7 +59,7 @@ class MatchingConfig(StudentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, updates=1, before=0, measures=1)
+        at_least(self, updates=1, before=0, measures=1, held_out=4)  # a recall takes more than 3 samples
         if self.updates + self.before > 4000:
             raise FewstepError(f"updates and before are 4000 together at most, got {self.updates} and {self.before}: take fewer")
         if self.dropout:
