@@ -238,6 +238,7 @@ MISTAKES = [
     ((*DISTILL, "--seed", 10**18), "seed"),
     (("distill", "TEACHER", "--seed", -1), "seeds must lie between"),
     (("distill", "TEACHER", "--method", "em", "--langevin", 0), "langevin is at least 1, got 0"),
+    (("distill", "TEACHER", "--method", "em", "--langevin", 10**7), "langevin is at most 1000, got 10000000"),
     (("distill", "TEACHER", "--method", "em", "--step-e", 2), "step_e lies in (0, 1]"),
     (("distill", "TEACHER", "--method", "dmd", "--langevin", 4), "--langevin is an option of --method em, not of dmd"),
     (("distill", "TEACHER", "--method", "dmd", "--start", 50), "start is a noise level between 0.05 and 20"),
