@@ -123,9 +123,9 @@ class Solver(ABC):
         check = cls.__dict__.get("__post_init__")
         if check is not None:  # the types first, so that a check of values can compare them
 
-            def typed(self: Solver) -> None:
+            def typed(self: Solver, *given: Any) -> None:  # noqa: ANN401 - InitVars
                 Solver.__post_init__(self)
-                check(self)
+                check(self, *given)
 
             cls.__post_init__ = typed
 
