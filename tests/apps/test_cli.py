@@ -168,7 +168,7 @@ SAMPLE = ("sample", "digits-edm", "--num", "2")
         ((*SAMPLE, "--grid", "angel"), "did you mean angle"),
         ((*SAMPLE, "--grid", "karras:rho=0"), "cannot take"),
         ((*SAMPLE, "--grid", "angle:c=-1"), "needs c > 0"),
-        ((*SAMPLE, "--solver", "unipc-2:lower_order_below=foo"), "is of type int"),
+        ((*SAMPLE, "--solver", "unipc-2:lower_order_below=foo"), "is a whole number, got 'foo'"),
         ((*SAMPLE, "--seed", "99999999999999999999"), "between 0 and 2^63"),
         (("bench", "digits-edm", "--solver", ""), "at least one solver"),
         (("train", "--steps", "0"), "steps is at least 1, got 0"),

@@ -77,6 +77,8 @@ def test_the_guidance_scale_is_the_models_own_where_none_is_typed() -> None:
     object.__setattr__(own, "__class__", Guided)
     assert (guidance_of(plain, None), guidance_of(plain, 2.0), guidance_of(own, None), guidance_of(own, 1.0)) == (1.0, 2.0, 3.0, 1.0)
     assert (model_words(plain, None), model_words(plain, 1.0), model_words(own, 3.0)) == ([], [], [])
+    assert model_words(plain, 1.2345678) == ["--guidance", "1.2345678"]  # all digits: the same pictures
+    assert plain.command_name(1.2345678).endswith(" --guidance 1.2345678")
     assert model_words(plain, 2.5) == ["--guidance", "2.5"] and model_words(own, 1.0) == ["--guidance", "1"]
 
 

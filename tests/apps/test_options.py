@@ -18,7 +18,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from fewstep.apps import cli
-from fewstep.apps.options import Fields, Flag, documented, expanded
+from fewstep.apps.options import Fields, FieldsOf, Flag, Typed, documented, expanded
 from fewstep.runtime.errors import FewstepError
 
 
@@ -219,6 +219,59 @@ def _needs(kind: type) -> Callable[..., None]:
 
     verb.__annotations__["config"] = Annotated[kind, Fields()]
     return verb
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Begin at a step."""
+
+    start: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.start, int | None):
+            raise FewstepError(f"start is a whole number, got {self.start}")
+
+
+@dataclass(frozen=True)
+class Level:
+    """Begin at a level."""
+
+    start: float | None = None
+
+
+@dataclass(frozen=True)
+class Word:
+    """Begin with a word."""
+
+    start: str = "here"
+
+
+def several(config: str, kinds: dict[str, type], *words: object) -> Any:
+    """One of several configs, when these words are typed."""
+    got = []
+
+    def verb(*, config: Typed) -> None:
+        """Do."""
+        got.append(config)
+
+    verb.__annotations__["config"] = Annotated[Typed, FieldsOf(kinds)]
+    result = CliRunner().invoke(app_of(verb), [*map(str, words)])
+    assert result.exit_code == 0, result.output
+    return got[0].config(config, "--method")
+
+
+@pytest.mark.parametrize("kinds", [{"steps": Steps, "level": Level}, {"level": Level, "steps": Steps}])
+def test_an_option_of_whole_numbers_for_one_config_and_of_any_for_another(kinds: dict[str, type]) -> None:
+    assert several("level", kinds, "--start", "2.5") == Level(2.5) and several("level", kinds) == Level()
+    made = several("steps", kinds, "--start", "8")
+    assert made == Steps(8) and isinstance(made.start, int)
+    with pytest.raises(FewstepError, match=r"start is a whole number, got 2\.5"):
+        several("steps", kinds, "--start", "2.5")
+
+
+def test_an_option_of_a_number_and_a_word_is_a_fault_of_the_program() -> None:
+    with pytest.raises(TypeError, match="no option can be made of config__start, which is of the types"):
+        several("level", {"level": Level, "word": Word})
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """What a solver of one's own has to define, said where it is made."""
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
+import numpy as np
 import pytest
 import torch
 from tests.problems import Tanh
@@ -61,3 +62,24 @@ def test_a_solver_of_ones_own_runs():
 def test_an_unknown_option_is_pythons_own_error():
     with pytest.raises(TypeError, match="unexpected keyword argument 'gian'"):
         TwoStep(gian=1)
+
+
+def test_options_have_the_types_of_their_defaults():
+    @dataclass(frozen=True)
+    class Checked(TwoStep):
+        count: int = 3
+        above: InitVar[float] = 0.0
+
+        def __post_init__(self, above):
+            if not self.gain > above:  # compares numbers alone, since the types come first
+                raise SolverError("gain is too small")
+
+    assert Checked(gain=np.float32(2.0), count=np.int64(4)) == Checked(2.0, 4)
+    assert type(TwoStep(gain=1).gain) is float and type(Checked(count=np.int64(4)).count) is int
+    with pytest.raises(SolverError, match="gain is too small"):
+        Checked(gain=1.0, above=2.0)
+    for cls in (TwoStep, Checked):
+        with pytest.raises(SolverError, match=f"option gain of {cls.__name__} is a number, got 'None'"):
+            cls(gain=None)
+    with pytest.raises(SolverError, match="option count of Checked is a whole number, got 2.5"):
+        Checked(count=2.5)

@@ -25,6 +25,8 @@ from fewstep import (
     sample,
 )
 from fewstep.integrations.exports import (
+    COMFYUI,
+    K_DIFFUSION,
     TARGETS,
     check_levels,
     export,
@@ -280,6 +282,31 @@ def test_k_diffusions_ancestral_function_makes_the_same_samples():
         up = (t**2 * (s**2 - t**2) / s**2).sqrt()
         x = x + (x - model(x, s)) / s * ((t**2 - up**2).sqrt() - s) + up * noise(s, t)
     torch.testing.assert_close(x, sample_fewstep(model, start, sampler=sampler, noise_sampler=noise), rtol=1e-5, atol=1e-6)
+
+
+NOISY = {spec: name for spec, name in COMFYUI.items() if spec not in ("euler", "ddim", "heun") and not spec.startswith("dpm-solver-pp-2m:")}
+
+
+@pytest.mark.parametrize("spec", NOISY)
+def test_a_sampler_that_adds_noise_has_its_own_name_there(spec):
+    """The recurrences of these names are those of k-diffusion and ComfyUI in tests/solvers/test_stochastic.py."""
+    sampler = made(TABLE, spec, nfe=7)
+    theirs = made(TABLE, to_comfyui(sampler).solver, nfe=7)
+    for one, two in zip(theirs.tableau.unrolled(), sampler.tableau.unrolled(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+    assert theirs.tableau.nodes.t.tolist() == sampler.tableau.nodes.t.tolist() and sampler.tableau.stochastic
+    if spec in K_DIFFUSION:
+        assert to_kdiffusion(sampler).solver == f"sample_{to_comfyui(sampler).solver}"
+    with pytest.raises(SolverError, match="comfyui has no solver that is"):  # ComfyUI's rule for flows is another
+        to_comfyui(made(RectifiedFlow(), spec, nfe=7))
+
+
+@pytest.mark.parametrize(
+    "spec", ["euler-ancestral:eta=0.5", "dpm-solver-pp-sde:correlation=exact", "sde-dpm-solver-pp-2m:form=taylor", "sa-solver"]
+)
+def test_with_other_options_it_has_none(spec):
+    with pytest.raises(SolverError, match="comfyui has no solver that is"):
+        to_comfyui(made(TABLE, spec, nfe=7))
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------------

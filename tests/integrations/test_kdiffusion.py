@@ -417,3 +417,10 @@ def test_dpm_solver_pp_is_that_of_k_diffusion():
         x, before = t / s * x + (1 - t / s) * towards, denoised
     ours = sample_fewstep(model, start(), levels, solver="dpm-solver-pp-2m:lower_order_below=0")
     assert relative(ours, x) < SAME
+
+
+def test_a_sampler_of_a_reflected_model_is_refused():
+    law = VarianceExploding(t_min=0.01, t_max=3.0)
+    sampler = Sampler.build("ddim", "karras", law, nfe=3).with_card(domain=[-1.0, 1.0])
+    with pytest.raises(SolverError, match="of a reflected model, whose samples the host would not fold"):
+        sample_fewstep(lambda x, sigma: x, torch.zeros(1, 2), sampler=sampler)

@@ -35,7 +35,7 @@ from fewstep import (
 from fewstep.models.carried import Carried
 from fewstep.models.generate import best_sampler, sampler_for, solver_for
 from fewstep.sampling.grid_table import GridTable
-from fewstep.solvers import UniPC
+from fewstep.solvers import LCM, EulerAncestral, HeunChurn, SASolver, SDEDPMSolverPP3M, UniPC
 
 NET, LAW = nn.Identity(), DiscreteVP.linear()
 PLAIN, LABELLED, SHAPELESS = toy(), toy(classes=2), replace(toy(), shape=None)
@@ -135,12 +135,12 @@ SAMPLE = {
     # from where
     "no seeds": (lambda: sample(PLAIN, "ddim", nfe=3), ModelError, r"say which samples: pass seeds=, as in seeds=range\(4\), or x="),
     "a single seed": (lambda: asked(seeds=7), FewstepError, r"whole numbers, one for each sample, as in seeds=range\(4\), got '7'"),
-    "seeds that are not whole": (lambda: asked(seeds=[0.5]), FewstepError, "seeds are whole numbers"),
+    "seeds that are not whole": (lambda: asked(seeds=[0.5]), FewstepError, r"seeds are whole numbers, .* got '\[0\.5\]'$"),
     "seeds that are true or not": (lambda: asked(seeds=[True, False]), FewstepError, "seeds are whole numbers"),
     "seeds that are a mask": (lambda: asked(seeds=np.array([True, False])), FewstepError, "seeds are whole numbers"),
     "a number that is true": (lambda: asked(nfe=True), SolverError, "nfe is one number of network evaluations, as nfe=8, got True"),
     "seeds that are negative": (lambda: asked(seeds=[0, -1]), FewstepError, r"got .*: they lie between 0 and 2\^63"),
-    "seeds that are too large": (lambda: asked(seeds=[2**64]), FewstepError, "seeds are whole numbers"),
+    "seeds that are too large": (lambda: asked(seeds=[2**64]), FewstepError, r"seeds are whole numbers.*: they lie between 0 and 2\^63"),
     "seeds in a square": (lambda: asked(seeds=torch.zeros(2, 2)), FewstepError, "seeds are whole numbers"),
     "other seeds than starts": (lambda: asked(x=TWO_BY_TWO, seeds=[1, 2, 3]), ModelError, "3 seeds for 2 starts: pass one for each"),
     "a start that is no tensor": (lambda: asked(x=[[0.0]]), ModelError, "a tensor .*, not a list: .* pass seeds= alone"),
@@ -395,8 +395,14 @@ PARTS = {
     "make_solver without statistics": (lambda: make_solver("dpm-solver-v3"), "needs statistics of its model"),
     "make_solver of the wrong kind": (
         lambda: make_solver("unipc-2:lower_order_below=many"),
-        "option lower_order_below of solver .* is of type int",
+        "option lower_order_below of UniPC is a whole number, got 'many'",
     ),
+    "a solver's option in words": (lambda: EulerAncestral(eta="1"), "option eta of EulerAncestral is a number, got '1'"),
+    "a solver's option that is nothing": (lambda: HeunChurn(s_churn=None), "option s_churn of HeunChurn is a number, got 'None'"),
+    "a solver's switch as a number": (lambda: SDEDPMSolverPP3M(euler_at_final=0.5), "euler_at_final of .* is True or False, got 0.5"),
+    "a solver's count that is not whole": (lambda: SASolver(predictor=2.0), "option predictor of SASolver is a whole number, got 2.0"),
+    "a solver's option beyond all numbers": (lambda: LCM(s_noise=10**400), "option s_noise of LCM is a number, got '1000"),
+    "a configuration beyond all numbers": (lambda: fewstep.MatchingConfig(lr=10**400), "lr is a number, got 1000"),
     "DPMSolverV3 of nothing": (lambda: DPMSolverV3(), "DPMSolverV3: missing a required argument: 'statistics'"),
     "make_grid without a law": (lambda: make_grid("angle", None, 5), "a spacing is laid out on a noise law, as in make_grid"),
     "make_grid the other way round": (lambda: make_grid(LAW, "angle", 5), "a name is text"),

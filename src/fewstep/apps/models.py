@@ -15,6 +15,7 @@ from fewstep.models.zoo import load_model
 from fewstep.runtime.artifact import named_path
 from fewstep.runtime.entry import imported, is_entry
 from fewstep.runtime.errors import FewstepError, ModelError, first_line
+from fewstep.runtime.spec import as_typed
 
 __all__ = ["guidance_of", "model_words", "open_model", "said_guidance"]
 
@@ -91,5 +92,5 @@ def said_guidance(model: Model, scale: float | None) -> float | None:
 
 def model_words(model: Model, scale: float | None = None) -> list[str]:
     """Return the options that go with a model on the command line: trust in its code, and a guidance scale that it does not have anyway."""
-    scaled = [] if scale is None or scale == model.default_guidance else ["--guidance", f"{scale:g}"]
+    scaled = [] if scale is None or scale == model.default_guidance else ["--guidance", as_typed(scale)]
     return [*(["--trust"] if model.needs_trust else []), *scaled]

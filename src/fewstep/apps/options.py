@@ -395,6 +395,12 @@ def _shared(found: Mapping[str, inspect.Parameter], keys: Sequence[str]) -> insp
     """Return the option of a field that some configs have: without a default, since each has its own, which the help says."""
     first = next(iter(found.values()))
     kind, *marks = get_args(first.annotation)
+    kinds = [get_args(parameter.annotation)[0] for parameter in found.values()]
+    plain = {one for each in kinds for one in (get_args(each) or (each,)) if one is not type(None)}
+    if len(plain) > 1:  # whole numbers for one, any for another
+        if plain != {int, float}:
+            raise TypeError(f"no option can be made of {first.name}, which is of the types {', '.join(sorted(map(str, plain)))}")
+        kind = float
     option = copy(marks[0])
     groups = dict[str, list[str]]()
     for key, parameter in found.items():
@@ -441,7 +447,13 @@ def _read_as(hint: Any, option: str, path: str) -> tuple[Any, str | None, Callab
         return str, NAMES, lambda text: tuple(map(named_path if part is Path else part, words(text) or ()))
     if within := [one for one in members if get_origin(one) in (tuple, Literal)]:
         return _read_as(within[0], option, path)
-    return _plain_of(hint, path), None, lambda value: value
+    plain = _plain_of(hint, path)
+    return plain, None, _as_whole if plain is int else lambda value: value
+
+
+def _as_whole(value: Any) -> Any:  # noqa: ANN401 - a number
+    """Return a whole number of an option that takes others for another config (see `_shared`); others stay, for the config to refuse."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _plain_of(hint: Any, path: str) -> Any:  # noqa: ANN401 - types

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -26,7 +26,7 @@ from fewstep.core.first_answer import FirstAnswer
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import SolverError, counted
-from fewstep.runtime.front_door import is_count, whole
+from fewstep.runtime.front_door import is_count, plain, whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -104,7 +104,7 @@ class Solver(ABC):
         references: arXiv ids.
 
     Raises:
-        SolverError: at construction, where one of the three is missing (which).
+        SolverError: at construction, where one of the three is missing (which), or an option is of another type than its default.
     """
 
     order: Any  # int, as a class attribute or a property of the options
@@ -117,6 +117,26 @@ class Solver(ABC):
         if missing:
             raise SolverError(f"{cls.__name__} is no solver yet: define {' and '.join(missing)} in it (docs/extending.md has a whole one)")
         return super().__new__(cls)
+
+    def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401 - of other bases
+        super().__init_subclass__(**options)
+        check = cls.__dict__.get("__post_init__")
+        if check is not None:  # the types first, so that a check of values can compare them
+
+            def typed(self: Solver, *given: Any) -> None:  # noqa: ANN401 - InitVars
+                Solver.__post_init__(self)
+                check(self, *given)
+
+            cls.__post_init__ = typed
+
+    def __post_init__(self) -> None:
+        """Refuse options of another type than their defaults, and make numbers of other libraries plain ones."""
+        described: Any = self
+        for field in fields(described) if is_dataclass(self) else ():
+            kind, value = type(field.default), getattr(self, field.name)
+            if kind in (bool, int, float, str) and not callable(value):  # a word may stand for a function
+                made = plain(value, kind, f"option {field.name} of {type(self).__name__}", SolverError)
+                object.__setattr__(self, field.name, made)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -50,16 +50,35 @@ WHOLE = 1e-6  # of a time: what is as near to a whole number is one
 
 # Names of solvers, by the spec of ours (`spec_of`). The functions of k-diffusion are those that ComfyUI and stable-diffusion.cpp carry on.
 FIRST_ORDER = ("euler", "ddim")  # the same numbers, on any law
-DPMPP_2M = "dpm-solver-pp-2m:lower_order_below=0"
+DPMPP_2M, DPMPP_2M_SDE = "dpm-solver-pp-2m:lower_order_below=0", "sde-dpm-solver-pp-2m:lower_order_below=0"
+CLEAN = {  # a last step to the clean image is of first order by any rule
+    "dpm-solver-pp-2m": DPMPP_2M,
+    "dpm-solver-pp-2m:euler_at_final=true": DPMPP_2M,
+    "sde-dpm-solver-pp-2m": DPMPP_2M_SDE,
+    "sde-dpm-solver-pp-2m:euler_at_final=true": DPMPP_2M_SDE,
+}
 K_DIFFUSION = {
     "euler": "sample_euler",
     "ddim": "sample_euler",
     "ddim:eta=1.0": "sample_euler_ancestral",
     "heun": "sample_heun",
     DPMPP_2M: "sample_dpmpp_2m",
+    "euler-ancestral": "sample_euler_ancestral",
+    "dpm2-ancestral": "sample_dpm_2_ancestral",
+    "dpm-solver-pp-2s-ancestral": "sample_dpmpp_2s_ancestral",
+    "dpm-solver-pp-sde": "sample_dpmpp_sde",
+    DPMPP_2M_SDE: "sample_dpmpp_2m_sde",
+    "sde-dpm-solver-pp-3m": "sample_dpmpp_3m_sde",
 }
-COMFYUI = {spec: name.removeprefix("sample_") for spec, name in K_DIFFUSION.items()}
-SDCPP = {**COMFYUI, "ddim:eta=1.0": "euler_a", DPMPP_2M: "dpm++2m"}
+COMFYUI = {
+    **{spec: name.removeprefix("sample_") for spec, name in K_DIFFUSION.items()},
+    "lcm": "lcm",
+    "ddpm": "ddpm",
+    "seeds-2": "seeds_2",
+    "seeds-3": "seeds_3",
+    "er-sde-3:integrals=sum": "er_sde",
+}
+SDCPP = {"euler": "euler", "ddim": "euler", "ddim:eta=1.0": "euler_a", "euler-ancestral": "euler_a", "heun": "heun", DPMPP_2M: "dpm++2m"}
 UNSHIFTED = (
     "shift=1.0, use_dynamic_shifting=False, shift_terminal=None, use_karras_sigmas=False, use_exponential_sigmas=False, "
     "use_beta_sigmas=False"
@@ -105,8 +124,7 @@ def export(sampler: Sampler, to: str, *, shift: float | None = None, levels_only
     """
     if to not in TARGETS:
         raise FewstepError(f"unknown target {to!r}: a list of levels is written for {', '.join(TARGETS)}")
-    if sampler.card.get("domain") is not None:
-        raise SolverError(f"this sampler is of a reflected model, whose samples {to} would not fold into their cube: use fewstep.sample")
+    sampler.check_unbounded(to)
     sampler.tableau.check_asks(f"{to} calls the network at every level")
     if to in SHIFTED:
         return SHIFTED[to](sampler, shift, levels_only)
@@ -350,8 +368,8 @@ def _named(sampler: Sampler, target: str, names: Mapping[str, str], levels_only:
     """
     spec = spec_of(sampler.solver, sampler.options)
     clean = bool(sampler.schedule.sigma(sampler.grid.t[-1].detach()) == 0)
-    if clean and spec in ("dpm-solver-pp-2m", "dpm-solver-pp-2m:euler_at_final=true"):
-        spec = DPMPP_2M  # a last step to the clean image is of first order by any rule
+    if clean and spec is not None:
+        spec = CLEAN.get(spec, spec)
     name = None if spec is None or law == "flow" and spec not in FIRST_ORDER else names.get(spec)
     if name is None and not levels_only:
         raise SolverError(_stays(sampler, target, otherwise))

@@ -252,6 +252,7 @@ def _bridge_of(source: Sampler | str | Path, statistics: ModelStatistics | str |
     if statistics is not None:
         raise SolverError("a sampler has its statistics in its numbers: pass sampler= or statistics=, not both")
     sampler = source if isinstance(source, Sampler) else Sampler.load(source)
+    sampler.check_unbounded("the host")
     bridge = _bridge(sampler.tableau, sampler.schedule, sampler.grid, law)
     if levels is not None:
         if len(levels) < 2:

@@ -42,6 +42,7 @@ from fewstep.models.tuned import Tuned
 from fewstep.runtime.artifact import rounded
 from fewstep.runtime.errors import ArtifactError, GridError, ModelError, SolverError, counted
 from fewstep.runtime.front_door import checked_class, is_count, number, whole
+from fewstep.runtime.spec import as_typed
 from fewstep.sampling.sampler import Sampler
 
 __all__ = ["Model"]
@@ -604,7 +605,7 @@ class Model:
 
     def command_name(self, guidance: float) -> str:
         """Return how a command names this model and a guidance scale."""
-        return f"{self.address}{' --trust' if self.needs_trust else ''}" + ("" if guidance == 1 else f" --guidance {guidance:g}")
+        return f"{self.address}{' --trust' if self.needs_trust else ''}" + ("" if guidance == 1 else f" --guidance {as_typed(guidance)}")
 
     @property
     def needs_trust(self) -> bool:

@@ -14,7 +14,19 @@ from typing import Any, ParamSpec, SupportsFloat, TypeVar, Union, get_args, get_
 
 from fewstep.runtime.errors import FewstepError, ModelError, nearest
 
-__all__ = ["at_least", "check_fields", "checked", "checked_class", "config_of", "is_count", "number", "scale_of", "whole", "wholes"]
+__all__ = [
+    "at_least",
+    "check_fields",
+    "checked",
+    "checked_class",
+    "config_of",
+    "is_count",
+    "number",
+    "plain",
+    "scale_of",
+    "whole",
+    "wholes",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -114,6 +126,26 @@ def number(value: Any, name: str, error: type[FewstepError] = FewstepError) -> f
     return found
 
 
+def plain(value: Any, kind: type[T], name: str, error: type[FewstepError] = FewstepError) -> T:  # noqa: ANN401
+    """Return a number, switch or word of any library as one of Python's.
+
+    Args:
+        value: what was passed.
+        kind: `bool`, `int`, `float` or `str`.
+        name: what the error calls it.
+        error: the class of the error.
+
+    Raises:
+        error: it is of another kind, or NaN.
+    """
+    if kind is float:
+        return kind(number(value, name, error))
+    test, make, meaning = _TYPES[kind]
+    if not test(value):
+        raise error(f"{name} is {meaning}, got {value!r}")
+    return make(value)
+
+
 def _float(value: Any) -> float:  # noqa: ANN401
     try:
         return float(value) if isinstance(value, SupportsFloat) and not isinstance(value, bool) else math.nan
@@ -146,7 +178,7 @@ def check_fields(config: Any) -> None:  # noqa: ANN401
         if kind not in _TYPES or (optional and value is None):
             continue
         test, make, meaning = _TYPES[kind]
-        if not test(value) or value != value:
+        if not test(value):
             raise FewstepError(f"{cls.__name__}: {field.name} is {meaning}, got {value!r}")
         object.__setattr__(config, field.name, make(value))
 
@@ -183,7 +215,7 @@ def _is_whole(value: Any) -> bool:  # noqa: ANN401
 
 
 def _is_number(value: Any) -> bool:  # noqa: ANN401
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, Real) and not math.isnan(_float(value))  # NaN too where it is too large for a float
 
 
 _TYPES: dict[type, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["check_options", "merged", "parse_spec"]
+__all__ = ["as_typed", "check_options", "merged", "parse_spec"]
 
 
 def parse_spec(text: str, error: type[FewstepError]) -> tuple[str, dict[str, Any]]:
@@ -37,6 +37,18 @@ def parse_spec(text: str, error: type[FewstepError]) -> tuple[str, dict[str, Any
         except ValueError:
             options[key] = value
     return name, options
+
+
+def as_typed(value: float) -> str:
+    """Return a number as it is typed, in few digits that give it back exactly.
+
+    Example:
+        >>> from fewstep.runtime.spec import as_typed
+        >>> as_typed(2.0), as_typed(1.2345678), as_typed(1e-9)
+        ('2', '1.2345678', '1e-09')
+    """
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
 
 
 def merged(text: str, written: dict[str, Any], given: dict[str, Any], error: type[FewstepError]) -> dict[str, Any]:

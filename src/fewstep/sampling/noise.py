@@ -32,7 +32,7 @@ def seed_list(seeds: Iterable[int] | Tensor) -> list[int]:
     except (TypeError, ValueError, OverflowError):
         whole, fits = [], False
     if not fits:
-        low = ": they lie between 0 and 2^63" if whole else ""
+        low = ": they lie between 0 and 2^63" if any(not 0 <= one < 2**63 for one in whole) else ""
         raise FewstepError(f"seeds are whole numbers, one for each sample, as in seeds=range(4), got {str(seeds)[:80]!r}{low}")
     return whole
 

@@ -276,6 +276,17 @@ class Sampler(Shared):
         """Return the same sampler with more facts on its card, plain JSON values."""
         return replace(self, card={**self.card, **facts})
 
+    def check_unbounded(self, taker: str) -> None:
+        """Refuse a sampler of a reflected model, whose samples another program would not fold into their cube.
+
+        Raises:
+            SolverError: it is one (``taker`` names the program).
+        """
+        if self.card.get("domain") is not None:
+            raise SolverError(
+                f"this sampler is of a reflected model, whose samples {taker} would not fold into their cube: use fewstep.sample"
+            )
+
     @cached_property
     def fingerprint(self) -> str:
         """The hash of the numbers."""

@@ -34,9 +34,10 @@ def test_a_comparison_is_a_benchmark(still: Workshop) -> None:
         (["--help"], ["angle"], "5", 16, "choose from the list"),
         (["ddim"], ["../x"], "5", 16, "choose from the list"),
         ([], ["angle"], "5", 16, "at least one solver"),
-        (["ddim"], ["angle"], "0", 16, "1 evaluation or more"),
+        (["ddim"], ["angle"], "0", 16, "1 to 200 evaluations"),
+        (["ddim"], ["angle"], "5,1000000000", 16, "1 to 200 evaluations"),
         (["ddim"], ["angle"], "5", 10**9, "noises"),
-        (["ddim"], ["angle"], ",".join(map(str, range(1, 300))), 16, "rows"),
+        (["ddim", "unipc-2"], ["angle"], ",".join(map(str, range(1, 120))), 16, "238 rows"),
     ],
 )
 def test_rows_that_it_does_not_take(shop: Workshop, solvers: list[str], grids: list[str], nfe: str, num: int, says: str) -> None:

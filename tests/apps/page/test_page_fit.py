@@ -5,7 +5,7 @@ from zipfile import ZipFile
 import pytest
 
 from fewstep import FewstepError, FitConfig, fit, plan_fit
-from fewstep.apps.page.fit import begin_fit, export_of, gain_of, planned, samplers_in, zipped
+from fewstep.apps.page.fit import _typed, begin_fit, export_of, gain_of, planned, samplers_in, zipped
 from fewstep.apps.page.workshop import Workshop
 
 SMALL = FitConfig(num=8, held_out=4, noises=4, levels=8, iterations=0, move=False)
@@ -25,6 +25,13 @@ def test_what_cannot_be_fitted_is_refused_before_it_begins(shop: Workshop, nfe: 
     with pytest.raises(FewstepError, match=says):
         begin_fit(shop, "digits-edm", nfe, guidance, budget)
     assert shop.jobs.names("fit") == []
+
+
+@pytest.mark.parametrize("budget", ["1e9", "-5", "²", "9" * 5000])
+def test_a_budget_that_is_no_number(budget: str) -> None:
+    with pytest.raises(FewstepError, match="a budget is a number of network evaluations"):
+        _typed(("digits-edm", "5", 1.0, budget))
+    assert _typed(("digits-edm", "5", 1.0, "3,000"))[3] == 3000 and _typed(("digits-edm", "5", 1.0, None))[3] is None
 
 
 def test_what_it_makes(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Jobs: they run in processes of their own, say how they go, stop as an interrupt does, continue, and outlive the page that began them."""
 
+import errno
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,25 @@ def test_a_crash_names_the_log(shop: Workshop, monkeypatch: pytest.MonkeyPatch) 
     assert state.state == "failed" and "ZeroDivisionError" in state.why and "log.txt" in state.why
 
 
+def test_a_full_disk_is_no_stop(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(place: Path, state: JobState) -> None:
+        if state.title != "starting" or state.state != "running":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(place, state)
+
+    write = module._write
+    monkeypatch.setattr(module, "_write", full)
+    monkeypatch.setattr("fewstep.apps.cli.main", lambda: None)
+    name = shop.jobs.begin(shop.jobs.new("fit"), "fit")
+    shop.jobs._starts[name].join()
+    shop.jobs._processes[name].join()
+    state = shop.jobs.state(name)
+    assert state.state == "failed" and "the disk is not full" in state.why
+    monkeypatch.setattr(module, "_write", write)
+    shop.jobs.resume(name)
+    assert finished(shop.jobs, name).state == "done"
+
+
 def test_stop_and_continue(shop: Workshop, begun: str) -> None:
     state = shop.jobs.state(begun)
     assert (state.state, state.title, state.done, state.total, state.note) == ("running", "making parts", 1, 3, "part 1")
@@ -121,6 +141,7 @@ def test_two_tabs_have_two_jobs_and_no_third(shop: Workshop, begun: str) -> None
     assert second == "fit-3"
     with pytest.raises(FewstepError, match=f"no more than {module.AT_ONCE} run at a time"):
         shop.jobs.begin(shop.jobs.new("fit"), "fit")
+    assert shop.jobs.names("fit") == [second, begun] and not (shop.out / ".page" / "fit-4").exists()
     shop.jobs.stop(second)
     assert shop.jobs.state(begun).state == "running"
 

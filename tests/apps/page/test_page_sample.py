@@ -11,8 +11,20 @@ import torch
 from tests.apps.conftest import run, samples
 
 from fewstep import FewstepError, Sampler, sample
+from fewstep.apps.page.compare import samplers_to_compare
 from fewstep.apps.page.models import Models
-from fewstep.apps.page.sample import DEFAULT, RECOMMENDED, Asked, ExactSamples, asked_for, grids_of, picked, sampled, solvers_of
+from fewstep.apps.page.sample import (
+    DEFAULT,
+    RECOMMENDED,
+    Asked,
+    ExactSamples,
+    asked_for,
+    grids_of,
+    picked,
+    sampled,
+    solvers_of,
+    whole_of,
+)
 from fewstep.apps.page.shown import strips
 from fewstep.apps.page.workshop import Workshop
 
@@ -44,6 +56,11 @@ def test_the_command_and_the_lines_make_what_is_shown(
     verb, *words = shlex.split(last.command)[1:]
     assert run(monkeypatch, verb, *words[:-1], tmp_path / "out", "--npz") == 0
     torch.testing.assert_close(torch.from_numpy(samples(tmp_path / "out")), shown, rtol=0, atol=1e-5)
+
+
+def test_the_guidance_that_is_shown_is_the_one_that_was_used(models: Models) -> None:
+    *_, last = sampled(models, replace(QUICK, solver="ddim", guidance=1.2345678))
+    assert "--guidance 1.2345678" in last.command and "guidance=1.2345678" in last.python
 
 
 def test_a_saved_sampler_is_one_to_choose(shop: Workshop) -> None:
@@ -134,3 +151,23 @@ def _resident() -> float:
     if pages.exists():
         return int(pages.read_text().split()[1]) * resource.getpagesize() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+@pytest.mark.parametrize("out", ["d", "unipc-2", "."])
+def test_a_folder_named_as_a_solver_begins(out: str, models: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = Models(Path(out))
+    here._held = models._held
+    models.open("digits-edm").fitted(3).save(Path(out) / "fit-1" / "nfe-03")
+    for name in ("ddim", "unipc-2"):
+        assert picked(here, "digits-edm", name, DEFAULT, 3, 1.0).words == ["--solver", name, "--nfe", "3"]
+    saved = str(Path(out) / "fit-1" / "nfe-03")
+    assert picked(here, "digits-edm", saved, DEFAULT, 3, 1.0).words == ["--sampler", saved]
+    assert {"ddim", "unipc-2"} < set(samplers_to_compare(here, "digits-edm")[0]) and saved not in samplers_to_compare(here, "digits-edm")[0]
+
+
+@pytest.mark.parametrize("value", [True, 2.5, float("nan"), float("inf"), "7", None])
+def test_what_is_no_whole_number(value: Any) -> None:
+    with pytest.raises(FewstepError, match="takes whole numbers"):
+        whole_of(value)
+    assert whole_of(8.0) == 8 and whole_of(10**400) == 10**400

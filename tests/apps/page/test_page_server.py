@@ -16,7 +16,7 @@ from tests.apps.conftest import run
 from fewstep import FewstepError
 from fewstep.apps.page.jobs import Jobs
 from fewstep.apps.page.models import Models
-from fewstep.apps.page.page import HOST, RULES, TABS, Offline, build, serve
+from fewstep.apps.page.page import FILE_RULES, HOST, RULES, TABS, Offline, OwnPage, build, serve
 from fewstep.apps.page.workshop import Workshop
 
 
@@ -24,6 +24,17 @@ def test_the_page_has_its_tabs(shop: Workshop) -> None:
     page = build(shop)
     assert [block.label for block in page.blocks.values() if isinstance(block, gr.Tab)] == [name for name, _ in TABS]
     assert page.analytics_enabled is False
+
+
+@pytest.mark.parametrize("name", ["digits-edm-3step", "digits-flow-map"])
+def test_a_model_that_cannot_be_inspected_has_a_page(name: str, shop: Workshop) -> None:
+    """The model of the command is the first of each tab."""
+    named = Models(shop.out, name)
+    page = build(Workshop(shop.out, named, shop.jobs))
+    assert any("its teacher" in str(block.value) for block in page.blocks.values() if isinstance(block, gr.HTML))
+    made_for = named.open(name).num_jumps or (3,)
+    counts = [block.value for block in page.blocks.values() if getattr(block, "label", None) in ("Network evaluations", "Evaluations")]
+    assert counts[:2] == [made_for[0], ",".join(map(str, made_for))]  # of the tabs Sample and Compare
 
 
 def test_links_to_other_hosts_are_left_out() -> None:
@@ -45,6 +56,37 @@ def test_links_to_other_hosts_are_left_out() -> None:
     headers = dict(sent[0]["headers"])
     assert sent[1]["body"] == b'<head><link href="./own.css" /><script>own()</script></head>'
     assert headers[b"content-length"] == str(len(sent[1]["body"])).encode() and headers[b"content-security-policy"] == RULES.encode()
+
+
+@pytest.mark.parametrize(
+    ("headers", "answered"),
+    [
+        ({"host": "127.0.0.1:7860"}, True),
+        ({"host": "localhost:9000", "origin": "http://localhost:9000"}, True),  # at the end of a tunnel
+        ({"host": "localhost"}, True),
+        ({"host": "evil.example:7860"}, False),  # a name that was led here
+        ({"host": "evil.example", "origin": "http://evil.example"}, False),
+        ({"host": "127.0.0.1:7860", "origin": "http://evil.example"}, False),  # a form of another site
+        ({"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:8080"}, False),
+        ({"host": "127.0.0.1:7860", "origin": "null"}, False),
+        ({"host": "[", "origin": "http://["}, False),
+        ({}, False),
+    ],
+)
+def test_it_answers_its_own_requests_alone(headers: dict[str, str], answered: bool) -> None:
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        sent.append("answered")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [(key.encode(), value.encode()) for key, value in headers.items()]}
+    asyncio.run(OwnPage(app)(scope, send, send))
+    assert (sent == ["answered"]) == answered
+    if not answered:
+        assert sent[0]["status"] == 403 and b"answers its own requests alone" in sent[1]["body"]
 
 
 def test_without_gradio_the_command_says_how_to_have_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
@@ -86,6 +128,11 @@ def test_its_doors(served: Any, tmp_path: Path) -> None:
         status, text = get(f"{page.local_url}gradio_api/file={path}")
         assert status in (403, 404) and "what nobody may read" not in text
     assert get(f"{page.local_url}gradio_api/file={shop.out / 'mine.txt'}") == (200, "mine")
+    with urllib.request.urlopen(f"{page.local_url}gradio_api/file={shop.out / 'mine.txt'}", timeout=60) as answer:
+        assert answer.headers["content-security-policy"] == FILE_RULES  # an uploaded page runs no script in the name of this one
+    for strange in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(urllib.request.Request(f"{page.local_url}config", headers=strange), timeout=60)
     port = int(page.local_url.rstrip("/").rpartition(":")[2])
     with pytest.raises(FewstepError, match=f"port {port} of {HOST} is taken"):
         serve(shop, port=port, show=False)

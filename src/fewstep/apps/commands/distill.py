@@ -36,6 +36,11 @@ FLAGS = {
         "trajectories without guidance, on guided ones, on stored ones of the teacher, at their ends noised anew, or on noised pictures "
         "(data)."
     ),
+    "start": Flag(
+        help="Of progressive, steps of the model that is halved first, twice the first number of --nfe by default; of a student that was "
+        "halved before, steps of the grid that its own are every second time of, or every fourth, and so on. Of dmd and em, the noise "
+        "level sigma/alpha at which the teacher's network begins to make pictures; by default 2.5, or that of the student to begin with."
+    ),
     "form.features": Flag(help="Features of what the student is told: the target time of flow-map, the guidance scale of guided."),
     "form.anywhere": Flag("--anywhere/--one-pass", help="Start at any of the slots' times, for several passes, or at the noise only."),
     "form.mixing.form": Flag("--mixing", help="Temporal layers of dsno: real, fft, one-way (the last slot needs no other)."),

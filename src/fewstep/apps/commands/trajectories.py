@@ -27,6 +27,7 @@ from fewstep.apps.options import (
 from fewstep.learn.networks.distill import DistillConfig
 from fewstep.learn.teacher.trajectories import TrajectoryConfig, generate_trajectories
 from fewstep.runtime.process import default_device
+from fewstep.runtime.spec import as_typed
 
 __all__ = ["trajectories"]
 
@@ -85,7 +86,7 @@ def trajectories(
     held_out = min(DISTILL.held_out, config.num // 4)
     which = ["--grid", grid, "--slots", slots, "--num", config.num - held_out, "--held-out", held_out]
     if config.scales is not None:
-        which += ["--method", "flow-map", *([] if opened.scales else ["--scales", ",".join(f"{scale:g}" for scale in config.scales)])]
+        which += ["--method", "flow-map", *([] if opened.scales else ["--scales", ",".join(as_typed(scale) for scale in config.scales)])]
     elif slots == 1:
         which += ["--method", "kd"]
     if one_of is None:

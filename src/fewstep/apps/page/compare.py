@@ -11,7 +11,7 @@ import gradio as gr
 from fewstep.apps.options import integers
 from fewstep.apps.page.models import Models
 from fewstep.apps.page.running import Running
-from fewstep.apps.page.sample import DEFAULT, RECOMMENDED, grids_of, solvers_of, whole_of
+from fewstep.apps.page.sample import DEFAULT, RECOMMENDED, grids_of, saved_for, solvers_of, whole_of
 from fewstep.apps.page.shown import frame, refused
 from fewstep.apps.page.workshop import Workshop
 from fewstep.evaluate.report.findings import read_folders
@@ -22,12 +22,13 @@ from fewstep.runtime.errors import FewstepError
 
 __all__ = ["begin_compare", "report_of", "runs_below", "samplers_to_compare", "tab"]
 
-MOST_NOISES, MOST_ROWS, DEPTH = 2048, 200, 3
+MOST_NFE, MOST_NOISES, MOST_ROWS, DEPTH = 200, 2048, 200, 3
 
 
 def samplers_to_compare(models: Models, name: str) -> tuple[list[str], list[str]]:
     """Return the solvers and the grids to choose rows from for a model."""
-    solvers = [one for one in solvers_of(models, name) if one != RECOMMENDED and not one.startswith(str(models.out))]
+    saved = saved_for(models.out, models.open(name))
+    solvers = [one for one in solvers_of(models, name) if one != RECOMMENDED and one not in saved]
     return solvers, [one for one in grids_of(models, name) if one != DEFAULT]
 
 
@@ -45,8 +46,10 @@ def begin_compare(
         if strange:
             raise FewstepError(f"{name} has no {kind} {' or '.join(strange)} here: choose from the list")
     counts = sorted(set(integers(str(nfe), "Network evaluations")))
-    if counts[0] < 1 or not 2 <= num <= MOST_NOISES:
-        raise FewstepError(f"1 evaluation or more, and 2 to {MOST_NOISES} noises, got {nfe} and {num}: the command line takes more")
+    if not 1 <= counts[0] <= counts[-1] <= MOST_NFE or not 2 <= num <= MOST_NOISES:
+        raise FewstepError(
+            f"1 to {MOST_NFE} evaluations and 2 to {MOST_NOISES} noises, got {str(nfe)[:40]} and {num}: the command line takes more"
+        )
     check_seeds(seed, num)
     shop.models.problem(name, guidance)  # refuses a scale that the model cannot have
     own = not known  # a student or a tuned model, which has its own steps
@@ -91,7 +94,7 @@ def tab(shop: Workshop, page: gr.Blocks) -> None:
             solvers = gr.Dropdown(solvers_here, value=_some(solvers_here), multiselect=True, label="Solvers")
             grids = gr.Dropdown(grids_here, value=_grids(models, first), multiselect=True, label="Grids")
             with gr.Row():
-                nfe = gr.Textbox("5,8", label="Evaluations", min_width=90)
+                nfe = gr.Textbox(_nfe(models, first), label="Evaluations", min_width=90)
                 num = gr.Number(64, label="Noises", precision=0, minimum=2, maximum=MOST_NOISES, min_width=80)
             with gr.Row():
                 seed = gr.Number(0, label="First seed", precision=0, minimum=0, min_width=80)
@@ -104,13 +107,11 @@ def tab(shop: Workshop, page: gr.Blocks) -> None:
 
     def chosen(name: str) -> list[Any]:
         there, places = samplers_to_compare(models, name)
-        own = models.open(name)
-        nfe_here = ",".join(map(str, own.num_jumps)) or ("5,8" if there else str(own.tuned.nfe if own.tuned is not None else 2))
         return [
             gr.update(choices=there, value=_some(there)),
             gr.update(choices=places, value=_grids(models, name) if there else []),
-            nfe_here,
-            own.default_guidance,
+            _nfe(models, name),
+            models.open(name).default_guidance,
         ]
 
     def begin(*values: Any) -> str:  # noqa: ANN401 - from a browser
@@ -136,6 +137,13 @@ def tab(shop: Workshop, page: gr.Blocks) -> None:
 
 def _some(solvers: Sequence[str]) -> list[str]:
     return [one for one in ("fitted", "unipc-2", "dpm-solver-pp-2m", "ddim") if one in solvers]
+
+
+def _nfe(models: Models, name: str) -> str:
+    """Return the evaluations to begin with: those that the model was made for, else 5 and 8."""
+    own = models.open(name)
+    made_for = ",".join(map(str, own.num_jumps)) or str(own.tuned.nfe if own.tuned is not None else 2)
+    return "5,8" if samplers_to_compare(models, name)[0] else made_for
 
 
 def _grids(models: Models, name: str) -> list[str]:

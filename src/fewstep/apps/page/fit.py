@@ -24,6 +24,7 @@ from fewstep.sampling.sampler import Sampler
 __all__ = ["begin_fit", "export_of", "gain_of", "planned", "samplers_in", "tab", "zipped"]
 
 MOST = 20  # evaluations of a sampler
+DIGITS = 15  # of a budget
 FILES = ("README.md", "sampler.json", "sampler.safetensors")
 
 
@@ -182,6 +183,6 @@ def _typed(values: Sequence[Any]) -> tuple[str, str, float, int | None]:
     """
     model, nfe, guidance, budget = values
     text = str(budget or "").replace(",", "").strip()
-    if text and not text.isdecimal():
+    if text and not (text.isdecimal() and len(text) <= DIGITS):
         raise FewstepError(f"a budget is a number of network evaluations, got {text[:40]!r}: leave it empty for the default")
     return model, nfe, guidance, int(text) if text else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -47,20 +48,33 @@ def page_of(shop: Workshop, job: str) -> str:
     return frame(path.read_text(encoding="utf-8"), f"inspection {job}") if path.exists() else ""
 
 
+def _usual(solvers: Sequence[str]) -> str:
+    return "unipc-2" if "unipc-2" in solvers else RECOMMENDED
+
+
 def tab(shop: Workshop, page: gr.Blocks) -> None:
     """Lay the tab out."""
     models, first = shop.models, shop.models.names[0]
+
+    def priced(name: str, count: Any, many: Any) -> str:  # noqa: ANN401 - from a browser
+        try:
+            return f'<p class="fs-note">{cost_of(shop, name, whole_of(count), whole_of(many))}</p>'
+        except FewstepError as error:
+            return refused(error)
+
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280, elem_classes="fs-controls"):
             model = gr.Dropdown(models.names, value=first, label="Model")
             with gr.Row():
-                solver = gr.Dropdown(solvers_of(models, first), value="unipc-2", label="Sampler in use", min_width=120)
+                solver = gr.Dropdown(
+                    solvers_of(models, first), value=_usual(solvers_of(models, first)), label="Sampler in use", min_width=120
+                )
                 grid = gr.Dropdown(grids_of(models, first), value=DEFAULT, label="Grid", min_width=110)
             nfe = gr.Slider(3, MOST_NFE, 8, step=1, label="Network evaluations", buttons=[])
             with gr.Row():
                 num = gr.Number(8, label="Noises", precision=0, minimum=2, maximum=MOST_NOISES, min_width=80)
                 guidance = gr.Number(models.open(first).default_guidance, label="Guidance", step=0.5, min_width=80)
-            cost = gr.HTML(f'<p class="fs-note">{cost_of(shop, first, 8, 8)}</p>' if models.open(first).flow_map is None else "")
+            cost = gr.HTML(priced(first, 8, 8))
             go = gr.Button("Inspect", variant="primary")
         with gr.Column(scale=3, min_width=320):
             running = Running(shop, "inspect")
@@ -68,15 +82,8 @@ def tab(shop: Workshop, page: gr.Blocks) -> None:
 
     def chosen(name: str) -> list[Any]:
         solvers = solvers_of(models, name)
-        usual = "unipc-2" if "unipc-2" in solvers else RECOMMENDED
         places = gr.update(choices=grids_of(models, name), value=DEFAULT)
-        return [gr.update(choices=solvers, value=usual), places, models.open(name).default_guidance]
-
-    def priced(name: str, count: Any, many: Any) -> str:  # noqa: ANN401 - from a browser
-        try:
-            return f'<p class="fs-note">{cost_of(shop, name, whole_of(count), whole_of(many))}</p>'
-        except FewstepError as error:
-            return refused(error)
+        return [gr.update(choices=solvers, value=_usual(solvers)), places, models.open(name).default_guidance]
 
     def begin(name: str, one: str, where: str, count: Any, many: Any, scale: float) -> str:  # noqa: ANN401 - from a browser
         return begin_inspect(shop, name, one, where, whole_of(count), whole_of(many), scale)

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shutil import rmtree
 from threading import Lock, Thread
 from typing import Any
 
@@ -133,12 +134,16 @@ class Jobs:
             words: the verb and its options.
 
         Raises:
-            FewstepError: as many jobs run already as may.
+            FewstepError: as many jobs run already as may; nothing is left of this one.
         """
-        name = folder.name
+        name, place = folder.name, self._place(folder.name, begun=False)
         command = _Command([*map(str, words), "--out", str(folder)])
-        write_whole(self._place(name, begun=False) / JOB, json.dumps(asdict(command)).encode())
-        self.resume(name)
+        try:
+            write_whole(place / JOB, json.dumps(asdict(command)).encode())
+            self.resume(name)
+        except (FewstepError, OSError):
+            rmtree(place)
+            raise
         return name
 
     def resume(self, name: str) -> None:
@@ -191,7 +196,12 @@ class Jobs:
         known = held_to(read_file(place / STATE), JobState, place / STATE) if (place / STATE).exists() else known  # its last word
         if known.state != "running":
             return known
-        return JobState("stopped", known.title, known.done, known.total, known.note, "", known.seconds)
+        process = self._processes.get(name)
+        mute = process is not None and (process.exitcode or 0) > 0  # a signal is below 0
+        how, why = (
+            ("failed", f"it could not write how it ended: see that the disk is not full, and {place / LOG}") if mute else ("stopped", "")
+        )
+        return JobState(how, known.title, known.done, known.total, known.note, why, known.seconds)
 
     def close(self) -> None:
         """End all jobs, as `stop` does."""

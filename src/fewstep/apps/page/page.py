@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Awaitable, Callable, MutableMapping
 from importlib.resources import files
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 from gradio.themes import Base
@@ -19,9 +20,10 @@ from fewstep.apps.page import compare, fit, inspect, restore, sample
 from fewstep.apps.page.workshop import Workshop
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["HOST", "PORT", "Offline", "build", "serve"]
+__all__ = ["HOST", "PORT", "Offline", "OwnPage", "build", "serve"]
 
 HOST, PORT, TRIED = "127.0.0.1", 7860, 20
+NAMES = (HOST, "localhost")  # what a browser on this machine, or at the end of a tunnel, calls it
 UPLOAD = "8mb"  # at most
 PIXELS = 2**24  # of a picture that is decoded, at most
 RULES = (  # what the browser may load: from this page alone
@@ -29,6 +31,7 @@ RULES = (  # what the browser may load: from this page alone
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; frame-src 'self' blob:; worker-src 'self' blob:; "
     "object-src 'none'; base-uri 'self'; form-action 'self'"
 )
+FILE, FILE_RULES = "/gradio_api/file", "sandbox; default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'"  # runs nothing
 TABS: tuple[tuple[str, Callable[[Workshop, gr.Blocks], None]], ...] = (
     ("Sample", sample.tab),
     ("Compare", compare.tab),
@@ -85,7 +88,7 @@ def serve(shop: Workshop, *, port: int | None = None, share: bool = False, show:
             theme=_theme(),
             css=(files("fewstep.apps.page") / "look.css").read_text(encoding="utf-8"),
             footer_links=[],
-            app_kwargs={"middleware": [Middleware(Offline)]},
+            app_kwargs={"middleware": [Middleware(Offline), *([] if share else [Middleware(OwnPage)])]},
         )
     return page
 
@@ -137,7 +140,8 @@ class Offline:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                rules = [(b"content-security-policy", RULES.encode()), (b"referrer-policy", b"no-referrer")]
+                policy = FILE_RULES if str(scope.get("path", "")).startswith(FILE) else RULES
+                rules = [(b"content-security-policy", policy.encode()), (b"referrer-policy", b"no-referrer")]
                 message["headers"] = [*message["headers"], *rules]
                 if any(key == b"content-type" and value.startswith(b"text/html") for key, value in message["headers"]):
                     held.append(message)
@@ -154,3 +158,30 @@ class Offline:
             await send(message)
 
         await self.app(scope, receive, answer)
+
+
+class OwnPage:
+    """Middleware that answers this page alone: no other page that the browser has open, under whatever name it found this machine.
+
+    Args:
+        app: the application that it stands before.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a request, one of another page by 403."""
+        if scope["type"] != "http" or self._is_own({key.lower(): value.decode("latin-1") for key, value in scope["headers"]}):
+            await self.app(scope, receive, send)
+            return
+        why = f"the page answers its own requests alone, at http://{HOST} or http://localhost; see --share for others"
+        await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+        await send({"type": "http.response.body", "body": why.encode()})
+
+    def _is_own(self, headers: dict[bytes, str]) -> bool:
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        try:
+            return urlsplit(f"//{host}").hostname in NAMES and (origin is None or urlsplit(origin).netloc == host)
+        except ValueError:  # no address
+            return False

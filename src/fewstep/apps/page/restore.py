@@ -257,7 +257,7 @@ def tab(shop: Workshop, page: gr.Blocks) -> None:
 
     def begin(name: str, file: Any, scan: Any, kind: str, value: Any, width: float, level: float, many: Any, count: Any) -> str:  # noqa: ANN401
         x0 = picture_of(models, name, uploaded(shop.out, file), whole_of(scan))
-        mask = mask_of((value or {}).get("mask", ""), *x0.shape[1:]) if kind == HOLE else None
+        mask = mask_of(value.get("mask", "") if isinstance(value, dict) else "", *x0.shape[1:]) if kind == HOLE else None
         return begin_restore(shop, RestoreRequest(name, kind, mask, width, level, whole_of(many), whole_of(count)), x0)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}

@@ -28,12 +28,13 @@ from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_seeds
 from fewstep.runtime.errors import FewstepError, SolverError
 from fewstep.runtime.front_door import number, whole
+from fewstep.runtime.spec import as_typed
 from fewstep.sampling.loop import steps
 from fewstep.sampling.reference import REFERENCE_NFE
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import SOLVERS, takes_statistics
 
-__all__ = ["DEFAULT", "RECOMMENDED", "Asked", "Picked", "Shown", "grids_of", "picked", "sampled", "solvers_of", "tab"]
+__all__ = ["DEFAULT", "RECOMMENDED", "Asked", "Picked", "Shown", "grids_of", "picked", "sampled", "saved_for", "solvers_of", "tab"]
 
 RECOMMENDED, DEFAULT, EACH = "recommended", "default", "one of each"
 MOST_NFE, MOST = 20, 16  # evaluations and pictures
@@ -148,7 +149,7 @@ def picked(models: Models, name: str, solver: str, grid: str, nfe: int, guidance
         raise SolverError(f"{name} has no sampler {str(solver)[:80]!r}: choose one of the list")
     if grid not in grids_of(models, name):
         raise FewstepError(f"{name} has no grid {str(grid)[:80]!r}: choose one of the list")
-    if solver.startswith(str(models.out)):
+    if solver in saved_for(models.out, model):
         loaded = Sampler.load(solver)
         check_made_for(loaded, model, guidance, solver)
         if grid != DEFAULT or nfe != loaded.nfe:
@@ -260,7 +261,7 @@ def command_of(models: Models, asked: Asked, one: Picked) -> str:
 def python_of(models: Models, asked: Asked, one: Picked) -> str:
     """Return the lines of Python that make the same samples."""
     *imports, model = models.python(asked.model)
-    guidance = "" if asked.guidance == models.open(asked.model).default_guidance else f", guidance={asked.guidance:g}"
+    guidance = "" if asked.guidance == models.open(asked.model).default_guidance else f", guidance={as_typed(asked.guidance)}"
     label = "" if asked.label is None else f", cond=torch.full(({asked.num},), {asked.label})"
     call = f"images = fewstep.sample(model, {one.python}{guidance}{label}, seeds=range({asked.seed}, {asked.seed + asked.num}))"
     used = [*(["import torch"] if label else []), "import fewstep", *(line for line in imports if line)]
@@ -352,7 +353,7 @@ def whole_of(value: Any) -> int:  # noqa: ANN401 - from a browser
     Raises:
         FewstepError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, float) and not value.is_integer()):
         raise FewstepError(f"this takes whole numbers, got {str(value)[:40]!r}")
     return int(value)
 
@@ -369,4 +370,6 @@ def _nfe(model: Model) -> int:
     """Return the evaluations to begin with: those that the model was made for, else 8."""
     if model.num_jumps:
         return min(model.num_jumps)
+    if model.tuned is not None and model.tuned.solver is not None and model.tuned.nfe is not None:
+        return model.tuned.nfe
     return 2 if model.flow_map is not None else 8

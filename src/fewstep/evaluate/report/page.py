@@ -29,6 +29,7 @@ from fewstep.evaluate.report.findings import (
 from fewstep.evaluate.report.verdict import JsonRow, has_error, key_of
 from fewstep.evaluate.rows import REFERENCE, has_errors, picture_file, read_errors, read_samples
 from fewstep.models.carried import FITTED, OPTIMIZED
+from fewstep.runtime.spec import as_typed
 
 __all__ = ["group_view", "sample_strips"]
 
@@ -350,5 +351,5 @@ def _again(group: RowGroup) -> str | None:
     seed, num = run.noises
     options = [*which, "--nfe", str(key_of(row)[3]), *(["--num", str(num)] if num is not None else [])]
     options += ["--seed", str(seed)] if seed is not None else []
-    options += ["--guidance", f"{run.guidance:g}"] if run.guidance != 1 else []
+    options += ["--guidance", as_typed(run.guidance)] if run.guidance != 1 else []
     return shlex.join(["fewstep", "bench", model, *options, "--out", "runs/again"])

@@ -48,6 +48,7 @@ from fewstep.runtime.artifact import (
 from fewstep.runtime.errors import ArtifactError, FewstepError, ModelError, first_line
 from fewstep.runtime.front_door import check_fields
 from fewstep.runtime.job import Job
+from fewstep.runtime.spec import as_typed
 
 __all__ = [
     "DESCRIPTION",
@@ -364,8 +365,8 @@ def _made_of(model: Model) -> Model:
 def _write_carried(carried: Carried, folder: Path) -> None:
     """Write the artifacts of a model below its folder, where `Carried` finds them."""
 
-    def place(kind: str, guidance: object) -> Path:
-        return folder / (kind if guidance in (None, 1) else f"{kind}-guidance-{guidance:g}")
+    def place(kind: str, guidance: float | None) -> Path:
+        return folder / (kind if guidance is None or guidance == 1 else f"{kind}-guidance-{as_typed(guidance)}")
 
     for table in carried.grids:
         table.save(place(OPTIMIZED, table.guidance) / table.solver)

@@ -58,6 +58,8 @@ class StudentConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         at_least(self, num=1, held_out=2, teacher_nfe=1)
+        if not 0 <= self.seed < 2**63:
+            raise FewstepError(f"seeds must lie between 0 and 2^63, got {self.seed}: choose another seed")
         if not 0 <= self.fresh <= 1 or not 0 <= self.dropout < 1:
             raise FewstepError(f"fresh lies in [0, 1], dropout in [0, 1), got {self.fresh} and {self.dropout}")
         _ = self.loop

@@ -13,6 +13,9 @@ from fewstep.runtime.front_door import at_least, checked_class
 __all__ = ["EMConfig", "EStep", "MatchingConfig"]
 
 
+MOST = 1000  # Langevin steps
+
+
 class EStep(NamedTuple):
     """The E-step of a training step, see `direction`.
 
@@ -59,7 +62,7 @@ class MatchingConfig(StudentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, updates=1, before=0, measures=1)
+        at_least(self, updates=1, before=0, measures=1, held_out=4)  # a recall takes more than 3 samples
         if self.updates + self.before > 4000:
             raise FewstepError(f"updates and before are 4000 together at most, got {self.updates} and {self.before}: take fewer")
         if self.dropout:
@@ -104,6 +107,8 @@ class EMConfig(MatchingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, langevin=1)
+        if self.langevin > MOST:
+            raise FewstepError(f"langevin is at most {MOST}, got {self.langevin}: the noise of all steps is drawn at once")
         if not 0 < self.step_e <= 1 or not 0 <= self.step_z <= 1:
             raise FewstepError(f"step_e lies in (0, 1], step_z in [0, 1], got {self.step_e} and {self.step_z}")
 
