@@ -15,7 +15,7 @@ from fewstep.runtime.front_door import checked, number
 from fewstep.runtime.spec import check_options, merged, parse_spec
 from fewstep.solvers.aliases import ALIASES, GRID_HINT, LEVELS
 from fewstep.solvers.ancestral import DPM2Ancestral, DPMSolverPP2SAncestral, EulerAncestral
-from fewstep.solvers.churn import HeunChurn
+from fewstep.solvers.churn import DPM2Churn, EulerChurn, HeunChurn
 from fewstep.solvers.ddim import DDIM, DDPM, LCM
 from fewstep.solvers.deis import DEIS, IPNDM
 from fewstep.solvers.dpm_solver import DPMSolver2S, DPMSolver3S, DPMSolverFast, DPMSolverM
@@ -27,8 +27,9 @@ from fewstep.solvers.exponential_ab import ExponentialAB
 from fewstep.solvers.heun import Euler, Heun, HeunPP2
 from fewstep.solvers.lms import ABM, LMS, GradientEstimation
 from fewstep.solvers.pndm import PNDM
+from fewstep.solvers.restart import Restart
 from fewstep.solvers.runge_kutta import ETDRK4, RES2S, RES3S, RhoRK3, RhoRK4
-from fewstep.solvers.sa_solver import SASolver
+from fewstep.solvers.sa_solver import SASolver, SASolverPECE
 from fewstep.solvers.seeds import SEEDS2, SEEDS3
 from fewstep.solvers.unipc import UniPC
 
@@ -49,6 +50,7 @@ __all__ = [
     "SEEDS3",
     "SOLVERS",
     "DPM2Ancestral",
+    "DPM2Churn",
     "DPMSolver2S",
     "DPMSolver3S",
     "DPMSolverFast",
@@ -59,14 +61,17 @@ __all__ = [
     "DPMSolverV3",
     "Euler",
     "EulerAncestral",
+    "EulerChurn",
     "ExponentialAB",
     "GradientEstimation",
     "Heun",
     "HeunChurn",
     "HeunPP2",
+    "Restart",
     "RhoRK3",
     "RhoRK4",
     "SASolver",
+    "SASolverPECE",
     "SDEDPMSolverPP2M",
     "SDEDPMSolverPP3M",
     "UniPC",
@@ -115,13 +120,17 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "dpm-solver-pp-2s-ancestral": DPMSolverPP2SAncestral,
     "dpm-solver-pp-sde": DPMSolverPPSDE,
     "sde-dpm-solver-pp-3m": SDEDPMSolverPP3M,
+    "euler-churn": EulerChurn,
     "heun-churn": HeunChurn,
+    "dpm2-churn": DPM2Churn,
     "er-sde-1": partial(ERSDE, steps=1),
     "er-sde-2": partial(ERSDE, steps=2),
     "er-sde-3": partial(ERSDE, steps=3),
     "seeds-2": SEEDS2,
     "seeds-3": SEEDS3,
     "sa-solver": SASolver,
+    "sa-solver-pece": SASolverPECE,
+    "restart": Restart,
 }
 
 

@@ -66,8 +66,8 @@ class Heun(Solver):
     evaluation). A first step from ``alpha = 0``, where ``r`` is infinite, is the trapezoid in ``1/r`` instead: ``d(x/sigma)/d(1/r) = D``.
 
     Args:
-        law: ``eps``, or ``flow`` for the trapezoid in ``y = x/(alpha + sigma)`` over a flow's time ``w = sigma/(alpha + sigma)``, whose slope
-            is a flow's velocity: what ComfyUI and diffusers run on flow models.
+        law: ``eps``, or ``flow`` for the trapezoid in ``y = x/(alpha + sigma)`` over a flow's time ``w = sigma/(alpha + sigma)``, whose
+            slope is a flow's velocity: what ComfyUI and diffusers run on flow models.
 
     Raises:
         SolverError: another law.

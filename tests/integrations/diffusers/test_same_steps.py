@@ -84,7 +84,7 @@ def test_the_steps_of_each_class(name, options):
 @pytest.mark.parametrize("name", ["KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"])
 @pytest.mark.every(4)
 def test_the_steps_with_the_same_noises(name, option, monkeypatch):
-    """KDPM2 ancestral draws in every second call; the noise of a step of the SDE is a Brownian motion over sigma, which holds its stage's."""
+    """KDPM2 ancestral draws in every second call; the noise of an SDE's step is a Brownian motion over sigma, which holds its stage's."""
     theirs = getattr(diffusers, name)(**option)
     ours = FewstepScheduler.from_scheduler(theirs)
     for one in (ours, theirs):
