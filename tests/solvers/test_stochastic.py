@@ -33,8 +33,10 @@ from fewstep.solvers import (
     DPMSolverPPSDE,
     EulerAncestral,
     EulerChurn,
+    ExponentialAB,
     Heun,
     HeunChurn,
+    RESAncestral,
     Restart,
     SASolver,
     SDEDPMSolverPP2M,
@@ -92,6 +94,24 @@ def dpmpp_2s_ancestral(x, levels, xi, eta=1.0, s_noise=1.0):
         h = math.log(now / down)
         between = math.exp(-h / 2) * x + (1 - math.exp(-h / 2)) * answer(x, now)
         x = math.exp(-h) * x + (1 - math.exp(-h)) * answer(between, now * math.exp(-h / 2)) + s_noise * up * xi[2 * i + 1]
+    return x
+
+
+def res_multistep_ancestral(x, levels, xi, eta=1.0, s_noise=1.0):
+    before = drop = None
+    for i, (now, then) in pairs(levels):
+        down, up = ancestral(now, then, eta)
+        found = answer(x, now)
+        if down == 0 or before is None:
+            x = x + (down - now) * (x - found) / now
+        else:
+            h = math.log(now / down)
+            c2 = -drop / h
+            phi1 = (1 - math.exp(-h)) / h
+            phi2 = (phi1 - 1) / -h
+            x = math.exp(-h) * x + h * ((phi1 - phi2 / c2) * found + phi2 / c2 * before)
+        x = x + s_noise * up * xi[i]
+        before, drop = found, math.log(now / down) if down else None
     return x
 
 
@@ -322,6 +342,8 @@ THEIRS = {
     "DPM2 a:eta=0.6:s_noise=1.1": lambda *a: dpm_2_ancestral(*a, eta=0.6, s_noise=1.1),
     "DPM++ 2S a": dpmpp_2s_ancestral,
     "DPM++ 2S a:eta=0.6:s_noise=1.1": lambda *a: dpmpp_2s_ancestral(*a, eta=0.6, s_noise=1.1),
+    "res_multistep_ancestral": res_multistep_ancestral,
+    "res_multistep_ancestral:eta=0.6:s_noise=1.1": lambda *a: res_multistep_ancestral(*a, eta=0.6, s_noise=1.1),
     "DPM++ SDE": dpmpp_sde,
     "DPM++ SDE:eta=0.6:s_noise=1.1:r=0.3": lambda *a: dpmpp_sde(*a, eta=0.6, s_noise=1.1, r=0.3),
     "DPM++ 2M SDE:lower_order_below=0": dpmpp_2m_sde,
@@ -428,6 +450,7 @@ LIMITS = {
     "euler ancestral is ddim of the same eta": (EulerAncestral(eta=0.4), DDIM(eta=0.4)),
     "ddpm is ddim of eta 1": (DDPM(), DDIM(eta=1.0)),
     "euler ancestral without noise is ddim": (EulerAncestral(eta=0.0), DDIM()),
+    "res ancestral without noise is res multistep": (RESAncestral(eta=0.0), ExponentialAB(steps=2)),
     "... of a flow too": (EulerAncestral(eta=0.0, law="flow"), DDIM()),
     "dpm2 ancestral without noise is dpm-solver-2s": (DPM2Ancestral(eta=0.0), DPMSolver2S()),
     "2s ancestral without noise is dpm++ sde without": (DPMSolverPP2SAncestral(eta=0.0), DPMSolverPPSDE(eta=0.0)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
+from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import signature
 from typing import Any
@@ -13,8 +14,8 @@ from fewstep.core.tableau import Solver
 from fewstep.runtime.errors import SolverError, nearest
 from fewstep.runtime.front_door import checked, number
 from fewstep.runtime.spec import check_options, merged, parse_spec
-from fewstep.solvers.aliases import ALIASES, GRID_HINT, LEVELS
-from fewstep.solvers.ancestral import DPM2Ancestral, DPMSolverPP2SAncestral, EulerAncestral
+from fewstep.solvers.aliases import ALIASES, GRID_HINT, LEVELS, REFUSED
+from fewstep.solvers.ancestral import DPM2Ancestral, DPMSolverPP2SAncestral, EulerAncestral, RESAncestral
 from fewstep.solvers.churn import DPM2Churn, EulerChurn, HeunChurn
 from fewstep.solvers.ddim import DDIM, DDPM, LCM
 from fewstep.solvers.deis import DEIS, IPNDM
@@ -67,6 +68,7 @@ __all__ = [
     "Heun",
     "HeunChurn",
     "HeunPP2",
+    "RESAncestral",
     "Restart",
     "RhoRK3",
     "RhoRK4",
@@ -76,6 +78,7 @@ __all__ = [
     "SDEDPMSolverPP3M",
     "UniPC",
     "make_solver",
+    "solvers_by_family",
     "spec_of",
     "takes_statistics",
 ]
@@ -118,6 +121,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "euler-ancestral": EulerAncestral,
     "dpm2-ancestral": DPM2Ancestral,
     "dpm-solver-pp-2s-ancestral": DPMSolverPP2SAncestral,
+    "res-multistep-ancestral": RESAncestral,
     "dpm-solver-pp-sde": DPMSolverPPSDE,
     "sde-dpm-solver-pp-3m": SDEDPMSolverPP3M,
     "euler-churn": EulerChurn,
@@ -177,6 +181,20 @@ def takes_statistics(name: str) -> bool:
     return "statistics" in signature(_factory(_parsed(name)[0])).parameters
 
 
+def solvers_by_family() -> dict[str, dict[str, str]]:
+    """Return the names of the registry by family, the first line of its file, each with the first line of its class."""
+    found: dict[str, dict[str, str]] = {}
+    for name, factory in SOLVERS.items():
+        cls: Any = factory.func if isinstance(factory, partial) else factory
+        family = _first_line(import_module(cls.__module__).__doc__)
+        found.setdefault(family, {})[name] = _first_line(cls.__doc__)
+    return found
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().split("\n", 1)[0].rstrip(".").replace("``", "")
+
+
 def spec_of(kind: str, options: Mapping[str, Any]) -> str | None:
     """Return the name with options by which `make_solver` makes a solver, as short as it gets; None if it makes no such solver.
 
@@ -212,6 +230,8 @@ def _parsed(name: str) -> tuple[str, dict[str, Any]]:
 def _factory(bare: str) -> Callable[..., Solver]:
     factory = SOLVERS.get(bare) or next((entry.load() for entry in entry_points(group="fewstep.solvers", name=bare)), None)
     if factory is None:
+        if bare in REFUSED:
+            raise SolverError(f"{bare} has no solver here: {REFUSED[bare]}")
         levels = next((words for words in LEVELS if bare.lower().endswith(words.lower())), None)
         if levels is not None:
             raise SolverError(

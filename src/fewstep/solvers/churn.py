@@ -93,20 +93,20 @@ class _OffGrid(_Churn):
 
     def arrived(self, nodes: Nodes, i: int, x: Tensor) -> Tensor:
         """Return the state at the end of a step as one at the level that noise raises it to, in the scale of node ``i + 1``."""
-        return nodes.alpha[i + 1] / _ends(nodes).alpha[i // self.stages + 1] * x
+        return nodes.alpha[i + 1] / _own(nodes).ends.alpha[i // self.stages + 1] * x
 
     def noise(self, nodes: Nodes, i: int) -> Tensor:
-        k, ends = i // self.stages + 1, _ends(nodes)
+        k, ends = i // self.stages + 1, _own(nodes).ends
         inside = i % self.stages < self.stages - 1 or i + 1 == nodes.evaluations
         if inside or bool(nodes.t[i + 1] == ends.t[k]):
             return torch.zeros((), dtype=torch.float64)
         return self.s_noise * _raising(nodes.sigma[i + 1], ends.lam[k] - nodes.lam[i + 1])
 
 
-def _ends(nodes: Nodes) -> Nodes:
+def _own(nodes: Nodes) -> _Raised:
     if not isinstance(nodes, _Raised):
         raise SolverError("a sampler with churn knows its steps by the nodes that it made itself: use its own nodes(grid, schedule)")
-    return nodes.ends
+    return nodes
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,7 @@ class EulerChurn(_OffGrid):
     memory = 1
 
     def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
-        _ends(nodes)
-        x_t = self.arrived(nodes, i, first_order(nodes.step(i, i, i), 0, 1, x, history[0]))
+        x_t = self.arrived(nodes, i, first_order(_own(nodes).step(i, i, i), 0, 1, x, history[0]))
         return x_t, x_t
 
 
@@ -157,9 +156,8 @@ class DPM2Churn(_OffGrid):
         return noise_or_data(nodes, i, x, x0)
 
     def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
-        _ends(nodes)
         stage, one_call = i % 2, i + 1 == nodes.evaluations and i % 2 == 0
-        local = nodes.step(i - stage, i - stage + (not one_call), i // 2)
+        local = _own(nodes).step(i - stage, i - stage + (not one_call), i // 2)
         x_s, x_t = DPMSolver2S().at_stage(local, stage, stage, anchor, x, history)
         if stage or one_call:
             x_t = self.arrived(nodes, i, x_t)
