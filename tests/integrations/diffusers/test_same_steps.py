@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from functools import partial
 
 import diffusers
 import pytest
@@ -25,7 +26,7 @@ def unclipped(name):
 
 def cases():
     """Each class with the options that it has, by their names."""
-    for name in SAME:
+    for name in filter(partial(hasattr, diffusers), SAME):
         taken, tables = inspect.signature(getattr(diffusers, name).__init__).parameters, unclipped(name)
         options = [{}]
         if "timestep_spacing" in taken:
@@ -70,6 +71,8 @@ def looped(scheduler, noises=None):
 @pytest.mark.parametrize(("name", "options"), list(cases()), ids=str)
 @pytest.mark.every(9, 2)
 def test_the_steps_of_each_class(name, options):
+    if name == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
     theirs = getattr(diffusers, name)(**options)
     ours = FewstepScheduler.from_scheduler(theirs)
     for one in (ours, theirs):
@@ -85,13 +88,14 @@ def test_the_steps_of_each_class(name, options):
 @pytest.mark.every(4)
 def test_the_steps_with_the_same_noises(name, option, monkeypatch):
     """KDPM2 ancestral draws in every second call; the noise of an SDE's step is a Brownian motion over sigma, which holds its stage's."""
+    if name == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
     theirs = getattr(diffusers, name)(**option)
     ours = FewstepScheduler.from_scheduler(theirs)
     for one in (ours, theirs):
         one.set_timesteps(6)
     xi = torch.randn(12, 2, 3, 4, 4, generator=torch.Generator().manual_seed(2))
     if name.startswith("DPMSolver"):
-        pytest.importorskip("torchsde")
         levels, calls = torch.unique_consecutive(theirs.sigmas.double()), iter(range(12))
 
         def brownian(now, then):
@@ -144,6 +148,8 @@ def test_what_no_solver_takes_is_refused(name, options, says):
         ("DDPMScheduler", {"steps_offset": 1, "variance_type": "fixed_large"}, {}, "ends with noise where its last time is 1"),
         ("LCMScheduler", {"timestep_scaling": 1.0}, {"original_inference_steps": 10}, "at time 99 mixes its answer with the state"),
         ("EulerDiscreteScheduler", {}, {"mu": 1.0}, "takes no mu"),
+        ("EulerDiscreteScheduler", {}, {"num_inference_steps": 2.5}, "whole number of at least 1, got 2.5"),
+        ("EulerDiscreteScheduler", {}, {"timesteps": [400, 200]}, "EulerDiscreteScheduler: .*timesteps"),
         ("LCMScheduler", {}, {"num_inference_steps": 80}, "LCMScheduler: The combination of .original_steps x strength"),
     ],
     ids=str,
@@ -152,6 +158,22 @@ def test_steps_that_are_none_here_are_refused(name, options, asked, says):
     scheduler = FewstepScheduler.from_scheduler(getattr(diffusers, name)(**options))
     with pytest.raises(GridError, match=says):
         scheduler.set_timesteps(**({"num_inference_steps": 10} | asked))
+
+
+def test_a_pipelines_own_levels_and_shift_are_theirs_too():
+    """As pipelines of flows call it: with sigmas, and with the shift of the picture's size."""
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    ours = FewstepScheduler.from_scheduler(theirs)
+    for one in (ours, theirs):
+        one.set_timesteps(sigmas=[1.0, 0.7, 0.4, 0.2], mu=0.8)
+    assert ours.timesteps.tolist() == pytest.approx(theirs.timesteps.tolist())
+    assert relative(looped(ours), looped(theirs)) < CLOSE
+
+
+@pytest.mark.parametrize("same_as", ["EulerDiscreteScheduler", {"_class_name": "logging"}, {"beta_start": 0.1}], ids=str)
+def test_a_configuration_that_names_no_scheduler_is_refused(same_as):
+    with pytest.raises(GridError, match="is what FewstepScheduler.from_scheduler writes"):
+        FewstepScheduler(same_as=same_as)
 
 
 def test_it_is_saved_and_leaves_the_levels_for_another_solver(tmp_path):

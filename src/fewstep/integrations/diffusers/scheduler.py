@@ -22,7 +22,7 @@ from fewstep.integrations.diffusers.arguments import check_generators, check_sta
 from fewstep.integrations.diffusers.chains import Chain, Chains, Plan
 from fewstep.integrations.diffusers.forward_process import NoisingScheduler
 from fewstep.integrations.diffusers.noise_levels import all_times, checked_times, default_sigmas_count, grid_from_config
-from fewstep.integrations.diffusers.same_steps import check_same_as, their_levels
+from fewstep.integrations.diffusers.same_steps import check_same_as
 from fewstep.integrations.diffusers.saved_samplers import SavedSamplers
 from fewstep.integrations.diffusers.scheduler_files import (
     BaseOutput,
@@ -32,6 +32,7 @@ from fewstep.integrations.diffusers.scheduler_files import (
     resolve_artifact,
 )
 from fewstep.integrations.diffusers.solver_names import DESCRIPTIVE, solver_of
+from fewstep.integrations.diffusers.their_levels import their_levels
 from fewstep.models.formats.diffusers_law import NoiseLaw, ends_clean, noise_law, shift_kind
 from fewstep.models.guidance import thresholded
 from fewstep.runtime.errors import FewstepError, GridError, SolverError
@@ -277,7 +278,7 @@ class FewstepScheduler(NoisingScheduler):
                 f"this scheduler lays its levels from strength {self.config['strength']:g}: leave timesteps and sigmas out, or make it "
                 "without strength="
             )
-        if sigmas is not None and timesteps is not None:  # what the network is told at these levels, and so at others
+        if sigmas is not None and timesteps is not None and same_as is None:  # what the network is told at these levels, and so at others
             pairs = grid_from_config({**self.config, "grid": None}, law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
             law = law.paired(pairs.t[:-1], checked_times(self.config, law, timesteps))
             if own_levels:
