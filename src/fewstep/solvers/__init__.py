@@ -192,7 +192,7 @@ def solvers_by_family() -> dict[str, dict[str, str]]:
 
 
 def _first_line(text: str | None) -> str:
-    return (text or "").strip().split("\n", 1)[0].rstrip(".").replace("``", "")
+    return (text or "").strip().split("\n", 1)[0].rstrip(".").replace("`", "")
 
 
 def spec_of(kind: str, options: Mapping[str, Any]) -> str | None:
