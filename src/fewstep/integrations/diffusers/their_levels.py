@@ -26,7 +26,7 @@ TO_CLEAN = ("DDPMScheduler", "DDPMParallelScheduler", "LCMScheduler")  # steps t
 
 
 class TheirLevels(NamedTuple):
-    """What `set_timesteps` of one of diffusers' schedulers chose.
+    """The levels and times that `set_timesteps` of one of diffusers' schedulers chose.
 
     Attributes:
         grid: the steps between its noise levels.
