@@ -79,7 +79,8 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401
         """Make a scheduler from the configuration of this class or of any of diffusers' schedulers.
 
-        DPM-Solver, UniPC and DEIS keep their formulas; of others only the noise law, the prediction type and the spacing are taken.
+        DPM-Solver, UniPC and DEIS keep their formulas; of others only the noise law, the prediction type and the spacing are taken. To keep
+        the solver of any scheduler see `from_scheduler`.
 
         Args:
             config: the configuration, as ``pipe.scheduler.config``.
