@@ -6,6 +6,7 @@ import json
 import diffusers
 import pytest
 import torch
+from tests.integrations.diffusers import tiny_pipelines
 from tests.integrations.diffusers.test_scheduler import relative, theirs_warn
 
 from fewstep import FewstepError, GridError, SolverError
@@ -46,6 +47,8 @@ def cases():
             options += [{"algorithm_type": "sde-dpmsolver++"}, {"final_sigmas_type": "sigma_min", "solver_order": 3}]
         if name == "FlowMatchEulerDiscreteScheduler":
             options += [{"shift": 3.0, "stochastic_sampling": True}, {"shift": 3.0, "invert_sigmas": True}, {"shift_terminal": 0.1}]
+        if name == "CogVideoXDDIMScheduler":
+            options += [{"clip_sample": True}]  # which its step does not do
         if name == "LTXEulerAncestralRFScheduler":
             options += [{"eta": 0.6, "s_noise": 1.1}]
         for one in options:
@@ -120,6 +123,8 @@ def test_the_steps_with_the_same_noises(name, option, monkeypatch):
         ("IPNDMScheduler", {}, "there is one for DDIM, .* use from_config"),
         ("DDIMScheduler", {}, "clip_sample=True has no solver here"),
         ("HeunDiscreteScheduler", {"clip_sample": True}, "clip_sample=True has no solver here"),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "logarithm of its noise level: take timestep_type='discrete'"),
+        ("DPMSolverSDEScheduler", {"noise_sampler_seed": 3}, "generator of a call: take noise_sampler_seed=None"),
         ("DDPMScheduler", {"clip_sample_range": 2.0}, r"clipped to \[-1, 1\] alone: take clip_sample_range=1.0"),
         ("DDPMScheduler", {"variance_type": "learned_range"}, "take one of fixed_small, fixed_small_log, fixed_large"),
         ("SASolverScheduler", {"use_karras_sigmas": True}, "to itself: take use_karras_sigmas=False"),
@@ -132,6 +137,8 @@ def test_the_steps_with_the_same_noises(name, option, monkeypatch):
     ids=str,
 )
 def test_what_no_solver_takes_is_refused(name, options, says):
+    if name == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
     theirs = getattr(diffusers, name)(**options)
     with pytest.raises(SolverError, match=says):
         FewstepScheduler.from_scheduler(theirs)
@@ -167,6 +174,30 @@ def test_a_pipelines_own_levels_and_shift_are_theirs_too():
         one.set_timesteps(sigmas=[1.0, 0.7, 0.4, 0.2], mu=0.8)
     assert ours.timesteps.tolist() == pytest.approx(theirs.timesteps.tolist())
     assert relative(looped(ours), looped(theirs)) < CLOSE
+
+
+PIPELINES = {
+    "PNDMScheduler": ("sd", {"skip_prk_steps": True, "steps_offset": 1}),
+    "EulerAncestralDiscreteScheduler": ("sd", {}),
+    "DDIMScheduler": ("sd", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    "LCMScheduler": ("sd", {}),
+    "FlowMatchHeunDiscreteScheduler": ("sd3", {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_draws_the_same_picture(name, folder):
+    kind, options = PIPELINES[name]
+    pipe = tiny_pipelines.load(folder(kind))
+    theirs = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
+
+    def picture(scheduler):
+        pipe.scheduler, generator = scheduler, torch.Generator().manual_seed(3)
+        return pipe("a red cat", num_inference_steps=5, guidance_scale=3.0, output_type="latent", generator=generator).images
+
+    expected = picture(theirs)
+    assert relative(picture(FewstepScheduler.from_scheduler(theirs)), expected) < 10 * CLOSE
 
 
 @pytest.mark.parametrize("same_as", ["EulerDiscreteScheduler", {"_class_name": "logging"}, {"beta_start": 0.1}], ids=str)

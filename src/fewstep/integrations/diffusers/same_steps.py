@@ -57,6 +57,10 @@ def _ddim(name: str, config: CONFIG) -> tuple[str, dict[str, Any]]:
     return "ddim", {}
 
 
+def _cogvideo(name: str, config: CONFIG) -> tuple[str, dict[str, Any]]:  # noqa: ARG001 - its step clips nothing
+    return "ddim", {}
+
+
 def _ddpm(name: str, config: CONFIG) -> tuple[str, dict[str, Any]]:
     kinds = {"fixed_small": "ddpm", "fixed_small_log": "ddpm", "fixed_large": "ddpm:variance=large"}
     kind = config.get("variance_type", "fixed_small")
@@ -76,6 +80,8 @@ def _pndm(name: str, config: CONFIG) -> tuple[str, dict[str, Any]]:  # noqa: ARG
 def _named(solver: str) -> Callable[[str, CONFIG], tuple[str, dict[str, Any]]]:
     def read(name: str, config: CONFIG) -> tuple[str, dict[str, Any]]:
         _refuse(name, config, {"clip_sample": False}, "the step goes by the estimate before clipping")
+        _refuse(name, config, {"timestep_type": "discrete"}, "that network is told the logarithm of its noise level")
+        _refuse(name, config, {"noise_sampler_seed": None}, "noise here comes from the generator of a call")
         return solver, {}
 
     return read
@@ -115,7 +121,7 @@ def _ltx(name: str, config: CONFIG) -> tuple[str, dict[str, Any]]:  # noqa: ARG0
 SAME: dict[str, Callable[[str, CONFIG], tuple[str, dict[str, Any]]]] = {  # their class -> the solver, and options of a `FewstepScheduler`
     "DDIMScheduler": _ddim,
     "DDIMParallelScheduler": _ddim,
-    "CogVideoXDDIMScheduler": _ddim,
+    "CogVideoXDDIMScheduler": _cogvideo,
     "DDPMScheduler": _ddpm,
     "DDPMParallelScheduler": _ddpm,
     "LCMScheduler": _lcm,
