@@ -26,6 +26,8 @@ from fewstep import (
     sample,
     seeded_noise,
 )
+from fewstep.core.curves import CURVES
+from fewstep.core.spacings import KNOWN
 from fewstep.integrations.comfyui import FewstepArtifact, FewstepSampler, FewstepSigmas, law_of
 from fewstep.integrations.kdiffusion import sample_fewstep, sigmas_for
 from fewstep.solvers import SOLVERS, takes_statistics
@@ -238,6 +240,28 @@ def test_levels_are_those_that_the_network_knows(comfy):
         off = torch.stack([(sampling.sigmas / level - 1).abs().min() for level in sigmas[:-1]])
         assert float(off.max()) < 1e-5
     assert float(sigmas[0]) == pytest.approx(float(sampling.sigma_max), rel=1e-5)
+
+
+@pytest.mark.parametrize("sampling", [Discrete(DiscreteVP.scaled_linear()), Continuous(), Flow(3.0)], ids=lambda one: type(one).__name__)
+def test_the_menu_has_the_noise_levels_of_other_programs(comfy, sampling):
+    """Each as `make_grid` lays it; what a law does not have is refused in words."""
+    (menu,) = (FewstepSigmas.INPUT_TYPES()["required"]["spacing"][0],)
+    assert menu == list(KNOWN) and {"Karras", "exponential", "simple", "sgm_uniform", "beta", "normal", "kl_optimal"} < set(menu)
+    made = []
+    for name in (*CURVES, "shift"):
+        try:
+            (levels,) = FewstepSigmas().levels(Model(sampling), name, 5)
+        except GridError as error:
+            assert ("is none" in str(error)) == (name == "shift"), (name, error)
+            continue
+        made.append(name)
+        assert len(levels) == 6 and bool((torch.diff(levels) < 0).all())
+    assert len(made) >= len(CURVES) - 1 and ("shift" in made) == isinstance(sampling, Flow)
+    sharp, plain = (FewstepSigmas().levels(Model(sampling), "beta", 5, spacing_options=text)[0] for text in ("alpha=0.3:beta=0.3", ""))
+    assert not torch.equal(sharp, plain)
+    with pytest.raises(GridError, match="levels of normal have an end of their own: leave end at clean, or say it in spacing_options"):
+        FewstepSigmas().levels(Model(sampling), "normal", 5, end="sigma_min")
+    assert float(FewstepSigmas().levels(Model(sampling), "normal", 5, spacing_options="end=sigma_min")[0][-1]) > 0
 
 
 def test_denoise_takes_the_end_of_more_steps(comfy):

@@ -1,12 +1,17 @@
 """Solvers by their names in the menus of A1111 and ComfyUI, in k-diffusion and in diffusers."""
 
+import re
+from pathlib import Path
+
 import pytest
 from tests.problems import toy
 
 from fewstep import FewstepError, Sampler, SolverError, VPLinear, make_solver, sample
+from fewstep.core.spacings import check_grid_name
 from fewstep.solvers import (
     DDPM,
     ERSDE,
+    IPNDM,
     LCM,
     LMS,
     PNDM,
@@ -23,11 +28,17 @@ from fewstep.solvers import (
     EulerAncestral,
     ExponentialAB,
     GradientEstimation,
+    HeunPP2,
+    RESAncestral,
+    Restart,
+    SASolver,
+    SASolverPECE,
     SDEDPMSolverPP2M,
     SDEDPMSolverPP3M,
     UniPC,
+    solvers_by_family,
 )
-from fewstep.solvers.aliases import ALIASES
+from fewstep.solvers.aliases import ALIASES, REFUSED
 
 MEANT = {  # written out once more
     "DDIM": make_solver("ddim"),
@@ -44,24 +55,21 @@ MEANT = {  # written out once more
     "uni_pc_bh2": UniPC(steps=3),
     "deis": make_solver("deis-3"),
     "DEIS": make_solver("deis-3"),
-    **dict.fromkeys(["LMS", "sample_lms", "LMSDiscreteScheduler"], LMS(steps=4)),
+    **dict.fromkeys(["LMS", "LMSDiscreteScheduler"], LMS(steps=4)),
     "PLMS": PNDM(),
     "PNDMScheduler": PNDM(warm_up="runge-kutta"),
     "ipndm_v": LMS(steps=4, euler_at_clean=True, weights="published"),
-    **dict.fromkeys(["DPM2", "dpm_2", "sample_dpm_2", "KDPM2DiscreteScheduler"], DPMSolver2S()),
-    **dict.fromkeys(["DPM fast", "dpm_fast", "sample_dpm_fast"], DPMSolverFast()),
+    **dict.fromkeys(["DPM2", "dpm_2", "KDPM2DiscreteScheduler"], DPMSolver2S()),
+    **dict.fromkeys(["DPM fast", "dpm_fast"], DPMSolverFast()),
     "res_multistep": ExponentialAB(steps=2),
     "gradient_estimation": GradientEstimation(gamma=2.0),
-    "sample_euler": make_solver("euler"),
-    "sample_heun": make_solver("heun"),
-    "sample_dpmpp_2m": DPMSolverPP(steps=2),
-    **dict.fromkeys(["dpmpp_2m_sde_gpu", "sample_dpmpp_2m_sde"], SDEDPMSolverPP2M()),
+    **dict.fromkeys(["dpmpp_2m_sde_gpu"], SDEDPMSolverPP2M()),
     "dpmpp_2m_sde_heun_gpu": SDEDPMSolverPP2M(form="taylor"),
-    **dict.fromkeys(["Euler a", "euler_ancestral", "sample_euler_ancestral", "EulerAncestralDiscreteScheduler"], EulerAncestral()),
-    **dict.fromkeys(["DPM2 a", "dpm_2_ancestral", "sample_dpm_2_ancestral", "KDPM2AncestralDiscreteScheduler"], DPM2Ancestral()),
-    **dict.fromkeys(["DPM++ 2S a", "dpmpp_2s_ancestral", "sample_dpmpp_2s_ancestral"], DPMSolverPP2SAncestral()),
-    **dict.fromkeys(["DPM++ SDE", "dpmpp_sde", "dpmpp_sde_gpu", "sample_dpmpp_sde", "DPMSolverSDEScheduler"], DPMSolverPPSDE()),
-    **dict.fromkeys(["DPM++ 3M SDE", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "sample_dpmpp_3m_sde"], SDEDPMSolverPP3M()),
+    **dict.fromkeys(["Euler a", "euler_ancestral", "EulerAncestralDiscreteScheduler"], EulerAncestral()),
+    **dict.fromkeys(["DPM2 a", "dpm_2_ancestral", "KDPM2AncestralDiscreteScheduler"], DPM2Ancestral()),
+    **dict.fromkeys(["DPM++ 2S a", "dpmpp_2s_ancestral"], DPMSolverPP2SAncestral()),
+    **dict.fromkeys(["DPM++ SDE", "dpmpp_sde", "dpmpp_sde_gpu", "DPMSolverSDEScheduler"], DPMSolverPPSDE()),
+    **dict.fromkeys(["DPM++ 3M SDE", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu"], SDEDPMSolverPP3M()),
     **dict.fromkeys(["LCM", "LCMScheduler"], LCM()),
     **dict.fromkeys(["DDPM", "DDPMScheduler"], DDPM()),
     "seeds_2": SEEDS2(),
@@ -69,11 +77,81 @@ MEANT = {  # written out once more
     "exp_heun_2_x0": RES2S(c2=1.0),
     "exp_heun_2_x0_sde": SEEDS2(c2=1.0, form="phi2"),
     "er_sde": ERSDE(integrals="sum"),
+    "res_multistep_ancestral": RESAncestral(),
+    "sa_solver": SASolver(predictor=3, corrector=4),
+    "sa_solver_pece": SASolverPECE(predictor=3, corrector=4),
+    "Restart": Restart(),
+    "HeunPP2": HeunPP2(),
+    "IPNDM": IPNDM(),
+    "IPNDM_V": LMS(steps=4, euler_at_clean=True, weights="published"),
 }
+MEANT |= {f"sample_{name}": made for name, made in MEANT.items() if name == name.lower()}
+MEANT |= {f"sample_{name}": make_solver(name) for name in ("euler", "heun", "heunpp2", "lms", "ddpm", "lcm", "ipndm")}
+
+# The menus of ComfyUI (`SAMPLER_NAMES`) and A1111 (`all_samplers`) as they are installed.
+COMFYUI = [
+    *("euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "heun", "heunpp2", "exp_heun_2_x0"),
+    *("exp_heun_2_x0_sde", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2s_ancestral"),
+    *("dpmpp_2s_ancestral_cfg_pp", "dpmpp_sde", "dpmpp_sde_gpu", "dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde"),
+    *("dpmpp_2m_sde_gpu", "dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "ddpm", "lcm"),
+    *("ipndm", "ipndm_v", "deis", "res_multistep", "res_multistep_cfg_pp", "res_multistep_ancestral"),
+    *("res_multistep_ancestral_cfg_pp", "gradient_estimation", "gradient_estimation_cfg_pp", "er_sde", "seeds_2", "seeds_3"),
+    *("sa_solver", "sa_solver_pece", "ddim", "uni_pc", "uni_pc_bh2"),
+]
+A1111 = [
+    *(
+        "DPM++ 2M",
+        "DPM++ SDE",
+        "DPM++ 2M SDE",
+        "DPM++ 2M SDE Heun",
+        "DPM++ 2S a",
+        "DPM++ 3M SDE",
+        "Euler a",
+        "Euler",
+        "LMS",
+        "Heun",
+        "DPM2",
+    ),
+    *("DPM2 a", "DPM fast", "DPM adaptive", "Restart", "DDIM", "DDIM CFG++", "PLMS", "UniPC", "LCM"),
+]
+COMFYUI_LEVELS = ["simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal", "linear_quadratic", "kl_optimal"]
+A1111_LEVELS = ["Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform", "KL Optimal", "Align Your Steps", "Simple", "Normal"]
+A1111_LEVELS += ["DDIM", "Beta"]
+MIGRATION = (Path(__file__).parents[2] / "docs" / "migration.md").read_text(encoding="utf-8")
 
 
 def test_the_table_is_whole():
     assert set(MEANT) == set(ALIASES) and not set(ALIASES) & set(SOLVERS)
+
+
+@pytest.mark.parametrize("name", [*COMFYUI, *A1111])
+def test_every_name_of_the_menus_is_a_solver_or_refused_with_its_reason(name):
+    if name not in REFUSED:
+        assert make_solver(name).references
+        return
+    with pytest.raises(SolverError, match=f"^{re.escape(name)} has no solver here: ") as caught:
+        make_solver(name)
+    assert REFUSED[name] in str(caught.value)
+
+
+def test_the_migration_page_has_every_name():
+    rows = [line.split("|")[1:-1] for line in MIGRATION.splitlines() if line.startswith("|")]
+    cells = " | ".join(cell for row in rows for cell in row[:-1])
+    words = set(re.split(r"[|,;]| and ", cells.replace("`", "")))
+    told = {word.strip() for word in words}
+    assert not {*COMFYUI, *A1111, *COMFYUI_LEVELS, *A1111_LEVELS} - told - {name for name in COMFYUI if name.endswith("_gpu")}
+    assert not [row for row in rows if row[-1].strip() in ("", "none")]
+
+
+@pytest.mark.parametrize("name", [*COMFYUI_LEVELS, *A1111_LEVELS])
+def test_every_name_of_the_noise_levels_is_a_grid(name):
+    check_grid_name(name)
+
+
+def test_solvers_are_listed_by_family_with_a_line_each():
+    families = solvers_by_family()
+    assert [name for names in families.values() for name in names] and {n for names in families.values() for n in names} == set(SOLVERS)
+    assert all(len(line) > 10 and len(family) > 10 for family, names in families.items() for line in names.values())
 
 
 @pytest.mark.parametrize("name", MEANT)

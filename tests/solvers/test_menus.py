@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.problems import karras_levels, mixture, noise
 
-from fewstep import TimeGrid, VarianceExploding, make_solver, sample, tabulate
+from fewstep import RectifiedFlow, TimeGrid, VarianceExploding, make_solver, sample, tabulate
 from fewstep.solvers import ETDRK4, LMS
 
 SAME = 1e-11  # the same few terms in another order, over 9 steps from sigma = 10; measured 2e-13
@@ -171,6 +171,21 @@ def ours(name, x, levels):
 def test_a_sampler_is_its_recurrence(name, end):
     x = 10 * noise(4, 2)
     torch.testing.assert_close(ours(name, x, LEVELS[end]), THEIRS[name](x, LEVELS[end]), rtol=SAME, atol=SAME)
+
+
+@pytest.mark.parametrize("levels", [[1.0, 0.9, 0.6, 0.3, 0.0], [0.95, 0.7, 0.4, 0.1]], ids=["from-noise", "inside"])
+def test_heun_of_a_flow_is_its_recurrence(levels):
+    """The trapezoid of velocities, as ComfyUI and diffusers run it on flow models."""
+    law = RectifiedFlow(t_min=levels[-1], t_max=levels[0])
+    velocity = lambda x, s: (x - mixture(law)(x, torch.tensor(s, dtype=torch.float64))) / s  # noqa: E731
+    x = start = noise(4, 2)
+    for now, then in zip(levels[:-1], levels[1:], strict=True):
+        d = velocity(x, now)
+        ahead = x + (then - now) * d
+        x = ahead if then == 0 else x + (then - now) * (d + velocity(ahead, then)) / 2
+    solver = make_solver("heun:law=flow")
+    made = sample(mixture(law), tabulate(solver, solver.nodes(TimeGrid(torch.tensor(levels, dtype=torch.float64)), law)), start)
+    torch.testing.assert_close(made, x, rtol=SAME, atol=SAME)
 
 
 def test_dpm_fast_is_its_recurrence():

@@ -47,6 +47,7 @@ COLD_START = {
     "euler": 0.99,
     "ddim": 0.99,
     "heun": 2.01,
+    "heun-flow": 2.00,
     "dpm-solver-2s": 2.01,
     "dpm-solver-3s": 2.99,
     "dpm-solver-2m": 2.05,
@@ -211,10 +212,11 @@ def test_cold_start(name, record_property):
     assert abs(measured - COLD_START[name]) < TABLE_SLACK
 
 
-FASTER = ("sa-solver", "er-sde-3-sde")  # on Gaussian data what is left at these steps is of higher order
+BIASED = ("euler-churn", "heun-churn", "dpm2-churn", "restart", "restart-32")  # their s_noise is not 1; restarts are as long on any grid
+FASTER = ("sa-solver", "sa-solver-pece", "er-sde-3-sde")  # on Gaussian data what is left at these steps is of higher order
 
 
-@pytest.mark.parametrize("name", [name for name in STOCHASTIC if name != "heun-churn"])  # whose s_noise is not 1, a bias that stays
+@pytest.mark.parametrize("name", [name for name in STOCHASTIC if name not in BIASED])
 @pytest.mark.every(3)
 def test_weak_order_of_a_stochastic_solver(name):
     """The standard deviation of its samples, for Gaussian data."""

@@ -26,13 +26,18 @@ from fewstep.solvers import (
     SEEDS2,
     SEEDS3,
     DPM2Ancestral,
+    DPM2Churn,
     DPMSolver2S,
     DPMSolverPP,
     DPMSolverPP2SAncestral,
     DPMSolverPPSDE,
     EulerAncestral,
+    EulerChurn,
+    ExponentialAB,
     Heun,
     HeunChurn,
+    RESAncestral,
+    Restart,
     SASolver,
     SDEDPMSolverPP2M,
     SDEDPMSolverPP3M,
@@ -89,6 +94,24 @@ def dpmpp_2s_ancestral(x, levels, xi, eta=1.0, s_noise=1.0):
         h = math.log(now / down)
         between = math.exp(-h / 2) * x + (1 - math.exp(-h / 2)) * answer(x, now)
         x = math.exp(-h) * x + (1 - math.exp(-h)) * answer(between, now * math.exp(-h / 2)) + s_noise * up * xi[2 * i + 1]
+    return x
+
+
+def res_multistep_ancestral(x, levels, xi, eta=1.0, s_noise=1.0):
+    before = drop = None
+    for i, (now, then) in pairs(levels):
+        down, up = ancestral(now, then, eta)
+        found = answer(x, now)
+        if down == 0 or before is None:
+            x = x + (down - now) * (x - found) / now
+        else:
+            h = math.log(now / down)
+            c2 = -drop / h
+            phi1 = (1 - math.exp(-h)) / h
+            phi2 = (phi1 - 1) / -h
+            x = math.exp(-h) * x + h * ((phi1 - phi2 / c2) * found + phi2 / c2 * before)
+        x = x + s_noise * up * xi[i]
+        before, drop = found, math.log(now / down) if down else None
     return x
 
 
@@ -157,6 +180,46 @@ def heun_churn(x, levels, xi, s_churn=5.0, s_tmin=0.2, s_tmax=4.0, s_noise=1.003
     return x
 
 
+def churned(now, count, s_churn, s_tmin, s_tmax):
+    return now * (1 + (min(s_churn / count, math.sqrt(2) - 1) if s_tmin <= now <= s_tmax else 0.0))
+
+
+def euler_churn(x, levels, xi, s_churn=5.0, s_tmin=0.2, s_tmax=4.0, s_noise=1.003):
+    for i, (now, then) in pairs(levels):
+        up = churned(now, len(levels) - 1, s_churn, s_tmin, s_tmax)
+        x = x + s_noise * math.sqrt(up**2 - now**2) * xi[i - 1]
+        x = x + (then - up) * slope(x, up)
+    return x
+
+
+def dpm_2_churn(x, levels, xi, s_churn=5.0, s_tmin=0.2, s_tmax=4.0, s_noise=1.003):
+    for i, (now, then) in pairs(levels):
+        up = churned(now, len(levels) - 1, s_churn, s_tmin, s_tmax)
+        x = x + s_noise * math.sqrt(up**2 - now**2) * xi[2 * i - 1]
+        if then == 0:
+            return answer(x, up)
+        middle = math.sqrt(up * then)
+        x = x + (then - up) * slope(x + (middle - up) * slope(x, up), middle)
+    return x
+
+
+def restart(x, levels, xi, count=3, times=2, low=0.3, high=2.0, s_noise=1.1):
+    """A1111's, over the list of its steps."""
+    lowest = min(range(1, len(levels) - 1), key=lambda k: abs(levels[k] - low))
+    again = karras_levels(count, min(levels[:lowest], key=lambda level: abs(level - high)), levels[lowest]).tolist()
+    listed = list(zip(levels[:-1], levels[1:], strict=True))
+    listed[lowest:lowest] = times * list(zip(again[:-1], again[1:], strict=True))
+    last = levels[0]
+    for i, (now, then) in enumerate(listed):
+        if last < now:
+            x = x + s_noise * math.sqrt(now**2 - last**2) * xi[2 * i - 1]
+        d = slope(x, now)
+        ahead = x + (then - now) * d
+        x = ahead if then == 0 else x + (then - now) * (d + slope(ahead, then)) / 2
+        last = then
+    return x
+
+
 def seeds_2(x, levels, xi, eta=1.0, s_noise=1.0, r=0.5, form="phi1"):
     for i, (now, then) in pairs(levels):
         found = answer(x, now)
@@ -220,8 +283,12 @@ def er_sde(x, levels, xi, s_noise=1.0):
     return x
 
 
-def sa_solver(x, levels, xi, p=2, c=2, tau=1.0, lowers=True):
-    """By numerical integrals of the Lagrange polynomials under the kernel; the corrector steps from the last corrected state."""
+def sa_solver(x, levels, xi, p=2, c=2, tau=1.0, lowers=True, again=False):
+    """By numerical integrals of the Lagrange polynomials under the kernel; the corrector steps from the last corrected state.
+
+    With ``again`` corrected states are evaluated, too (PECE).
+    """
+    xi = xi[::2] if again else xi
     theta, n, found, corrected = 1 + tau**2, len(levels) - 1, [], [x]
     lam = [-math.log(level) if level else math.inf for level in levels]
     places, weights = np.polynomial.legendre.leggauss(40)
@@ -245,6 +312,7 @@ def sa_solver(x, levels, xi, p=2, c=2, tau=1.0, lowers=True):
         if i:
             count = min(c, i + 1, n - i + 2) if lowers else min(c, i + 1)
             corrected.append(step(i - 1, corrected[-1], list(range(i, i - count, -1))) if c else x)
+            found[i] = answer(corrected[-1], levels[i]) if again else found[i]
         count = 1 if levels[i + 1] == 0 else min(p, i + 1, n - i)
         x = step(i, corrected[-1], list(range(i, i - count, -1)))
     return x
@@ -274,6 +342,8 @@ THEIRS = {
     "DPM2 a:eta=0.6:s_noise=1.1": lambda *a: dpm_2_ancestral(*a, eta=0.6, s_noise=1.1),
     "DPM++ 2S a": dpmpp_2s_ancestral,
     "DPM++ 2S a:eta=0.6:s_noise=1.1": lambda *a: dpmpp_2s_ancestral(*a, eta=0.6, s_noise=1.1),
+    "res_multistep_ancestral": res_multistep_ancestral,
+    "res_multistep_ancestral:eta=0.6:s_noise=1.1": lambda *a: res_multistep_ancestral(*a, eta=0.6, s_noise=1.1),
     "DPM++ SDE": dpmpp_sde,
     "DPM++ SDE:eta=0.6:s_noise=1.1:r=0.3": lambda *a: dpmpp_sde(*a, eta=0.6, s_noise=1.1, r=0.3),
     "DPM++ 2M SDE:lower_order_below=0": dpmpp_2m_sde,
@@ -283,6 +353,12 @@ THEIRS = {
     "DPM++ 3M SDE:eta=0.6:s_noise=1.1": lambda *a: dpmpp_3m_sde(*a, eta=0.6, s_noise=1.1),
     "heun-churn:s_churn=5:s_tmin=0.2:s_tmax=4": heun_churn,
     "heun-churn:s_churn=2:s_tmin=0:s_tmax=8:s_noise=1": lambda *a: heun_churn(*a, s_churn=2.0, s_tmin=0.0, s_tmax=8.0, s_noise=1.0),
+    "euler-churn:s_churn=5:s_tmin=0.2:s_tmax=4": euler_churn,
+    "sample_euler": lambda *a: euler_churn(*a, s_churn=0.0),
+    "dpm2-churn:s_churn=5:s_tmin=0.2:s_tmax=4": dpm_2_churn,
+    "restart:restart_steps=3:restarts=2:restart_min=0.3:s_noise=1.1": restart,
+    "sa-solver-pece": lambda *a: sa_solver(*a, again=True),
+    "sa-solver-pece:predictor=3:corrector=4:tau=0.7": lambda *a: sa_solver(*a, p=3, c=4, tau=0.7, again=True),
     "seeds_2": seeds_2,
     "seeds_2:eta=0.6:s_noise=1.1:c2=0.3": lambda *a: seeds_2(*a, eta=0.6, s_noise=1.1, r=0.3),
     "seeds_2:form=phi2": lambda *a: seeds_2(*a, form="phi2"),
@@ -374,6 +450,7 @@ LIMITS = {
     "euler ancestral is ddim of the same eta": (EulerAncestral(eta=0.4), DDIM(eta=0.4)),
     "ddpm is ddim of eta 1": (DDPM(), DDIM(eta=1.0)),
     "euler ancestral without noise is ddim": (EulerAncestral(eta=0.0), DDIM()),
+    "res ancestral without noise is res multistep": (RESAncestral(eta=0.0), ExponentialAB(steps=2)),
     "... of a flow too": (EulerAncestral(eta=0.0, law="flow"), DDIM()),
     "dpm2 ancestral without noise is dpm-solver-2s": (DPM2Ancestral(eta=0.0), DPMSolver2S()),
     "2s ancestral without noise is dpm++ sde without": (DPMSolverPP2SAncestral(eta=0.0), DPMSolverPPSDE(eta=0.0)),
@@ -385,6 +462,8 @@ LIMITS = {
         SASolver(predictor=3, corrector=0, lower_order_below=NEVER),
     ),
     "heun without churn is heun": (HeunChurn(s_churn=0.0), Heun()),
+    "euler without churn is ddim": (EulerChurn(s_churn=0.0), DDIM()),
+    "dpm2 without churn is dpm-solver-2s": (DPM2Churn(s_churn=0.0), DPMSolver2S()),
     "seeds-2 without noise is res-2s": (SEEDS2(eta=0.0, form="phi2"), RES2S()),
     "seeds-3 without noise is res-3s": (SEEDS3(eta=0.0), RES3S(c2=1 / 3, c3=2 / 3)),
     "er-sde-1 of the sde is ddim of eta 1": (ERSDE(steps=1, scale="sde"), DDIM(eta=1.0)),
@@ -428,6 +507,11 @@ def test_s_noise_is_a_factor_of_the_noise(name):
         ("sde-dpm-solver-pp-3m:third_order=best", "published or corrected"),
         ("heun-churn:s_churn=-1", "s_churn of at least 0"),
         ("heun-churn:s_tmin=2:s_tmax=1", "s_tmin of at least 0 up to s_tmax"),
+        ("euler-churn:s_churn=-1", "s_churn of at least 0"),
+        ("restart:restart_steps=0", "restart_steps and restarts of at least 1"),
+        ("restart:restart_min=3", "up to a larger restart_max"),
+        ("sa-solver-pece:corrector=0", "evaluates corrected states"),
+        ("heun:law=edm", "law eps or flow"),
         ("er-sde-3:eta=0.5", "has no eta"),
         ("er-sde-3:steps=4", "steps 1 to 3"),
         ("seeds-2:c2=0", "c2 above 0 to 1"),
@@ -545,6 +629,21 @@ def test_lcm_and_churn_have_a_path_too():
         tableau = tabulate(solver, solver.nodes(TimeGrid(karras_levels(16, HIGH, LOW)), law))
         drawn = torch.stack([path().of(tableau, i).flatten() for i in range(tableau.evaluations) if tableau.noise[i]])
         torch.testing.assert_close(drawn @ drawn.T / 512, torch.eye(len(drawn), dtype=torch.float64), rtol=0, atol=0.35)
+
+
+def test_restart_goes_up_once_more_for_each_restart():
+    for law, make in GRIDS.values():
+        grid, solver = make(law), Restart(restart_steps=3, restarts=2)
+        nodes = solver.nodes(grid, law)
+        up = (nodes.lam[1:] < nodes.lam[:-1]).nonzero().flatten()
+        assert len(up) == 2 and bool(torch.isin(nodes.t[up], grid.t[1:-1]).all())
+        assert sum(solver.evaluations_on(grid, law)) == sum(Heun().evaluations_on(grid, law)) + 12 == nodes.evaluations
+
+
+def test_nodes_of_another_are_refused_by_churn():
+    law = VarianceExploding()
+    with pytest.raises(SolverError, match="use its own nodes"):
+        tabulate(EulerChurn(), Heun().nodes(TimeGrid.karras(law, 3), law))
 
 
 def test_churn_raises_no_level_above_the_models_first():

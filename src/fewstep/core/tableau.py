@@ -71,11 +71,13 @@ class Nodes(NamedTuple):
         """Return the evaluation with which each interval of the grid ``t [M+1]`` begins, the first with 0.
 
         A solver may evaluate at an interval's start earlier, too: the last such evaluation is the one that it steps from. A solver that
-        moves the times evaluates once in each, and one that raises the noise there (churn) steps from the next.
+        moves the times evaluates equally often in each, the last perhaps excepted, and one that raises the noise there (churn) steps from
+        the next.
         """
         found = [(self.t[:-1] == start).nonzero() for start in t[1:-1]]
         if self.evaluations == len(t) - 1 or not all(len(places) for places in found):
-            return tuple(range(len(t) - 1))
+            stages = -(-self.evaluations // (len(t) - 1))
+            return tuple(range(0, stages * (len(t) - 1), stages))
         last = [int(places[-1]) for places in found]
         return (0, *(k + int(self.t[k + 1] > self.t[k]) for k in last))
 
@@ -107,9 +109,9 @@ class Solver(ABC):
         SolverError: at construction, where one of the three is missing (which), or an option is of another type than its default.
     """
 
-    order: Any  # int, as a class attribute or a property of the options
+    order: Any  # int, as a class attribute or a property of the options, and so of the next two
     memory: Any
-    stages: ClassVar[int] = 1
+    stages: Any = 1
     references: ClassVar[tuple[str, ...]] = ()
 
     def __new__(cls, *args: Any, **options: Any) -> Self:  # noqa: ANN401, ARG004 - the subclass's own options

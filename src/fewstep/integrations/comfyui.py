@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.schedule import DiscreteVP, NoiseSchedule, RectifiedFlow, VarianceExploding
-from fewstep.core.spacings import GRIDS
+from fewstep.core.spacings import KNOWN, is_curve
 from fewstep.core.statistics import ModelStatistics
 from fewstep.integrations.kdiffusion import Law, sample_fewstep, sigmas_for
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, look_up
@@ -132,7 +132,9 @@ class FewstepSigmas:
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
         """Return the node's inputs: model, spacing, steps, denoise, end, artifact, strength."""
         tips = {
-            "spacing": "leading, linspace and trailing are for models with discrete times; an artifact has its own",
+            "spacing": "leading, linspace and trailing are for models with discrete times, shift and dynamic_shift for flow models; an "
+            "artifact has its own",
+            "spacing_options": "options of the spacing, for example rho=5, or end=sigma_min for levels with a name of another program",
             "strength": "the share of noise to begin with, sigma / (alpha + sigma), for image to image: all steps lie below that level, "
             "whatever the spacing and their number; 0.5 is as much noise as image, 1 all of the model's range",
             "end": "clean: the last step goes to 0; append: sigma_min, and then 0; sigma_min: stop there",
@@ -140,7 +142,7 @@ class FewstepSigmas:
         return {
             "required": {
                 "model": ("MODEL",),
-                "spacing": (list(GRIDS), {"default": "angle", "tooltip": tips["spacing"]}),
+                "spacing": (list(KNOWN), {"default": "angle", "tooltip": tips["spacing"]}),
                 "steps": ("INT", {"default": 8, "min": 1, "max": 1000}),
                 "denoise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}),
                 "end": (list(ENDS), {"default": "clean", "tooltip": tips["end"]}),
@@ -148,6 +150,7 @@ class FewstepSigmas:
             "optional": {  # after the others, so that graphs that were saved before it existed still load
                 "artifact": ("FEWSTEP_ARTIFACT",),
                 "strength": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01, "tooltip": tips["strength"]}),
+                "spacing_options": ("STRING", {"default": "", "tooltip": tips["spacing_options"]}),
             },
         }
 
@@ -160,22 +163,24 @@ class FewstepSigmas:
         end: str = "clean",
         artifact: ArtifactLink | None = None,  # noqa: ANN401
         strength: float = 1.0,
+        spacing_options: str = "",
     ) -> tuple[Tensor]:
         """Return the sigmas ``[steps+1]``, float32, as the node's one output.
 
         Args:
             model: ComfyUI's MODEL.
-            spacing: the name of a spacing of this library.
+            spacing: the name of a spacing of this library, or of noise levels of another program, which have an end of their own.
             steps: intervals.
             denoise: 0..1, the part of the noise that is removed: below 1 these are the last ``steps`` of ``steps / denoise``, as ComfyUI's
                 own schedulers have it.
             end: ``clean``, ``append`` or ``sigma_min``, see `sigmas_for`.
             artifact: a sampler, whose levels are then taken.
             strength: 0..1, the share of noise to begin with, see `sigmas_for`: all ``steps`` lie below that level, 0 is none of them.
+            spacing_options: of the spacing, as ``key=value`` joined by colons.
 
         Raises:
-            GridError: a spacing that the model's law does not have; ``denoise`` or ``strength`` of a sampler artifact, which starts where
-                it does; both of them below 1.
+            GridError: a spacing that the model's law does not have; another end beside levels that have their own; ``denoise`` or
+                ``strength`` of a sampler artifact, which starts where it does; both of them below 1.
         """
         if denoise < 1 and strength < 1:
             raise GridError(
@@ -193,9 +198,14 @@ class FewstepSigmas:
                     "Sampler a solver without the artifact"
                 )
             return (sigmas_for(chosen, law=law),)
+        if end != "clean" and end in ENDS and is_curve(spacing):
+            raise GridError(
+                f"the levels of {spacing} have an end of their own: leave end at clean, or say it in spacing_options, as end={end}"
+            )
         if denoise <= 0 or strength == 0:
             return (torch.empty(0),)
         schedule, count = _schedule_of(sampling, law), int(steps / denoise)
+        spacing = f"{spacing}:{spacing_options.strip().strip(':')}".rstrip(":")
         whole = sigmas_for(spacing, count, schedule=schedule, end=look_up(end, {e: e for e in ENDS}, "end"), law=law, strength=strength)
         return (whole[-(steps + 1) :],)
 

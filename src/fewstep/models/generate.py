@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, SupportsInt
+from typing import Any, Literal, SupportsInt
 
 import torch
 from torch import Tensor
@@ -21,12 +21,13 @@ from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, Tableau
 from fewstep.models.batches import sampled_in_batches, samples_record
 from fewstep.models.carried import FITTED, OPTIMIZED
+from fewstep.models.cfg_plus_plus import cfg_plus_plus
 from fewstep.models.gradient_guidance import GradientGuidance
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import check_evaluating
 from fewstep.models.problem import Problem
 from fewstep.models.spread import OverProcesses, over_devices
-from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError, counted
+from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError, counted, look_up
 from fewstep.runtime.front_door import checked, scale_of
 from fewstep.runtime.process import process
 from fewstep.runtime.spec import parse_spec
@@ -71,6 +72,7 @@ def sample(
     grid: str | TimeGrid | None = None,
     observe: Callable[[Any], None] | None = None,
     parallel: ParallelConfig | None = None,
+    guidance_form: Literal["cfg", "cfg++"] = "cfg",
 ) -> Tensor:
     """Sample a model, without gradients (iterate over `steps` for those).
 
@@ -96,6 +98,8 @@ def sample(
         observe: called with each `Step`; in parallel, with each `Round`.
         parallel: evaluate several steps at once, for the same samples to a tolerance in less time, see `ParallelConfig`. The processes of
             ``torchrun`` then call this together, with the same arguments, and share each round.
+        guidance_form: ``cfg``, or ``cfg++`` for a sampler of first order: the estimate of the image is guided by the scale, of which small
+            ones between 0 and 1 are usual, and the noise is that of no condition, see `cfg_plus_plus`.
 
     Returns:
         The samples ``[B, *D]`` on the model's device.
@@ -138,6 +142,10 @@ def sample(
         x0 = _images(model, x0, strength, seeds, x)
     sampler = sampler_for(model, what, nfe=nfe, guidance=guidance, grid=grid, strength=strength)
     tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
+    if look_up(guidance_form, {"cfg": False, "cfg++": True}, "guidance_form"):
+        if not isinstance(model, Model) or parallel is not None:
+            raise ModelError("guidance_form='cfg++' is for a Model, and for evaluations one after the other: leave it or parallel out")
+        denoiser = cfg_plus_plus(model.guided, guidance, tableau)
     if x0 is not None and seeds is not None:
         x = noised(x0, tableau.nodes, seeds).to(model.device if isinstance(model, Model) else x0.device)
     elif x is None:

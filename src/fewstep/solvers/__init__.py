@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
+from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import signature
 from typing import Any
@@ -13,9 +14,9 @@ from fewstep.core.tableau import Solver
 from fewstep.runtime.errors import SolverError, nearest
 from fewstep.runtime.front_door import checked, number
 from fewstep.runtime.spec import check_options, merged, parse_spec
-from fewstep.solvers.aliases import ALIASES, GRID_HINT, LEVELS
-from fewstep.solvers.ancestral import DPM2Ancestral, DPMSolverPP2SAncestral, EulerAncestral
-from fewstep.solvers.churn import HeunChurn
+from fewstep.solvers.aliases import ALIASES, GRID_HINT, LEVELS, REFUSED
+from fewstep.solvers.ancestral import DPM2Ancestral, DPMSolverPP2SAncestral, EulerAncestral, RESAncestral
+from fewstep.solvers.churn import DPM2Churn, EulerChurn, HeunChurn
 from fewstep.solvers.ddim import DDIM, DDPM, LCM
 from fewstep.solvers.deis import DEIS, IPNDM
 from fewstep.solvers.dpm_solver import DPMSolver2S, DPMSolver3S, DPMSolverFast, DPMSolverM
@@ -27,8 +28,9 @@ from fewstep.solvers.exponential_ab import ExponentialAB
 from fewstep.solvers.heun import Euler, Heun, HeunPP2
 from fewstep.solvers.lms import ABM, LMS, GradientEstimation
 from fewstep.solvers.pndm import PNDM
+from fewstep.solvers.restart import Restart
 from fewstep.solvers.runge_kutta import ETDRK4, RES2S, RES3S, RhoRK3, RhoRK4
-from fewstep.solvers.sa_solver import SASolver
+from fewstep.solvers.sa_solver import SASolver, SASolverPECE
 from fewstep.solvers.seeds import SEEDS2, SEEDS3
 from fewstep.solvers.unipc import UniPC
 
@@ -49,6 +51,7 @@ __all__ = [
     "SEEDS3",
     "SOLVERS",
     "DPM2Ancestral",
+    "DPM2Churn",
     "DPMSolver2S",
     "DPMSolver3S",
     "DPMSolverFast",
@@ -59,18 +62,23 @@ __all__ = [
     "DPMSolverV3",
     "Euler",
     "EulerAncestral",
+    "EulerChurn",
     "ExponentialAB",
     "GradientEstimation",
     "Heun",
     "HeunChurn",
     "HeunPP2",
+    "RESAncestral",
+    "Restart",
     "RhoRK3",
     "RhoRK4",
     "SASolver",
+    "SASolverPECE",
     "SDEDPMSolverPP2M",
     "SDEDPMSolverPP3M",
     "UniPC",
     "make_solver",
+    "solvers_by_family",
     "spec_of",
     "takes_statistics",
 ]
@@ -113,15 +121,20 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "euler-ancestral": EulerAncestral,
     "dpm2-ancestral": DPM2Ancestral,
     "dpm-solver-pp-2s-ancestral": DPMSolverPP2SAncestral,
+    "res-multistep-ancestral": RESAncestral,
     "dpm-solver-pp-sde": DPMSolverPPSDE,
     "sde-dpm-solver-pp-3m": SDEDPMSolverPP3M,
+    "euler-churn": EulerChurn,
     "heun-churn": HeunChurn,
+    "dpm2-churn": DPM2Churn,
     "er-sde-1": partial(ERSDE, steps=1),
     "er-sde-2": partial(ERSDE, steps=2),
     "er-sde-3": partial(ERSDE, steps=3),
     "seeds-2": SEEDS2,
     "seeds-3": SEEDS3,
     "sa-solver": SASolver,
+    "sa-solver-pece": SASolverPECE,
+    "restart": Restart,
 }
 
 
@@ -163,6 +176,20 @@ def takes_statistics(name: str) -> bool:
     return "statistics" in signature(_factory(_parsed(name)[0])).parameters
 
 
+def solvers_by_family() -> dict[str, dict[str, str]]:
+    """Return the names of the registry by family, the first line of its file, each with the first line of its class."""
+    found: dict[str, dict[str, str]] = {}
+    for name, factory in SOLVERS.items():
+        cls: Any = factory.func if isinstance(factory, partial) else factory
+        family = _first_line(import_module(cls.__module__).__doc__)
+        found.setdefault(family, {})[name] = _first_line(cls.__doc__)
+    return found
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().split("\n", 1)[0].rstrip(".").replace("`", "")
+
+
 def spec_of(kind: str, options: Mapping[str, Any]) -> str | None:
     """Return the name with options by which `make_solver` makes a solver, as short as it gets; None if it makes no such solver.
 
@@ -198,6 +225,8 @@ def _parsed(name: str) -> tuple[str, dict[str, Any]]:
 def _factory(bare: str) -> Callable[..., Solver]:
     factory = SOLVERS.get(bare) or next((entry.load() for entry in entry_points(group="fewstep.solvers", name=bare)), None)
     if factory is None:
+        if bare in REFUSED:
+            raise SolverError(f"{bare} has no solver here: {REFUSED[bare]}")
         levels = next((words for words in LEVELS if bare.lower().endswith(words.lower())), None)
         if levels is not None:
             raise SolverError(

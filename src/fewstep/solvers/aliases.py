@@ -5,21 +5,17 @@ The menus have a second list for noise levels, which is a grid here; A1111's old
 
 from __future__ import annotations
 
-__all__ = ["ALIASES", "GRID_HINT", "LEVELS"]
+__all__ = ["ALIASES", "GRID_HINT", "LEVELS", "REFUSED"]
 
 ALIASES: dict[str, str] = {  # their name -> ours
     "DDIM": "ddim",
     "Euler": "euler",
-    "sample_euler": "euler",
     "Heun": "heun",
-    "sample_heun": "heun",
     "DPM++ 2M": "dpm-solver-pp-2m",
-    "sample_dpmpp_2m": "dpm-solver-pp-2m",
     "dpmpp_2m": "dpm-solver-pp-2m",
     "DPM++ 2M SDE": "sde-dpm-solver-pp-2m",
     "dpmpp_2m_sde": "sde-dpm-solver-pp-2m",
     "dpmpp_2m_sde_gpu": "sde-dpm-solver-pp-2m",
-    "sample_dpmpp_2m_sde": "sde-dpm-solver-pp-2m",
     "DPM++ 2M SDE Heun": "sde-dpm-solver-pp-2m:form=taylor",
     "dpmpp_2m_sde_heun": "sde-dpm-solver-pp-2m:form=taylor",
     "dpmpp_2m_sde_heun_gpu": "sde-dpm-solver-pp-2m:form=taylor",
@@ -29,49 +25,71 @@ ALIASES: dict[str, str] = {  # their name -> ours
     "deis": "deis-3",
     "DEIS": "deis-3",
     "LMS": "lms",
-    "sample_lms": "lms",
     "LMSDiscreteScheduler": "lms",
     "PLMS": "pndm",
     "PNDMScheduler": "pndm:warm_up=runge-kutta",
     "ipndm_v": "ipndm-v:weights=published",
     "DPM2": "dpm-solver-2s",
     "dpm_2": "dpm-solver-2s",
-    "sample_dpm_2": "dpm-solver-2s",
     "KDPM2DiscreteScheduler": "dpm-solver-2s",
     "DPM fast": "dpm-solver-fast",
     "dpm_fast": "dpm-solver-fast",
-    "sample_dpm_fast": "dpm-solver-fast",
     "res_multistep": "exp-ab-2",
     "gradient_estimation": "gradient-estimation",
     "Euler a": "euler-ancestral",
     "euler_ancestral": "euler-ancestral",
-    "sample_euler_ancestral": "euler-ancestral",
     "EulerAncestralDiscreteScheduler": "euler-ancestral",
     "DPM2 a": "dpm2-ancestral",
     "dpm_2_ancestral": "dpm2-ancestral",
-    "sample_dpm_2_ancestral": "dpm2-ancestral",
     "KDPM2AncestralDiscreteScheduler": "dpm2-ancestral",
     "DPM++ 2S a": "dpm-solver-pp-2s-ancestral",
     "dpmpp_2s_ancestral": "dpm-solver-pp-2s-ancestral",
-    "sample_dpmpp_2s_ancestral": "dpm-solver-pp-2s-ancestral",
     "DPM++ SDE": "dpm-solver-pp-sde",
     "dpmpp_sde": "dpm-solver-pp-sde",
     "dpmpp_sde_gpu": "dpm-solver-pp-sde",
-    "sample_dpmpp_sde": "dpm-solver-pp-sde",
     "DPMSolverSDEScheduler": "dpm-solver-pp-sde",
     "DPM++ 3M SDE": "sde-dpm-solver-pp-3m",
     "dpmpp_3m_sde": "sde-dpm-solver-pp-3m",
     "dpmpp_3m_sde_gpu": "sde-dpm-solver-pp-3m",
-    "sample_dpmpp_3m_sde": "sde-dpm-solver-pp-3m",
     "LCM": "lcm",
     "LCMScheduler": "lcm",
     "DDPM": "ddpm",
     "DDPMScheduler": "ddpm",
     "seeds_2": "seeds-2",
     "seeds_3": "seeds-3",
+    "res_multistep_ancestral": "res-multistep-ancestral",
+    "sa_solver": "sa-solver:predictor=3:corrector=4",
+    "sa_solver_pece": "sa-solver-pece:predictor=3:corrector=4",
+    "Restart": "restart",
+    "HeunPP2": "heunpp2",
+    "IPNDM": "ipndm",
+    "IPNDM_V": "ipndm-v:weights=published",
     "exp_heun_2_x0": "res-2s:c2=1",
     "exp_heun_2_x0_sde": "seeds-2:c2=1:form=phi2",
     "er_sde": "er-sde-3:integrals=sum",
+}
+SAME_THERE = ("euler", "heun", "heunpp2", "lms", "ddpm", "lcm", "ipndm")  # solvers that ComfyUI calls by the same names
+ALIASES |= {f"sample_{name}": name for name in SAME_THERE}  # and the functions of k-diffusion and ComfyUI behind its names
+ALIASES |= {f"sample_{name}": ours for name, ours in ALIASES.items() if name == name.lower() and not name.startswith("sample_")}
+
+ADAPTIVE = "it chooses its steps by an error while it samples, so it has no number of evaluations; dpm-solver-3s has its formulas on a grid"
+PLUS_PLUS = "it is a solver with CFG++ guidance: pass guidance_form='cfg++' to fewstep.sample, with the solver {}"
+APART = (
+    "its steps remember the answers with and without a condition apart, and a solver here is given one answer; CFG++ with euler or "
+    "euler-ancestral is guidance_form='cfg++' of fewstep.sample"
+)
+REFUSED: dict[str, str] = {  # their name -> why there is no solver of it here
+    "DPM adaptive": ADAPTIVE,
+    "dpm_adaptive": ADAPTIVE,
+    "sample_dpm_adaptive": ADAPTIVE,
+    "DDIM CFG++": PLUS_PLUS.format("ddim"),
+    "euler_cfg_pp": PLUS_PLUS.format("euler"),
+    "euler_ancestral_cfg_pp": PLUS_PLUS.format("euler-ancestral"),
+    "dpmpp_2s_ancestral_cfg_pp": APART,
+    "dpmpp_2m_cfg_pp": APART,
+    "res_multistep_cfg_pp": APART,
+    "res_multistep_ancestral_cfg_pp": APART,
+    "gradient_estimation_cfg_pp": APART,
 }
 
 LEVELS = (" Karras", " Exponential", "_karras", "_exponential")

@@ -21,10 +21,11 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Solver
 from fewstep.runtime.errors import SolverError
 from fewstep.solvers.ddim import eta_noise, first_order, toward
+from fewstep.solvers.phi import phi
 from fewstep.solvers.stages import stage_nodes
 from fewstep.solvers.stochastic import check_noise
 
-__all__ = ["DPM2Ancestral", "DPMSolverPP2SAncestral", "EulerAncestral", "ancestral_down"]
+__all__ = ["DPM2Ancestral", "DPMSolverPP2SAncestral", "EulerAncestral", "RESAncestral", "ancestral_down"]
 
 Law = Literal["eps", "flow"]
 
@@ -98,6 +99,42 @@ class EulerAncestral(_Ancestral):
     def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
         x_t = toward(nodes, i, i + 1, self.down(nodes, i, i + 1), x, history[0])
         return x_t, x_t
+
+    def noise(self, nodes: Nodes, i: int) -> Tensor:
+        return self.raised(nodes, i, i + 1)
+
+
+@dataclass(frozen=True)
+class RESAncestral(_Ancestral):
+    """ComfyUI's ``res_multistep_ancestral``: the line through two answers in `phi` (arXiv 2308.02157) down to the lower level, and noise.
+
+    The older answer is taken to lie as far back as the last step went down, not as far as the level has come since, which is what weak
+    order 2 needs: of the SDE both are twice as long.
+
+    Args:
+        eta: how much of the noise is new: 0 is deterministic, 1 all that the rule allows.
+        s_noise: a factor of the noise.
+        law: the rule for the lower level: ``eps``, or ``flow`` as ComfyUI has it for flow models.
+
+    Raises:
+        SolverError: ``eta`` outside [0, 1], ``s_noise`` below 0, or another law.
+    """
+
+    references = ("2308.02157",)
+    order = 2
+    memory = 2
+
+    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        down = self.down(nodes, i, i + 1)
+        x_t = toward(nodes, i, i + 1, down, x, history[0])
+        if i and bool(torch.isfinite(nodes.lam[i - 1])) and bool(down > 0):
+            h, before = self._drop(nodes, i), self._drop(nodes, i - 1)
+            x_t = x_t + nodes.alpha[i + 1] * h * phi(2, -h) * h / before * (history[0] - history[1])
+        return x_t, x_t
+
+    def _drop(self, nodes: Nodes, i: int) -> Tensor:
+        """Return the length in ``lam`` of the step down after evaluation ``i``."""
+        return torch.log(nodes.alpha[i + 1] / self.down(nodes, i, i + 1)) - nodes.lam[i]
 
     def noise(self, nodes: Nodes, i: int) -> Tensor:
         return self.raised(nodes, i, i + 1)

@@ -3,6 +3,7 @@ r"""Euler's and Heun's methods for ``dz/dr = (z - D)/r``, ``z = x/alpha``, ``r =
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from fewstep.core.grid import TimeGrid
 from fewstep.core.prediction import to_x0
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Solver
+from fewstep.runtime.errors import SolverError
 from fewstep.solvers.ddim import first_order, transfer
 from fewstep.solvers.deis import weighted
 from fewstep.solvers.stencil import noise_or_data
@@ -45,18 +47,41 @@ def trapezoid(nodes: Nodes, s: int, t: int, x_s: Tensor, x: Tensor, history: lis
     return alpha[t] * (x_s / alpha[s] + (r_t - r_s) * (start + end) / 2)
 
 
+def velocity(nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
+    """Return the slope ``dy/dw`` at node ``i`` of ``y = x/(alpha + sigma)`` over ``w = sigma/(alpha + sigma)``: a flow's velocity."""
+    return (x - (nodes.alpha[i] + nodes.sigma[i]) * x0) / nodes.sigma[i]
+
+
+def flow_step(nodes: Nodes, s: int, t: int, x: Tensor, slope: Tensor) -> Tensor:
+    """Return the state at node ``t`` after a step from ``s`` with this velocity."""
+    (one, two), (w_s, w_t) = (nodes.alpha + nodes.sigma)[[s, t]], (nodes.sigma / (nodes.alpha + nodes.sigma))[[s, t]]
+    return two * (x / one + (w_t - w_s) * slope)
+
+
 @dataclass(frozen=True)
 class Heun(Solver):
     """Heun's method in ``z = x/alpha`` over ``r = sigma/alpha``: an Euler step, then the trapezoid (EDM, arXiv 2206.00364, algorithm 1).
 
     It makes two evaluations a step, the second at the step's end; ``dz/dr`` is ``eps``. A last step to ``sigma = 0`` is Euler's (one
     evaluation). A first step from ``alpha = 0``, where ``r`` is infinite, is the trapezoid in ``1/r`` instead: ``d(x/sigma)/d(1/r) = D``.
+
+    Args:
+        law: ``eps``, or ``flow`` for the trapezoid in ``y = x/(alpha + sigma)`` over a flow's time ``w = sigma/(alpha + sigma)``, whose
+            slope is a flow's velocity: what ComfyUI and diffusers run on flow models.
+
+    Raises:
+        SolverError: another law.
     """
 
+    law: Literal["eps", "flow"] = "eps"
     references = ("2206.00364",)
     stages = 2
     order = 2
     memory = 2
+
+    def __post_init__(self) -> None:
+        if self.law not in ("eps", "flow"):
+            raise SolverError(f"Heun's method has law eps or flow, got {self.law!r}")
 
     def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
         t = torch.cat([grid.t[:1], grid.t[1:].repeat_interleave(2)])  # s, t, t, u, u, ..., end; stages at (s, t), (t, u), ...
@@ -64,11 +89,16 @@ class Heun(Solver):
         return Nodes.at(schedule, t[:-1] if to_clean else t)
 
     def record(self, nodes: Nodes, i: int, x: Tensor, x0: Tensor) -> Tensor:
-        return noise_or_data(nodes, i, x, x0)
+        return noise_or_data(nodes, i, x, x0) if self.law == "eps" else velocity(nodes, i, x, x0)
 
     def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
         alpha, sigma = nodes.alpha, nodes.sigma
         t = i + 1
+        if self.law == "flow":
+            slope = history[0] if i % 2 == 0 else (history[0] + history[1]) / 2
+            s, x_s = (i, x) if i % 2 == 0 else (i - 1, anchor)
+            x_t = flow_step(nodes, s, t if s == i else i, x_s, slope)
+            return (x_s if s == i else x_t), x_t
         if i % 2 == 0:
             s = i
             x0 = history[0] if bool(alpha[s] == 0) else to_x0("epsilon", history[0], x, alpha[s], sigma[s])

@@ -1,4 +1,4 @@
-r"""SA-Solver (Xue et al., arXiv 2309.05019): stochastic Adams methods in ``x0``, with a corrector that costs no evaluation."""
+r"""SA-Solver (Xue et al., arXiv 2309.05019): stochastic Adams methods in ``x0``, whose corrected states are evaluated again or not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fewstep.core.grid import TimeGrid
+from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Solver
 from fewstep.runtime.errors import SolverError
 from fewstep.solvers.deis import weighted
@@ -16,7 +18,7 @@ from fewstep.solvers.phi import interpolation_weights, plain_moment
 from fewstep.solvers.stencil import ALWAYS, effective_order
 from fewstep.solvers.stochastic import added, carried, check_noise, sde_moment
 
-__all__ = ["SASolver"]
+__all__ = ["SASolver", "SASolverPECE"]
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,51 @@ class SASolver(Solver):
 
     def noise(self, nodes: Nodes, i: int) -> Tensor:
         return self.s_noise * added(nodes, i, i + 1, self._eta(nodes, i))
+
+
+@dataclass(frozen=True)
+class SASolverPECE(SASolver):
+    """SA-Solver in its PECE form: the corrected state is evaluated, and that answer takes the predicted one's place (arXiv 2309.05019).
+
+    A step makes two evaluations, the second at its end, and the last one makes one. A first step from ``alpha = 0`` is not corrected, so
+    that its end is evaluated twice. Its ``s_noise``, orders and ``tau`` are those of `SASolver`.
+
+    Raises:
+        SolverError: an option that is none of `SASolver`'s, or no corrector.
+    """
+
+    stages = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.corrector:
+            raise SolverError("SA-Solver in its PECE form evaluates corrected states: take corrector 1 to 4, or sa-solver:corrector=0")
+
+    @property
+    def memory(self) -> int:
+        return max(2 * self.predictor, 2 * self.corrector - 2)
+
+    def evaluations(self, steps: int, *, to_clean: bool = False) -> list[int]:  # noqa: ARG002 - no last step is corrected
+        return [2] * (steps - 1) + [1]
+
+    def nodes(self, grid: TimeGrid, schedule: NoiseSchedule) -> Nodes:
+        return Nodes.at(schedule, torch.cat([grid.t[:1], grid.t[1:-1].repeat_interleave(2), grid.t[-1:]]))
+
+    def update(self, nodes: Nodes, i: int, anchor: Tensor, x: Tensor, history: list[Tensor]) -> tuple[Tensor, Tensor]:
+        grid, s = _once(nodes), i // 2
+        t = s + 1
+        if i % 2 == 0:  # the answers at corrected states
+            x_t = carried(grid, s, t, self._eta(grid, s)) * x + grid.alpha[t] * self._predicted(grid, s, history[::2])
+            return x_t, x_t
+        used, answers = self._corrected_by(grid, t), [history[0], *history[1::2]]
+        if used:
+            x = x + grid.alpha[t] * (self._integral(grid, s, t, used, answers) - self._predicted(grid, s, answers[1:]))
+        return x, x
+
+    def noise(self, nodes: Nodes, i: int) -> Tensor:
+        return torch.zeros((), dtype=torch.float64) if i % 2 else super().noise(_once(nodes), i // 2)
+
+
+def _once(nodes: Nodes) -> Nodes:
+    """Return the ends of the steps, from nodes that have each inner one twice."""
+    return Nodes(*(torch.cat([values[::2], values[-1:]]) for values in nodes))

@@ -76,6 +76,7 @@ NOISY = (
         "euler-ancestral",
         "dpm2-ancestral",
     ),
+    *("euler-churn", "dpm2-churn", "restart", "sa-solver-pece", "res-multistep-ancestral"),
     *("dpm-solver-pp-2s-ancestral", "heun-churn", "er-sde-1", "er-sde-2", "er-sde-3", "seeds-2", "seeds-3", "sa-solver"),
 )
 OTHERS = (*SINGLESTEP, *IN_NOISE, *NOISY, "unipc-2", "unipc-3")

@@ -22,6 +22,7 @@ from fewstep.integrations.diffusers.arguments import check_generators, check_sta
 from fewstep.integrations.diffusers.chains import Chain, Chains, Plan
 from fewstep.integrations.diffusers.forward_process import NoisingScheduler
 from fewstep.integrations.diffusers.noise_levels import all_times, checked_times, default_sigmas_count, grid_from_config
+from fewstep.integrations.diffusers.same_steps import check_same_as
 from fewstep.integrations.diffusers.saved_samplers import SavedSamplers
 from fewstep.integrations.diffusers.scheduler_files import (
     BaseOutput,
@@ -31,6 +32,7 @@ from fewstep.integrations.diffusers.scheduler_files import (
     resolve_artifact,
 )
 from fewstep.integrations.diffusers.solver_names import DESCRIPTIVE, solver_of
+from fewstep.integrations.diffusers.their_levels import their_levels
 from fewstep.models.formats.diffusers_law import NoiseLaw, ends_clean, noise_law, shift_kind
 from fewstep.models.guidance import thresholded
 from fewstep.runtime.errors import FewstepError, GridError, SolverError
@@ -79,6 +81,8 @@ class FewstepScheduler(NoisingScheduler):
             there (`Sampler.from_level`). The pipeline is then called with its own ``strength=1``, since that counts steps.
         to_clean: step to the clean image at the end; by default as ``final_sigmas_type`` says. The configuration of a solver in noise
             prediction writes it down, beside the ``final_sigmas_type="sigma_min"`` without which diffusers refuses such solvers.
+        same_as: the class and options of one of diffusers' schedulers, whose `set_timesteps` chooses the levels and times; `from_scheduler`
+            writes it.
 
     All other arguments are those of diffusers' DPM-Solver and UniPC schedulers, with their meanings; ``invert_sigmas`` is that of its flow
     scheduler, ``snr_shift_scale`` that of CogVideoX's. ``sigma_data`` marks the law of Stable Audio, whose levels ``sigma_schedule`` and
@@ -137,7 +141,9 @@ class FewstepScheduler(NoisingScheduler):
         sigma_data: float | None = None,
         sigma_schedule: str = "exponential",
         rho: float = 7.0,
+        same_as: Any = None,  # noqa: ANN401 - the class and options of one of diffusers' schedulers
     ) -> None:
+        check_same_as(self.config)
         given = {key: self.config[key] for key in DESCRIPTIVE}
         name = solver_of(given) if solver is None else ALIASES.get(str(solver), str(solver))
         if not 0 <= dynamic_thresholding_ratio <= 1 or not sample_max_value > 0:
@@ -252,25 +258,27 @@ class FewstepScheduler(NoisingScheduler):
             sigmas: noise levels ``sigma/alpha``, or a flow's ``sigma`` before its shift, in place of a number of steps. Timesteps beside a
                 flow's sigmas are what its network is told at those levels.
             mu: the shift of a flow that depends on the image size.
-            original_inference_steps: of a network that was distilled for LCM; None, since there is no ODE for such a network.
+            original_inference_steps: of an LCM whose levels are those of diffusers' class (`from_scheduler`); else None, since there is no
+                ODE for such a network.
             unknown: arguments of other schedulers, which are refused.
 
         Raises:
             GridError: times that do not decrease, or a saved sampler that has not so many steps.
             FewstepError: an argument that this scheduler does not have, or a device that is not there.
         """
-        if original_inference_steps is not None:
+        same_as = self.config["same_as"]
+        if original_inference_steps is not None and same_as is None:
             unknown["original_inference_steps"] = original_inference_steps
         refuse_unknown("set_timesteps", unknown)
         device = None if device is None else usable_device(device)
-        law = self._law_of(mu)
+        law, theirs = self._law_of(mu), None
         own_levels = self._samplers is not None or bool(self.config["grid"])
         if self._level < math.inf and (timesteps is not None or (sigmas is not None and default_sigmas_count(sigmas) is None)):
             raise GridError(
                 f"this scheduler lays its levels from strength {self.config['strength']:g}: leave timesteps and sigmas out, or make it "
                 "without strength="
             )
-        if sigmas is not None and timesteps is not None:  # what the network is told at these levels, and so at others
+        if sigmas is not None and timesteps is not None and same_as is None:  # what the network is told at these levels, and so at others
             pairs = grid_from_config({**self.config, "grid": None}, law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
             law = law.paired(pairs.t[:-1], checked_times(self.config, law, timesteps))
             if own_levels:
@@ -278,7 +286,19 @@ class FewstepScheduler(NoisingScheduler):
         elif sigmas is not None and own_levels and isinstance(law.schedule, RectifiedFlow):
             count = default_sigmas_count(sigmas)  # some pipelines say their number of steps so
             num_inference_steps, sigmas = (num_inference_steps, sigmas) if count is None else (count, None)
-        if self._samplers is None:
+        if same_as is not None:
+            theirs = their_levels(
+                same_as,
+                law,
+                num_inference_steps=num_inference_steps,
+                timesteps=timesteps,
+                sigmas=sigmas,
+                mu=mu,
+                original_inference_steps=original_inference_steps,
+            )
+            sampler = Sampler.build(self._solver, theirs.grid, law.schedule)
+            theirs.check_count(sampler.tableau.evaluations)
+        elif self._samplers is None:
             grid = grid_from_config(self.config, law, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
             sampler = Sampler.build(self._solver, grid, law.schedule)
         else:
@@ -288,7 +308,8 @@ class FewstepScheduler(NoisingScheduler):
             sampler = sampler.from_level(self._level, statistics=self._statistics) if self._level < math.inf else sampler
         self._law, self._sampler = law, sampler  # once nothing is wrong with them
         nodes = self._sampler.tableau.nodes
-        times = self._network_times(nodes.t[:-1])
+        times = self._network_times(nodes.t[:-1]) if theirs is None else theirs.times
+        self.init_noise_sigma = self.init_noise_sigma if theirs is None else theirs.start
         whole = torch.equal(times, times.round()) and self._law.schedule.times is not None
         self.timesteps = times.to(torch.int64 if whole else torch.float32).to(device)
         self._whole = self.timesteps  # pipelines may put a part of it in its place

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from fewstep.core.statistics import ModelStatistics
+from fewstep.integrations.diffusers.same_steps import read_scheduler
 from fewstep.integrations.diffusers.saved_samplers import SavedSamplers
 from fewstep.integrations.diffusers.solver_names import DESCRIPTIVE, end_of, options_of
 from fewstep.models.formats.diffusers_law import ends_clean, is_angle, is_edm, is_flow, noise_law, refuse_no_ode
@@ -77,7 +79,8 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401
         """Make a scheduler from the configuration of this class or of any of diffusers' schedulers.
 
-        DPM-Solver, UniPC and DEIS keep their formulas; of others only the noise law, the prediction type and the spacing are taken.
+        DPM-Solver, UniPC and DEIS keep their formulas; of others only the noise law, the prediction type and the spacing are taken. To keep
+        the solver of any scheduler see `from_scheduler`.
 
         Args:
             config: the configuration, as ``pipe.scheduler.config``.
@@ -114,8 +117,30 @@ class StoredScheduler(SchedulerMixin, ConfigMixin):
                 kwargs.setdefault("to_clean", None)
             if {*DESCRIPTIVE, "solver"} & set(kwargs) and "sampler" not in kwargs:
                 changed.pop("sampler", None)  # and over a saved sampler
+            if kwargs and "same_as" not in kwargs:
+                changed.pop("same_as", None)  # and over the steps of another scheduler
             config = changed
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any, **options: Any) -> Any:  # noqa: ANN401
+        """Make a scheduler that takes the very steps of one of diffusers' own: its solver, noise levels, times and start.
+
+        `from_config` keeps a scheduler's noise law and gives it a solver for few steps; this keeps its solver. Samples are the same but for
+        rounding, of stochastic ones with the same noises.
+
+        Args:
+            scheduler: the scheduler, as ``pipe.scheduler``.
+            options: options that override what is read, as ``solver="ddim:eta=1"``; the levels stay those of its class.
+
+        Raises:
+            SolverError: a class whose steps no solver here takes, or an option of it that changes them (which).
+            FewstepError: an unknown name or option, or one that says other levels.
+        """
+        same_as, said = read_scheduler(scheduler)
+        known = signature(cls.__init__).parameters
+        kept = {key: value for key, value in same_as.items() if key in known and key not in (*DESCRIPTIVE, "use_dynamic_shifting")}
+        return cls(**{**kept, **said, "same_as": same_as, **options})
 
     @classmethod
     def from_sampler(cls, folder: str | Path, config: Mapping[str, Any] | None = None, **options: Any) -> Any:  # noqa: ANN401
