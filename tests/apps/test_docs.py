@@ -146,19 +146,13 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
         "noise": torch.randn(4, 1, 8, 8),
         "eights": torch.full((4,), 8),
     }
-    if page == "README.md":
+    if page in ("README.md", "docs/index.md"):
         make("sd", tmp_path)
         names["pipe"] = load(tmp_path / "sd")
     run_blocks(page, names)
     if page == "docs/extending.md":
         sampler = fewstep.Sampler.build(names["TwoStep"](), "angle", schedule, nfe=5)
         assert sampler.tableau.memory == 2
-
-
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_links_lead_somewhere(page: str) -> None:
-    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8"))
-    assert all((ROOT / link).exists() for link in links if not link.startswith("http"))
 
 
 def test_the_contraction_of_the_guide_to_strengths() -> None:
