@@ -10,6 +10,7 @@ import pytest
 import torch
 from benchmarks.gain_picture import SHOWN, lines, numbers
 from benchmarks.tables import BLOCK, filled, least
+from benchmarks.terminal_recording import COMMANDS, draw
 from tests.integrations.diffusers.tiny_pipelines import load, make
 from tests.problems import reflected_model
 
@@ -153,6 +154,27 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
     if page == "docs/extending.md":
         sampler = fewstep.Sampler.build(names["TwoStep"](), "angle", schedule, nfe=5)
         assert sampler.tableau.memory == 2
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    basic, advanced = (
+        re.findall(r"^::: (\S+)$", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.M) for page in ("api", "api-advanced")
+    )
+    assert len({*basic, *advanced}) == len(basic) + len(advanced)
+    assert {f"fewstep.{name}" for name in fewstep.__all__} <= {*basic, *advanced}
+
+
+def test_the_terminal_is_drawn_from_its_record() -> None:
+    recorded = json.loads((ROOT / "docs" / "terminal.json").read_text(encoding="utf-8"))
+    assert [part["command"] for part in recorded] == list(COMMANDS)
+    assert (ROOT / "docs" / "terminal.svg").read_text(encoding="utf-8") == draw(recorded)
+
+
+def test_pictures_of_the_page_are_small() -> None:
+    page = (ROOT / "docs" / "page.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"\]\((page[\w-]*\.png)\)", page)
+    assert len(pictures) == 5  # a tab each
+    assert all((ROOT / "docs" / name).stat().st_size <= 150_000 for name in (*pictures, "terminal.svg"))
 
 
 def test_the_contraction_of_the_guide_to_strengths() -> None:

@@ -10,7 +10,12 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-SHOWN_BY_GITHUB = [*ROOT.glob("*.md"), *(ROOT / ".github").rglob("*.md"), *(ROOT / "comfyui").rglob("*.md"), *(ROOT / "assets").glob("*/README.md")]
+SHOWN_BY_GITHUB = [
+    *ROOT.glob("*.md"),
+    *(ROOT / ".github").rglob("*.md"),
+    *(ROOT / "comfyui").rglob("*.md"),
+    *(ROOT / "assets").glob("*/README.md"),
+]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 OURS = re.compile(r"https://github\.com/fewstep/fewstep/(?:blob|tree)/main/([^\s)#\"]+)")
@@ -72,7 +77,9 @@ def test_a_dead_link_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("[a](other.md#two-words) [b](other.md#two-words-1) [c](other.md#three) ![d](gone.png) [e](https://x.example)")
     assert dead(page, github=True) == ["other.md#three", "gone.png"]
-    page.write_text("https://github.com/fewstep/fewstep/blob/main/gone.py https://fewstep.github.io/fewstep/choose/ https://fewstep.github.io/fewstep/gone/")
+    page.write_text(
+        "https://github.com/fewstep/fewstep/blob/main/gone.py https://fewstep.github.io/fewstep/choose/ https://fewstep.github.io/fewstep/gone/"
+    )
     assert dead(page, github=True) == ["gone.py", "gone/"]
 
 

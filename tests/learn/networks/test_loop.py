@@ -227,7 +227,9 @@ def test_a_checkpoint_runs_nothing(tmp_path: Path, file: str) -> None:
     with pytest.raises(KilledError):
         run_loop(network(), killed_at(17), CONFIG, tmp_path)
     torch.save(Hostile(tmp_path / "ran"), tmp_path / "checkpoint" / file)
-    with suppress(ArtifactError):  # accelerate passes over what it does not know, and over states of generators, which this loop has no need of
+    with suppress(
+        ArtifactError
+    ):  # accelerate passes over what it does not know, and over states of generators, which this loop has no need of
         run_loop(network(), loss, CONFIG, tmp_path)
     assert not (tmp_path / "ran").exists()
     if file.startswith("custom"):
