@@ -210,14 +210,14 @@ def _spans(row: Row) -> str:
             pieces.append((column, letter, style))
     made = []
     for column, text, style in pieces:
-        kept = text.rstrip()
-        if not kept:
-            continue
         look = (f' fill="{style.colour}"' if style.colour != INK else "") + (
             ' class="b"' if style.bold else ' class="d"' if style.dim else ""
         )
-        width = f' textLength="{len(kept) * WIDTH:g}" lengthAdjust="spacingAndGlyphs"'
-        made.append(f'<tspan x="{MARGIN + column * WIDTH:g}"{width}{look}>{escape(kept)}</tspan>')
+        for word in re.finditer(r"\S+( \S+)*", text):  # wide gaps are places, which no font can shift
+            place = (
+                f'x="{MARGIN + (column + word.start()) * WIDTH:g}" textLength="{len(word[0]) * WIDTH:g}" lengthAdjust="spacingAndGlyphs"'
+            )
+            made.append(f"<tspan {place}{look}>{escape(word[0])}</tspan>")
     return "".join(made)
 
 
