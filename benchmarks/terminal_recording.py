@@ -3,8 +3,9 @@
     python benchmarks/terminal_recording.py record --out docs/terminal.json    # runs the commands
     python benchmarks/terminal_recording.py draw docs/terminal.json            # draws docs/terminal.svg from the record alone
 
-The record holds what the commands wrote, piece by piece with its time. In the picture no wait is longer than `LONGEST`; all else is as it
-was. The picture begins with an empty terminal and ends with the last screen, which is also what a program shows that plays no animation.
+The record holds what the commands wrote, piece by piece with its time; of a bar that moves, `KEPT` pieces at most. In the picture a command
+takes `LONGEST` seconds at most, so that long work is shown faster. It begins with an empty terminal and ends with the last screen, which is
+also what a program shows that plays no animation.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from typing import Any
 from fewstep.runtime.artifact import write_whole
 
 COMMANDS = (
-    "fewstep fit digits-edm --nfe 5 --out runs/fit",
-    "fewstep sample digits-edm --sampler runs/fit/nfe-05 --out runs/sample",
+    "fewstep sample digits-edm --solver fitted --nfe 5 --out runs/sample",
+    "fewstep bench digits-edm --solver ddim,unipc-2,fitted --nfe 5,8 -n 64 --out runs/bench",
 )
 COLUMNS, ROWS = 112, 60
-LONGEST = 0.7  # seconds of a wait in the picture
+LONGEST = 5.0  # seconds of a command in the picture
+KEPT = 60  # repaints of a line in the record of a command
 APART = 0.12  # seconds between two screens, at least
 TYPED = 1.0  # seconds from a command to its first output
 WIDTH, HEIGHT, SIZE, MARGIN = 8.0, 18, 13, 14  # of a letter, of a row, of the font, around the screen
@@ -55,8 +57,19 @@ def record(commands: Sequence[str]) -> Record:
     with tempfile.TemporaryDirectory() as folder:
         for command in commands:
             words = [sys.executable, "-m", *shlex.split(command)]
-            made.append({"command": command, "output": [[round(at, 2), text] for at, text in _written(words, folder)]})
+            made.append({"command": command, "output": thinned([(round(at, 2), text) for at, text in _written(words, folder)])})
     return made
+
+
+def thinned(output: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Leave out what wrote a line again, where that was written again soon after."""
+    repaints = [text.startswith("\r\x1b[2K") and "\n" not in text for _, text in output]
+    apart = output[-1][0] / KEPT if output else 0.0
+    kept: list[tuple[float, str]] = []
+    for (at, text), again, next_again in zip(output, repaints, [*repaints[1:], False], strict=True):
+        if not (again and next_again and kept and at - kept[-1][0] < apart):
+            kept.append((at, text))
+    return kept
 
 
 def _written(words: Sequence[str], folder: str) -> Iterator[tuple[float, str]]:
@@ -186,10 +199,10 @@ def screens(recorded: Record) -> list[tuple[float, list[Row]]]:
     for part in recorded:
         screen.write("\x1b[1;32m$\x1b[0m \x1b[1m" + part["command"] + "\x1b[0m\r\n")
         shown.append((now, [list(row) for row in screen.rows]))
-        now, last = now + TYPED, 0.0
+        begin = now + TYPED
+        faster = max(1.0, part["output"][-1][0] / LONGEST)
         for at, text in part["output"]:
-            now += min(at - last, LONGEST)
-            last = at
+            now = begin + at / faster
             screen.write(text)
             rows = [list(row) for row in screen.rows]
             if now - shown[-1][0] < APART:
