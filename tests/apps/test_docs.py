@@ -173,7 +173,7 @@ def test_the_terminal_is_drawn_from_its_record() -> None:
 def test_pictures_of_the_page_are_small() -> None:
     page = (ROOT / "docs" / "page.md").read_text(encoding="utf-8")
     pictures = re.findall(r"\]\((page[\w-]*\.png)\)", page)
-    assert len(pictures) == 5  # a tab each
+    assert set(pictures) == {path.name for path in (ROOT / "docs").glob("page*.png")} and len(pictures) >= 2
     assert all((ROOT / "docs" / name).stat().st_size <= 150_000 for name in (*pictures, "terminal.svg"))
 
 
