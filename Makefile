@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo quickstart test test-slow test-release check docs benchmarks cifar10-study clean
+.PHONY: venv demo quickstart test test-slow test-release test-browser test-package check docs benchmarks cifar10-study clean
 
 venv: $(STAMP)
 
@@ -38,16 +38,27 @@ test-slow: $(STAMP)
 test-release: $(STAMP)
 	FEWSTEP_MUTATIONS=200 $(PYTEST) -m "release or slow"
 
+# The page in a browser: chromium or google-chrome from the system. Without one this fails, where `make test-slow` passes these tests over.
+test-browser: $(STAMP)
+	@$(PIP) --editable '.[browser]'
+	FEWSTEP_BROWSER=required $(BIN)/python -m pytest --quiet -n 0 -m slow tests/apps/page/test_page_browser.py
+
+# Wheel and sdist, left in dist/. RELEASE=v1.2.3 also asks for that version, and for its date in the changelog.
+RELEASE ?=
+test-package: $(STAMP)
+	FEWSTEP_RELEASE=$(RELEASE) FEWSTEP_DIST=dist FEWSTEP_CONSTRAINTS=$(CONSTRAINTS) $(BIN)/python -m pytest --quiet -n 0 -m release tests/hygiene/test_package.py
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/codespell src tests docs benchmarks examples README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/codespell src tests docs benchmarks examples README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md CITATION.cff mkdocs.yml .github
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 	$(BIN)/pyright -p pyright-strict.json
 
+# Without --quiet, under which mkdocs counts no warning and --strict never fails.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 ALL := euler,ddim,heun,dpm-solver-2s,dpm-solver-3s,dpm-solver-pp-2m,dpm-solver-pp-3m,sde-dpm-solver-pp-2m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3
 MULTISTEP := ddim,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3

@@ -10,6 +10,7 @@ import pytest
 import torch
 from benchmarks.gain_picture import SHOWN, lines, numbers
 from benchmarks.tables import BLOCK, filled, least
+from benchmarks.terminal_recording import COMMANDS, draw
 from tests.integrations.diffusers.tiny_pipelines import load, make
 from tests.problems import reflected_model
 
@@ -146,7 +147,7 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
         "noise": torch.randn(4, 1, 8, 8),
         "eights": torch.full((4,), 8),
     }
-    if page == "README.md":
+    if page in ("README.md", "docs/index.md"):
         make("sd", tmp_path)
         names["pipe"] = load(tmp_path / "sd")
     run_blocks(page, names)
@@ -155,10 +156,25 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
         assert sampler.tableau.memory == 2
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_links_lead_somewhere(page: str) -> None:
-    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8"))
-    assert all((ROOT / link).exists() for link in links if not link.startswith("http"))
+def test_the_reference_has_every_public_name_once() -> None:
+    basic, advanced = (
+        re.findall(r"^::: (\S+)$", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.M) for page in ("api", "api-advanced")
+    )
+    assert len({*basic, *advanced}) == len(basic) + len(advanced)
+    assert {f"fewstep.{name}" for name in fewstep.__all__} <= {*basic, *advanced}
+
+
+def test_the_terminal_is_drawn_from_its_record() -> None:
+    recorded = json.loads((ROOT / "docs" / "terminal.json").read_text(encoding="utf-8"))
+    assert [part["command"] for part in recorded] == list(COMMANDS)
+    assert (ROOT / "docs" / "terminal.svg").read_text(encoding="utf-8") == draw(recorded)
+
+
+def test_pictures_of_the_page_are_small() -> None:
+    page = (ROOT / "docs" / "page.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"\]\((page[\w-]*\.png)\)", page)
+    assert set(pictures) == {path.name for path in (ROOT / "docs").glob("page*.png")} and len(pictures) >= 2
+    assert all((ROOT / "docs" / name).stat().st_size <= 150_000 for name in (*pictures, "terminal.svg"))
 
 
 def test_the_contraction_of_the_guide_to_strengths() -> None:

@@ -37,3 +37,9 @@ def test_a_docstring_opens_in_the_fields_words(kind):
     found = [(where, word) for one, where, word in openings() if one == kind]
     bad = [f"{where} {word}" for where, word in found if word in banned or (kind == "verb" and not word.isalpha())]
     assert not bad, "\n".join(bad)
+
+
+def test_examples_are_a_section_that_the_site_shows_as_code():
+    """It is called Examples: a section Example is a quotation there, without its prompts."""
+    bad = [path for path in sorted(ROOT.rglob("*.py")) for line in path.read_text().splitlines() if line.strip() == "Example:"]
+    assert not bad

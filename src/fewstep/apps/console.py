@@ -16,7 +16,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["NO_PLOTS", "Watch", "console", "duration", "next_command", "pipeline_line", "print_json", "progress", "show_table", "watched"]
+__all__ = [
+    "NO_PLOTS",
+    "Watch",
+    "aside",
+    "console",
+    "duration",
+    "next_command",
+    "pipeline_line",
+    "print_json",
+    "progress",
+    "show_table",
+    "watched",
+]
 
 NO_PLOTS = "none: pip install 'fewstep[report]'"
 
@@ -26,6 +38,7 @@ Report = Callable[..., None]
 Watch = Callable[[str, int, int, str], None]  # a title, the units done and in all, a note
 
 _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
+_bar: ContextVar[Progress | None] = ContextVar("bar", default=None)
 
 
 @contextmanager
@@ -51,7 +64,26 @@ def progress(title: str, total: int) -> Iterator[Report]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total, note="")
-        yield lambda done, note="": bar.update(task, completed=done, note=note)
+        token = _bar.set(bar)
+        try:
+            yield lambda done, note="": bar.update(task, completed=done, note=note)
+        finally:
+            _bar.reset(token)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Take the bar off the terminal for what is printed inside, which would begin in the bar's line."""
+    if (bar := _bar.get()) is None:
+        yield
+        return
+    bar.live.transient = True
+    bar.stop()
+    try:
+        yield
+    finally:
+        bar.live.transient = False
+        bar.start()
 
 
 def _lines(title: str, total: int) -> Report:

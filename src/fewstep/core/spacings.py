@@ -84,7 +84,7 @@ def make_grid(name: str, schedule: NoiseSchedule, steps: int, **options: Any) ->
         options: options of the spacing. ``t_max`` and ``t_min`` are its ends, by default the schedule's. ``snap`` says whether its times
             are moved to the nearest that the network knows.
 
-    Example:
+    Examples:
         >>> import fewstep
         >>> grid = fewstep.make_grid("exponential", fewstep.VarianceExploding(0.1, 10), 4)
         >>> [round(float(sigma), 3) for sigma in grid.t]

@@ -168,7 +168,7 @@ def sigmas_for(
             which the law ``eps`` cannot say.
         ArtifactError: a folder that cannot be read.
 
-    Example:
+    Examples:
         >>> from fewstep.integrations.kdiffusion import sigmas_for
         >>> sigmas_for("karras", 3, 0.03, 14.6).tolist()[-1]
         0.0

@@ -56,7 +56,7 @@ class FewstepSolver:
         GridError: a scheduler of another noise law.
         FewstepError: another word for what the denoiser answers.
 
-    Example:
+    Examples:
         >>> import torch, fewstep
         >>> from fewstep.integrations.physicsnemo import FewstepSolver
         >>> sampler = fewstep.Sampler.build("unipc-2", "karras", fewstep.VarianceExploding(), nfe=6)
@@ -189,7 +189,7 @@ def solver_function(make: Callable[[Network], StepSolver], name: str | None = No
         make: makes a solver of its denoiser, the right hand side ``(x - x0)/sigma`` of EDM's ODE, as the class ``EulerSolver`` does.
         name: how tables show it; by default that of ``make``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fewstep.integrations.physicsnemo import solver_function
         >>> class Euler:

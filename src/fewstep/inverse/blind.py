@@ -163,7 +163,7 @@ def deblur_blind(
             even kernel size or one larger than the pictures, another number of seeds, an unknown method, spectra of other pictures.
         GridError: an unknown grid, or one that the noise law does not have.
 
-    Example:
+    Examples:
         >>> import torch, fewstep
         >>> from fewstep.inverse.blind import BlindConfig, deblur_blind
         >>> model = fewstep.load_model("digits-edm")

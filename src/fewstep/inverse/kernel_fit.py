@@ -56,7 +56,7 @@ def fit_kernel(
     Raises:
         ModelError: images of other shapes than each other, an even size, or one larger than the images.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fewstep.inverse.kernel_fit import fit_kernel
         >>> x0 = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))

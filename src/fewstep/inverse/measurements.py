@@ -42,7 +42,7 @@ CUT = 1e-3  # singular values below this part of the largest are noise to a pseu
 class Measurement(ABC):
     r"""A linear operator :math:`A` on images: subclass it and define `__call__` and `transpose`; `solve` is for closed forms.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fewstep.inverse.measurements import Average
         >>> Average(2)(torch.ones(1, 3, 8, 8)).shape

@@ -76,7 +76,7 @@ def measured(
             `sample_posterior` runs; a step too small for a network of 16 bits. Later, a measurement of another shape than the operator
             answers, or a correction that is not finite.
 
-    Example:
+    Examples:
         >>> import torch, fewstep
         >>> from fewstep.inverse.measurements import Average
         >>> model = fewstep.load_model("digits-edm")

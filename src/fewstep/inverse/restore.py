@@ -207,7 +207,7 @@ def restore(
         SolverError: an ``nfe`` that is no multiple of what the method takes for a step.
         ArtifactError: the folder holds something else.
 
-    Example:
+    Examples:
         >>> import torch, fewstep
         >>> from fewstep.inverse.measurements import Average
         >>> model = fewstep.load_model("digits-edm")

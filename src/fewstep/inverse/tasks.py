@@ -66,7 +66,7 @@ def make_task(spec: str, shape: Sequence[int]) -> Task:
     Raises:
         ModelError: no picture's shape; an unknown name or option, or a value that it cannot have for such pictures.
 
-    Example:
+    Examples:
         >>> from fewstep.inverse.tasks import make_task
         >>> make_task("upscale", (3, 16, 16)).name
         'upscale:factor=2:noise=0.05'

@@ -72,7 +72,7 @@ def load_classifier(name: str = "digits") -> NoisyClassifier:
     Raises:
         FewstepError: an unknown name.
 
-    Example:
+    Examples:
         >>> from fewstep import classifier_guided, load_model
         >>> from fewstep.models.classifier import load_classifier
         >>> model = load_model("digits-ddpm")

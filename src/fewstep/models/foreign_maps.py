@@ -174,7 +174,7 @@ def flow_map_model(
     Raises:
         ModelError: an unknown convention, a shift that is not positive, or values that a `Model` refuses.
 
-    Example:
+    Examples:
         >>> import torch, fewstep
         >>> straight = lambda x, t, r: x / t[:, None]  # all data is 0: the velocity of n t is n
         >>> model = fewstep.flow_map_model(straight, "meanflow", shape=(3,))

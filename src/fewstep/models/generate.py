@@ -111,7 +111,7 @@ def sample(
         GridError: an unknown spacing, or one of another number of evaluations; a strength that no step can begin at.
         ArtifactError: a sampler that was made for another model or guidance scale.
 
-    Example:
+    Examples:
         >>> import fewstep
         >>> model = fewstep.load_model("digits-edm")
         >>> fewstep.sample(model, "unipc-2", nfe=6, seeds=range(4)).shape

@@ -95,7 +95,7 @@ class Model:
         FewstepError: an unknown prediction type, a value that is no shape, schedule, function, dtype, number of classes or flow map, or a
             flow map that calls another network.
 
-    Example:
+    Examples:
         >>> import torch, fewstep
         >>> net = torch.nn.Module(); net.forward = lambda x, t: 0 * x
         >>> model = fewstep.Model(net, fewstep.DiscreteVP.linear(), "epsilon", shape=(3,))

@@ -42,7 +42,7 @@ def parse_spec(text: str, error: type[FewstepError]) -> tuple[str, dict[str, Any
 def as_typed(value: float) -> str:
     """Return a number as it is typed, in few digits that give it back exactly.
 
-    Example:
+    Examples:
         >>> from fewstep.runtime.spec import as_typed
         >>> as_typed(2.0), as_typed(1.2345678), as_typed(1e-9)
         ('2', '1.2345678', '1e-09')

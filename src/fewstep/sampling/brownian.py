@@ -41,7 +41,7 @@ class BrownianPath:
         seeds: one whole number per sample.
         shape: of one sample, ``*D``.
 
-    Example:
+    Examples:
         >>> import math
         >>> from fewstep.sampling.brownian import BrownianPath
         >>> path = BrownianPath([5], (1000,))

@@ -63,7 +63,7 @@ class Sampler(Shared):
         options: of the solver.
         card: provenance, plain JSON values: model fingerprint, command, quality.
 
-    Example:
+    Examples:
         >>> import fewstep
         >>> sampler = fewstep.Sampler.build("unipc-2", "angle", fewstep.VPLinear(), nfe=8)
         >>> sampler

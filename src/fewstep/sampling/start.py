@@ -31,7 +31,7 @@ ROUNDING = 1e-6  # by which a level may leave the range: that of a float32
 def level_of(strength: Any) -> float:  # noqa: ANN401 - a number of any library
     """Return the noise level ``sigma/alpha = strength / (1 - strength)`` of a strength; infinite for 1.
 
-    Example:
+    Examples:
         >>> from fewstep.sampling.start import level_of
         >>> level_of(0.5), level_of(1)
         (1.0, inf)

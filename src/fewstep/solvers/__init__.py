@@ -144,7 +144,7 @@ def make_solver(name: str, **options: Any) -> Solver:  # noqa: ANN401 - the solv
 
     Options may be given as arguments or in the name: ``make_solver("ddim:eta=0.5")``.
 
-    Example:
+    Examples:
         >>> from fewstep import make_solver
         >>> make_solver("DPM++ 2M") == make_solver("dpmpp_2m") == make_solver("dpm-solver-pp-2m")
         True

@@ -1,5 +1,9 @@
-"""The page in a browser: it asks no other host, shows what was asked for, is the same after it is loaded again, and fits a phone."""
+"""The page in a browser: it asks no other host, shows what was asked for, is the same after it is loaded again, and fits a phone.
 
+`make test-browser` sets FEWSTEP_BROWSER=required: without a browser these tests fail then, where they are passed over otherwise.
+"""
+
+import os
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -11,13 +15,17 @@ from fewstep.apps.page.models import Models
 from fewstep.apps.page.page import serve
 from fewstep.apps.page.workshop import Workshop
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="these tests drive a browser: pip install playwright")
+REQUIRED = os.environ.get("FEWSTEP_BROWSER") == "required"
+if REQUIRED:
+    from playwright import sync_api
+else:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="these tests drive a browser: pip install 'fewstep[browser]'")
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine: apt-get install chromium"),
+    pytest.mark.skipif(CHROMIUM is None and not REQUIRED, reason="there is no chromium on this machine: apt-get install chromium"),
 ]
 LONGEST = 120_000  # milliseconds that a machine under load may take
 
@@ -35,6 +43,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    assert CHROMIUM, "there is no chromium on this machine: apt-get install chromium"
     with sync_api.sync_playwright() as playwright:
         made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield made

@@ -56,6 +56,8 @@ def test_the_sigmas_of_mochi_are_a_number_of_steps(steps):
 
 @pytest.mark.parametrize("shift", [1.0, 2.0, 3.0])
 def test_the_sigmas_of_ace_step_are_a_number_of_steps(shift):
+    if not hasattr(diffusers, "AceStepPipeline"):
+        pytest.skip("this diffusers has no ACE-Step")
     given = diffusers.AceStepPipeline._get_timestep_schedule(None, 8, shift, dtype=torch.float32)
     assert default_sigmas_count(given) == 8
     assert default_sigmas_count([*given[:-1], 0.01]) is None

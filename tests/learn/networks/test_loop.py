@@ -1,6 +1,8 @@
 """The training loop: it learns, resumes exactly after a kill, and leaves nothing half-written."""
 
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,6 +210,31 @@ def test_a_pipe_in_a_checkpoint_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(path)
     with pytest.raises(ArtifactError, match=r"checkpoint is damaged .*optimizer.bin: it is a pipe or device, not a file"):
         run_loop(network(), loss, CONFIG, tmp_path)
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("file", ["custom_checkpoint_0.pkl", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"])
+def test_a_checkpoint_runs_nothing(tmp_path: Path, file: str) -> None:
+    with pytest.raises(KilledError):
+        run_loop(network(), killed_at(17), CONFIG, tmp_path)
+    torch.save(Hostile(tmp_path / "ran"), tmp_path / "checkpoint" / file)
+    with suppress(
+        ArtifactError
+    ):  # accelerate passes over what it does not know, and over states of generators, which this loop has no need of
+        run_loop(network(), loss, CONFIG, tmp_path)
+    assert not (tmp_path / "ran").exists()
+    if file.startswith("custom"):
+        with pytest.raises(ArtifactError, match="checkpoint is damaged .*: remove it and run the same command again"):
+            run_loop(network(), loss, CONFIG, tmp_path)
 
 
 @pytest.mark.parametrize("loss", ['[[1, "x"]]', "[[-1, 0.5]]", "[[1, NaN]]", "0"])

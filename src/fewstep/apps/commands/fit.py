@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewstep.apps.console import console, duration, next_command, pipeline_line, print_json, progress, show_table
+from fewstep.apps.console import aside, console, duration, next_command, pipeline_line, print_json, progress, show_table
 from fewstep.apps.models import model_words, open_model, said_guidance
 from fewstep.apps.options import INTEGERS, NUM, AsJson, Fields, Guidance, ModelName, Trust, command, integers
 from fewstep.apps.pipelines import PipelineOptions
@@ -80,8 +80,9 @@ def _announce(name: str, plan: FitPlan, seconds: float) -> None:
     """Print what the fit will do and cost."""
     rows = plan_rows(plan, seconds)
     title = f"plan for {name}: {plan.num} trajectories and {plan.held_out} held out, {plan.levels} levels"
-    show_table(title, PLAN, rows, left=PLAN[:1])
-    console.print(plan_note(plan))
+    with aside():
+        show_table(title, PLAN, rows, left=PLAN[:1])
+        console.print(plan_note(plan))
 
 
 def plan_rows(plan: FitPlan, seconds: float) -> list[tuple[str, str, str]]:

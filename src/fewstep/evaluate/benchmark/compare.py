@@ -98,7 +98,7 @@ def compare(
         ModelError: something that is no model, or a model without a shape.
         ArtifactError: a sampler or statistics that were made for another model or guidance scale.
 
-    Example:
+    Examples:
         >>> import fewstep
         >>> model = fewstep.load_model("digits-edm")
         >>> table = fewstep.compare(model, ["ddim", "unipc-2"], nfe=[5, 8], grid="angle", num=16)

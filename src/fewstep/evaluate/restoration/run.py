@@ -72,7 +72,7 @@ def bench_restorations(
         FewstepError: no data, fewer pictures than asked for or of another shape, features that cannot be had, torchmetrics is missing.
         ArtifactError: another job works in the folder, it cannot be written, or a file in it is damaged.
 
-    Example:
+    Examples:
         >>> import tempfile, fewstep
         >>> from fewstep.evaluate.restoration.plan import RestorationBenchConfig
         >>> from fewstep.evaluate.restoration.run import bench_restorations

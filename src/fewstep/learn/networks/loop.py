@@ -481,6 +481,8 @@ def _resume(accelerator: Any, folder: Path, identity: str, steps: int) -> tuple[
             raise ValueError(f"{meta.step} of {steps} steps are done")
         for path in found.iterdir():
             check_file(path)
+            if path.name.startswith("custom_checkpoint_"):  # accelerate opens these as pickles that may run anything: weights alone pass
+                torch.load(path, map_location="cpu", weights_only=True)
         accelerator.load_state(str(found))
     except Exception as error:  # a damaged file makes pickle and torch raise almost anything
         raise ArtifactError(f"{found} is damaged ({first_line(error)}): remove it and run the same command again") from error

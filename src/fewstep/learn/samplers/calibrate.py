@@ -164,7 +164,7 @@ def calibrate(
         ModelError: something that is no `Model`, a model without a shape, or a network that cannot be differentiated, see `collect`.
         ArtifactError: the folder is in use, holds moments of another calibration, or cannot be written.
 
-    Example:
+    Examples:
         >>> import fewstep
         >>> model = fewstep.load_model("digits-edm")
         >>> statistics = fewstep.calibrate(model, config=fewstep.CalibrationConfig(levels=6, num=8))

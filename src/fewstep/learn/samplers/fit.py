@@ -79,7 +79,7 @@ def fit(
             another model.
         FewstepError: more processes than noises, or too few trajectories.
 
-    Example:
+    Examples:
         >>> import fewstep
         >>> model = fewstep.load_model("digits-edm")
         >>> samplers = fewstep.fit(model, nfe=3, config=fewstep.FitConfig(num=32, held_out=16, iterations=0))
@@ -150,7 +150,7 @@ def plan_fit(
         SolverError: fewer than one evaluation, or more than there are cells between levels.
         FewstepError: a budget that is too small; fewer trajectories than are named.
 
-    Example:
+    Examples:
         >>> import fewstep
         >>> plan = fewstep.plan_fit(fewstep.load_model("digits-edm"), [5, 8], fewstep.FitConfig(budget=3000))
         >>> plan.evaluations <= 3000

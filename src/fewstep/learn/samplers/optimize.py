@@ -91,7 +91,7 @@ def optimize(
         ArtifactError: the folder is in use, holds the work of another model or configuration, or cannot be written.
         FewstepError: no number of evaluations, or more processes than noises.
 
-    Example:
+    Examples:
         >>> import fewstep
         >>> model = fewstep.load_model("digits-edm")
         >>> config = fewstep.OptimizeConfig(levels=16, num=8, noises=16, held_out=16, iterations=1)
