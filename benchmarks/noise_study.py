@@ -8,7 +8,7 @@ the same command. ``--list`` says what would be run and what it costs. Each mode
 best (docs/results/digits.md, docs/results/cifar10.md), so that noise is compared with the best there is without.
 
 The pictures of ``cifar10-16`` are those of ``python -m benchmarks.cifar10.data --size 16 --out runs/cifar10``, its features those of
-``benchmarks.cifar10``. The digits take about 43 minutes of one core for all four numbers of evaluations, of which 85 percent are those of 20 and 50.
+``benchmarks.cifar10``.
 """
 
 from __future__ import annotations

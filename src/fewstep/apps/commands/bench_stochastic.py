@@ -24,7 +24,7 @@ __all__ = ["bench_noise", "needs_statistics"]
 
 SOLVERS = ("ddim", "dpm-solver-pp-2m", "unipc-2", "ddim:eta=1", "sde-dpm-solver-pp-2m", "er-sde-3", "seeds-2", "sa-solver", "heun-churn")
 GRIDS, NFE = ("karras", "angle"), (5, 10, 20)
-HEADINGS = ("nfe", "solver", "grid", "calls", "paths", "distance", "± paths", "95 %", "precision", "recall", "labels", "spread")
+HEADINGS = ("nfe", "solver", "grid", "paths", "distance", "± paths", "95 %", "precision", "recall", "labels", "spread")
 WORDS = {"noise": "noise is better", "no noise": "no noise is better", "not apart": "not apart", None: "not compared"}
 
 
@@ -87,6 +87,8 @@ def bench_noise(
             console.print(f"{row.solver} on {row.grid} with {row.nfe} failed: {row.failed}")
     for one in contests(rows):
         console.print(_line(one))
+    for each in sorted({row.calls // row.nfe for row in rows if row.calls is not None} - {1}):
+        console.print(f"each evaluation is {each} calls of the network")
     console.print(f"rows: {out / 'results.json'}")
     console.print("report: the same command with --report" if page is None else f"report: {page}")
 
@@ -109,7 +111,7 @@ def _cells(row: NoiseRow) -> list[str]:
         return "" if value is None else pattern.format(value)
 
     interval = "" if row.fd_ci is None else f"{row.fd_ci[0]:.2f} to {row.fd_ci[1]:.2f}"
-    names = [f"{row.nfe}", row.solver, row.grid, shown(row.calls, "{}"), f"{row.paths}" if row.stochastic else "none"]
+    names = [f"{row.nfe}", row.solver, row.grid, f"{row.paths}" if row.stochastic else "none"]
     figures = [shown(row.fd), shown(row.fd_spread), interval, shown(row.precision), shown(row.recall), shown(row.labels, "{:.3f}")]
     return [*names, *figures, shown(row.spread, "{:.3f}")]
 

@@ -142,9 +142,9 @@ class _TrajectoryBench(Bench[Row]):
         """Run one sampler, measure it, and save its first samples and its errors; return a row that says why if that fails."""
         path = picture_file(self.job.folder, entry.key)
         try:
-            made = self.run(entry)
             if entry.stochastic is None and self._adds_noise(entry):
                 raise SolverError(NO_TRAJECTORY.format(entry.solver))
+            made = self.run(entry)
             measured = self.measure(made.samples)
         except Exception as error:
             why = self.why_failed(entry, error)
@@ -162,7 +162,10 @@ class _TrajectoryBench(Bench[Row]):
         """Return whether the samples of somebody else's function depend on more than their start: by two of them, made twice."""
         seeds = self.seeds[:2]
         cond = self.problem.cond(seeds)
-        first, second = (entry.samples(self.problem.denoiser, seeds, cond, on_path(seeds, path)) for path in (0, 1))
+        try:
+            first, second = (entry.samples(self.problem.denoiser, seeds, cond, on_path(seeds, path)) for path in (0, 1))
+        except Exception:  # its row says why
+            return False
         return paths_differ(first, second)
 
     def is_up_to_date(self, entry: Entry, row: Row) -> bool:
