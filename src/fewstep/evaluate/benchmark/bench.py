@@ -1,4 +1,4 @@
-"""What the rows of a benchmark share, whatever they measure: noises, conditions and data, and a table that grows row by row."""
+"""The parts that all rows of a benchmark share, whatever they measure: noises, conditions and data, a table that grows row by row."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Sampled(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """What samples are compared with as a set, and how ``results.json`` names the data where it was named; nothing if it is not known."""
+    """The data that samples are compared with as a set, and how ``results.json`` names it where it was named; None if it is not known."""
 
     quality: Quality | None
     named: dict[str, Any] | None

@@ -93,7 +93,7 @@ class NoiseRow:
 
 @dataclass(frozen=True)
 class _Problem:
-    """What all rows of ``results.json`` share."""
+    """The setup that all rows of ``results.json`` share."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = OLDER
 
@@ -106,7 +106,7 @@ class _Problem:
 
 @dataclass(frozen=True)
 class _Data:
-    """What ``results.json`` says of the data."""
+    """The data of ``results.json``."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = OLDER
 
