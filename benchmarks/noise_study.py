@@ -1,6 +1,6 @@
 """Samplers that add noise beside samplers that do not, at equal evaluations, by the distance of their samples to the data.
 
-    python -m benchmarks.noise_study [--model digits-edm,digits-ddpm] [--nfe 5,10] [--list]
+    python -m benchmarks.noise_study [--model digits-edm,digits-ddpm] [--nfe 5,10] [--solver ...] [--list]
 
 runs ``fewstep bench --stochastic`` for each model and number of evaluations, few evaluations first, and writes the rows to
 ``benchmarks/results/noise/MODEL``. Rows that are there already are not run again, so a study that was killed, or run in part, goes on by
@@ -46,14 +46,13 @@ class Problem:
     num: int
     options: Sequence[str] = ()
 
-    @property
-    def cost(self) -> int:
-        """Samples of all rows with one number of evaluations, at most."""
-        return self.num * (len(PLAIN) + PATHS * len(NOISY))
+    def samples(self, solvers: Sequence[str]) -> int:
+        """Return how many samples the rows of some solvers have with one number of evaluations, at most."""
+        return self.num * sum(PATHS if solver in NOISY else 1 for solver in solvers)
 
-    def command(self, name: str, nfe: int) -> list[str]:
-        """Return the command that makes the rows with so many evaluations."""
-        what = ["--solver", ",".join([*PLAIN, *NOISY]), "--grid", self.grid, "--nfe", str(nfe)]
+    def command(self, name: str, nfe: int, solvers: Sequence[str]) -> list[str]:
+        """Return the command that makes the rows of some solvers with so many evaluations."""
+        what = ["--solver", ",".join(solvers), "--grid", self.grid, "--nfe", str(nfe)]
         how = ["--num", str(self.num), "--paths", str(PATHS), *self.options]
         return ["fewstep", "bench", self.model, "--stochastic", *what, *how, "--out", str(OUT / name)]
 
@@ -74,18 +73,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=",".join(PROBLEMS), help="some of them")
     parser.add_argument("--nfe", default=",".join(map(str, NFE)), help="some numbers of evaluations")
+    parser.add_argument("--solver", default=",".join([*PLAIN, *NOISY]), help="some solvers, of which one or more add noise")
     parser.add_argument("--list", action="store_true", help="say what there is to run")
     args = parser.parse_args()
     names, counts = args.model.split(","), [int(word) for word in args.nfe.split(",")]
-    if strange := [name for name in names if name not in PROBLEMS]:
-        parser.error(f"no model {', '.join(strange)}: there are {', '.join(PROBLEMS)}")
+    solvers = args.solver.split(",")
+    for kind, asked, known in (("model", names, PROBLEMS), ("solver", solvers, (*PLAIN, *NOISY))):
+        if strange := [name for name in asked if name not in known]:
+            parser.error(f"no {kind} {', '.join(strange)}: there are {', '.join(known)}")
     os.chdir(ROOT)
     for nfe in counts:
         for name in names:
             problem = PROBLEMS[name]
-            command = problem.command(name, nfe)
+            command = problem.command(name, nfe, solvers)
             if args.list:
-                print(f"{shlex.join(command)}: at most {problem.cost * nfe:,} network evaluations")
+                print(f"{shlex.join(command)}: at most {problem.samples(solvers) * nfe:,} network evaluations")
                 continue
             try:
                 subprocess.run([sys.executable, "-m", *command], check=True)
