@@ -81,7 +81,12 @@ def bench_noise(
     rows = [NoiseRow(**row) for row in results["rows"]]
     data, num = results["data"], results["problem"]["num"]
     title = f"{opened.name}: Frechet distance of {num} samples to {data['num']} images, in the features {data['features']}"
-    show_table(f"{title} (two halves of the data: {data['fd_halves']:.2f})", HEADINGS, [_cells(row) for row in ranked_rows(rows)])
+    show_table(
+        f"{title} (two halves of the data: {data['fd_halves']:.2f})",
+        HEADINGS,
+        [_cells(row) for row in ranked_rows(rows)],
+        left=("solver", "grid"),
+    )
     for row in rows:
         if row.failed is not None:
             console.print(f"{row.solver} on {row.grid} with {row.nfe} failed: {row.failed}")
