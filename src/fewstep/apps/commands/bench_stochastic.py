@@ -24,7 +24,7 @@ __all__ = ["bench_noise", "needs_statistics"]
 
 SOLVERS = ("ddim", "dpm-solver-pp-2m", "unipc-2", "ddim:eta=1", "sde-dpm-solver-pp-2m", "er-sde-3", "seeds-2", "sa-solver", "heun-churn")
 GRIDS, NFE = ("karras", "angle"), (5, 10, 20)
-HEADINGS = ("nfe", "solver", "grid", "paths", "distance", "± paths", "95 %", "precision", "recall", "labels", "spread")
+HEADINGS = ("nfe", "solver", "grid", "paths", "distance", "±", "95 %", "precision", "recall", "labels", "spread")
 WORDS = {"noise": "noise is better", "no noise": "no noise is better", "not apart": "not apart", None: "not compared"}
 
 
@@ -80,7 +80,9 @@ def bench_noise(
         return
     rows = [NoiseRow(**row) for row in results["rows"]]
     data, num = results["data"], results["problem"]["num"]
-    title = f"{opened.name}: Frechet distance of {num} samples to {data['num']} images, in the features {data['features']}"
+    title = (
+        f"{opened.name}: Frechet distance (± over noise paths) of {num} samples to {data['num']} images, in the features {data['features']}"
+    )
     show_table(
         f"{title} (two halves of the data: {data['fd_halves']:.2f})",
         HEADINGS,
@@ -115,7 +117,7 @@ def _cells(row: NoiseRow) -> list[str]:
     def shown(value: float | None, pattern: str = "{:.2f}") -> str:
         return "" if value is None else pattern.format(value)
 
-    interval = "" if row.fd_ci is None else f"{row.fd_ci[0]:.2f} to {row.fd_ci[1]:.2f}"
+    interval = "" if row.fd_ci is None else f"{row.fd_ci[0]:.2f}-{row.fd_ci[1]:.2f}"
     names = [f"{row.nfe}", row.solver, row.grid, f"{row.paths}" if row.stochastic else "none"]
     figures = [shown(row.fd), shown(row.fd_spread), interval, shown(row.precision), shown(row.recall), shown(row.labels, "{:.3f}")]
     return [*names, *figures, shown(row.spread, "{:.3f}")]
