@@ -60,7 +60,7 @@ check: $(STAMP)
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-ALL := euler,ddim,heun,dpm-solver-2s,dpm-solver-3s,dpm-solver-pp-2m,dpm-solver-pp-3m,sde-dpm-solver-pp-2m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3
+ALL := euler,ddim,heun,dpm-solver-2s,dpm-solver-3s,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3
 MULTISTEP := ddim,dpm-solver-pp-2m,dpm-solver-pp-3m,unipc-2,unipc-3,deis-3,ipndm,dpm-solver-v3
 FOUR := ddim,dpm-solver-pp-2m,unipc-2,dpm-solver-v3
 VARIANTS := dpm-solver-pp-3m,dpm-solver-pp-3m:third_order=corrected,unipc-2,unipc-2:weights=exact,ipndm,ipndm:steps=2,ipndm:steps=3

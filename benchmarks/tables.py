@@ -592,6 +592,44 @@ def students(results: Sequence[Row]) -> None:
             print(f"| {name} | " + " | ".join(texts) + " |")
 
 
+def noise(results: Sequence[Row], args: argparse.Namespace) -> None:
+    """Print samplers that add noise beside samplers that add none: distances by evaluations, or with ``--part rows`` all figures.
+
+    A cell is the mean Frechet distance over noise paths with its standard deviation over them. The least of a column is bold.
+    """
+    for number, file in enumerate(results):
+        rows = [row for row in file["rows"] if row["fd"] is not None and (not args.nfe or row["nfe"] in args.nfe)]
+        rows = [row for row in rows if not args.solver or row["solver"] in args.solver]
+        counts = sorted({row["nfe"] for row in rows})
+        best = {nfe: min(row["fd"] for row in rows if row["nfe"] == nfe) for nfe in counts}
+        print("" if number == 0 else "\n", end="")
+        if args.part == "rows":
+            noise_rows(sorted(rows, key=lambda row: (row["nfe"], row["fd"])), best)
+            continue
+        heading([f"`{file['model']}`", "adds noise"], counts)
+        noisy = {row["solver"]: any(one["stochastic"] for one in rows if one["solver"] == row["solver"]) for row in rows}
+        for solver in sorted(noisy, key=lambda name: noisy[name]):
+            line = {row["nfe"]: noise_cell(row, best[row["nfe"]]) for row in rows if row["solver"] == solver}
+            said = "yes" if noisy[solver] else "no"
+            print(f"| `{solver}` | {said} | " + " | ".join(line.get(nfe, "") for nfe in counts) + " |")
+
+
+def noise_rows(rows: Sequence[Row], best: dict[int, float]) -> None:
+    """Print every figure of samplers that add noise and of those that add none, the least distance first."""
+    heading(["solver", "evaluations"], ["distance", "95 %", "precision", "recall", "labels", "spread"])
+    for row in rows:
+        interval = "" if row["fd_ci"] is None else f"{row['fd_ci'][0]:.2f} to {row['fd_ci'][1]:.2f}"
+        shown = [f"{row['precision']:.3f}", f"{row['recall']:.3f}", "" if row["labels"] is None else f"{row['labels']:.3f}"]
+        shown += ["" if row["spread"] is None else f"{row['spread']:.2f}"]
+        print(f"| `{row['solver']}` | {row['nfe']} | {noise_cell(row, best[row['nfe']])} | {interval} | " + " | ".join(shown) + " |")
+
+
+def noise_cell(row: Row, best: float) -> str:
+    """Return a distance as a cell has it."""
+    text = f"{row['fd']:.2f}" + ("" if row["fd_spread"] is None else f" ± {row['fd_spread']:.2f}")
+    return f"**{text}**" if row["fd"] == best else text
+
+
 def best_grids(rows: list[Row], columns: list[int], best: dict[int, float | None]) -> None:
     """Print one line a solver, each cell on the best of its grids."""
     print("| solver | " + " | ".join(f"{n}" for n in columns) + " |")
@@ -661,6 +699,7 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "states": lambda results, args: states(results[0]),
     "bounds": lambda results, args: bounds(results[0]),
     "tuned": lambda results, args: tuned(results[0]),
+    "noise": noise,
 }
 
 

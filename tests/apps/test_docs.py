@@ -15,6 +15,8 @@ from tests.integrations.diffusers.tiny_pipelines import load, make
 from tests.problems import reflected_model
 
 import fewstep
+from fewstep.evaluate.stochastic.rows import NoiseRow, read_noise_results
+from fewstep.evaluate.stochastic.verdict import contests
 from fewstep.sampling.start import level_of
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +50,7 @@ LONGER = (
     "guided",
     "matching",
     "report",
+    "noise",
     "extending",
 )  # they learn or compare
 LONG = ("README.md", *(f"docs/{name}.md" for name in LONGER))
@@ -200,7 +203,7 @@ def test_tables_are_what_their_rows_say(path: Path) -> None:
 
 def test_pages_with_measured_tables_say_how_they_are_made() -> None:
     """A table with figures of errors is printed by a command, or the page is filled by the study on CIFAR-10."""
-    assert len(WITH_TABLES) == 18
+    assert len(WITH_TABLES) == 19
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         bare = BLOCK.sub("", path.read_text(encoding="utf-8"))
         assert not re.search(r"^\|.*\b0\.\d{4}\b", bare, re.M), path.name
@@ -283,6 +286,26 @@ def test_the_sentences_of_the_guides_say_what_the_rows_say() -> None:
         f"`ipndm` has {at_8['ipndm'] / at_8['unipc-2']:.2f} of its error at 8 evaluations and {at_10['ipndm'] / at_10['unipc-2']:.2f} at 10"
     )
     assert said in guides["choose"]
+
+
+def test_the_guide_to_noise_says_what_its_rows_say() -> None:
+    found = [NoiseRow(**row) for row in read_noise_results(ROWS / "noise" / "digits-edm" / "results.json")["rows"]]
+    five = {row.solver: row for row in found if row.nfe == 5}
+    assert [(one.nfe, one.verdict) for one in contests(found)] == [(5, "not apart"), (10, "not apart")]
+    best = contests(found)[0]
+    assert best.stochastic is five["er-sde-3"] and best.deterministic is five["unipc-2"]
+
+    def apart(near: str, far: str) -> bool:
+        ends = five[near].fd_ci, five[far].fd_ci
+        return ends[0] is not None and ends[1] is not None and ends[0][1] < ends[1][0]
+
+    assert apart("er-sde-3", "ddim") and apart("ddim", "ddim:eta=1")
+    text = (ROOT / "docs" / "noise.md").read_text(encoding="utf-8")
+    assert f"`ddim` goes from {five['ddim'].fd:.2f} to {five['ddim:eta=1'].fd:.2f} with `eta=1`" in text
+    assert (
+        max(five.values(), key=lambda row: row.precision or 0) is min(five.values(), key=lambda row: row.recall or 0) is five["ddim:eta=1"]
+    )
+    assert (five["sde-dpm-solver-pp-3m"].labels or 1) < 0.5
 
 
 def test_the_picture_shows_five_evaluations_doing_the_work_of_eight() -> None:

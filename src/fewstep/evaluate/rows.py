@@ -161,6 +161,11 @@ def read_results(path: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path} is of a benchmark of restorations (fewstep bench --task, whose page --report writes): choose another folder"
         )
+    if isinstance(results.get("problem"), dict) and "paths" in results["problem"]:
+        raise ArtifactError(
+            f"{path} is of a benchmark of samplers that add noise (fewstep bench --stochastic, whose page --report writes): choose another "
+            "folder"
+        )
     held_to(text, _Results, path)
     return results
 

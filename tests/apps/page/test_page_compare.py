@@ -21,6 +21,7 @@ def still(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Workshop:
 def test_a_comparison_is_a_benchmark(still: Workshop) -> None:
     solvers, grids = samplers_to_compare(still.models, "digits-edm")
     assert solvers[0] == "fitted" and "karras" in grids and "recommended" not in solvers
+    assert {"heun", "dpm-solver-3s", "dpm-solver-v3"} < set(solvers) and not {"ddpm", "heun-churn", "seeds-3", "sa-solver"} & set(solvers)
     job = begin_compare(still, "digits-edm", ["ddim", "unipc-2"], ["angle"], "8,5", 16, 3, 2.0)
     typed = "bench digits-edm --guidance 2 --solver ddim,unipc-2 --grid angle --nfe 5,8 -n 16 --seed 3 --report --out"
     assert still.jobs.words(job) == [*typed.split(), str(still.out / job)]

@@ -38,6 +38,10 @@ def midpoint(model, x, sigmas, extra_args=None, callback=None, disable=None):
 def random(model, x, sigmas, **_):
     return model(x, sigmas[0]) + 0.1 * torch.randn_like(x)
 
+def jump(model, x, sigmas, **_):
+    torch.rand(1)  # drawn, and not used
+    return model(x, sigmas[0]) + 0.1
+
 def raises(model, x, sigmas, **_):
     raise KeyError("no such thing")
 
@@ -132,18 +136,19 @@ def test_entries_that_cannot_be_are_named(module: str, tmp_path: Path) -> None:
 
 
 def test_rows_say_what_was_made_and_why_it_failed(module: str, tmp_path: Path) -> None:
-    peers = tuple(f"theirs:{name}" for name in ("euler", "midpoint", "raises", "nothing", "half", "nan", "blind", "random"))
+    peers = tuple(f"theirs:{name}" for name in ("euler", "midpoint", "raises", "nothing", "half", "nan", "blind", "jump", "random"))
     config = BenchmarkConfig(("euler",), ("karras",), (5,), peers=peers, **SMALL)
     results = benchmark(toy(), config, tmp_path / "out").results
     rows = {(row["library"], row["solver"]): row for row in results["rows"]}
     assert rows["theirs", "euler"]["rmse"] == pytest.approx(rows["fewstep", "euler"]["rmse"], rel=FLOAT32)
     assert (rows["theirs", "euler"]["nfe"], rows["theirs", "euler"]["planned"]) == (5, None)
     assert (rows["theirs", "midpoint"]["nfe"], rows["theirs", "midpoint"]["planned"]) == (10, 5)
-    assert (rows["theirs", "random"]["nfe"], rows["theirs", "random"]["planned"]) == (1, 5)
-    why = {name: rows["theirs", name]["failed"] for name in ("raises", "nothing", "half", "nan", "blind")}
+    assert (rows["theirs", "jump"]["nfe"], rows["theirs", "jump"]["planned"]) == (1, 5)
+    why = {name: rows["theirs", name]["failed"] for name in ("raises", "nothing", "half", "nan", "blind", "random")}
     assert why["raises"] == "KeyError: 'no such thing'"
     assert "answered a NoneType to a state of shape (8, 1, 2, 2)" in why["nothing"] and "answered shape (8, 1, 1, 2)" in why["half"]
     assert why["nan"].endswith("of 12 samples are not finite") and why["blind"] == "it made no network evaluation"
+    assert why["random"].startswith("random adds noise, so its samples follow no trajectory")
     for name in why:
         row = rows["theirs", name]
         assert row["rmse"] is row["seconds"] is row["fd"] is row["rmse_ci"] is None and row["nfe"] == 5
@@ -152,7 +157,7 @@ def test_rows_say_what_was_made_and_why_it_failed(module: str, tmp_path: Path) -
 
 
 def test_rows_are_run_again_when_the_source_changed_or_they_failed_and_not_before(module: str, tmp_path: Path) -> None:
-    config = BenchmarkConfig(("euler",), ("karras",), (4,), peers=("theirs:euler", "theirs:midpoint", "theirs:random"), **SMALL)
+    config = BenchmarkConfig(("euler",), ("karras",), (4,), peers=("theirs:euler", "theirs:midpoint", "theirs:jump"), **SMALL)
 
     def rows(config: BenchmarkConfig = config) -> dict[str, dict]:
         made = benchmark(toy(), config, tmp_path / "out").results["rows"]
@@ -161,19 +166,19 @@ def test_rows_are_run_again_when_the_source_changed_or_they_failed_and_not_befor
     first = rows()
     assert rows() == first  # the same seconds
     sys.modules.pop("theirs")
-    (tmp_path / "theirs.py").write_text(SOURCE.replace("0.1 *", "0.2 *"))
+    (tmp_path / "theirs.py").write_text(SOURCE.replace("+ 0.1\n", "+ 0.2\n"))
     again = rows()
     assert again["fewstep:euler"] == first["fewstep:euler"]
     for name in ("theirs:euler", "theirs:midpoint"):
         assert again[name]["artifact"] != first[name]["artifact"] and again[name]["rmse"] == first[name]["rmse"]
-    assert again["theirs:random"]["rmse"] != first["theirs:random"]["rmse"]
+    assert again["theirs:jump"]["rmse"] != first["theirs:jump"]["rmse"]
     sys.modules.pop("theirs")
     (tmp_path / "theirs.py").write_text(SOURCE.replace("return x\n", "raise ValueError\n"))
     assert rows()["theirs:euler"]["failed"] == "ValueError: "
     sys.modules.pop("theirs")
     (tmp_path / "theirs.py").write_text(SOURCE)
     back = rows()
-    assert all(back[name]["rmse"] == first[name]["rmse"] for name in first)  # those of a random sampler too
+    assert all(back[name]["rmse"] == first[name]["rmse"] for name in first)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fewstep.apps.commands.bench_restoration import bench_tasks
+from fewstep.apps.commands.bench_stochastic import bench_noise, needs_statistics
 from fewstep.apps.console import console, next_command, print_json, progress
 from fewstep.apps.models import guidance_of, open_model
 from fewstep.apps.options import (
@@ -33,13 +34,12 @@ from fewstep.evaluate.benchmark.run import benchmark
 from fewstep.evaluate.pictures import save_comparison
 from fewstep.evaluate.report.write import check_packages, write_report
 from fewstep.evaluate.rows import REFERENCE, picture_file, read_samples
-from fewstep.models.carried import FITTED, OPTIMIZED
+from fewstep.models.carried import OPTIMIZED
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError
 from fewstep.runtime.process import default_device, process
 from fewstep.sampling.reference import REFERENCE_NFE
-from fewstep.solvers import takes_statistics
 
 __all__ = ["bench", "run_bench"]
 
@@ -72,14 +72,29 @@ def bench(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Of a task: samples of each of the first pictures. Default: 19.")] = None,
     several: Annotated[int | None, typer.Option(help="Of a task: how many pictures have several samples. Default: 32.")] = None,
+    stochastic: Annotated[
+        bool,
+        typer.Option(
+            "--stochastic",
+            help="Compare solvers that add noise with those that do not, by distance to the data. Default: nine, karras,angle, 5,10,20.",
+        ),
+    ] = False,
+    paths: Annotated[int | None, typer.Option(help="With --stochastic: noise paths from each start. Default: 4.")] = None,
     solver: Annotated[
-        str | None, typer.Option(metavar=NAMES, help="Solvers; fitted: the model's own. Default: five; of a task ddim.")
+        str | None,
+        typer.Option(metavar=NAMES, help="Solvers; fitted: the model's own. Default: five; of a task ddim."),
     ] = None,
     grid: Annotated[
         str | None,
-        typer.Option(metavar=NAMES, help="Grids; optimized: the model's own. Default: logsnr,karras,angle; of a task one."),
+        typer.Option(
+            metavar=NAMES,
+            help="Grids; optimized: the model's own. Default: logsnr,karras,angle; of a task one.",
+        ),
     ] = None,
-    nfe: Annotated[str | None, typer.Option(metavar=INTEGERS, help="Network evaluations. Default: 5,6,8,10; of a task 10,20.")] = None,
+    nfe: Annotated[
+        str | None,
+        typer.Option(metavar=INTEGERS, help="Network evaluations. Default: 5,6,8,10; with --stochastic 5,10,20; of a task 10,20."),
+    ] = None,
     num: Annotated[
         int | None, typer.Option("--num", "-n", help="How many noises, or pictures. Under torchrun say -n. Default: 512; of a task 256.")
     ] = None,
@@ -90,14 +105,19 @@ def bench(
     trust: Trust = False,
     json: AsJson = False,
 ) -> None:
-    """Compare samplers on the same noises, or with --task ways to restore the same pictures.
+    """Compare samplers on the same noises, with --task ways to restore the same pictures, with --stochastic samplers that add noise.
 
     Shown are the error to a tight trajectory, the Frechet distance to data, and the time; of a task the error to the true picture, its
-    sharpness, and how honest the samples are. Rows that are there already are not run again; the processes of torchrun share the others.
+    sharpness, and how honest the samples are; of samplers that add noise, which follow no trajectory, the distance to data alone, over
+    several noise paths. Rows that are there already are not run again; the processes of torchrun share the others.
     """
     if report:
         check_packages()
     counts = None if nfe is None else integers(nfe, "--nfe")
+    if stochastic and task is not None:
+        raise FewstepError("--stochastic and --task are two benchmarks: say one of them")
+    if paths is not None and not stochastic:
+        raise FewstepError("--paths is for comparing samplers that add noise: say --stochastic too")
     if task is not None:
         given = {"--peers": "peers", "--statistics": "statistics", "--any-statistics": "any_statistics", "--sampler": "samplers"}
         alien = [flag for flag, name in given.items() if rest.keywords[name]] + (["--guidance"] if guidance is not None else [])
@@ -112,6 +132,10 @@ def bench(
         return
     own = {"--method": method, "--samples": samples, "--several": several}
     _refuse([flag for flag, value in own.items() if value is not None], "restoring pictures", "say --task too, as --task upscale,inpaint")
+    if stochastic:
+        fields = {"solvers": words(solver), "grids": words(grid), "nfe": counts, "num": num, "batch": batch, "paths": paths}
+        bench_noise(model, rest, fields, out, command(), guidance=guidance, report=report, trust=trust, json=json)
+        return
     rest = partial(rest, **{name: value for name, value in {"num": num, "batch": batch}.items() if value is not None})
     opened = open_model(model, trust=trust)
     alone = bool(rest.keywords["samplers"]) and solver is None and grid is None and not rest.keywords["peers"]
@@ -120,9 +144,7 @@ def bench(
         default if one is None else one for one, default in zip(typed, ((), (), ()) if alone else _rows(opened), strict=True)
     )
     config = rest(solvers=solvers, grids=grids, nfe=counts, guidance=guidance_of(opened, guidance))
-    asked = [flag for flag, given in (("--statistics", config.statistics), ("--any-statistics", config.any_statistics)) if given]
-    if asked and not any(takes_statistics(one) for one in config.solvers if one != FITTED):
-        raise FewstepError(f"none of {', '.join(config.solvers) or 'these samplers'} takes statistics: leave {' and '.join(asked)} out")
+    needs_statistics(config)
     compared = run_bench(opened, config, out, command(), report=report)
     if process()[0]:
         return

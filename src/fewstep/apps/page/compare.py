@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,39 @@ from fewstep.apps.page.running import Running
 from fewstep.apps.page.sample import DEFAULT, RECOMMENDED, grids_of, saved_for, solvers_of, whole_of
 from fewstep.apps.page.shown import frame, refused
 from fewstep.apps.page.workshop import Workshop
+from fewstep.core.schedule import VarianceExploding
 from fewstep.evaluate.report.findings import read_folders
 from fewstep.evaluate.report.write import report_page
+from fewstep.models.carried import FITTED
 from fewstep.models.generate import default_grid
 from fewstep.models.problem import check_seeds
-from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.errors import FewstepError, SolverError
+from fewstep.sampling.sampler import Sampler
+from fewstep.solvers import make_solver, takes_statistics
 
 __all__ = ["begin_compare", "report_of", "runs_below", "samplers_to_compare", "tab"]
 
 MOST_NFE, MOST_NOISES, MOST_ROWS, DEPTH = 200, 2048, 200, 3
+STEPS = range(12, 8, -1)  # evaluations, of which each solver can make some
 
 
 def samplers_to_compare(models: Models, name: str) -> tuple[list[str], list[str]]:
-    """Return the solvers and the grids to choose rows from for a model."""
+    """Return the solvers and the grids to choose rows from for a model; a solver that adds noise has no error to a trajectory."""
     saved = saved_for(models.out, models.open(name))
-    solvers = [one for one in solvers_of(models, name) if one != RECOMMENDED and one not in saved]
-    return solvers, [one for one in grids_of(models, name) if one != DEFAULT]
+    able = [one for one in solvers_of(models, name) if one != RECOMMENDED and one not in saved]
+    return [one for one in able if not _adds_noise(one)], [one for one in grids_of(models, name) if one != DEFAULT]
+
+
+@cache
+def _adds_noise(solver: str) -> bool:
+    """Return whether a solver adds noise, on any grid that it can use."""
+    if solver == FITTED or takes_statistics(solver):
+        return False
+    method, law = make_solver(solver), VarianceExploding()
+    for nfe in STEPS:
+        with suppress(SolverError):
+            return Sampler.build(method, "karras", law, nfe=nfe).tableau.stochastic
+    return False
 
 
 def begin_compare(

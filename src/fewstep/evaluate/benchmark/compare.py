@@ -67,14 +67,15 @@ def compare(
 ) -> Comparison:
     """Compare samplers on the same noises, by their distance to the exact solution of the sampling ODE.
 
-    A sampler that fails is a row that says why, and the others go on; one that cannot make a number of evaluations at all is
-    listed as not run. Everything runs on the model's device. docs/benchmarks.md has the protocol and the meaning of each number.
+    A sampler that fails is a row that says why, and the others go on; one that cannot make a number of evaluations at all, or adds noise
+    and so has no exact solution to be compared with, is listed as not run (docs/noise.md has a benchmark of these). Everything runs on
+    the model's device. docs/benchmarks.md has the protocol and the meaning of each number.
 
     Args:
         model: what is sampled. A tuned model or a student is measured against its teacher's exact trajectories.
         what: the samplers, one or a list, of any mixture of
 
-            - names of solvers (``"unipc-2"``, ``"DPM++ 2M"``, ``"ddim:eta=0.5"``), and ``"fitted"`` for those that the model carries;
+            - names of solvers (``"unipc-2"``, ``"DPM++ 2M"``, ``"ddim:eta=0"``), and ``"fitted"`` for those that the model carries;
             - `Solver` objects, also of classes of your own;
             - `Sampler` objects, or dicts of them as `fit` and `optimize` return; they have their own ``nfe`` and grid;
             - folders of saved samplers, as `pathlib.Path`;

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -78,6 +78,18 @@ class Entry(ABC):
 
     @property
     @abstractmethod
+    def stochastic(self) -> bool | None:
+        """Whether it adds noise, so that it follows no trajectory; None of somebody else's function, of which only its samples say it."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of its formulas by name, where they are known: numbers and words."""
+        sampler = self.sampler
+        options = {} if sampler is None else dict(sampler.options)
+        return {name: value for name, value in options.items() if isinstance(value, bool | int | float | str)}
+
+    @property
+    @abstractmethod
     def time_grid(self) -> TimeGrid:
         """The times of its grid.
 
@@ -90,13 +102,14 @@ class Entry(ABC):
         """Say why it cannot run at all; empty if it can."""
 
     @abstractmethod
-    def samples(self, denoiser: Denoiser | FlowMap, seeds: Sequence[int], cond: Cond) -> Tensor:
+    def samples(self, denoiser: Denoiser | FlowMap, seeds: Sequence[int], cond: Cond, noise: Sequence[int] | None = None) -> Tensor:
         """Sample the noises of ``seeds``, ``[len(seeds), *D]``.
 
         Args:
             denoiser: that of the problem, or a wrapper around it.
-            seeds: of the noises.
+            seeds: of the noises that the samples start from.
             cond: the condition of each.
+            noise: the seeds of the noise that the sampler adds on the way; by default those of the start.
         """
 
     def same_as(self, other: Entry) -> bool:
@@ -190,6 +203,17 @@ class HandMadeEntry(Entry):
     def sampler(self) -> Sampler:
         return self._built
 
+    @property
+    def stochastic(self) -> bool:
+        try:
+            return self.sampler.tableau.stochastic
+        except Exception:  # it cannot be built: `why_not`, or the row of somebody's own code, says why
+            return False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return super().options if self.named else {}
+
     def why_not(self) -> str:
         try:
             nodes = self._solver.nodes(self.time_grid, self.problem.schedule)
@@ -202,8 +226,8 @@ class HandMadeEntry(Entry):
                 raise
         return ""
 
-    def samples(self, denoiser: Denoiser | FlowMap, seeds: Sequence[int], cond: Cond) -> Tensor:
-        return _sampled(self.sampler, self.problem, denoiser, seeds, cond)
+    def samples(self, denoiser: Denoiser | FlowMap, seeds: Sequence[int], cond: Cond, noise: Sequence[int] | None = None) -> Tensor:
+        return _sampled(self.sampler, self.problem, denoiser, seeds, cond, noise)
 
     def same_as(self, other: Entry) -> bool:
         if not isinstance(other, HandMadeEntry):
@@ -242,6 +266,10 @@ class SamplerEntry(Entry):
         return self.given
 
     @property
+    def stochastic(self) -> bool:
+        return not isinstance(self.given, SolverError) and self.given.tableau.stochastic
+
+    @property
     def time_grid(self) -> TimeGrid:
         return self.sampler.grid
 
@@ -259,12 +287,15 @@ class SamplerEntry(Entry):
             return str(error)
         return ""
 
-    def samples(self, denoiser: Denoiser | FlowMap, seeds: Sequence[int], cond: Cond) -> Tensor:
-        return _sampled(self.sampler, self.problem, denoiser, seeds, cond)
+    def samples(self, denoiser: Denoiser | FlowMap, seeds: Sequence[int], cond: Cond, noise: Sequence[int] | None = None) -> Tensor:
+        return _sampled(self.sampler, self.problem, denoiser, seeds, cond, noise)
 
 
-def _sampled(sampler: Sampler, problem: Problem, denoiser: Denoiser | FlowMap, seeds: Sequence[int], cond: Cond) -> Tensor:
-    return run(denoiser, sampler.tableau, problem.start(seeds, sampler.tableau.nodes), cond, seeds=seeds)
+def _sampled(
+    sampler: Sampler, problem: Problem, denoiser: Denoiser | FlowMap, seeds: Sequence[int], cond: Cond, noise: Sequence[int] | None
+) -> Tensor:
+    x = problem.start(seeds, sampler.tableau.nodes)
+    return run(denoiser, sampler.tableau, x, cond, seeds=seeds if noise is None else noise)
 
 
 # -- of others ----------------------------------------------------------------------------------------------------------
@@ -281,7 +312,7 @@ class _ForeignEntry(Entry):
 
     @abstractmethod
     def run(self, denoiser: Denoiser, x: Tensor, seeds: Sequence[int], cond: Cond) -> Tensor:
-        """Sample from ``x [B, *D]`` at the grid's first time to its last."""
+        """Sample from ``x [B, *D]`` at the grid's first time to its last; ``seeds`` are those of the noise that it adds."""
 
     @cached_property
     def _times(self) -> TimeGrid:
@@ -302,10 +333,10 @@ class _ForeignEntry(Entry):
             return str(error)
         return ""
 
-    def samples(self, denoiser: Denoiser | FlowMap, seeds: Sequence[int], cond: Cond) -> Tensor:
+    def samples(self, denoiser: Denoiser | FlowMap, seeds: Sequence[int], cond: Cond, noise: Sequence[int] | None = None) -> Tensor:
         assert not isinstance(denoiser, FlowMap)  # `why_not` says so
         x = self.problem.start(seeds, Nodes.at(self.problem.schedule, self.time_grid.t))
-        return self.run(denoiser, x, seeds, cond)
+        return self.run(denoiser, x, seeds if noise is None else noise, cond)
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,6 +350,10 @@ class PeerEntry(_ForeignEntry):
     @property
     def steps(self) -> int:
         return peer_steps(self.solver, self.nfe, to_clean=self.problem.schedule.ends_clean)
+
+    @property
+    def stochastic(self) -> bool:
+        return False  # these are solvers of the sampling ODE
 
     @property
     def artifact(self) -> str | None:
@@ -345,6 +380,10 @@ class ThirdPartyEntry(_ForeignEntry):
     @property
     def steps(self) -> int:
         return self.nfe
+
+    @property
+    def stochastic(self) -> None:
+        return None
 
     @property
     def artifact(self) -> str | None:

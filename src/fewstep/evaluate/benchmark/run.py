@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.core.denoiser import Cond, FlowMap
-from fewstep.data.images import load_images
+from fewstep.core.denoiser import FlowMap
+from fewstep.evaluate.benchmark.bench import Bench, check_some_run, compared_with, on_path, one_machine, paths_differ, run_rows
 from fewstep.evaluate.benchmark.comparison import Comparison
-from fewstep.evaluate.benchmark.cost import PeakMemory, machine_of, now, timed
 from fewstep.evaluate.benchmark.entries import Entry
 from fewstep.evaluate.benchmark.exact import exact_problem, exact_samples
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig, Setup, planned_entries
 from fewstep.evaluate.metrics.confidence import rms, rmse_interval, sample_errors
 from fewstep.evaluate.metrics.distances import rmse
-from fewstep.evaluate.metrics.quality import NO_METRICS, Quality
-from fewstep.evaluate.rows import REFERENCE, Key, Row, has_errors, picture_file, read_results, read_samples, save_samples
-from fewstep.models.guidance import calls_of
+from fewstep.evaluate.metrics.quality import NO_METRICS
+from fewstep.evaluate.rows import REFERENCE, Row, has_errors, picture_file, read_results, read_samples, save_samples
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem
 from fewstep.runtime.artifact import Number, held_to, read_file, write_whole
-from fewstep.runtime.errors import FewstepError, SolverError
+from fewstep.runtime.errors import SolverError
 from fewstep.runtime.job import Job
 from fewstep.runtime.process import default_device, from_first, gather
 from fewstep.sampling.reference import REFERENCE_NFE
 
 __all__ = ["benchmark", "run_entries"]
 
-log = logging.getLogger("fewstep")
 WORK = "benchmark"
+NO_TRAJECTORY = (
+    "{} adds noise, so its samples follow no trajectory and have no error to one: compare it by the distance to the data, "
+    "with fewstep bench --stochastic"
+)
 
 
 def benchmark(
@@ -54,8 +51,8 @@ def benchmark(
 ) -> Comparison:
     """Run all rows of a benchmark by names and write them to ``out/results.json``, after each row; rows already there are not run again.
 
-    A sampler that fails, by an exception or by samples that are not finite, is a row that says why; the others go on. The processes of
-    ``torchrun`` share the rows, and all of them get the result.
+    A sampler that fails, by an exception or by samples that are not finite, is a row that says why; the others go on. One that adds noise
+    is not run: it has no error to a trajectory. The processes of ``torchrun`` share the rows, and all of them get the result.
 
     Args:
         command: the command line, for the results.
@@ -71,60 +68,21 @@ def benchmark(
 
 
 def run_entries(problem: Problem, entries: Sequence[Entry], setup: Setup, job: Job) -> dict[str, Any]:
-    """Run the entries of a benchmark, in their order, and return what ``results.json`` then holds.
-
-    Each process runs whole rows, so that its times are those of one process. The first one writes the table, after each round of rows.
+    """Run the entries of a benchmark, in their order, and return what ``results.json`` then holds, see `run_rows`.
 
     Raises:
         SolverError: none of them can run (and why).
         FewstepError: the reference or the data cannot be had, or the processes are on machines of different kinds.
     """
-    skipped = {entry.key: why for entry in entries if (why := entry.why_not())}
-    if len(skipped) == len(entries):
-        raise SolverError("; ".join(dict.fromkeys(skipped.values())))
-    machine, *others = gather(machine_of(problem.device))
-    if any(other != machine for other in others):
-        raise FewstepError(f"rows are timed, and processes of this run are on different machines: {_differences([machine, *others])}")
-    bench = _Bench(problem, setup, job)
-    results = from_first(bench.results(machine) if job.rank == 0 else {})
-    results["skipped"] = [{"key": list(key), "why": why} for key, why in skipped.items()]
-    known = {field.name for field in fields(Row)}
-    rows: dict[Key, Row] = {row.key: row for row in (Row(**{name: one[name] for name in known & set(one)}) for one in results["rows"])}
-    bench.write(results)  # before any samples of another problem are overwritten
-    left = [
-        number
-        for number, entry in enumerate(entries)
-        if job.rank == 0 and entry.key not in skipped and not (entry.key in rows and bench.is_up_to_date(entry, rows[entry.key]))
-    ]
-    left = from_first(left)
-    for begin in range(0, len(left), job.world):
-        found: list[tuple[Key, Row]] = []
-        for number in left[begin : begin + job.world][job.rank : job.rank + 1]:  # one, or none in the last round
-            job.on_progress(number, " ".join(map(str, entries[number].key[1:])))
-            found.append((entries[number].key, bench.row(entries[number])))
-        for made in gather(found):
-            rows |= made
-        results["rows"] = [asdict(row) for row in rows.values()]
-        bench.write(results)
-    bench.write(results)
-    job.on_progress(len(entries), "")
-    return results
+    skipped = {entry.key: why for entry in entries if (why := _why_not(entry))}
+    check_some_run(entries, skipped)
+    machine = one_machine(problem)
+    return run_rows(_TrajectoryBench(problem, setup, job), entries, machine, skipped)
 
 
-class _Run(NamedTuple):
-    """The samples ``[num, *D]`` of a sampler, and what they cost: seconds in all and without the network, evaluations of each, bytes.
-
-    ``levels`` are the noise levels of the evaluations and of the end; ``outside`` is the share of a reflected model's pixels that lay
-    beyond its cube before they were folded.
-    """
-
-    samples: Tensor
-    seconds: float
-    solver_seconds: float
-    evaluations: int
-    peak_memory: int | None
-    levels: list[float | None]
-    outside: float | None = None
+def _why_not(entry: Entry) -> str:
+    """Say why an entry cannot be a row; empty if it can."""
+    return entry.why_not() or (NO_TRAJECTORY.format(entry.solver) if entry.stochastic else "")
 
 
 @dataclass(frozen=True)
@@ -135,58 +93,21 @@ class _Stamp:
     error: Number
 
 
-class _Bench:
-    """The noises, the conditions, the reference and the data that the rows of one benchmark share."""
+class _TrajectoryBench(Bench[Row]):
+    """A benchmark of errors to exact trajectories, and the reference that its rows share."""
+
+    row_class = Row
 
     def __init__(self, problem: Problem, setup: Setup, job: Job) -> None:
-        self.problem, self.setup, self.job = problem, setup, job
-        self.seeds = list(range(setup.seed, setup.seed + setup.num))
-        self.labels = problem.labels(self.seeds)
         exact = exact_problem(problem)
         teacher = None if exact is problem else exact.model
-        self.identity: dict[str, Any] = {
-            "fingerprint": problem.fingerprint,
-            "seed": setup.seed,
-            "num": setup.num,
-            "guidance": problem.guidance,
-            "batch": setup.batch,
-            "reference": {"solver": "unipc-3", "nfe": REFERENCE_NFE},
-        }
+        data = setup.data or problem.model.data or (None if teacher is None else teacher.data)
+        super().__init__(problem, setup, job, compared_with(problem, setup, data))
+        self.identity["reference"] = {"solver": "unipc-3", "nfe": REFERENCE_NFE}
         if teacher is not None:
             self.identity["reference"]["teacher"] = teacher.fingerprint
-        self.quality = self._quality(setup.data or problem.model.data or (None if teacher is None else teacher.data))
         self.reference_guidance = exact.guidance
         self.exact, self.reference_error = self._reference(exact)
-
-    def _quality(self, data: str | None) -> Quality | None:
-        """Return what samples are compared with; None if the model's data is not known.
-
-        Raises:
-            FewstepError: features without data, or images of another shape than the model's.
-        """
-        features, name = self.setup.features, self.problem.name
-        if data is None:
-            if features is not None:
-                raise FewstepError(
-                    f"{name} does not know its data, so there is nothing to compare features with: name the data, or leave the features out"
-                )
-            return None
-        images = load_images(data).x
-        if images.shape[1:] != self.problem.shape:
-            raise FewstepError(f"{data} has images of shape {tuple(images.shape[1:])}, {name} makes {self.problem.shape}")
-        if self.setup.data is not None:
-            fingerprint = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
-            self.identity["data"] = {"name": Path(data).stem, "num": len(images), "fingerprint": fingerprint}
-        default = "digits" if data == "digits" else "pixels"
-        return Quality.of(images, default if features is None else features, self.problem.device)
-
-    # -- samples ----------------------------------------------------------------------------------------------------
-
-    def _batches(self, every: slice = slice(None)) -> Iterator[tuple[list[int], Cond]]:
-        """Yield the batches of noises, or some of them, with their conditions."""
-        for start in range(0, len(self.seeds), self.setup.batch)[every]:
-            seeds = self.seeds[start : start + self.setup.batch]
-            yield seeds, self.problem.cond(seeds)
 
     @torch.no_grad()
     def _reference(self, exact: Problem) -> tuple[Tensor, float]:
@@ -205,7 +126,7 @@ class _Bench:
         self.job.on_progress(0, "reference trajectory")
 
         parts, error = list[Tensor](), 0.0
-        for seeds, cond in self._batches(slice(rank, None, world)):
+        for seeds, cond in self.batches(slice(rank, None, world)):
             parts.append(exact_samples(exact, seeds, cond))
             if seeds[0] == self.seeds[0]:
                 error = rmse(exact_samples(exact, seeds, cond, REFERENCE_NFE // 2), parts[0])
@@ -217,70 +138,35 @@ class _Bench:
             write_whole(about, json.dumps({"stamp": stamp, "error": error}).encode())
         return samples, error
 
-    @torch.no_grad()
-    def run(self, entry: Entry) -> _Run:
-        """Run the sampler of an entry on all noises.
-
-        Raises:
-            FewstepError: it cannot, or its samples are not finite or of another shape; whatever another library raises.
-        """
-        problem, sampler = self.problem, entry.sampler
-        memory, denoiser = PeakMemory(problem.device), timed(problem.denoiser)
-        begin, samples, times = now(problem.device), [], []
-        for seeds, cond in self._batches():
-            made = entry.samples(denoiser, seeds, cond)
-            if made.shape != (len(seeds), *problem.shape):
-                raise FewstepError(f"samples should have shape {(len(seeds), *problem.shape)}, these have {tuple(made.shape)}")
-            samples.append(made)
-            times = times or list(denoiser.times)
-        seconds, together = now(problem.device) - begin, torch.cat(samples).cpu()
-        peak = memory.bytes()
-        if denoiser.evaluated == 0:
-            raise FewstepError("it made no network evaluation")
-        bad = int((~torch.isfinite(together)).flatten(1).any(1).sum())
-        if bad:
-            raise FewstepError(f"{bad} of {len(together)} samples are not finite")
-        end = (entry.time_grid if sampler is None else sampler.grid).t[-1]
-        levels, domain, outside = self._levels([*times, float(end)]), problem.model.domain, None
-        if domain is not None:
-            outside, together = domain.outside(together), domain.fold(together)[0]
-        return _Run(together, seconds, seconds - denoiser.seconds, -(-denoiser.evaluated // len(together)), peak, levels, outside)
-
-    def _levels(self, times: list[float]) -> list[float | None]:
-        """Return ``sigma/alpha`` at some times of the schedule; None where it is infinite."""
-        schedule, t = self.problem.schedule, torch.tensor(times, dtype=torch.float64)
-        levels = (schedule.sigma(t) / schedule.alpha(t)).tolist()
-        return [level if math.isfinite(level) else None for level in levels]
-
-    # -- rows -------------------------------------------------------------------------------------------------------
-
     def row(self, entry: Entry) -> Row:
         """Run one sampler, measure it, and save its first samples and its errors; return a row that says why if that fails."""
         path = picture_file(self.job.folder, entry.key)
         try:
+            if entry.stochastic is None and self._adds_noise(entry):
+                raise SolverError(NO_TRAJECTORY.format(entry.solver))
             made = self.run(entry)
             measured = self.measure(made.samples)
         except Exception as error:
-            if entry.trusted and not isinstance(error, FewstepError | RuntimeError):
-                raise  # a mistake in this library, not a failure of the sampler
+            why = self.why_failed(entry, error)
             path.unlink(missing_ok=True)
-            why = str(error if isinstance(error, FewstepError) else FewstepError(f"{type(error).__name__}: {error}"))
-            return self._row(entry, {**NO_METRICS, "rmse": None, "seconds": None, "solver_seconds": None, "failed": why})
+            return Row(**{**self.named(entry), **NO_METRICS, "rmse": None, "seconds": None, "solver_seconds": None, "failed": why})
         errors = sample_errors(made.samples, self.exact)
         save_samples(path, made.samples, errors)
-        cost = {"seconds": made.seconds, "solver_seconds": made.solver_seconds, "peak_memory": made.peak_memory, "levels": made.levels}
-        cost |= {"outside": made.outside, "processes": self.job.world, "threads": torch.get_num_threads()}
+        cost = self.cost(entry, made)
         if isinstance(self.problem.denoiser, FlowMap):
             cost["arithmetic"] = self.problem.denoiser.arithmetic(entry.time_grid.t)
-        cost["calls"] = made.evaluations * calls_of(self.problem.denoiser)
-        if made.evaluations != entry.nfe:
-            cost |= {"nfe": made.evaluations, "planned": entry.nfe}
-        return self._row(entry, {**self.errors(errors), **measured, **cost})
+        return Row(**{**self.named(entry), **self.errors(errors), **measured, **cost})
 
-    def _row(self, entry: Entry, fields: dict[str, Any]) -> Row:
-        known = {"library": entry.library, "solver": entry.solver, "grid": entry.grid, "nfe": entry.nfe}
-        known |= {"num": self.setup.num, "guidance": self.problem.guidance, "statistics": entry.statistics}
-        return Row(**{**known, "artifact": entry.artifact, **fields})
+    @torch.no_grad()
+    def _adds_noise(self, entry: Entry) -> bool:
+        """Return whether the samples of somebody else's function depend on more than their start: by two of them, made twice."""
+        seeds = self.seeds[:2]
+        cond = self.problem.cond(seeds)
+        try:
+            first, second = (entry.samples(self.problem.denoiser, seeds, cond, on_path(seeds, path)) for path in (0, 1))
+        except Exception:  # its row says why
+            return False
+        return paths_differ(first, second)
 
     def is_up_to_date(self, entry: Entry, row: Row) -> bool:
         """Return whether a row has not failed, was made of what its entry is made of, and its samples are there."""
@@ -299,55 +185,17 @@ class _Bench:
         """Compare samples with the data as sets of images, if the data is known."""
         return NO_METRICS if self.quality is None else self.quality.measure(samples, self.labels)
 
-    # -- results ----------------------------------------------------------------------------------------------------
+    def read(self, path: Path) -> dict[str, Any]:
+        return read_results(path)
 
-    def results(self, machine: dict[str, Any]) -> dict[str, Any]:
-        """Return the results on disk if they are of this very problem, version and machine, else an empty table; others are set aside.
-
-        A row says itself how many threads and processes there were, which follow from how a run was started.
-        """
-        path, command = self.job.folder / "results.json", self.job.command
-        if path.exists():
-            old = read_results(path)
-            theirs = {**(old.get("machine") or {}), "threads": machine["threads"]}
-            if (old.get("problem"), old.get("version"), theirs) == (self.identity, version("fewstep"), machine):
-                commands = [
-                    one for one in dict.fromkeys([*str(old.get("command", "")).split(" && "), command]) if one
-                ]  # all that made its rows
-                reference, features = old.get("reference") or {}, None if self.quality is None else self.quality.name
-                if "recall" not in reference or reference.get("fd_features") != features:
-                    reference = self.reference()
-                reference = {**reference, "guidance": self.reference_guidance}  # which older versions did not write
-                return {**old, "machine": machine, "command": " && ".join(commands), "reference": reference}
-            if old.get("rows"):
-                aside = path.with_name(f"results-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.json")
-                path.replace(aside)
-                log.warning("%s was of another problem, version or machine; its rows are in %s now", path, aside.name)
-        return {
-            "version": version("fewstep"),
-            "command": command,
-            "model": self.problem.name,
-            "machine": machine,
-            "problem": self.identity,
-            "reference": self.reference(),
-            "rows": [],
-            "skipped": [],
-        }
+    def shared(self, old: Mapping[str, Any]) -> dict[str, Any]:
+        reference, features = old.get("reference") or {}, None if self.quality is None else self.quality.name
+        if "recall" not in reference or reference.get("fd_features") != features:
+            reference = self.reference()
+        return {"reference": {**reference, "guidance": self.reference_guidance}}  # which older versions did not write
 
     def reference(self) -> dict[str, Any]:
         """Describe the reference trajectory: its solver, guidance and own error, and the quality of the samples at its end."""
         halves = None if self.quality is None else self.quality.halves
         known = {**self.identity["reference"], "guidance": self.reference_guidance, "error": self.reference_error}
         return {**known, **self.measure(self.exact), "fd_data_halves": halves}
-
-    def write(self, results: dict[str, Any]) -> None:
-        """Write the results as they stand, in the first process."""
-        if self.job.rank:
-            return
-        write_whole(self.job.folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-
-
-def _differences(machines: Sequence[dict[str, Any]]) -> str:
-    """Return what is not the same on all machines."""
-    found = [f"{key} {' and '.join(sorted({str(one[key]) for one in machines}))}" for key in machines[0]]
-    return ", ".join(text for text in found if " and " in text) + "; use machines of one kind, and start all processes alike"

@@ -32,6 +32,7 @@ from fewstep.runtime.errors import FewstepError, SolverError
 __all__ = ["SIGNATURE", "ThirdPartySampler", "run_third_party"]
 
 SIGNATURE = "f(model, x, sigmas, extra_args=None, callback=None, disable=None)"
+STREAM = 2**62  # beyond the seeds that starts are drawn from, one by one
 SAME_LEVEL = 1e-6  # relative: a level of the grid that was rounded to float32
 
 
@@ -148,7 +149,7 @@ class _Denoised:
 def run_third_party(sampler: ThirdPartySampler, denoiser: Denoiser, grid: TimeGrid, x: Tensor, cond: Cond, seeds: Sequence[int]) -> Tensor:
     """Sample from ``x [B, *D]`` at the grid's first time to its last. ``[B, *D]``.
 
-    Random numbers from torch's own generators follow from the first seed.
+    Random numbers from torch's own generators follow from the first seed, and are none of those that a start is drawn from.
 
     Raises:
         SolverError: the grid begins at ``alpha = 0``, where ``x/alpha`` is infinite.
@@ -162,7 +163,7 @@ def run_third_party(sampler: ThirdPartySampler, denoiser: Denoiser, grid: TimeGr
     model = _Denoised(denoiser, nodes, cond)
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seeds[0])
+        torch.manual_seed(STREAM + seeds[0])
         try:
             made = sampler.function(model, state, model.level.to(state.dtype).to(state.device), extra_args={}, callback=None, disable=True)
         except SystemExit as end:
