@@ -85,7 +85,7 @@ def bench_stochastic(
         SolverError: no sampler can be run, or none of those that can adds noise.
         ArtifactError: another job works in the folder, it cannot be written, or a file in it is damaged.
 
-    Example:
+    Examples:
         >>> import tempfile, fewstep
         >>> from fewstep.evaluate.stochastic.run import StochasticBenchConfig, bench_stochastic
         >>> from fewstep.models.problem import Problem
