@@ -26,7 +26,12 @@ class FewPassObjective(MatchingObjective):
 
     One fake denoises the samples of all passes, in the proportions in which these are trained. Arguments and errors are those of
     `MatchingObjective`; beside them a level that the noise law does not have, and any student to begin with, are refused.
+
+    Attributes:
+        passes: its passes.
     """
+
+    passes: Passes
 
     def times(self) -> TimeGrid:
         if self.begin is not None:
