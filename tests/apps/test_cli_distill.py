@@ -171,6 +171,16 @@ def test_a_generator_is_trained_without_trajectories(monkeypatch, capsys, tmp_pa
     assert run(monkeypatch, *words, "--method", "dmd", "--from", tmp_path / "em", "--out", tmp_path / "dmd") == 0
     said = capsys.readouterr().out
     assert "(kept)" in said and "loss of the fake" in said and load_model(tmp_path / "dmd").tuned.form == "matching"
+    few = ("--method", "dmd", "--passes", 2, "--levels", "3,0.5", "--fake-rank", 2, "--out", tmp_path / "few")
+    assert run(monkeypatch, *words, *few, "--json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert list(done["passes"]) == ["2"] and done["fake"]["rank"] == 2
+    assert run(monkeypatch, "sample", tmp_path / "few", "--num", 2, "--out", tmp_path / "more", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["nfe"] == 2
+    assert run(monkeypatch, "bench", tmp_path / "few", "--num", 4, "--out", tmp_path / "bench-few") == 0
+    capsys.readouterr()
+    assert run(monkeypatch, *words, *few[:-1], tmp_path / "bad", "--from", tmp_path / "em") == 2
+    assert "several passes begin with the teacher's own network" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.slow

@@ -13,10 +13,12 @@ from tests.problems import DSNO
 from fewstep import (
     CalibrationConfig,
     DistillConfig,
+    EMConfig,
     FinetuneConfig,
     FitConfig,
     FitForm,
     FlowMapConfig,
+    MatchingConfig,
     OptimizeConfig,
     ParallelConfig,
     TrajectoryConfig,
@@ -232,6 +234,13 @@ def test_distill_into_a_flow_map(passed: Callable) -> None:
     assert args == ("flow-map",) and options["config"] == FlowMapConfig(**own, form=FlowMapForm(8, "v", "mid"), loss="l2", lr=0.1)
     assert options["images"].name == "digits" and options["features"] is None
     assert passed("make_student", "distill", "digits-edm", "--method", "flow-map")[1]["config"] == FlowMapConfig()
+
+
+def test_distill_in_passes(passed: Callable) -> None:
+    words = ("--method", "dmd", "--passes", 2, "--levels", "3,0.5", "--fake-rank", 4)
+    args, options = passed("make_student", "distill", "digits-edm", *words)
+    assert args == ("dmd",) and options["config"] == MatchingConfig(passes=2, levels=(3.0, 0.5), fake_rank=4)
+    assert passed("make_student", "distill", "digits-edm", "--method", "em")[1]["config"] == EMConfig()
 
 
 def test_train(passed: Callable) -> None:

@@ -41,6 +41,7 @@ ROUNDED = {  # where differences pass rounding on: a sweep's of states, and thos
     "fit": 1e-3,
     "distill dmd": 1e-3,
     "distill em": 1e-3,
+    "distill em in passes": 1e-3,
 }
 
 
@@ -127,6 +128,7 @@ PROGRESSIVE = ProgressiveConfig(nfe=(2,), steps=12, batch=4, lr=1e-2, ema=0.5, h
 MATCHING: dict[str, Any] = {"steps": 6, "batch": 4, "lr": 1e-2, "ema": 0.5, "held_out": 8, "updates": 1, "before": 1, "measures": 2}
 DMD = fewstep.MatchingConfig(**MATCHING)
 EM = fewstep.EMConfig(**MATCHING, langevin=2)
+FEW = fewstep.EMConfig(**MATCHING, langevin=2, passes=2, fake_rank=2)
 
 
 class Mean:
@@ -242,6 +244,16 @@ LEARNERS = {
         guidance=lambda found: found.tuned.guidance,
         use=lambda model, found: pictures(found, None, nfe=1),
         figures={"curve", "scores", "kept", "passes", "arithmetic", "seconds"},
+        total=6,
+        reads=False,
+    ),
+    "distill em in passes": Learner(
+        run=lambda model, **given: fewstep.distill(model, "em", **{"config": FEW, "judge": Mean(), **given}),
+        load=saved_student,
+        numbers=of_student,
+        guidance=lambda found: found.tuned.guidance,
+        use=lambda model, found: pictures(found, None, nfe=2),
+        figures={"curve", "scores", "kept", "passes", "arithmetic", "fake", "seconds"},
         total=6,
         reads=False,
     ),

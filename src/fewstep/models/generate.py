@@ -361,7 +361,7 @@ def best_sampler(model: Model, nfe: int | None = None, guidance: float = 1.0) ->
         SolverError: it carries none (and what there is).
     """
     tuned = model.tuned
-    if tuned is not None and tuned.halved and nfe not in (None, tuned.nfe):
+    if tuned is not None and tuned.own_steps and nfe not in (None, tuned.nfe):
         raise SolverError(
             f"{model.name} was taught its own {counted(tuned.nfe or 1, 'step')} alone, not {nfe}: leave nfe out, or sample its teacher, "
             f"{tuned.teacher}"

@@ -431,13 +431,14 @@ class Model:
             ArtifactError: its own grid is damaged.
         """
         tuned = self.tuned
-        if tuned is None or not tuned.halved or tuned.solver is None or tuned.nfe is None:
+        if tuned is None or not tuned.own_steps or tuned.solver is None or tuned.nfe is None:
             return
         tables = [one for one in self.carried.grids if one.solver == tuned.solver and tuned.nfe in one.grids]  # at another scale, too
         grid = tables[0].grids[tuned.nfe] if tables else self.optimized(tuned.solver, tuned.nfe)
         own = Sampler.build(tuned.solver, grid, self.schedule).tableau
         same = tableau.nodes.t.shape == own.nodes.t.shape and torch.allclose(tableau.nodes.t, own.nodes.t, rtol=1e-9)
-        if not same or not torch.allclose(tableau.unrolled().answers, own.unrolled().answers, rtol=1e-9):
+        same = same and torch.allclose(tableau.unrolled().answers, own.unrolled().answers, rtol=1e-9)
+        if not same or not torch.allclose(tableau.noise, own.noise, rtol=1e-9):
             times = ", ".join(f"{t:.6g}" for t in own.nodes.t.tolist())
             raise SolverError(
                 f"{self.name} was taught its own {counted(tuned.nfe, 'step')} of {tuned.solver} alone, at the times {times}: leave solver, "
@@ -543,7 +544,7 @@ class Model:
                 raise GridError(f"{self.name} is a student without times of its own at guidance {guidance:g}: leave guidance out")
             anywhere = "say --grid angle, or another spacing" if self.flow_map.anywhere else "name times that it knows, by --times"
             raise GridError(f"{self.name} is a student whose folder has no times of its own (optimized/ddim is missing): {anywhere}")
-        if table is None and self.tuned is not None and self.tuned.halved:
+        if table is None and self.tuned is not None and self.tuned.own_steps:
             steps = counted(self.tuned.nfe or 1, "step")
             raise GridError(
                 f"{self.name} was taught its own {steps} of {self.tuned.solver} alone, not {solver}: leave --solver and --grid out, or "
@@ -558,7 +559,7 @@ class Model:
             )
         if table.model != self.fingerprint:
             raise ArtifactError(f"the optimized grids {self._other_weights(table.model)}, or name another grid")
-        fixed = self.flow_map is not None or (self.tuned is not None and self.tuned.halved)
+        fixed = self.flow_map is not None or (self.tuned is not None and self.tuned.own_steps)
         if fixed and nfe not in table.grids:
             first, *more = sorted(table.grids)
             passes = counted(first, "pass") if not more else f"{', '.join(map(str, (first, *more)))} passes"

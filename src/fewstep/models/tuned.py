@@ -49,8 +49,13 @@ class Tuned:
 
     @property
     def halved(self) -> bool:
-        """Whether it was made by progressive distillation, so that its answers are for its own steps alone."""
+        """Whether it was made by progressive distillation, so that its steps may be halved again."""
         return self.form == "progressive"
+
+    @property
+    def own_steps(self) -> bool:
+        """Whether its answers are for its own steps of `solver` alone: it was halved, or makes several passes that match a distribution."""
+        return self.halved or (self.form == "matching" and self.solver == "lcm")
 
     def save(self, folder: Path) -> None:
         """Write ``tuned.json``, whole or not at all."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 __all__ = ["ALIASES", "GRID_HINT", "LEVELS", "REFUSED"]
 
-ALIASES: dict[str, str] = {  # their name -> ours
+MENUS: dict[str, str] = {  # their name -> ours
     "DDIM": "ddim",
     "Euler": "euler",
     "Heun": "heun",
@@ -69,8 +69,11 @@ ALIASES: dict[str, str] = {  # their name -> ours
     "er_sde": "er-sde-3:integrals=sum",
 }
 SAME_THERE = ("euler", "heun", "heunpp2", "lms", "ddpm", "lcm", "ipndm")  # solvers that ComfyUI calls by the same names
-ALIASES |= {f"sample_{name}": name for name in SAME_THERE}  # and the functions of k-diffusion and ComfyUI behind its names
-ALIASES |= {f"sample_{name}": ours for name, ours in ALIASES.items() if name == name.lower() and not name.startswith("sample_")}
+ALIASES: dict[str, str] = {  # and the functions of k-diffusion and ComfyUI behind its names
+    **MENUS,
+    **{f"sample_{name}": name for name in SAME_THERE},
+    **{f"sample_{name}": ours for name, ours in MENUS.items() if name == name.lower() and not name.startswith("sample_")},
+}
 
 ADAPTIVE = "it chooses its steps by an error while it samples, so it has no number of evaluations; dpm-solver-3s has its formulas on a grid"
 PLUS_PLUS = "it is a solver with CFG++ guidance: pass guidance_form='cfg++' to fewstep.sample, with the solver {}"

@@ -25,7 +25,7 @@ from fewstep.runtime.process import default_device, process
 
 __all__ = ["distill"]
 
-FIGURES = ("curve", "calls", "ends", "scores", "kept", "slots", "passes", "passes_by_scale", "arithmetic", "trained_on", "seconds")
+FIGURES = ("curve", "calls", "ends", "scores", "kept", "slots", "passes", "passes_by_scale", "arithmetic", "trained_on", "fake", "seconds")
 SCORES = ("fd", "precision", "recall", "fake", "teacher")
 METHODS = "; ".join(f"{name}: {method.about}" for name, method in OBJECTIVES.items()) + "."
 FLAGS = {

@@ -226,10 +226,10 @@ def _result(objective: StudentObjective, trained: Trained, figures: dict[str, An
     about = {"teacher": model.name, "fingerprint": model.fingerprint, "guidance": "told" if tuned.guidance is None else tuned.guidance}
     about |= {} if objective.trajectories is None else {"trajectories": config.num}
     objective.describe(student, {**about, **objective.facts(figures), "command": job.command})
-    grids = objective.grids(figures)
+    grids, solver = objective.grids(figures), tuned.solver or "ddim"
 
     def table(made: Model) -> GridTable:
-        return GridTable("ddim", made.fingerprint, None if tuned.guidance is None else 1.0, made.schedule, grids, {"command": job.command})
+        return GridTable(solver, made.fingerprint, None if tuned.guidance is None else 1.0, made.schedule, grids, {"command": job.command})
 
     if job.in_memory:
         made = replace(objective.model(student), name=f"{model.name}-student", data=model.data, folder=None)
@@ -239,7 +239,7 @@ def _result(objective: StudentObjective, trained: Trained, figures: dict[str, An
         network.register_to_config(_name_or_path=out.name)  # not a folder of this machine
     objective.save(student, out)
     if grids:
-        table(load_folder(out, trust=True)).save(out / OPTIMIZED / "ddim")
+        table(load_folder(out, trust=True)).save(out / OPTIMIZED / solver)
     write_whole(
         out / "history.json", (json.dumps({"config": asdict(config), "of": model.fingerprint, **figures}, indent=1) + "\n").encode()
     )

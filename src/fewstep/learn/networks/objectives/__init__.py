@@ -14,6 +14,7 @@ from fewstep.learn.networks.objectives.flow_map import FlowMapConfig, FlowMapObj
 from fewstep.learn.networks.objectives.guided import GuidedConfig, GuidedObjective
 from fewstep.learn.networks.objectives.matching import JudgeOfSamples, MatchingObjective
 from fewstep.learn.networks.objectives.matching_config import EMConfig, MatchingConfig
+from fewstep.learn.networks.objectives.matching_few import FewPassObjective
 from fewstep.learn.networks.objectives.objective import StudentObjective
 from fewstep.learn.networks.objectives.operator import DistillConfig, OperatorObjective
 from fewstep.learn.networks.objectives.progressive import ProgressiveConfig, ProgressiveObjective
@@ -110,14 +111,15 @@ def _progressive(problem: Problem, config: ProgressiveConfig, given: Given) -> P
 
 def _matching(problem: Problem, config: MatchingConfig, given: Given) -> MatchingObjective:
     """Make a generator whose samples have the right distribution."""
-    return MatchingObjective(problem, config, given.judge, given.begin)
+    kind = MatchingObjective if config.passes == 1 else FewPassObjective
+    return kind(problem, config, given.judge, given.begin)
 
 
 OBJECTIVES: dict[str, Method] = {
     "flow-map": Method(FlowMapConfig, _flow_map, ("images",), "any number of passes", every_scale=True),
     "guided": Method(GuidedConfig, _guided, ("images",), "one call for any guidance scale"),
     "progressive": Method(ProgressiveConfig, _progressive, (), "half as many steps, again and again", every_scale=True),
-    "dmd": Method(MatchingConfig, _matching, ("judge",), "one step that matches distributions"),
+    "dmd": Method(MatchingConfig, _matching, ("judge",), "one pass, or a few, that match distributions"),
     "em": Method(EMConfig, _matching, ("judge",), "the same by Langevin steps (EM distillation)"),
     "dsno": Method(DistillConfig, _dsno, ("features",), "slots that meet in temporal layers"),
     "slots": Method(DistillConfig, _slots, ("features",), "slots that do not meet"),

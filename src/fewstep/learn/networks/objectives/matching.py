@@ -2,8 +2,8 @@ r"""Distil a model into a generator whose samples have the right distribution: E
 
 A regression student answers the mean of where near noises lead. A distribution matching student may send a noise to any picture, and only
 has to make the right pictures in the right proportions. Its generator is one first-order step of the teacher's network, or a student of
-regression. A second network beside it, the *fake*, learns to denoise the generator's own samples; where it and the teacher disagree, see
-`matching_step`, is where the samples are to move.
+regression; of several passes see `matching_few`. A second network beside it, the *fake*, learns to denoise the generator's own samples;
+where it and the teacher disagree, see `matching_step`, is where the samples are to move.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +26,10 @@ from fewstep.core.prediction import add_noise, aligned, prediction
 from fewstep.core.spacings import make_grid
 from fewstep.core.tableau import Nodes
 from fewstep.learn.networks.loop import Companion, Selection
+from fewstep.learn.networks.low_rank import LowRankNetwork, ThroughUpdates, memory_in_words
 from fewstep.learn.networks.objectives.distances import DISTANCES
 from fewstep.learn.networks.objectives.matching_config import MatchingConfig
+from fewstep.learn.networks.objectives.matching_passes import Turn
 from fewstep.learn.networks.objectives.matching_step import direction, matching_loss
 from fewstep.learn.networks.objectives.objective import Networks, StudentObjective
 from fewstep.learn.teacher.batches import FIRST_FRESH, Batch, TeacherData
@@ -35,6 +37,7 @@ from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.models.flow_map_student import FlowMapStudent
 from fewstep.models.formats.folders import as_student, imports_code, save_like
 from fewstep.models.model import Model
+from fewstep.models.networks.calls import network_dtype, plain_call, unwrapped
 from fewstep.models.networks.operator import OperatorForm, OperatorStudent
 from fewstep.models.networks.temporal_unet import Mixing
 from fewstep.models.problem import Problem
@@ -45,7 +48,7 @@ from fewstep.sampling.noise import seeded_noise
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver
 
-__all__ = ["JudgeOfSamples", "MatchingObjective", "generate"]
+__all__ = ["JudgeOfSamples", "MatchingObjective", "Rows", "generate"]
 
 log = logging.getLogger("fewstep")
 
@@ -101,7 +104,8 @@ class MatchingObjective(StudentObjective):
 
     Raises:
         FewstepError: no judge; a start outside the noise law, or beside a student to begin with.
-        ModelError: a student to begin with that has several slots, or another teacher.
+        ModelError: a student to begin with that has several slots, or another teacher; a fake of low rank for a network without layers
+            for it.
     """
 
     kind = "matching"
@@ -121,17 +125,37 @@ class MatchingObjective(StudentObjective):
             )
         self.problem, self.config, self.judge, self.begin = problem, config, judge, begin
         self.output = prediction(problem.model.prediction)
-        end = problem.model.trajectory_grid("angle", 1, problem.guidance).t[-1]
-        level = START if config.start is None else config.start
-        first = self._time_of(level) if begin is None else self._first_of(begin)
-        self.grid = TimeGrid(torch.stack([first, end]))
+        self.grid = self.times()
         _ = problem.teacher
-        self.fake = self.copied().to(problem.device)
+        self.fake: nn.Module = self.copied().to(problem.device) if config.fake_rank is None else self._fake_of(config.fake_rank)
         self.companion = Companion(self.fake, self._loss_of_fake, FASTER * config.lr, config.updates, config.before)
         self.scores = Selection(self._measured, max(1, config.steps // config.measures))
         self.selection = self.scores
         with torch.no_grad():  # what cannot be made or asked is refused before long work
-            generate(self.student(), seeded_noise([0], problem.shape).to(problem.device), problem.cond([0]))
+            self.answers(self.student(), [0])
+
+    @property
+    def start(self) -> float:
+        """The noise level at which the teacher's network begins."""
+        return START if self.config.start is None else self.config.start
+
+    def times(self) -> TimeGrid:
+        """Return the times at which the generator's passes begin, and the last one's end.
+
+        Raises:
+            FewstepError: the noise law has no such start, or it stands beside a student to begin with.
+            ModelError: that is no student of one pass, of another teacher, or at another guidance.
+        """
+        first = self.time_of(self.start) if self.begin is None else self._first_of(self.begin)
+        end = self.problem.model.trajectory_grid("angle", 1, self.problem.guidance).t[-1]
+        return TimeGrid(torch.stack([first, end]))
+
+    def _fake_of(self, rank: int) -> LowRankNetwork:
+        """Return a fake of the teacher's own weights with updates of low rank."""
+        problem = self.problem
+        x, cond = torch.zeros(1, *problem.shape, device=problem.device), problem.cond([0])
+        network: Any = problem.model.network
+        return LowRankNetwork(network, rank, lambda network: self.model_of(network)(x, self.grid.t[:1], cond), seed=self.config.seed)
 
     def _first_of(self, begin: Model) -> Tensor:
         """Return the time at which a student to begin with starts.
@@ -154,8 +178,8 @@ class MatchingObjective(StudentObjective):
         self.check_teacher(begin, self.problem.guidance)
         return student.times[0] if isinstance(student, OperatorStudent) else torch.tensor(student.first, dtype=torch.float64)
 
-    def _time_of(self, level: float) -> Tensor:
-        """Return the time with a noise level, or that of the network's table which is nearest.
+    def time_of(self, level: float, name: str = "start") -> Tensor:
+        """Return the time with a noise level, or that of the network's table which is nearest; ``name`` is what an error calls the level.
 
         Raises:
             FewstepError: the noise law has no such level.
@@ -164,7 +188,7 @@ class MatchingObjective(StudentObjective):
         last = torch.tensor(schedule.t_last, dtype=torch.float64)
         low, high = (float(torch.exp(-schedule.lam(t))) for t in (last, schedule.ends[0]))
         if not low < level <= high * (1 + 1e-9):
-            raise FewstepError(f"start is a noise level between {low:.3g} and {high:.3g} of the model's noise law, got {level:g}")
+            raise FewstepError(f"{name} is a noise level between {low:.3g} and {high:.3g} of the model's noise law, got {level:g}")
         return self._known(schedule.t_of_lam(-torch.log(torch.tensor([level], dtype=torch.float64))))[0]
 
     def _known(self, t: Tensor) -> Tensor:
@@ -217,9 +241,10 @@ class MatchingObjective(StudentObjective):
 
     def _loss_of_fake(self, network: nn.Module, fake: nn.Module, size: int, generator: torch.Generator) -> Tensor:
         """Return the loss ``[]`` of denoising score matching of the fake on the generator's samples."""
-        rows = self._rows(size, generator)
+        bare = getattr(network, "module", network)
+        rows = self.led(bare, self._rows(size, generator))
         with torch.no_grad():
-            x0 = generate(getattr(network, "module", network), rows.z, rows.cond)
+            x0 = self.made_of(bare, rows, rows.z)
         return self.denoising_loss(fake, x0, rows)
 
     def levels(self, size: int, generator: torch.Generator) -> Tensor:
@@ -227,20 +252,41 @@ class MatchingObjective(StudentObjective):
         u = torch.exp(self.config.p_mean + self.config.p_std * torch.randn(size, generator=generator, dtype=torch.float64))
         return self._known(self.problem.schedule.t_of_lam(-torch.log(u.clamp(*LEVELS))))
 
-    def _rows(self, size: int, generator: torch.Generator, injected: int = 0) -> _Rows:
+    def _rows(self, size: int, generator: torch.Generator, injected: int = 0) -> Rows:
         """Draw the rows of a training step and return this process's share: the same for any number of processes."""
         mine, shape, classes = torch.tensor(share(range(size))), self.problem.shape, self.problem.model.classes
         z, e = torch.randn(2, size, *shape, generator=generator)[:, mine].to(self.problem.device)
         noise = torch.randn(injected, 2, size, *shape, generator=generator)[:, :, mine].to(self.problem.device)
         cond = None if classes is None else torch.randint(classes, (size,), generator=generator)[mine].to(self.problem.device)
         t = self.levels(size, generator)[mine]
-        return _Rows(z, e, noise, cond, t, self.problem.schedule.alpha(t), self.problem.schedule.sigma(t))
+        turn = self.turn(size, generator)
+        return Rows(z, e, noise, cond, t, self.problem.schedule.alpha(t), self.problem.schedule.sigma(t), turn)
+
+    def turn(self, size: int, generator: torch.Generator) -> Turn | None:
+        """Draw the pass that each row of a training step trains and return this process's share; of one pass there is nothing to draw."""
+        return None
+
+    def led(self, student: Any, rows: Rows) -> Rows:  # noqa: ANN401 - of any kind
+        """Return rows led to the pass that they train, by the passes before it."""
+        return rows
+
+    def made_of(self, student: Any, rows: Rows, z: Tensor) -> Tensor:  # noqa: ANN401 - of any kind, maybe wrapped
+        """Return the samples ``[b, *D]`` that the generator makes of noises ``z [b, *D]`` in each row's pass, with gradients."""
+        return generate(student, z, rows.cond)
+
+    def model_of(self, network: Any) -> Model:  # noqa: ANN401 - of the teacher's kind, maybe wrapped
+        """Return a network as the teacher's kind of model, without guidance."""
+        model = self.problem.model
+        if isinstance(network, nn.Module) and isinstance(unwrapped(network), LowRankNetwork):
+            dtype = model.dtype or network_dtype(model.network, torch.float32)
+            return replace(model, network=network, call=ThroughUpdates(model.call or plain_call), dtype=dtype, identity="", build=None)
+        return replace(model, network=network, identity="", build=None)
 
     def denoiser_of(self, network: Any) -> Model:  # noqa: ANN401 - of the teacher's kind, maybe wrapped
-        """Return a network as a conditional denoiser without guidance."""
-        return replace(self.problem.model, network=network, identity="", build=None).at_any_time()
+        """Return a network as a conditional denoiser without guidance, which may be asked at any time."""
+        return self.model_of(network).at_any_time()
 
-    def denoising_loss(self, network: Any, x0: Tensor, rows: _Rows) -> Tensor:  # noqa: ANN401 - of the teacher's kind, maybe wrapped
+    def denoising_loss(self, network: Any, x0: Tensor, rows: Rows) -> Tensor:  # noqa: ANN401 - of the teacher's kind, maybe wrapped
         """Return the loss ``[]`` of denoising score matching on samples ``x0 [B, *D]``, in the network's own output."""
         answer = self.denoiser_of(network)(add_noise(x0, rows.e, rows.alpha, rows.sigma), rows.t, rows.cond)
         scale = self.output.coefficients(rows.alpha, rows.sigma)[1].abs()
@@ -253,20 +299,21 @@ class MatchingObjective(StudentObjective):
 
     def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:
         student, chain = networks.student, self.config.e_step
-        rows, bare = self._rows(self.config.batch, generator, chain.langevin), getattr(student, "module", student)
+        bare = getattr(student, "module", student)
+        rows = self.led(bare, self._rows(self.config.batch, generator, chain.langevin))
         teacher, fake = self.problem.teacher, self.denoiser_of(self.fake)
-        x0 = None if chain.step_z else generate(student, rows.z, rows.cond)
+        x0 = None if chain.step_z else self.made_of(student, rows, rows.z)
         found = direction(
             lambda x: teacher(x, rows.t, rows.cond),
             lambda x: fake(x, rows.t, rows.cond),
-            lambda z: generate(bare, z, rows.cond),
+            lambda z: self.made_of(bare, rows, z),
             *(rows.z, rows.e, rows.noise, rows.alpha, rows.sigma),
             step_e=chain.step_e,
             step_z=chain.step_z,
             cancel=chain.cancel,
             made=None if x0 is None else x0.detach(),
         )
-        x0 = generate(student, found.z, rows.cond) if x0 is None else x0
+        x0 = self.made_of(student, rows, found.z) if x0 is None else x0
         total = matching_loss(x0, found)
         return total + self.config.pair * self._pair_loss(student, batch) if self.config.pair else total
 
@@ -291,21 +338,29 @@ class MatchingObjective(StudentObjective):
         return [seeds[k : k + MOST] for k in range(0, len(seeds), MOST)]
 
     @torch.no_grad()
+    def answers(self, student: nn.Module, seeds: Sequence[int]) -> list[Tensor]:
+        """Return the samples ``[len(seeds), *D]`` after each pass, the last of which are those of the student."""
+        return [generate(student, seeded_noise(seeds, self.problem.shape).to(self.problem.device), self.problem.cond(seeds))]
+
     def _samples(self, student: nn.Module) -> list[Tensor]:
-        made = ((seeded_noise(seeds, self.problem.shape).to(self.problem.device), self.problem.cond(seeds)) for seeds in self._held_out)
-        return [generate(student, z, cond) for z, cond in made]
+        return [self.answers(student, seeds)[-1] for seeds in self._held_out]
 
     @torch.no_grad()
     def _measured(self, student: nn.Module) -> dict[str, Any]:
-        """Return what the judge says of a generator's samples of held-out noises, and the losses of the fake and the teacher on them."""
-        samples = self._samples(student)
+        """Return what the judge says of a generator's samples of held-out noises, and the losses of the fake and the teacher on them.
+
+        Of several passes the judge sees the samples after the last; the losses are those on the samples of all in turn, as in training.
+        """
+        answers = [self.answers(student, seeds) for seeds in self._held_out]
+        samples = [made[-1] for made in answers]
         labels = self.problem.labels([seed for seeds in self._held_out for seed in seeds])
         figures: dict[str, Any] = dict(self.judge(torch.cat(samples).float().cpu(), labels))
         losses, size = torch.zeros(2, dtype=torch.float64), self.config.held_out
         generator = torch.Generator().manual_seed(self.config.seed)
-        for x0, seeds in zip(samples, self._held_out, strict=True):
+        for made, seeds in zip(answers, self._held_out, strict=True):
+            x0 = torch.stack([made[row % len(made)][row] for row in range(len(seeds))])
             t, e = self.levels(len(x0), generator), torch.randn(x0.shape, generator=generator).to(x0.device)
-            rows = _Rows(x0, e, e, self.problem.cond(seeds), t, self.problem.schedule.alpha(t), self.problem.schedule.sigma(t))
+            rows = Rows(x0, e, e, self.problem.cond(seeds), t, self.problem.schedule.alpha(t), self.problem.schedule.sigma(t))
             for k, network in enumerate((self.fake, self.problem.model.network)):
                 losses[k] += float(self.denoising_loss(network, x0, rows)) * len(x0) / size
         figures |= {"fake": float(losses[0]), "teacher": float(losses[1])}
@@ -333,18 +388,21 @@ class MatchingObjective(StudentObjective):
 
         Returns:
             ``scores``: of each measure, with the losses of the fake and of the teacher on the generator's samples; ``kept``: that of
-            the weights that are kept; ``passes``: the times of its one pass, and the RMSE to the ends, which says nothing of a student that
-            may send a noise anywhere; ``arithmetic``: its cost, in evaluations of the teacher.
+            the weights that are kept; ``passes``: the times of its passes, and the RMSE to the ends, which says nothing of a student that
+            may send a noise anywhere; ``arithmetic``: its cost, in evaluations of the teacher; of a fake of low rank ``fake``: the memory
+            that it took, beside that of a copy of the teacher (see `LowRankNetwork.memory`).
         """
         problem, seeds = self.problem, self._held_out[0]
         exact = Sampler.build(make_solver("unipc-3"), make_grid("angle", problem.schedule, FINE), problem.schedule)
         ends = run(problem.teacher, exact.tableau, problem.start(seeds, exact.tableau.nodes), problem.cond(seeds))
         error = float((self._samples(student)[0] - ends).double().square().mean().sqrt())
+        count = self.config.passes
         return {
             "scores": self.scores.scores,
             "kept": self.scores.chosen,
-            "passes": {1: (self.grid.t.tolist(), error)},
-            "arithmetic": {1: 1.0},
+            "passes": {count: (self.grid.t.tolist(), error)},
+            "arithmetic": {count: float(count)},
+            **({"fake": self.fake.memory()} if isinstance(self.fake, LowRankNetwork) else {}),
         }
 
     # -- the student ------------------------------------------------------------------------------------------------
@@ -361,12 +419,12 @@ class MatchingObjective(StudentObjective):
         return self.begin is not None or self.config.pair > 0
 
     def facts(self, figures: Mapping[str, Any]) -> dict[str, Any]:
-        chain, chosen, (_, error) = self.config.e_step, figures["kept"], figures["passes"][1]
-        level = float(torch.exp(-self.problem.schedule.lam(self.grid.t[0])))
+        chain, chosen, (_, error) = self.config.e_step, figures["kept"], figures["passes"][self.config.passes]
+        levels = [float(f"{level:.4g}") for level in torch.exp(-self.problem.schedule.lam(self.grid.t[:-1])).tolist()]
         nothing = "" if self.paired else ", which says nothing: the student may send a noise to any picture"
         return {
             "method": "distribution matching" if chain.langevin == 1 else f"EM distillation, {chain.langevin} Langevin steps",
-            "noise level of the start": float(f"{level:.4g}"),
+            **({"noise level of the start": levels[0]} if len(levels) == 1 else {"noise levels of the passes": levels}),
             "weights of step": f"{chosen['step']} of {self.config.steps}, by {self.judge.identity}",
             **{
                 name: round(value, 4)
@@ -374,6 +432,7 @@ class MatchingObjective(StudentObjective):
                 if name in ("fd", "precision", "recall", "labels") and value is not None
             },
             "RMSE to the teacher's ends": f"{error:.4f}{nothing}",
+            **({"fake": memory_in_words(figures["fake"])} if "fake" in figures else {}),
         }
 
     def describe(self, student: nn.Module, facts: Mapping[str, Any]) -> None:
@@ -390,7 +449,7 @@ class MatchingObjective(StudentObjective):
         save_like(self.problem.model, self.network(student), folder)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """The draws of a training step, this process's share.
 
     Attributes:
@@ -398,6 +457,7 @@ class _Rows(NamedTuple):
         noise: what the Langevin steps inject, ``[K, 2, b, *D]``.
         cond: the conditions.
         t, alpha, sigma: the level of each row, ``[b]``.
+        turn: the pass that each row trains, of a generator that makes several.
     """
 
     z: Tensor
@@ -407,3 +467,4 @@ class _Rows(NamedTuple):
     t: Tensor
     alpha: Tensor
     sigma: Tensor
+    turn: Turn | None = None

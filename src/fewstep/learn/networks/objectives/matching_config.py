@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from fewstep.learn.networks.objectives.config import STORED, StudentConfig
 from fewstep.runtime.errors import FewstepError
-from fewstep.runtime.front_door import at_least, checked_class
+from fewstep.runtime.front_door import at_least, checked_class, number
 
 __all__ = ["EMConfig", "EStep", "MatchingConfig"]
 
@@ -34,7 +35,7 @@ class EStep(NamedTuple):
 @checked_class
 @dataclass(frozen=True)
 class MatchingConfig(StudentConfig):
-    """Configure distribution matching distillation (DMD): a one-step generator that makes the right pictures in the right proportions.
+    """Configure distribution matching distillation (DMD): a generator of few passes that makes the right pictures in the right proportions.
 
     Args:
         start: the noise level ``sigma/alpha`` at which the teacher's network begins to make pictures; by default 2.5, or that of the
@@ -44,6 +45,11 @@ class MatchingConfig(StudentConfig):
         pair: weight of the regression onto stored pairs of noise and picture, which keeps the pairing of a student to begin with.
         p_mean, p_std: mean and deviation of the logarithm of the noise levels at which teacher and fake are compared.
         measures: measures of the generator on held-out noises, by which the best weights are chosen.
+        passes: passes of the generator; each after the first begins at the last one's samples, noised anew to a lower level.
+        levels: the noise levels ``sigma/alpha`` at which several passes begin, descending; by default even steps in
+            ``arctan(sigma/alpha)`` from the start down.
+        fake_rank: the rank of updates to the teacher's own layers, of which the fake then consists; by default it is a whole copy of the
+            teacher's network.
 
     Raises:
         FewstepError: a number out of range.
@@ -59,10 +65,13 @@ class MatchingConfig(StudentConfig):
     p_mean: float = -0.6
     p_std: float = 1.6
     measures: int = 20
+    passes: int = 1
+    levels: tuple[float, ...] | None = None
+    fake_rank: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, updates=1, before=0, measures=1, held_out=4)  # a recall takes more than 3 samples
+        at_least(self, updates=1, before=0, measures=1, held_out=4, passes=1, fake_rank=1)  # a recall takes more than 3 samples
         if self.updates + self.before > 4000:
             raise FewstepError(f"updates and before are 4000 together at most, got {self.updates} and {self.before}: take fewer")
         if self.dropout:
@@ -75,6 +84,27 @@ class MatchingConfig(StudentConfig):
             raise FewstepError(f"log noise levels have a finite mean and a positive deviation, got {self.p_mean} and {self.p_std}")
         if not self.pair:
             self.check_unused(*STORED)
+        elif self.passes > 1:
+            raise FewstepError(
+                f"pair is for a generator of one pass, whose noise leads to one picture; {self.passes} passes add noise: leave pair out"
+            )
+        self._check_levels()
+
+    def _check_levels(self) -> None:
+        """Refuse noise levels of the passes that are not one for each, and make a tuple of a list."""
+        if self.levels is None:
+            return
+        listed = self.levels if isinstance(self.levels, tuple | list) else (self.levels,)
+        levels = tuple(number(level, "each of levels") for level in listed)
+        if not levels or not 0 < levels[-1] <= levels[0] < math.inf or any(low >= high for high, low in itertools.pairwise(levels)):
+            raise FewstepError(f"levels are noise levels sigma/alpha, positive and descending, as levels=(2.5, 0.7), got {self.levels!r}")
+        if self.passes == 1:
+            raise FewstepError("levels are those of several passes: say passes=2, or more; the level of one pass is start")
+        if len(levels) != self.passes:
+            raise FewstepError(f"levels are one for each of {self.passes} passes, got {len(levels)}: {', '.join(f'{u:g}' for u in levels)}")
+        if self.start is not None:
+            raise FewstepError("the first of the levels is the start: leave start out")
+        object.__setattr__(self, "levels", levels)
 
     @property
     def e_step(self) -> EStep:

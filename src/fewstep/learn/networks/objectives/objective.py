@@ -17,9 +17,10 @@ from fewstep.learn.teacher.batches import Batch, TeacherData
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem
+from fewstep.runtime.artifact import listed, write_whole
 from fewstep.runtime.errors import ModelError
 
-__all__ = ["Networks", "Objective", "StudentObjective"]
+__all__ = ["Networks", "Objective", "StudentObjective", "write_card"]
 
 
 class Networks(NamedTuple):
@@ -180,3 +181,25 @@ class StudentObjective(Objective):
     @abstractmethod
     def describe(self, student: nn.Module, facts: Mapping[str, Any]) -> None:
         """Give a student its card, plain JSON values."""
+
+
+def write_card(folder: Path, about: str, facts: Mapping[str, Any], *, trust: bool) -> None:
+    """Write the ``README.md`` of a student that is a network of the teacher's form, sampled by its own steps.
+
+    Args:
+        folder: of the student.
+        about: a sentence or two on what it is.
+        facts: its card, plain JSON values.
+        trust: whether its folder names code to import, for the command.
+    """
+    text = f"""# {folder.name}
+
+{about} Its guidance is in its weights.
+
+{listed(facts)}
+
+```
+fewstep sample {folder.name}{" --trust" if trust else ""} --out runs/sample
+```
+"""
+    write_whole(folder / "README.md", text.encode())

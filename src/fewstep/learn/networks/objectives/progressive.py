@@ -30,7 +30,7 @@ from fewstep.learn.networks.loop import step_of
 from fewstep.learn.networks.objectives.config import STORED, StudentConfig
 from fewstep.learn.networks.objectives.distances import DISTANCES
 from fewstep.learn.networks.objectives.flow_map_targets import composed, jump
-from fewstep.learn.networks.objectives.objective import Networks, StudentObjective
+from fewstep.learn.networks.objectives.objective import Networks, StudentObjective, write_card
 from fewstep.learn.networks.objectives.rollout import Rollout, Rows
 from fewstep.learn.teacher.batches import FIRST_FRESH, Batch
 from fewstep.learn.teacher.trajectories import TrajectoryConfig
@@ -40,7 +40,6 @@ from fewstep.models.guided import form_of, save_guided, untold
 from fewstep.models.model import Model
 from fewstep.models.networks.extra_embedding import ConditionedNetwork
 from fewstep.models.problem import Problem
-from fewstep.runtime.artifact import listed, write_whole
 from fewstep.runtime.errors import FewstepError, counted, look_up
 from fewstep.runtime.front_door import at_least, checked_class, is_count
 from fewstep.runtime.process import share
@@ -249,18 +248,6 @@ class ProgressiveObjective(StudentObjective):
         if isinstance(student, ConditionedNetwork):
             save_guided(student, form_of(model), self._card, folder, trust=imports_code(untold(model)))
         else:
-            write_whole(folder / "README.md", _card(folder.name, self._card, imports_code(model)).encode())
+            about = f"A student of {counted(self.steps, 'first-order step')}, made by halving those of its teacher."
+            write_card(folder, about, self._card, trust=imports_code(model))
         save_like(model, self.network(student), folder)
-
-
-def _card(name: str, facts: Mapping[str, Any], trust: bool) -> str:
-    return f"""# {name}
-
-A student of {counted(facts["steps"], "first-order step")}, made by halving those of its teacher. Its guidance is in its weights.
-
-{listed(facts)}
-
-```
-fewstep sample {name}{" --trust" if trust else ""} --out runs/sample
-```
-"""
