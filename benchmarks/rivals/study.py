@@ -1,11 +1,10 @@
 """Learned rivals beside the fitted sampler: each fitted by its own recipe, all measured on the same fresh noises.
 
     python -m benchmarks.rivals.study --out benchmarks/results/rivals_study.json [--work runs/rivals] [--plan]
-        [--model digits-edm] [--rival bns,gs] [--nfe 5] [--times 0.2] [--distance features]
+        [--model digits-edm] [--rival "bns;gs"] [--nfe 5] [--times 0.2] [--distance features]
 
-Each row is written when it is there, and a killed run continues with the rival that it was at. Rows of another model, number of iterations
-or distance stay beside the new ones. Remove the results to measure again; samplers and whole loss curves stay in ``--work``, and are fitted
-again only where their settings have changed.
+Each row is written when it is there, and a killed run continues with the rival that it was at. Rows of other settings stay beside the new
+ones. Remove the results to measure again. Samplers and whole loss curves stay in ``--work``.
 
 A row has the errors against the exact ends as `fewstep bench` measures them (`rmse`, its interval, `fd`), the mean error, the 99th
 percentile, the share of samples that part (error above three times the median), a paired verdict on the fitted sampler's errors on the same
