@@ -180,9 +180,9 @@ class DrawnSampler:
         """Return a sampler with the numbers as they are now."""
         table = drawn.tableau
         nodes = Nodes(*(part.detach().clone() for part in table.nodes))
-        parts = (part.detach().clone() for part in (table.record, table.update, table.bias, table.noise))
+        record, update, bias, noise = (part.detach().clone() for part in (table.record, table.update, table.bias, table.noise))
         told = None if drawn.told is None else tuple(time.detach().clone() for time in drawn.told)
-        return cls(Drawn(Tableau(nodes, *parts, table.first), told, drawn.carried))
+        return cls(Drawn(Tableau(nodes, record, update, bias, noise, table.first), told, drawn.carried))
 
     @property
     def nfe(self) -> int:
