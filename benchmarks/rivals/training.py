@@ -96,9 +96,14 @@ class Descent:
     seed: int = 0
 
     @property
+    def every(self) -> int:
+        """The iterations between two checks on held-out pairs."""
+        return max(1, self.iterations // CHECKS)
+
+    @property
     def checks(self) -> int:
-        """The checks on held-out pairs, at most."""
-        return min(CHECKS, self.iterations) + 1
+        """The checks on held-out pairs, at most: one before anything, one after everything."""
+        return -(-self.iterations // self.every) + 1
 
     def cost(self, nfe: int) -> Cost:
         """Return the network evaluations with a solver of ``nfe`` evaluations, at most."""
@@ -129,7 +134,7 @@ class Progress:
         """Keep the numbers if they are the best, and return whether they gained; the first check begins the curve."""
         if not self.curve:
             self.curve.append(Point(0, math.nan, value))
-        gained = value < self.best * (1 - SETTLED)
+        gained = value < math.inf == self.best or value < self.best - SETTLED * abs(self.best)  # of a logarithm too
         if value < self.best or not self.kept:
             self.best, self.kept = value, copy.deepcopy(numbers.state_dict())
         if gained:
@@ -167,6 +172,8 @@ class _Loop:
         distances = self.teacher.distance(made, pairs.ends)
         loss = self.objective(distances)
         total = loss if self.extra is None else loss + self.extra(made, pairs)
+        if not bool(torch.isfinite(total)):
+            return math.nan
         total.backward()
         for one in active:
             if self.descent.clip is not None:
@@ -222,7 +229,7 @@ def descend(
     pairs, others = (teacher.pairs(count, descent.nfe, seed) for count, seed in ((descent.num, FIRST), (descent.held_out, HELD_OUT)))
     loop = _Loop(family, teacher, descent, optimizers, objective, extra, pairs, Ball.around(pairs, descent.radius, teacher))
     average, generator, order = copy.deepcopy(family), torch.Generator().manual_seed(descent.seed), list[int]()
-    measured, every = average if descent.average else family, max(1, descent.iterations // CHECKS)
+    measured, every = average if descent.average else family, descent.every
     rates = [[group["lr"] for group in one.param_groups] for one in optimizers]
     progress, worse, share = Progress(), 0, 1.0
     progress.check(held_out_loss(measured, teacher, others, objective), 0, measured)

@@ -23,7 +23,7 @@ from benchmarks.rivals.oss import OSS, apart
 from benchmarks.rivals.rival import Point, Rival
 from benchmarks.rivals.s4s import PARENT, S4S, Multistep
 from benchmarks.rivals.teacher import Counted, Teacher
-from benchmarks.rivals.training import Ball
+from benchmarks.rivals.training import Ball, Descent, Progress
 from benchmarks.tables import printed
 from tests.problems import LAW, tiny_folder
 
@@ -154,6 +154,25 @@ def test_a_ball_holds_its_starts() -> None:
     for _ in range(5):
         ball.near = ball.moved(torch.arange(3), torch.ones(3, 2, dtype=torch.float64))
     torch.testing.assert_close((ball.near - x).norm(dim=1), torch.full((3,), 0.2, dtype=torch.float64))
+
+
+def test_errors_can_be_those_of_features() -> None:
+    features = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)).requires_grad_(False)
+    learner = Teacher(Problem(toy()), features)
+    made, wanted = torch.randn(2, 5, 1, 2, 2, generator=torch.Generator().manual_seed(0)).unbind(0)
+    found = learner.distance(made.requires_grad_(), wanted)
+    torch.testing.assert_close(found, (features(made) - features(wanted)).square().mean(1))
+    assert float(torch.autograd.grad(found.sum(), made)[0].abs().max()) > 0
+    torch.testing.assert_close(teacher().distance(made, wanted), (made - wanted).square().mean((1, 2, 3)))
+
+
+def test_a_gain_is_one_of_logarithms_too() -> None:
+    progress, numbers = Progress(), torch.nn.Linear(1, 1)
+    assert [progress.check(value, i, numbers) for i, value in enumerate([math.inf, 1.0, 0.9999, 0.9, -2.0, -2.001, -2.1, -2.0])] == [
+        *(False, True, False, True, True, False, True, False)
+    ]
+    assert (progress.best, progress.gained) == (-2.1, 6)
+    assert [Descent(n, 1, 1, 1).checks for n in (1, 50, 175)] == [2, 51, 60]
 
 
 def test_dynamic_programs_find_the_least() -> None:
