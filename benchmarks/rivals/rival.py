@@ -36,7 +36,7 @@ class Found(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a method depends on beside the network's answers.
+    """What a method depends on beside the network's answers. None of these depends on data.
 
     Attributes:
         backpropagation: gradients through the network.

@@ -6,7 +6,7 @@
 Each row is written when it is there, and a killed run continues with the rival that it was at. Rows of other settings stay beside the new
 ones. Remove the results to measure again. Samplers and whole loss curves stay in ``--work``.
 
-A row has the errors against the exact ends as `fewstep bench` measures them (`rmse`, its interval, `fd`), the mean error, the 99th
+A row has the columns of `fewstep bench` (errors against the exact ends, distances to the data), the mean error, the 99th
 percentile, the share of samples that part (error above three times the median), a paired verdict on the fitted sampler's errors on the same
 noises, the network evaluations of the fit with and without gradients, and a thinned loss curve.
 """
@@ -74,6 +74,7 @@ RIVALS: dict[str, Rival] = {
 MODELS = {"digits-edm": (1024, "digits"), "assets/cifar10-16": (512, "benchmarks.cifar10.features:network")}  # noises, features
 COUNTS = (3, 4, 5, 6, 8)
 FITTED = "fitted"
+COLUMNS = ("rmse", "rmse_ci", "error_median", "error_p95", "fd", "fd_ci", "kd", "kd_ci", "precision", "recall", "labels", "calls")
 SHOWN = 60  # points of a loss curve in a row
 PARTED = 3.0  # times the median error, above which a sample has parted from its exact end
 WARM = 64  # samples at a time where a call of the network is timed
@@ -146,14 +147,14 @@ class Bench:
         if row["failed"]:
             raise FewstepError(row["failed"])
         errors = read_errors(picture_file(self.folder, entry.key))
-        return {**{key: row[key] for key in ("rmse", "rmse_ci", "fd")}, **figures(errors)}, errors
+        return {**{key: row[key] for key in COLUMNS}, **figures(errors)}, errors
 
 
 def figures(errors: Tensor) -> dict[str, float]:
-    """Return the mean, the median, the 99th percentile of errors ``[num]``, and the share above `PARTED` times the median."""
+    """Return the mean and the 99th percentile of errors ``[num]``, and the share above `PARTED` times the median."""
     errors = errors.double()
     median = float(errors.median())
-    found = {"mean_error": float(errors.mean()), "median": median, "p99": float(torch.quantile(errors, 0.99))}
+    found = {"mean_error": float(errors.mean()), "p99": float(torch.quantile(errors, 0.99))}
     return {**found, "parted": float((errors > PARTED * median).double().mean())}
 
 
