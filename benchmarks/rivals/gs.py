@@ -22,7 +22,6 @@ import torch
 from benchmarks.rivals.drawn import Drawn, DrawnSampler, solver_on, steps_of, tableau_of, unrolled
 from benchmarks.rivals.levels import EPSILON, level_at_vp_time, times_at
 from benchmarks.rivals.rival import Found, Needs, Note, Rival, _silent
-from benchmarks.rivals.s4s import PARENT
 from benchmarks.rivals.teacher import Cost, Pairs, Teacher
 from benchmarks.rivals.training import Descent, Family, descend
 from torch import Tensor, nn
@@ -30,6 +29,8 @@ from torch.nn.functional import leaky_relu, softplus
 
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import SolverError
+
+PARENT = "dpm-solver-pp-3m:lower_order_below=0"
 
 
 class Generalized(Family):

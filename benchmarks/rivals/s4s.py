@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes
 
-PARENT = "dpm-solver-pp-3m:lower_order_below=0"
+PARENT = "dpm-solver-pp-3m"  # whose last steps are of lower order on few steps, as in its own code
 
 
 class Multistep(Family):

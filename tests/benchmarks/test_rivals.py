@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.rivals import study
+from benchmarks.rivals import gs, s4s, study
 from benchmarks.rivals.amed import AMED, PLUGIN, AmedSampler
 from benchmarks.rivals.bns import BNS, NonStationary, flow_uniform
 from benchmarks.rivals.drawn import Drawn, DrawnSampler, LearnedSampler, run_drawn, solver_on, steps_of
@@ -21,7 +21,7 @@ from benchmarks.rivals.ld3 import LD3, TimesOf
 from benchmarks.rivals.levels import polynomial, vp_uniform
 from benchmarks.rivals.oss import OSS, apart
 from benchmarks.rivals.rival import Point, Rival
-from benchmarks.rivals.s4s import PARENT, S4S, Multistep
+from benchmarks.rivals.s4s import S4S, Multistep
 from benchmarks.rivals.teacher import Counted, Teacher
 from benchmarks.rivals.training import Ball, Descent, Progress
 from benchmarks.tables import printed
@@ -68,7 +68,7 @@ def first_ld3() -> tuple[LearnedSampler, str, torch.Tensor]:
 
 def first_s4s(move: bool) -> tuple[LearnedSampler, str, torch.Tensor]:
     t = polynomial(LAW, NFE)
-    return DrawnSampler.of(Multistep(LAW, t, move=move).drawn()), PARENT, t
+    return DrawnSampler.of(Multistep(LAW, t, move=move).drawn()), s4s.PARENT, t
 
 
 def first_bns() -> tuple[LearnedSampler, str, torch.Tensor]:
@@ -76,7 +76,7 @@ def first_bns() -> tuple[LearnedSampler, str, torch.Tensor]:
 
 
 def first_gs() -> tuple[LearnedSampler, str, torch.Tensor]:
-    return DrawnSampler.of(Generalized(LAW, NFE).drawn()), PARENT, vp_uniform(LAW, NFE)
+    return DrawnSampler.of(Generalized(LAW, NFE).drawn()), gs.PARENT, vp_uniform(LAW, NFE)
 
 
 def first_amed() -> tuple[LearnedSampler, str, torch.Tensor]:
