@@ -18,6 +18,7 @@ import json
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -292,6 +293,40 @@ def budget(results: dict[str, Any], part: str) -> None:
             else:
                 cells.append("{:.4f} ({:.4f})".format(*one["errors"]))
         print(f"| {name} | {nfe} | {rival} | {' | '.join(cells)} |")
+
+
+def rivals(results: Row, part: str) -> None:
+    """Print learned rivals beside the fitted sampler: mean ``errors`` (RMSE), ``tails``, or what their fits ``cost``.
+
+    In bold: a rival whose errors are less than the fitted sampler's, by the paired verdict on the same noises.
+    """
+    rows, lines = results["rows"], dict[tuple[str, str, str, str], dict[int, Row]]()
+    for row in rows:
+        about = (row["model"], row["rival"], row.get("distance", ""), json.dumps(row.get("settings"), sort_keys=True))
+        lines.setdefault(about, {})[row["nfe"]] = row
+    counts = sorted({row["nfe"] for row in rows})
+    variants = Counter((model, rival) for model, rival, _, _ in lines)
+    if part == "cost":
+        heading(["model", "rival", "depends on"], ["evaluations", "with gradients", "processor minutes"])
+    else:
+        heading(["model", "rival"], counts)
+    for (model, rival, distance, _), cells in lines.items():
+        one = next(iter(cells.values()))
+        longer = f", {one['settings']['iterations']} iterations" if variants[model, rival] > 1 and "settings" in one else ""
+        name = f"{rival}{longer}" + (", by features" if distance == "features" else "")
+        if part != "cost":
+            print(f"| `{model}` | {name} | " + " | ".join(_rival_cell(cells.get(n), part) for n in counts) + " |")
+        elif made := [row for row in cells.values() if "forward" in row]:
+            spent = [f"{mean(row[key] for row in made):,.0f}" for key in ("forward", "gradient")]
+            print(f"| `{model}` | {name} | {one['needs']} | {' | '.join(spent)} | {mean(row['seconds'] for row in made) / 60:.1f} |")
+
+
+def _rival_cell(row: Row | None, part: str) -> str:
+    if row is None or "mean_error" not in row:
+        return "" if row is None else "refused" if "refused" in row else "failed"
+    tails = f"{row['p99']:.4f}, {row['parted']:.1%}"
+    text = tails if part == "tails" else f"{row['mean_error']:.4f} ({row['rmse']:.4f})"
+    return f"**{text}**" if row.get("verdict") == "better" else text
 
 
 def in_parallel(results: dict[str, Any], part: str) -> None:
@@ -691,6 +726,7 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "restorations": lambda results, args: restorations(results[0], args.part or "error"),
     "inspections": lambda results, args: inspections(results[0]),
     "budget": lambda results, args: budget(results[0], args.part or "errors"),
+    "rivals": lambda results, args: rivals(results[0], args.part or "errors"),
     "pipelines": lambda results, args: pipelines(results[0]),
     "default-grid": lambda results, args: default_grid(results[0]["rows"]),
     "ten-minutes": lambda results, args: ten_minutes(results[0], args.part),
