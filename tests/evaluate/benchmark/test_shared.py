@@ -11,7 +11,7 @@ from tests.processes import as_rank, together
 from torch import Tensor
 
 from fewstep import FewstepError, compare
-from fewstep.evaluate.benchmark import run as module
+from fewstep.evaluate.benchmark import bench as module
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig
 from fewstep.evaluate.benchmark.run import benchmark
 from fewstep.runtime.process import process

@@ -1,8 +1,8 @@
 """`FewstepScheduler.from_scheduler`: the steps of each of diffusers' schedulers, from the same noise, as a pipeline runs them."""
 
 import inspect
-import re
 import json
+import re
 
 import diffusers
 import pytest
