@@ -594,6 +594,16 @@ def student(name: str, rows: list[Row], others: list[Row]) -> None:
     print("| arithmetic of the passes, in evaluations | " + " | ".join(f"{row['arithmetic']:.2f}" for row in ours.values()) + " |")
 
 
+def guided(results: Sequence[dict[str, Any]]) -> None:
+    """Print the Frechet distances of a student that is told its scale beside its teacher's with as many evaluations, by pairs of files."""
+    counts = [row["nfe"] for row in results[0]["rows"]]
+    heading(["guidance", ""], [str(nfe) for nfe in counts])
+    for student, teacher in zip(results[::2], results[1::2], strict=True):
+        for name, table in (("student", student), ("teacher", teacher)):
+            found = {row["nfe"]: row["fd"] for row in table["rows"]}
+            print(f"| {table['problem']['guidance']:g} | {name} | {' | '.join(f'{found[nfe]:.2f}' for nfe in counts)} |")
+
+
 def falling(rows: Sequence[Row]) -> None:
     """Print the error of a student by its passes, over draws of the noises."""
     heading(["passes"], [row["passes"] for row in rows])
@@ -714,6 +724,7 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "fitted": lambda results, args: fitted(rows_of(results, args, library=None)),
     "student": _student,
     "students": lambda results, args: students(results),
+    "guided": lambda results, args: guided(results),
     "passes": lambda results, args: falling(results[0]["rows"]),
     "fit-study": lambda results, args: fit_study([row for row in results[0]["rows"] if row["table"] == args.part]),
     "dsno-study": lambda results, args: dsno_study(results[0]["rows"], args.part),

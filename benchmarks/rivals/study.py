@@ -100,13 +100,17 @@ class RivalEntry(Entry):
         return fingerprint(self.learned)
 
     @property
+    def stochastic(self) -> bool:
+        return False  # all solve the sampling ODE
+
+    @property
     def time_grid(self) -> TimeGrid:
         return TimeGrid(self.learned.ends)
 
     def why_not(self) -> str:
         return "a student jumps from time to time" if isinstance(self.problem.denoiser, FlowMap) else ""
 
-    def samples(self, denoiser: Any, seeds: Sequence[int], cond: Cond) -> Tensor:
+    def samples(self, denoiser: Any, seeds: Sequence[int], cond: Cond, noise: Sequence[int] | None = None) -> Tensor:
         x = self.problem.start(seeds, Nodes.at(self.problem.schedule, self.learned.ends))
         return self.learned.samples(denoiser, x, cond)
 

@@ -177,8 +177,15 @@ def test_a_generator_is_trained_without_trajectories(monkeypatch, capsys, tmp_pa
     assert list(done["passes"]) == ["2"] and done["fake"]["rank"] == 2
     assert run(monkeypatch, "sample", tmp_path / "few", "--num", 2, "--out", tmp_path / "more", "--json") == 0
     assert json.loads(capsys.readouterr().out)["nfe"] == 2
-    assert run(monkeypatch, "bench", tmp_path / "few", "--num", 4, "--out", tmp_path / "bench-few") == 0
-    capsys.readouterr()
+    assert run(monkeypatch, "bench", tmp_path / "few", "--num", 4, "--out", tmp_path / "bench-few") == 2  # its samples follow no trajectory
+    assert "lcm adds noise" in capsys.readouterr().err.replace("\n", " ")
+    np.savez(tmp_path / "data.npz", images=np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1), dtype=np.uint8))
+    judged = ("bench", tmp_path / "few", "--stochastic", "--data", tmp_path / "data.npz", "--features", "pixels", "--num", 20, "--paths", 2)
+    assert run(monkeypatch, *judged, "--solver", "ddim:eta=1", "--grid", "karras", "--nfe", 3, "--out", tmp_path / "bench-few") == 2
+    assert "was taught its own 2 steps of lcm alone" in capsys.readouterr().err.replace("\n", " ")
+    assert run(monkeypatch, *judged, "--json", "--out", tmp_path / "bench-few") == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["solver"], row["grid"], row["nfe"], row["stochastic"], row["failed"]) == ("lcm", "optimized", 2, True, None)
     assert run(monkeypatch, *words, *few[:-1], tmp_path / "bad", "--from", tmp_path / "em") == 2
     assert "several passes begin with the teacher's own network" in capsys.readouterr().err.replace("\n", " ")
 

@@ -93,6 +93,11 @@ OWN = {
         **TRUSTED,
     ),
     "distill em": replace(LEARNERS["distill em"], **TRUSTED),
+    "distill em in passes": replace(
+        LEARNERS["distill em in passes"],
+        run=lambda model, **given: LEARNERS["distill em in passes"].run(model, **{"judge": Mean(-1), **given}),
+        **TRUSTED,
+    ),
     "generate_trajectories": replace(
         LEARNERS["generate_trajectories"],
         run=lambda model, **given: LEARNERS["generate_trajectories"].run(model, **{"grid": fewstep.make_grid("angle", LAW, 2), **given}),

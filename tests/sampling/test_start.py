@@ -178,7 +178,7 @@ def test_exactly_so_many_evaluations_are_made(solver):
             calls.append(float(t))
             return exact(x, t)
 
-    for nfe in (12 if WHOLE_REGISTRY[solver].stages == 4 else 6, 12):
+    for nfe in (sum(WHOLE_REGISTRY[solver].evaluations(steps)) for steps in (3, 6)):
         calls.clear()
         sample(Counting(), WHOLE_REGISTRY[solver], nfe=nfe, seeds=range(3), x0=torch.zeros(3, 2), strength=0.3, grid="angle")
         assert len(calls) == nfe and calls[0] == begin(law, LEVEL)

@@ -34,7 +34,7 @@ def test_a_tail_is_the_solver_on_the_rest_of_the_grid(name, saved, tmp_path):
     sampler = Sampler.build(NAMED[name], GRID, SCHEDULE, card={"quality": 1.5})
     whole = Sampler.load(sampler.save(tmp_path)) if saved else sampler
     given = {"statistics": statistics()} if saved and name == "dpm-solver-v3" else {}
-    assert whole.stages == NAMED[name].stages and whole.tail(0) is whole
+    assert whole.stages == (2 if name == "restart" else NAMED[name].stages) and whole.tail(0) is whole  # where it steps down only
     for begin in (1, 5):
         tail, expected = whole.tail(whole.begins[begin], **given), rest(NAMED[name], begin)
         assert tail.tableau.fingerprint == expected.tableau.fingerprint and torch.equal(tail.grid.t, GRID.t[begin:])

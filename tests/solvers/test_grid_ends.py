@@ -53,6 +53,7 @@ MANY = 48
 # Largest error of MANY steps from end to end, in standard deviations of the data. Steps next to an end are long in lam and of first
 # order, so no solver shows its own order here, but each must come near: measured 0.059 at first order, else 0.023.
 FIRST_ORDER, HIGHER_ORDER = 0.08, 0.03
+LATE = {"res-multistep-ancestral": 0.05}  # of second order later than others: measured 0.036, and 0.013 and 0.004 at 96 and 192 steps
 ORDER_SLACK = 0.2  # lengths well within the asymptotic range
 BFLOAT16_STEP = 2e-2  # relative: a network's rounding of 2^-9 per layer, over the steps
 
@@ -88,7 +89,7 @@ def test_many_steps_solve_a_gaussian(name, law):
         error = torch.stack(moments(tableau, denoiser, torch.zeros_like(mean), torch.ones_like(std))) - torch.stack([mean, std])
     else:  # LCM's, of a denoiser, are narrower
         error = torch.stack(moments(tableau, denoiser, torch.zeros_like(mean), torch.ones_like(std))) - torch.stack([mean, 0.674 * std])
-    assert float(error.abs().max()) < (FIRST_ORDER if solver.order == 1 else HIGHER_ORDER) * float(std)
+    assert float(error.abs().max()) < LATE.get(name, FIRST_ORDER if solver.order == 1 else HIGHER_ORDER) * float(std)
 
 
 @pytest.mark.parametrize("name", [name for name in ODE if name in WHOLE_REGISTRY])

@@ -17,10 +17,13 @@ from fewstep.runtime.artifact import Count, Number, Whole, check_file, held_to, 
 from fewstep.runtime.errors import ArtifactError
 
 __all__ = [
+    "OLDER",
     "OWN_FORMULAS",
     "REFERENCE",
+    "Interval",
     "Key",
     "Row",
+    "Skipped",
     "has_errors",
     "picture_file",
     "read_errors",
@@ -124,8 +127,8 @@ class _Reference:
 
 
 @dataclass(frozen=True)
-class _Skipped:
-    """A row that could not be run, and why."""
+class Skipped:
+    """A row that could not be run, and why: an entry of ``results.json``."""
 
     key: list[Any]
     why: str
@@ -144,7 +147,7 @@ class _Results:
     machine: dict[str, str | int | float | None] | None = None
     problem: _Problem = field(default_factory=_Problem)
     reference: _Reference | None = None
-    skipped: list[_Skipped] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
 
 
 def read_results(path: Path) -> dict[str, Any]:

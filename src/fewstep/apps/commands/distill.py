@@ -116,7 +116,8 @@ def distill(
         return
     _show(done)
     console.print(f"student: {out}" + (f"\npicture of its slots: {done['picture']}" if "picture" in done else ""))
-    console.print(next_command("bench", out, *model_words(student), "--out", "runs/bench"))
+    by_data = ["--stochastic", "--data", opened.data or "PICTURES"] if student.tuned is not None and student.tuned.solver == "lcm" else []
+    console.print(next_command("bench", out, *model_words(student), *by_data, "--out", "runs/bench"))
 
 
 def _judge(opened: Model, guidance: float | None, images: Images | None) -> Judge:

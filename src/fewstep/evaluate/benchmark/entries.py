@@ -133,10 +133,18 @@ def _refused(problem: Problem, tableau: Tableau) -> None:
     """Refuse a tableau that a student cannot take.
 
     Raises:
-        SolverError: it is not of first order, or has times between which the student cannot jump.
+        SolverError: it is not of first order, or has times between which the student cannot jump, or that it was not taught.
+        GridError: the student's own grid is missing.
     """
     if isinstance(problem.denoiser, FlowMap):
         jumps(problem.denoiser, tableau)
+    problem.model.check_own_steps(tableau)
+
+
+def _is_choosy(problem: Problem) -> bool:
+    """Return whether the model is a student that cannot take every tableau."""
+    tuned = problem.model.tuned
+    return isinstance(problem.denoiser, FlowMap) or (tuned is not None and tuned.own_steps)
 
 
 def _numbers(*tables: Tensor) -> str:
@@ -217,7 +225,7 @@ class HandMadeEntry(Entry):
     def why_not(self) -> str:
         try:
             nodes = self._solver.nodes(self.time_grid, self.problem.schedule)
-            if isinstance(self.problem.denoiser, FlowMap):
+            if _is_choosy(self.problem):
                 _refused(self.problem, tabulate(self._solver, nodes))
         except (GridError, SolverError) as error:
             return str(error)
@@ -283,7 +291,7 @@ class SamplerEntry(Entry):
     def why_not(self) -> str:
         try:
             _refused(self.problem, self.sampler.tableau)
-        except SolverError as error:
+        except (GridError, SolverError) as error:
             return str(error)
         return ""
 
@@ -325,6 +333,8 @@ class _ForeignEntry(Entry):
     def why_not(self) -> str:
         if isinstance(self.problem.denoiser, FlowMap):
             return f"{self.problem.name} is a student, which jumps from time to time: no sampler of {self.library} is for it"
+        if _is_choosy(self.problem):
+            return f"{self.problem.name} is a student, which knows its own steps alone: no sampler of {self.library} is for it"
         if self.problem.model.domain is not None:
             return f"{self.problem.name} is a reflected model, whose samples {self.library} would not fold into their cube"
         try:

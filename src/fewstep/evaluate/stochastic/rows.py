@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-from annotated_types import Len
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.evaluate.rows import Key, picture_file
+from fewstep.evaluate.rows import OLDER, Interval, Key, Skipped, picture_file
 from fewstep.runtime.artifact import Count, Number, Whole, check_file, held_to, parse_json, read_file, write_whole
 from fewstep.runtime.errors import ArtifactError
 
@@ -19,9 +18,6 @@ __all__ = ["MEASURES", "NoiseRow", "read_noise_results", "read_paths", "save_pat
 
 MEASURES = ("fd", "kd", "precision", "recall", "labels")  # of each path
 PICTURES = 12  # samples of each path that are saved
-OLDER = {"extra": "ignore"}  # fields of other versions
-
-Interval = Annotated[list[Number], Len(2, 2)]  # of 95 %: low and high
 
 
 @dataclass(frozen=True)
@@ -116,14 +112,6 @@ class _Data:
 
 
 @dataclass(frozen=True)
-class _Skipped:
-    """A row that could not be run, and why."""
-
-    key: list[Any]
-    why: str
-
-
-@dataclass(frozen=True)
 class _Results:
     """The fields of ``results.json``."""
 
@@ -135,7 +123,7 @@ class _Results:
     problem: _Problem
     data: _Data
     rows: list[NoiseRow]
-    skipped: list[_Skipped]
+    skipped: list[Skipped]
 
 
 def read_noise_results(path: Path) -> dict[str, Any]:
