@@ -31,7 +31,8 @@ RULES = (  # what the browser may load: from this page alone
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; frame-src 'self' blob:; worker-src 'self' blob:; "
     "object-src 'none'; base-uri 'self'; form-action 'self'"
 )
-FILE, FILE_RULES = "/gradio_api/file", "sandbox; default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'"  # runs nothing
+FILE = "/gradio_api/file"
+FILE_RULES = "sandbox allow-downloads; default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'"  # runs nothing
 TABS: tuple[tuple[str, Callable[[Workshop, gr.Blocks], None]], ...] = (
     ("Sample", sample.tab),
     ("Compare", compare.tab),
