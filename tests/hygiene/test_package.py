@@ -103,8 +103,10 @@ def test_both_run_where_nothing_else_is(wheel: Path, sdist: Path, about: Message
     run(sys.executable, "-m", "venv", tmp_path / "env", cwd=tmp_path)
     bin_ = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin")
     pip = (bin_ / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    run(*pip, "--constraint", ROOT / os.environ.get("FEWSTEP_CONSTRAINTS", "constraints.txt"), wheel, cwd=tmp_path)
+    held = ("--constraint", ROOT / os.environ.get("FEWSTEP_CONSTRAINTS", "constraints.txt"))
+    run(*pip, *held, wheel, cwd=tmp_path)
     assert run(bin_ / "fewstep", "--version", cwd=tmp_path) == f"fewstep {about['Version']}\n"
+    run(*pip, *held, f"{wheel}[all]", cwd=tmp_path)  # as the README has it
     said = run(bin_ / "fewstep", "demo", "-n", 8, "--out", "demo", cwd=tmp_path)
     assert "unipc-2" in said and "fitted" in said and (tmp_path / "demo" / "pictures.png").is_file()
     run(*pip, "--force-reinstall", "--no-deps", sdist, cwd=tmp_path)
