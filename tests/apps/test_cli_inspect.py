@@ -56,7 +56,7 @@ def test_errors_of_a_sampler_that_adds_noise_say_nothing(monkeypatch, capsys, tm
     ("words", "says"),
     [
         ((DSNO,), "is a student"),
-        (("digits-edm-3step",), "was made for 3 steps of ddim alone, to end where its teacher does"),
+        (("digits-edm-3step",), "was made for 3 steps of ddim alone, and its answers at other times mean nothing"),
         (("digits-edm", "-n", 1), "an inspection takes 2 noises or more, got 1"),
         (("digits-edm", "--nfe", 0), "0"),
         (("digits-edm", "--solver", "unipc-9"), "unknown solver"),

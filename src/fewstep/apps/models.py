@@ -10,6 +10,7 @@ from pathlib import Path
 from fewstep.apps.pipelines import PipelineOptions, open_pipeline
 from fewstep.integrations.diffusers.pipeline_folders import is_pipeline
 from fewstep.integrations.diffusers.pipelines import PipelineModel
+from fewstep.models.carried import OPTIMIZED
 from fewstep.models.model import Model
 from fewstep.models.zoo import load_model
 from fewstep.runtime.artifact import named_path
@@ -17,7 +18,7 @@ from fewstep.runtime.entry import imported, is_entry
 from fewstep.runtime.errors import FewstepError, ModelError, first_line
 from fewstep.runtime.spec import as_typed
 
-__all__ = ["guidance_of", "model_words", "open_model", "said_guidance"]
+__all__ = ["guidance_of", "made_for", "model_words", "open_model", "said_guidance"]
 
 HOW = "it should be a function without arguments that returns a fewstep.Model"
 
@@ -88,6 +89,19 @@ def guidance_of(model: Model, scale: float | None) -> float:
 def said_guidance(model: Model, scale: float | None) -> float | None:
     """Return the guidance scale that was typed; None where none was, or the calls that lead a pipeline have it already."""
     return None if isinstance(model, PipelineModel) and model.led else scale
+
+
+def made_for(model: Model, *, alone: bool = False) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]] | None:
+    """Return the solver, the grid and the evaluations that a model was tuned for; None if it was for none.
+
+    Args:
+        model: opened.
+        alone: only of a model whose answers are for its own steps alone.
+    """
+    tuned = model.tuned
+    if tuned is None or tuned.solver is None or (alone and not tuned.own_steps):
+        return None
+    return (tuned.solver,), (OPTIMIZED,), model.num_jumps or (tuned.nfe or 5,)
 
 
 def model_words(model: Model, scale: float | None = None) -> list[str]:

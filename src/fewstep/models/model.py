@@ -411,14 +411,14 @@ class Model:
         """Return the model itself, for what is learned or inferred from its answers at any time.
 
         Raises:
-            ModelError: it is a student, or was made for few steps alone, to end where its teacher does (whom to name).
+            ModelError: it is a student, or was made for few steps alone (whom to name).
         """
         model, tuned = self.need_denoiser(), self.tuned
         if tuned is not None and tuned.solver is not None:
             steps = "few steps" if tuned.nfe is None else counted(tuned.nfe, "step")
             raise ModelError(
-                f"{self.name} was made for {steps} of {tuned.solver} alone, to end where its teacher does, and its answers at other times "
-                f"mean nothing: sample it as it is, or name its teacher, {tuned.teacher}"
+                f"{self.name} was made for {steps} of {tuned.solver} alone, and its answers at other times mean nothing: sample it as it "
+                f"is, or name its teacher, {tuned.teacher}"
             )
         return model
 

@@ -12,7 +12,7 @@ import typer
 from fewstep.apps.commands.bench_restoration import bench_tasks
 from fewstep.apps.commands.bench_stochastic import bench_noise, needs_statistics
 from fewstep.apps.console import console, next_command, print_json, progress
-from fewstep.apps.models import guidance_of, open_model
+from fewstep.apps.models import guidance_of, made_for, open_model
 from fewstep.apps.options import (
     ANY_STATISTICS,
     INTEGERS,
@@ -34,7 +34,6 @@ from fewstep.evaluate.benchmark.run import benchmark
 from fewstep.evaluate.pictures import save_comparison
 from fewstep.evaluate.report.write import check_packages, write_report
 from fewstep.evaluate.rows import REFERENCE, picture_file, read_samples
-from fewstep.models.carried import OPTIMIZED
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError
@@ -140,9 +139,8 @@ def bench(
     opened = open_model(model, trust=trust)
     alone = bool(rest.keywords["samplers"]) and solver is None and grid is None and not rest.keywords["peers"]
     typed = words(solver), words(grid), counts
-    solvers, grids, counts = (
-        default if one is None else one for one, default in zip(typed, ((), (), ()) if alone else _rows(opened), strict=True)
-    )
+    default = ((), (), ()) if alone else made_for(opened) or (SOLVERS, GRIDS, NFE)
+    solvers, grids, counts = (other if one is None else one for one, other in zip(typed, default, strict=True))
     config = rest(solvers=solvers, grids=grids, nfe=counts, guidance=guidance_of(opened, guidance))
     needs_statistics(config)
     compared = run_bench(opened, config, out, command(), report=report)
@@ -166,14 +164,6 @@ def _refuse(flags: Sequence[str], purpose: str, instead: str) -> None:
     """
     if flags:
         raise FewstepError(f"{' and '.join(flags)} {'is' if len(flags) == 1 else 'are'} for {purpose}: {instead}")
-
-
-def _rows(model: Model) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
-    """Return solvers, grids and evaluations where nothing was typed: a tuned model is tried with what it was tuned for."""
-    tuned = model.tuned
-    if tuned is None or tuned.solver is None:
-        return SOLVERS, GRIDS, NFE
-    return (tuned.solver,), (OPTIMIZED,), model.num_jumps or (tuned.nfe or NFE[0],)
 
 
 def run_bench(model: Model, config: BenchmarkConfig, out: Path, typed: str, *, report: bool = False) -> Comparison:

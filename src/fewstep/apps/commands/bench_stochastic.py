@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.apps.console import console, print_json, progress, show_table
-from fewstep.apps.models import guidance_of, open_model
+from fewstep.apps.models import guidance_of, made_for, open_model
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig
 from fewstep.evaluate.report.stochastic_page import write_stochastic
 from fewstep.evaluate.stochastic.rows import NoiseRow
 from fewstep.evaluate.stochastic.run import StochasticBench, StochasticBenchConfig
 from fewstep.evaluate.stochastic.verdict import Contest, contests, ranked_rows
-from fewstep.models.carried import FITTED, OPTIMIZED
-from fewstep.models.model import Model
+from fewstep.models.carried import FITTED
 from fewstep.models.problem import Problem
 from fewstep.runtime.errors import FewstepError
 from fewstep.runtime.process import default_device, process
@@ -60,7 +59,9 @@ def bench_noise(
     given = {name: value for name, value in typed.items() if value is not None}
     alone = bool(rest.keywords["samplers"]) and not rest.keywords["peers"] and not {"solvers", "grids"} & set(given)
     opened = open_model(model, trust=trust)
-    default = dict(zip(("solvers", "grids", "nfe"), ((), (), ()) if alone else _rows(opened), strict=True))
+    default = dict(
+        zip(("solvers", "grids", "nfe"), ((), (), ()) if alone else made_for(opened, alone=True) or (SOLVERS, GRIDS, NFE), strict=True)
+    )
     config = StochasticBenchConfig(**{**rest.keywords, **default, **given, "guidance": guidance_of(opened, guidance)})
     needs_statistics(config)
     bench = StochasticBench.of(Problem(opened, config.guidance, default_device()), config)
@@ -99,14 +100,6 @@ def bench_noise(
         console.print(f"each evaluation is {each} calls of the network")
     console.print(f"rows: {out / 'results.json'}")
     console.print("report: the same command with --report" if page is None else f"report: {page}")
-
-
-def _rows(model: Model) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
-    """Return solvers, grids and evaluations where nothing was typed: a student that knows its own steps alone is tried with those."""
-    tuned = model.tuned
-    if tuned is None or not tuned.own_steps or tuned.solver is None or tuned.nfe is None:
-        return SOLVERS, GRIDS, NFE
-    return (tuned.solver,), (OPTIMIZED,), (tuned.nfe,)
 
 
 def needs_statistics(config: BenchmarkConfig) -> None:

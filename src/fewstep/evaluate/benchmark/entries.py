@@ -15,7 +15,7 @@ from torch import Tensor
 from fewstep.core.denoiser import Cond, Denoiser, FlowMap
 from fewstep.core.grid import TimeGrid
 from fewstep.core.spacings import make_grid
-from fewstep.core.tableau import Nodes, Solver, Tableau, tabulate
+from fewstep.core.tableau import Nodes, Solver, Tableau
 from fewstep.evaluate.benchmark.peers import LIBRARY, peer_steps, run_peer
 from fewstep.evaluate.benchmark.third_party import ThirdPartySampler, run_third_party
 from fewstep.evaluate.rows import OWN_FORMULAS, Key
@@ -141,12 +141,6 @@ def _refused(problem: Problem, tableau: Tableau) -> None:
     problem.model.check_own_steps(tableau)
 
 
-def _is_choosy(problem: Problem) -> bool:
-    """Return whether the model is a student that cannot take every tableau."""
-    tuned = problem.model.tuned
-    return isinstance(problem.denoiser, FlowMap) or (tuned is not None and tuned.own_steps)
-
-
 def _numbers(*tables: Tensor) -> str:
     return hashlib.sha256(repr([table.tolist() for table in tables]).encode()).hexdigest()[:16]
 
@@ -224,9 +218,7 @@ class HandMadeEntry(Entry):
 
     def why_not(self) -> str:
         try:
-            nodes = self._solver.nodes(self.time_grid, self.problem.schedule)
-            if _is_choosy(self.problem):
-                _refused(self.problem, tabulate(self._solver, nodes))
+            _refused(self.problem, self.sampler.tableau)
         except (GridError, SolverError) as error:
             return str(error)
         except Exception:  # somebody's own code: its row says why
@@ -333,7 +325,7 @@ class _ForeignEntry(Entry):
     def why_not(self) -> str:
         if isinstance(self.problem.denoiser, FlowMap):
             return f"{self.problem.name} is a student, which jumps from time to time: no sampler of {self.library} is for it"
-        if _is_choosy(self.problem):
+        if (tuned := self.problem.model.tuned) is not None and tuned.own_steps:
             return f"{self.problem.name} is a student, which knows its own steps alone: no sampler of {self.library} is for it"
         if self.problem.model.domain is not None:
             return f"{self.problem.name} is a reflected model, whose samples {self.library} would not fold into their cube"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.evaluate.report import curves, plots
-from fewstep.evaluate.report.template import check_packages, rendered
+from fewstep.evaluate.report.template import rendered, write_page
 from fewstep.evaluate.restoration.rows import (
     PSEUDO_INVERSE,
     RestorationResults,
@@ -21,7 +21,6 @@ from fewstep.evaluate.restoration.rows import (
     read_row_file,
     row_file,
 )
-from fewstep.runtime.artifact import check_writable, write_whole
 from fewstep.runtime.errors import FewstepError
 
 __all__ = ["restoration_page", "write_restorations"]
@@ -40,10 +39,7 @@ def write_restorations(results: RestorationResults, out: Path) -> Path:
         FewstepError: matplotlib or jinja2 is missing, or no row has figures.
         ArtifactError: the folder cannot be written, or pictures in it are damaged.
     """
-    check_packages()
-    check_writable(out)
-    write_whole(out / "report.html", restoration_page(results, out).encode())
-    return out / "report.html"
+    return write_page(lambda: restoration_page(results, out), out)
 
 
 def restoration_page(results: RestorationResults, out: Path) -> str:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.evaluate.report import plots
-from fewstep.evaluate.report.template import check_packages, rendered
+from fewstep.evaluate.report.template import rendered, write_page
 from fewstep.evaluate.stochastic.rows import NoiseRow, read_paths
 from fewstep.evaluate.stochastic.verdict import Contest, contests, ranked_rows
-from fewstep.runtime.artifact import check_writable, write_whole
 from fewstep.runtime.errors import FewstepError
 
 __all__ = ["stochastic_page", "write_stochastic"]
@@ -37,10 +36,7 @@ def write_stochastic(results: Mapping[str, Any], out: Path) -> Path:
         FewstepError: matplotlib or jinja2 is missing, or no row has figures.
         ArtifactError: the folder cannot be written, or pictures in it are damaged.
     """
-    check_packages()
-    check_writable(out)
-    write_whole(out / "report.html", stochastic_page(results, out).encode())
-    return out / "report.html"
+    return write_page(lambda: stochastic_page(results, out), out)
 
 
 def stochastic_page(results: Mapping[str, Any], out: Path) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from fewstep.evaluate.report import plots
 from fewstep.evaluate.report.findings import Name, Number
+from fewstep.runtime.artifact import check_writable, write_whole
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["check_packages", "rendered"]
+__all__ = ["check_packages", "rendered", "write_page"]
 
 
 def check_packages() -> None:
@@ -23,6 +25,19 @@ def check_packages() -> None:
     missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
         raise FewstepError(f"a report needs {' and '.join(missing)}: pip install 'fewstep[report]'")
+
+
+def write_page(page: Callable[[], str], out: Path) -> Path:
+    """Write ``report.html`` in a folder as a function makes it, once it can be made and written, and return its path.
+
+    Raises:
+        FewstepError: matplotlib or jinja2 is missing.
+        ArtifactError: the folder cannot be written.
+    """
+    check_packages()
+    check_writable(out)
+    write_whole(out / "report.html", page().encode())
+    return out / "report.html"
 
 
 def rendered(template: str, page: Mapping[str, Any]) -> str:
