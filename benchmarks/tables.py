@@ -545,13 +545,76 @@ def student_study(rows: list[Row], part: str) -> None:
         print(f"| {name} | {mean(row['steps'] for row in found):.0f} | {' | '.join(map(_spread, figures))} |")
 
 
-def _spread(found: Sequence[float | None]) -> str:
+MATCHED = {"fd": ".3f", "precision": ".3f", "recall": ".3f", "labels": ".1%", "clusters": ".3f", "diversity": ".3f", "rmse": ".4f"}
+SHARES = (0.1, 0.25, 0.5, 1.0)  # of a run
+
+
+def matching_study(rows: Sequence[Row], part: str) -> None:
+    """Print a part of matching_study.json: ``ring-6``, ``ring-25`` or ``digits`` by the weights that are kept, ``curves`` of the digits."""
+    case = "digits" if part == "curves" else part
+    named: dict[str, list[Row]] = {}
+    for row in (row for row in rows if row["row"].startswith(f"{case}/")):
+        named.setdefault(row["row"].split("/")[1], []).append(row)
+    if part == "curves":
+        heading([""], [*(f"after {share:.0%} of its time: Frechet, recall" for share in SHARES), "seconds"])
+        for name, found in named.items():
+            if "curves" in found[0]:
+                cells = [_at(found, share) for share in SHARES]
+                print(f"| {name} | {' | '.join(cells)} | {mean(row['seconds'] for row in found):.0f} |")
+        return
+    if case != "digits":
+        heading([""], ["masses of the modes, least to largest", "near one", "Frechet", "recall", "seconds"])
+        for name, found in named.items():
+            least, most = min(row["masses"][0] for row in found), max(row["masses"][1] for row in found)
+            kept = [row.get("kept", row) for row in found]
+            figures = [_spread([row["fd"] for row in kept], ".4f"), _spread([row["recall"] for row in kept], ".3f"), _seconds(found)]
+            print(f"| {name} | {least:.3f} to {most:.3f} | {mean(row['near'] for row in found):.1%} | {' | '.join(figures)} |")
+        return
+    heading([""], ["Frechet", "precision", "recall", "labels", "clusters", "diversity", "RMSE", "seconds"])
+    for name, found in named.items():
+        kept = [row.get("kept", row) for row in found]
+        paired = "curves" not in found[0] or name.startswith("after")
+        cells = [_spread([row[key] for row in kept], form) if key != "rmse" or paired else "" for key, form in MATCHED.items()]
+        print(f"| {name} | {' | '.join(cells)} | {_seconds(found)} |")
+
+
+def _seconds(found: Sequence[Row]) -> str:
+    """Write the mean seconds of training, or nothing where none was trained."""
+    return f"{mean(row['seconds'] for row in found):.0f}" if "seconds" in found[0] else ""
+
+
+def _at(found: Sequence[Row], share: float) -> str:
+    """Write the mean Frechet distance and recall of the seeds after a share of their training."""
+    at = list[int]()
+    for steps in (row["curves"]["step"] for row in found):
+        at.append(min(range(len(steps)), key=lambda k, steps=steps: abs(steps[k] - share * steps[-1])))
+    fd, recall = (mean(row["curves"][key][k] for row, k in zip(found, at, strict=True)) for key in ("fd", "recall"))
+    return f"{fd:.3f}, {recall:.3f}"
+
+
+WAYS_ASKED = {"fd": ".2f", "labels": ".1%", "outside": ".1%"}
+
+
+def reflected_study(rows: Sequence[Row], key: str) -> None:
+    """Print one figure of reflected_study.json by guidance scale: ``fd``, ``labels``, or the share of pixels ``outside``."""
+    scales = list(dict.fromkeys(row["guidance"] for row in rows))
+    heading([""], [f"guidance {scale:g}" for scale in scales])
+    least = {scale: min(row[key] for row in rows if row["guidance"] == scale) for scale in scales}
+    for way in dict.fromkeys(row["way"] for row in rows):
+        cells = list[str]()
+        for row in (row for row in rows if row["way"] == way):
+            text = f"{row[key]:{WAYS_ASKED[key]}}"
+            cells.append(f"**{text}**" if key != "labels" and row[key] == least[row["guidance"]] else text)
+        print(f"| {way} | {' | '.join(cells)} |")
+
+
+def _spread(found: Sequence[float | None], form: str = ".4f") -> str:
     """Write the mean of the seeds with least and largest, or nothing for a student that has no such figure."""
     known = [value for value in found if value is not None]
     if not known:
         return ""
-    between = f" ({min(known):.4f} to {max(known):.4f})" if len(known) > 1 else ""
-    return f"{mean(known):.4f}{between}"
+    between = f" ({min(known):{form}} to {max(known):{form}})" if len(known) > 1 else ""
+    return f"{mean(known):{form}}{between}"
 
 
 def fitted(rows: list[Row]) -> None:
@@ -729,6 +792,8 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "fit-study": lambda results, args: fit_study([row for row in results[0]["rows"] if row["table"] == args.part]),
     "dsno-study": lambda results, args: dsno_study(results[0]["rows"], args.part),
     "student-study": lambda results, args: student_study(results[0]["rows"], args.part),
+    "matching-study": lambda results, args: matching_study(results[0]["rows"], args.part),
+    "reflected-study": lambda results, args: reflected_study(results[0]["rows"], args.part),
     "pipeline": lambda results, args: pipeline(results[0]),
     "large": lambda results, args: large(results[0]),
     "parallel": lambda results, args: in_parallel(results[0], args.part or "picard"),
