@@ -121,7 +121,7 @@ def test_what_it_cannot_take_is_refused_in_words(changed: dict[str, Any], says: 
 @pytest.mark.parametrize("value", ["8", 2.5, None, True, float("nan"), [1]])
 def test_a_browser_sends_whole_numbers(value: Any) -> None:
     with pytest.raises(FewstepError, match="whole numbers"):
-        asked_for("digits-edm", RECOMMENDED, DEFAULT, "ddim", DEFAULT, value, 1.0, None, 0, 1, False)
+        asked_for("digits-edm", RECOMMENDED, DEFAULT, "ddim", DEFAULT, value, 1.0, None, 0, 1, False, "")
 
 
 def test_a_model_of_ones_own_is_named_by_the_command_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ def test_a_program_gets_sentences_too(served: Any) -> None:
     from gradio_client.exceptions import AppError
 
     client = Client(served[0].local_url, verbose=False, analytics_enabled=False)
-    words = ["digits-edm", "recommended", "default", "ddim", "default", 5, 1, "one of each", 0, 2, False]
+    words = ["digits-edm", "recommended", "default", "ddim", "default", 5, 1, "one of each", 0, 2, False, ""]
     pictures, command, _ = client.predict(*words, api_name="/sample")
     assert "<img" in pictures and "fewstep sample digits-edm --solver fitted --nfe 5" in json.dumps(command)
     with pytest.raises(AppError, match="21 is greater than maximum value 20"):  # what a field refuses gradio says

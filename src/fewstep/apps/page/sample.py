@@ -7,6 +7,7 @@ import shlex
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from fewstep.solvers import SOLVERS, takes_statistics
 __all__ = ["DEFAULT", "RECOMMENDED", "Asked", "Picked", "Shown", "grids_of", "picked", "sampled", "saved_for", "solvers_of", "tab"]
 
 RECOMMENDED, DEFAULT, EACH = "recommended", "default", "one of each"
-MOST_NFE, MOST = 20, 16  # evaluations and pictures
+MOST_NFE, MOST, LONGEST = 20, 16, 2000  # evaluations, pictures, letters of a prompt
 OF_TABLES = ("leading", "linspace", "trailing")  # grids of a noise law that is a table of times
 EXACT = 16  # sets of exact samples in memory
 
@@ -55,6 +56,7 @@ class Asked:
         label: the class of all samples; None for one of each in turn.
         seed, num: the first seed, and how many.
         exact: whether the exact trajectory is run too.
+        prompt: of a text pipeline, in place of a class.
     """
 
     model: str
@@ -68,6 +70,7 @@ class Asked:
     seed: int = 0
     num: int = 8
     exact: bool = True
+    prompt: str = ""
 
     def __post_init__(self) -> None:
         for name, most in (("nfe", MOST_NFE), ("num", MOST)):
@@ -77,6 +80,8 @@ class Asked:
         if not math.isfinite(number(self.guidance, "guidance", FewstepError)):
             raise FewstepError(f"guidance is a finite number, got {self.guidance}")
         check_seeds(whole(self.seed, "the first seed", FewstepError), self.num)
+        if not isinstance(self.prompt, str) or len(self.prompt) > LONGEST:
+            raise FewstepError(f"a prompt is a text of up to {LONGEST} letters, got {str(self.prompt)[:40]!r}")
 
 
 class Picked(NamedTuple):
@@ -96,7 +101,7 @@ class Picked(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """The tab at one moment: the strips, and once all is there what makes the first samples again."""
+    """The tab at one moment: the strips, and once all is there what makes the first samples again (of a prompt no command does)."""
 
     strips: list[Strip]
     command: str = ""
@@ -213,7 +218,11 @@ def sampled(models: Models, asked: Asked, exact: ExactSamples | None = None) -> 
     Raises:
         FewstepError: see `picked`; what the model refuses.
     """
-    problem, seeds = models.problem(asked.model, asked.guidance), range(asked.seed, asked.seed + asked.num)
+    prompted, seeds = models.takes_prompt(asked.model), range(asked.seed, asked.seed + asked.num)
+    if asked.prompt and not prompted:
+        raise FewstepError(f"{asked.model} takes no prompt: leave it empty")
+    problem = models.problem(asked.model, asked.guidance, asked.prompt if prompted else None)
+    pictures = partial(models.pictures, asked.model) if prompted else lambda x0: x0
     chosen = [
         picked(models, asked.model, solver, grid, asked.nfe, problem.guidance)
         for solver, grid in ((asked.solver, asked.grid), (asked.other, asked.other_grid))
@@ -225,19 +234,21 @@ def sampled(models: Models, asked: Asked, exact: ExactSamples | None = None) -> 
         start, last = problem.start(seeds, one.sampler.tableau.nodes), None
         for step in _steps(problem, one.sampler, start, cond, seeds):
             last = step
-            shown[place] = Strip(one.name, f"{step.i + 1} of {one.sampler.nfe}", step.x0.cpu())
+            halfway = None if prompted and step.x0.ndim != 4 else step.x0.cpu()  # of latents the first channel, until they are decoded
+            shown[place] = Strip(one.name, f"{step.i + 1} of {one.sampler.nfe}", halfway)
             yield Shown(list(shown))
         assert last is not None  # a tableau has a row
         domain = domain_of(problem.denoiser)
         ends.append((last.x_next if domain is None else domain.fold(last.x_next)[0]).cpu())
-        shown[place] = Strip(one.name, f"{one.sampler.nfe} evaluations", ends[-1])
+        shown[place] = Strip(one.name, f"{one.sampler.nfe} evaluations", pictures(ends[-1]))
         yield Shown(list(shown))
     if asked.exact:
         truth = (exact or ExactSamples()).of(problem, seeds, asked.label)
-        shown[-1] = shown[-1]._replace(images=truth)
+        shown[-1] = shown[-1]._replace(images=pictures(truth))
         for place, made in enumerate(ends):
-            shown[place] = shown[place]._replace(note=f"{shown[place].note}\nRMSE {rmse(made, truth):.4f}")
-    yield Shown(shown, command_of(models, asked, chosen[0]), python_of(models, asked, chosen[0]))
+            of = " of latents" if prompted else ""
+            shown[place] = shown[place]._replace(note=f"{shown[place].note}\nRMSE {rmse(made, truth):.4f}{of}")
+    yield Shown(shown, "" if prompted else command_of(models, asked, chosen[0]), python_of(models, asked, chosen[0]))
 
 
 def _steps(problem: Problem, sampler: Sampler, start: Tensor, cond: Any, seeds: range) -> Iterator[Any]:  # noqa: ANN401 - a condition
@@ -260,12 +271,18 @@ def command_of(models: Models, asked: Asked, one: Picked) -> str:
 
 def python_of(models: Models, asked: Asked, one: Picked) -> str:
     """Return the lines of Python that make the same samples."""
-    *imports, model = models.python(asked.model)
-    guidance = "" if asked.guidance == models.open(asked.model).default_guidance else f", guidance={as_typed(asked.guidance)}"
+    prompted = models.takes_prompt(asked.model)
+    lines = [line for line in models.python(asked.model, asked.prompt, asked.guidance) if line]
+    imports = [line for line in lines if line.startswith(("from ", "import "))]
+    said = prompted or asked.guidance == models.open(asked.model).default_guidance
+    guidance = "" if said else f", guidance={as_typed(asked.guidance)}"
     label = "" if asked.label is None else f", cond=torch.full(({asked.num},), {asked.label})"
-    call = f"images = fewstep.sample(model, {one.python}{guidance}{label}, seeds=range({asked.seed}, {asked.seed + asked.num}))"
-    used = [*(["import torch"] if label else []), "import fewstep", *(line for line in imports if line)]
-    return "\n".join([*sorted(used, key=lambda line: line.split()[1].startswith("fewstep")), "", model, call])
+    made, seeds = "latents" if prompted else "images", f"range({asked.seed}, {asked.seed + asked.num})"
+    call = f"{made} = fewstep.sample(model, {one.python}{guidance}{label}, seeds={seeds})"
+    used = [*(["import torch"] if label else []), "import fewstep", *imports]
+    decoded = ["images = decode_latents(pipe, latents)"] if prompted else []
+    used.sort(key=lambda line: line.split()[1].startswith("fewstep"))
+    return "\n".join([*used, "", *lines[len(imports) :], call, *decoded])
 
 
 # -- the tab ------------------------------------------------------------------------------------------------------------
@@ -287,7 +304,10 @@ def tab(shop: Workshop, _page: gr.Blocks) -> None:
             nfe = gr.Slider(1, MOST_NFE, _nfe(models.open(first)), step=1, label="Network evaluations", buttons=[])
             with gr.Row():
                 guidance = gr.Number(models.open(first).default_guidance, label="Guidance", step=0.5, min_width=90)
-                label = gr.Dropdown(_classes(models.open(first)), value=EACH, label="Class", min_width=110)
+                label = gr.Dropdown(
+                    _classes(models.open(first)), value=EACH, label="Class", min_width=110, visible=not models.takes_prompt(first)
+                )
+            prompt = gr.Textbox("", label="Prompt", lines=2, max_length=LONGEST, visible=models.takes_prompt(first))
             with gr.Row():
                 seed = gr.Number(0, label="First seed", precision=0, minimum=0, min_width=90)
                 num = gr.Number(8, label="Pictures", precision=0, minimum=1, maximum=MOST, min_width=90)
@@ -303,7 +323,7 @@ def tab(shop: Workshop, _page: gr.Blocks) -> None:
 
     def chosen(name: str) -> list[Any]:
         solvers, grids = solvers_of(models, name), grids_of(models, name)
-        opened = models.open(name)
+        opened, prompted = models.open(name), models.takes_prompt(name)
         return [
             gr.update(choices=solvers, value=RECOMMENDED),
             gr.update(choices=grids, value=DEFAULT),
@@ -311,7 +331,8 @@ def tab(shop: Workshop, _page: gr.Blocks) -> None:
             gr.update(choices=grids, value=DEFAULT),
             gr.update(value=_nfe(opened)),
             gr.update(value=opened.default_guidance),
-            gr.update(choices=_classes(opened), value=EACH),
+            gr.update(choices=_classes(opened), value=EACH, visible=not prompted),
+            gr.update(value="", visible=prompted),
             "",
         ]
 
@@ -322,13 +343,14 @@ def tab(shop: Workshop, _page: gr.Blocks) -> None:
             seeds = [str(one) for one in range(asked.seed, asked.seed + asked.num)]
             for shown in sampled(models, asked, exact):
                 text = strips(shown.strips, seeds if asked.num <= ACROSS else ())
-                again = [gr.update(value=text, visible=True) for text in (shown.command, shown.python)] if shown.command else [empty, empty]
+                again = [gr.update(value=text, visible=bool(text)) for text in (shown.command, shown.python)]
                 yield [text, *again]
         except FewstepError as error:
             yield [refused(error), empty, empty]
 
-    fields = [model, solver, grid, other, other_grid, nfe, guidance, label, seed, num, with_exact]
-    model.change(worded(chosen, 7), model, [solver, grid, other, other_grid, nfe, guidance, label, pictures], show_progress="hidden")
+    fields = [model, solver, grid, other, other_grid, nfe, guidance, label, seed, num, with_exact, prompt]
+    theirs = [solver, grid, other, other_grid, nfe, guidance, label, prompt]
+    model.change(worded(chosen, len(theirs)), model, [*theirs, pictures], show_progress="hidden")
     running = go.click(made, fields, [pictures, command, python], show_progress="hidden", concurrency_limit=4, api_name="sample")
     stop.click(None, cancels=[running])
 
@@ -342,9 +364,9 @@ def asked_for(*values: Any) -> Asked:  # noqa: ANN401 - from a browser
     Raises:
         FewstepError: a value that a field cannot have.
     """
-    model, solver, grid, other, other_grid, nfe, guidance, label, seed, num, exact = values
+    model, solver, grid, other, other_grid, nfe, guidance, label, seed, num, exact, prompt = values
     of = None if label in (None, EACH) else whole_of(label)
-    return Asked(model, solver, grid, other, other_grid, whole_of(nfe), guidance, of, whole_of(seed), whole_of(num), bool(exact))
+    return Asked(model, solver, grid, other, other_grid, whole_of(nfe), guidance, of, whole_of(seed), whole_of(num), bool(exact), prompt)
 
 
 def whole_of(value: Any) -> int:  # noqa: ANN401 - from a browser

@@ -16,6 +16,7 @@ from fewstep.runtime.errors import FewstepError
 __all__ = ["ACROSS", "Strip", "frame", "progress", "refused", "strips", "table", "tiles"]
 
 ACROSS = 8  # pictures beside each other
+SIDE, SMALL = 256, 64  # pixels of a picture's longer side: at most, and up to which they are shown as squares
 
 
 class Strip(NamedTuple):
@@ -61,8 +62,9 @@ def _picture(images: Tensor, name: str) -> str:
     """
     if images.ndim != 4:
         raise FewstepError(f"samples of shape {tuple(images.shape[1:])} are no pictures, which the page shows: use fewstep sample --npz")
-    uri = plots.data_uri(plots.strip(images, len(images)), "image/png")
-    return f'<img src="{uri}" alt="{len(images)} samples by {escape(name)}" style="width:{100 * len(images) / ACROSS:g}%">'
+    uri = plots.data_uri(plots.strip(images, len(images), SIDE), "image/png")
+    smooth = ";image-rendering:auto" if max(images.shape[2:]) > SMALL else ""
+    return f'<img src="{uri}" alt="{len(images)} samples by {escape(name)}" style="width:{100 * len(images) / ACROSS:g}%{smooth}">'
 
 
 def tiles(found: Sequence[Strip]) -> str:

@@ -319,10 +319,10 @@ def svg_file(inner: str) -> bytes:
     return re.sub(r"<svg ([^>]*)>", lambda found: f"{head}{found[1]}>{style}", inner, count=1).encode()
 
 
-def strip(images: Tensor, count: int) -> bytes:
-    """Return the first ``count`` of samples ``[B, C, H, W]`` side by side as a PNG; large ones are made smaller."""
+def strip(images: Tensor, count: int, side: int = SIDE) -> bytes:
+    """Return the first ``count`` of samples ``[B, C, H, W]`` side by side as a PNG, made smaller beyond ``side`` pixels."""
     pixels = to_uint8(images[:count])
-    shrink = max(1, -(-max(pixels.shape[1:3]) // SIDE))
+    shrink = max(1, -(-max(pixels.shape[1:3]) // side))
     size = (max(1, pixels.shape[2] // shrink), max(1, pixels.shape[1] // shrink))
     shown = [np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BOX)) for one in pixels]
     picture = Image.fromarray(np.concatenate(shown, 1))

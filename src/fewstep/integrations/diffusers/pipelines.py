@@ -24,7 +24,7 @@ from fewstep.runtime.artifact import named_path, read_file
 from fewstep.runtime.errors import ArtifactError, ModelError
 from fewstep.runtime.front_door import whole
 
-__all__ = ["PipelineModel", "from_pipeline", "read_prompts"]
+__all__ = ["PipelineModel", "from_pipeline", "is_called_directly", "read_prompts"]
 
 AT_ONCE = 16  # prompts that are encoded together
 
@@ -164,7 +164,7 @@ def from_pipeline(
                 f"calls say all themselves: put {', '.join(['prompts'] * bool(texts) + [*said]) or 'embedded_guidance'} into them"
             )
         return _by_calls(pipe, checked_calls(pipe, calls))
-    if kind not in _FAMILIES:
+    if not is_called_directly(kind):
         if not texts:
             raise ModelError(f"a {kind} is led by its own calls: pass calls=[dict(prompt=...), ...], its arguments as you type them")
         return _by_calls(pipe, checked_calls(pipe, [{"prompt": text, **said} for text in texts]))
@@ -180,6 +180,11 @@ def from_pipeline(
     law = noise_law(pipe.scheduler.config, mu=mu, to_clean=ends_clean(pipe.scheduler.config))
     labels = {"classes": classes, "null_label": null_label, "guidance_scale": guidance_scale, "prompts": tuple(texts)}
     return PipelineModel(conditioned, law.schedule, law.prediction, shape=shape, time=law.time, name=_name_of(pipe), **labels)
+
+
+def is_called_directly(kind: str) -> bool:
+    """Return whether `from_pipeline` calls the network of a class of pipeline by itself, where others are led by their own calls."""
+    return kind in _FAMILIES
 
 
 def _by_calls(pipe: Any, calls: list[dict[str, Any]]) -> PipelineModel:  # noqa: ANN401
