@@ -266,6 +266,54 @@ def test_an_empty_folder_is_not_the_working_folder(verb, tmp_path, monkeypatch, 
     ],
 )
 def test_words_that_cannot_be_are_refused(words, says, tmp_path, monkeypatch, capsys):
+    _refused(words, says, tmp_path, monkeypatch, capsys)
+
+
+BILLION = 10**9
+FIT = ("fit", "digits-edm", "--nfe", 3)
+BENCH = ("bench", "digits-edm", "--solver", "ddim", "--grid", "karras")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("sample", "digits-edm", "--nfe", BILLION), "nfe is at most 10,000, got 1,000,000,000"),
+        (("sample", "digits-edm", "--nfe", BILLION, "--solver", "dpm-solver-fast"), "nfe is at most 10,000, got 1,000,000,000"),
+        (("sample", "digits-flow-map", "--nfe", BILLION), "nfe is at most 10,000, got 1,000,000,000"),
+        (("sample", "digits-edm", "--num", BILLION), "num is at most 10,000,000, got 1,000,000,000: they take weeks"),
+        (("sample", "digits-edm", "--batch", BILLION), "batch is at most 1,000,000, got 1,000,000,000"),
+        ((*BENCH, "--nfe", BILLION), "nfe is at most 10,000"),
+        ((*BENCH, "--nfe", 3, "--num", BILLION), "num is at most 10,000,000"),
+        ((*BENCH, "--nfe", 3, "--batch", BILLION), "batch is at most 1,000,000"),
+        (("fit", "digits-edm", "--nfe", BILLION), "nfe is at most 10,000"),
+        ((*FIT, "--num", BILLION), "num is at most 10,000,000"),
+        ((*FIT, "--levels", BILLION), "levels is at most 10,000"),
+        ((*FIT, "--batch", BILLION), "batch is at most 1,000,000"),
+        (("optimize", "digits-edm", "--solver", "unipc-2", "--nfe", BILLION), "nfe is at most 10,000"),
+        (("optimize", "digits-edm", "--solver", "unipc-2", "--nfe", 3, "--noises", BILLION), "noises is at most 10,000,000"),
+        (("calibrate", "digits-edm", "--levels", BILLION), "levels is at most 10,000"),
+        (("calibrate", "digits-edm", "--num", BILLION), "num is at most 10,000,000"),
+        (("trajectories", "digits-edm", "--slots", BILLION), "steps of a grid is at most 10,000"),
+        (("trajectories", "digits-edm", "--nfe", BILLION), "nfe is at most 10,000"),
+        (("trajectories", "digits-edm", "--num", BILLION), "num is at most 10,000,000"),
+        (("inspect", "digits-edm", "--nfe", BILLION), "nfe is at most 10,000"),
+        (("inspect", "digits-edm", "--num", BILLION), "num is at most 10,000,000"),
+        (("finetune", "digits-edm", "--nfe", BILLION), "nfe"),
+        (("finetune", "digits-edm", "--nfe", 3, "--num", BILLION), "num is at most 10,000,000"),
+        (("finetune", "digits-edm", "--nfe", 3, "--teacher-nfe", BILLION), "teacher_nfe is at most 10,000"),
+        (("distill", "digits-edm", "--method", "kd", "--num", BILLION), "num is at most 10,000,000"),
+        (("distill", "digits-edm", "--method", "kd", "--teacher-nfe", BILLION), "teacher_nfe is at most 10,000"),
+        (("distill", "digits-edm", "--method", "kd", "--batch", BILLION), "batch is at most 1,000,000"),
+        (("train", "--data", "digits", "--batch", BILLION), "batch is at most 1,000,000"),
+    ],
+    ids=lambda value: " ".join(map(str, value[:1] + value[-2:])) if isinstance(value, tuple) else "",
+)
+@pytest.mark.every(4, 2)
+def test_numbers_of_absurd_size_are_refused_before_they_cost_anything(words, says, tmp_path, monkeypatch, capsys):
+    _refused((*words, "--out", "x"), says, tmp_path, monkeypatch, capsys)
+
+
+def _refused(words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, *words) == 2
     said = capsys.readouterr().err

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import GridError, counted
-from fewstep.runtime.front_door import checked, checked_class, is_count, number
+from fewstep.runtime.front_door import check_size, checked, checked_class, is_count, number
 
 __all__ = ["RHO", "TimeGrid", "check_law", "grid_ends", "karras_roots", "nearest_time", "step_count"]
 
@@ -296,10 +296,11 @@ def step_count(steps: int) -> int:
     """Return a number of steps as an int.
 
     Raises:
-        GridError: it is no whole number of at least 1.
+        GridError: it is no whole number of at least 1, or of an absurd size.
     """
     if not is_count(steps):
         raise GridError(f"a grid needs at least 1 step, a whole number of them, got {steps!r}")
+    check_size("steps of a grid", int(steps), GridError)
     return int(steps)
 
 

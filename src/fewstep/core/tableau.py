@@ -26,7 +26,7 @@ from fewstep.core.first_answer import FirstAnswer
 from fewstep.core.grid import TimeGrid
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.runtime.errors import SolverError, counted
-from fewstep.runtime.front_door import is_count, plain, whole
+from fewstep.runtime.front_door import check_size, is_count, plain, whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -167,10 +167,11 @@ class Solver(ABC):
             to_clean: whether the grid ends at ``sigma = 0``, see `evaluations`.
 
         Raises:
-            SolverError: if ``nfe`` is below 1, or this solver cannot use exactly that many.
+            SolverError: if ``nfe`` is below 1 or of an absurd size, or this solver cannot use exactly that many.
         """
         if not is_count(nfe):
             raise SolverError(f"nfe must be a whole number of at least 1, got {nfe}")
+        check_size("nfe", nfe, SolverError)
         below, steps = 0, 1  # every interval adds evaluations
         while (most := sum(self.evaluations(steps, to_clean=to_clean))) < nfe:
             below, steps = most, steps + 1

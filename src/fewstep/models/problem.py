@@ -17,6 +17,7 @@ from fewstep.core.tableau import Nodes
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import check_evaluating
 from fewstep.runtime.errors import FewstepError, ModelError
+from fewstep.runtime.front_door import check_size
 from fewstep.sampling.noise import seeded_noise
 from fewstep.sampling.start import noised
 
@@ -27,10 +28,11 @@ def check_seeds(first: int, count: int) -> None:
     """Refuse seeds ``first, first + 1, ...`` that are none.
 
     Raises:
-        FewstepError: one is negative or does not fit in 63 bits.
+        FewstepError: one is negative or does not fit in 63 bits; there are absurdly many.
     """
     if first < 0 or first + count > 2**63:
         raise FewstepError(f"seeds must lie between 0 and 2^63, got {first} and the {count - 1} after it")
+    check_size("num", count)
 
 
 def check_model(model: object) -> None:

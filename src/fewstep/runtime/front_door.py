@@ -17,6 +17,7 @@ from fewstep.runtime.errors import FewstepError, ModelError, nearest
 __all__ = [
     "at_least",
     "check_fields",
+    "check_size",
     "checked",
     "checked_class",
     "config_of",
@@ -184,15 +185,43 @@ def check_fields(config: Any) -> None:  # noqa: ANN401
 
 
 def at_least(config: Any, **least: float) -> None:  # noqa: ANN401
-    """Check that numbers of a dataclass are not below the ``least`` of them, by name; None is not a number.
+    """Check that numbers of a dataclass are not below the ``least`` of them, by name, nor of an absurd size; None is not a number.
 
     Raises:
-        FewstepError: one is (which).
+        FewstepError: one is (which); see `check_size`.
     """
     for name, bound in least.items():
         value = getattr(config, name)
         if value is not None and not value >= bound:
             raise FewstepError(f"{name} is at least {bound:g}, got {value}")
+        if value is not None:
+            check_size(name, value)
+
+
+_CALLS = "few-step solvers need 5 to 50, references 1000; each is a call of the network for every sample, and a row of numbers in memory"
+_SAMPLES = "they take weeks, and no memory holds them together: make several runs, each with a seed of its own"
+_BATCH = "a batch is in memory as a whole: take one that fits, as 256, and the rest follows in further batches"
+_MOST = {  # by name: the largest that has a meaning, and what a larger one would cost
+    **dict.fromkeys(("nfe", "steps of a grid", "teacher_nfe", "levels", "slots"), (10_000, _CALLS)),
+    **dict.fromkeys(("num", "held_out", "noises", "samples"), (10_000_000, _SAMPLES)),
+    "batch": (1_000_000, _BATCH),
+}
+
+
+def check_size(name: str, value: float, error: type[FewstepError] = FewstepError) -> None:
+    """Refuse a number of absurd size before anything is computed or held for it; names without a limit pass.
+
+    Args:
+        name: of the number, as ``nfe``, ``num``, ``batch`` or ``levels``.
+        value: the number.
+        error: the class of the error.
+
+    Raises:
+        FewstepError: it is larger than any that has a meaning (and what it would cost).
+    """
+    most, cost = _MOST.get(name, (math.inf, ""))
+    if value > most:
+        raise error(f"{name} is at most {most:,}, got {value:,}: {cost}")
 
 
 @cache

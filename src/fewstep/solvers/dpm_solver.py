@@ -18,7 +18,7 @@ from fewstep.core.prediction import to_x0
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.core.tableau import Nodes, Solver
 from fewstep.runtime.errors import SolverError
-from fewstep.runtime.front_door import is_count
+from fewstep.runtime.front_door import check_size, is_count
 from fewstep.solvers.ddim import first_order, transfer
 from fewstep.solvers.deis import NoiseMultistep
 from fewstep.solvers.dpm_solver_pp import Form, ThirdOrder, multistep_integral
@@ -146,6 +146,8 @@ class DPMSolverFast(Solver):
         return [3] * (steps - len(last)) + last
 
     def steps_for(self, nfe: int, *, to_clean: bool = False) -> int:
+        if is_count(nfe):
+            check_size("nfe", nfe, SolverError)
         try:
             return super().steps_for(nfe, to_clean=to_clean)
         except SolverError as error:

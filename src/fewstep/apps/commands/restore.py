@@ -23,6 +23,7 @@ from fewstep.inverse.steps import restored_steps
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_seeds
 from fewstep.runtime.errors import FewstepError, look_up
+from fewstep.runtime.front_door import check_size
 from fewstep.runtime.process import default_device, process
 
 __all__ = ["restore"]
@@ -73,6 +74,7 @@ def restore(
     if num < 1 or (batch is not None and batch < 1):
         raise FewstepError(f"samples and batch must be at least 1, got {num} and {batch}")
     check_seeds(seed, num * len(picture))
+    check_size("batch", batch or 1)
     opened = open_model(model, trust=trust)
     typed = {"mask": mask, "factor": factor, "kernel": kernel}
     if task == BLIND:

@@ -41,6 +41,7 @@ from fewstep.models.parallel_plan import plan_parallel
 from fewstep.models.problem import Problem, check_seeds
 from fewstep.runtime.artifact import read_json, write_whole
 from fewstep.runtime.errors import FewstepError, GridError, counted
+from fewstep.runtime.front_door import check_size
 from fewstep.runtime.job import Job
 from fewstep.runtime.process import default_device, process
 from fewstep.sampling.parallel import ParallelConfig, Round
@@ -111,6 +112,7 @@ def sample(
     if num < 1 or batch < 1:
         raise FewstepError(f"num and batch must be at least 1, got {num} and {batch}")
     check_seeds(seed, num)
+    check_size("batch", batch)
     config = parallel_config(parallel, window=window, tol=tol, memory=memory, rounds=rounds, devices=devices)
     opened = open_model(model, trust=trust)
     guided_by = classifier_of(classifier, opened, scale=scale, split=split, kick=kick)

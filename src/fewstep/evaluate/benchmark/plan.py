@@ -18,7 +18,7 @@ from fewstep.models.generate import check_made_for, solver_for
 from fewstep.models.problem import Problem, check_seeds
 from fewstep.runtime.entry import is_entry
 from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError, look_up
-from fewstep.runtime.front_door import at_least, check_fields, checked_class
+from fewstep.runtime.front_door import at_least, check_fields, check_size, checked_class
 from fewstep.sampling.sampler import Sampler
 from fewstep.solvers import make_solver, takes_statistics
 
@@ -127,6 +127,7 @@ def check_names(solvers: Iterable[str], grids: Iterable[str], nfe: Iterable[int]
     for number in nfe:
         if number < 1:
             raise SolverError(f"nfe must be a whole number of at least 1, got {number}")
+        check_size("nfe", number, SolverError)
 
 
 def planned_entries(problem: Problem, config: BenchmarkConfig) -> list[Entry]:

@@ -98,7 +98,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        at_least(self, nfe=1, rounds=1, num=1, held_out=2, seed=0)
+        at_least(self, nfe=1, rounds=1, num=1, held_out=2, levels=1, teacher_nfe=1, seed=0)
         if self.form not in ("mean", "score") or self.states not in ("own", "teacher"):
             raise FewstepError(f"the form is mean or score and the states are own or teacher, got {self.form!r} and {self.states!r}")
         if self.form == "score" and self.guidance != 1:

@@ -23,7 +23,7 @@ from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_model
 from fewstep.runtime.artifact import Count, Number, Record, Whole, facts_of, read_record, write_whole
 from fewstep.runtime.errors import ArtifactError, FewstepError, SolverError, counted
-from fewstep.runtime.front_door import checked, config_of, scale_of, wholes
+from fewstep.runtime.front_door import check_size, checked, config_of, scale_of, wholes
 from fewstep.runtime.job import Job, Progress
 from fewstep.runtime.process import from_first, process, wait_for_all
 from fewstep.sampling.sampler import Sampler
@@ -160,6 +160,7 @@ def plan_fit(
     check_model(model)
     if not counts or counts[0] < 1:
         raise SolverError(f"a fit takes at least 1 evaluation, got {', '.join(map(str, counts)) or 'none'}")
+    check_size("nfe", counts[-1], SolverError)
     shape, budget = model.need_shape(), default_budget(model)
     least = _check_foreseeable(model, config) if config.first else 0
     if trajectories is not None:
