@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -46,7 +46,8 @@ class Total(Protocol):
 T = TypeVar("T", bound=Total)
 
 
-class Part(NamedTuple, Generic[T]):
+@dataclass(frozen=True)  # Python 3.10 has no generic NamedTuple
+class Part(Generic[T]):
     """The total of some batches, those at ``places`` in their list, and the note of the pass."""
 
     total: T
@@ -90,7 +91,8 @@ def accumulate(
     if store is None:
         need_folder(verb)
     parts = {} if store is None else from_first(store.parts(len(batches)) if rank == 0 else {})
-    total, done, noted = parts.pop((world, rank), None) or Part(empty(), [], next((one.note for one in parts.values()), "") or note())
+    begun = parts.pop((world, rank), None) or Part(empty(), [], next((one.note for one in parts.values()), "") or note())
+    total, done, noted = begun.total, begun.places, begun.note
     before, mine = len(done), _share(len(batches), {(world, rank): done} | {key: one.places for key, one in parts.items()})
     saved = time.monotonic()
     try:
@@ -122,10 +124,10 @@ def _share(count: int, done: Mapping[tuple[int, int], Sequence[int]]) -> list[in
 
 def _merged(parts: Stored[T]) -> tuple[T, str]:
     """Merge the totals of all processes, in an order of their own."""
-    (total, _, note), *others = [part for _, part in sorted(parts.items()) if part.places] or list(parts.values())
+    first, *others = [part for _, part in sorted(parts.items()) if part.places] or list(parts.values())
     for other in others:
-        total.merge(other.total)
-    return total, note
+        first.total.merge(other.total)
+    return first.total, first.note
 
 
 @dataclass(frozen=True)
