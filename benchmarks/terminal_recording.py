@@ -4,7 +4,7 @@
     python benchmarks/terminal_recording.py draw docs/terminal.json            # draws docs/terminal.svg from the record alone
 
 The record holds what the commands wrote, piece by piece with its time; of a bar that moves, `KEPT` pieces at most. In the picture a command
-takes `LONGEST` seconds at most, so that long work is shown faster. It begins with an empty terminal and ends with the last screen, which is
+takes `LONGEST` seconds at most, so that long work is shown faster. It begins with the first command and ends with the last screen, which is
 also what a program shows that plays no animation.
 """
 
@@ -195,7 +195,7 @@ def _of_256(number: int) -> str:
 
 def screens(recorded: Record) -> list[tuple[float, list[Row]]]:
     """Return the screens one after the other, each with the second of the picture at which it appears."""
-    screen, now, shown = Screen(), 0.5, [(0.0, [])]
+    screen, now, shown = Screen(), 0.0, []
     for part in recorded:
         screen.write("\x1b[1;32m$\x1b[0m \x1b[1m" + part["command"] + "\x1b[0m\r\n")
         shown.append((now, [list(row) for row in screen.rows]))
