@@ -52,12 +52,12 @@ class Step:
         """Whether it is a file to write."""
         return self.name.endswith(".py") and " " not in self.name
 
-    def words(self) -> list[str]:
-        """Return the words of a command, for this very Python."""
+    def words(self, python: str = sys.executable) -> list[str]:
+        """Return the words of a command, by default for this very Python."""
         if self.text:
-            return [sys.executable, "-c", self.text]
+            return [python, "-c", self.text]
         first, *rest = shlex.split(self.name)
-        return [sys.executable, *(["-m", "fewstep"] if first == "fewstep" else []), *rest]
+        return [python, *(["-m", "fewstep"] if first == "fewstep" else []), *rest]
 
 
 def steps(text: str) -> Iterator[Step]:
@@ -77,25 +77,27 @@ def steps(text: str) -> Iterator[Step]:
             yield Step(line)
 
 
-def run(folder: Path, text: str, change: Callable[[Step], Step] = lambda step: step) -> list[dict[str, Any]]:
+def run(folder: Path, text: str, change: Callable[[Step], Step] = lambda step: step, *, python: str | None = None) -> list[dict[str, Any]]:
     """Do all steps of a guide in an empty folder, and return what each took.
 
     Args:
         folder: the folder.
         text: of the guide.
         change: what is done in place of a step, as a short one for tests.
+        python: of an environment with fewstep in it; by default this very Python, with the code of this clone.
 
     Raises:
         RuntimeError: a command failed (what it said).
     """
-    path = os.pathsep.join([str(ROOT / "src"), str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code = [] if python else [str(ROOT / "src"), str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(code)}
     rows = []
     for step in map(change, steps(text)):
         if step.is_file:
             (folder / step.name).write_text(step.text, encoding="utf-8")
             continue
         begin = time.perf_counter()
-        done = subprocess.run(step.words(), cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+        done = subprocess.run(step.words(python or sys.executable), cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{step.name} failed: {done.stderr[-2000:]}")
         rows.append({"step": step.name, "seconds": round(time.perf_counter() - begin, 1)})
