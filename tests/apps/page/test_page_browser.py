@@ -6,9 +6,11 @@
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.integrations.diffusers import tiny_pipelines
 
 from fewstep.apps.page.jobs import Jobs
 from fewstep.apps.page.models import Models
@@ -89,3 +91,24 @@ def test_a_job_survives_a_reload_and_leaves_another_tab_alone(served: Any, brows
     assert download.value.suggested_filename == "fit-1-nfe-03.zip"
     one.context.close()
     two.context.close()
+
+
+def test_a_text_pipeline_has_a_prompt_in_place_of_a_class(browser: Any, tmp_path: Path) -> None:
+    pipeline = tiny_pipelines.make("sd", tmp_path / "pipelines")
+    jobs = Jobs(tmp_path / "ui")
+    served = serve(Workshop(tmp_path / "ui", Models(tmp_path / "ui", str(pipeline)), jobs), show=False)
+    page, _ = opened(browser, served.local_url)
+    assert page.get_by_label("Guidance").first.input_value() == "7.5" and not page.get_by_label("Class").is_visible()
+    page.get_by_label("Prompt").fill("a red cat")
+    page.get_by_role("button", name="Sample").click()
+    page.wait_for_selector("text=/RMSE .* of latents/")
+    assert page.locator(".fs-row img").count() == 3 and "a red cat" in page.locator(".cm-content").last.inner_text()
+    if shots := os.environ.get("FEWSTEP_SHOTS"):
+        page.screenshot(path=f"{shots}/prompt.png", full_page=True)
+    page.get_by_label("Model").first.click()
+    page.get_by_role("option", name="digits-edm", exact=True).click()
+    page.get_by_label("Class").wait_for()
+    assert not page.get_by_label("Prompt").is_visible()
+    page.context.close()
+    served.close()
+    jobs.close()
