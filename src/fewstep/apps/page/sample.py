@@ -39,6 +39,7 @@ __all__ = ["DEFAULT", "RECOMMENDED", "Asked", "Picked", "Shown", "grids_of", "pi
 
 RECOMMENDED, DEFAULT, EACH = "recommended", "default", "one of each"
 MOST_NFE, MOST, LONGEST = 20, 16, 2000  # evaluations, pictures, letters of a prompt
+PYTHON, PYTHON_ALONE = "and in Python", "The first sampler's pictures in Python"
 OF_TABLES = ("leading", "linspace", "trailing")  # grids of a noise law that is a table of times
 EXACT = 16  # sets of exact samples in memory
 
@@ -319,7 +320,7 @@ def tab(shop: Workshop, _page: gr.Blocks) -> None:
             pictures = gr.HTML(_HINT, elem_classes="fs-out")
             code: dict[str, Any] = {"lines": 1, "interactive": False, "visible": False}
             command = gr.Code(label="The first sampler's pictures, on the command line", language="shell", **code)
-            python = gr.Code(label="and in Python", language="python", **code)
+            python = gr.Code(label=PYTHON, language="python", **code)
 
     def chosen(name: str) -> list[Any]:
         solvers, grids = solvers_of(models, name), grids_of(models, name)
@@ -344,6 +345,7 @@ def tab(shop: Workshop, _page: gr.Blocks) -> None:
             for shown in sampled(models, asked, exact):
                 text = strips(shown.strips, seeds if asked.num <= ACROSS else ())
                 again = [gr.update(value=text, visible=bool(text)) for text in (shown.command, shown.python)]
+                again[1]["label"] = PYTHON if shown.command or not shown.python else PYTHON_ALONE
                 yield [text, *again]
         except FewstepError as error:
             yield [refused(error), empty, empty]
