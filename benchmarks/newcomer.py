@@ -115,9 +115,10 @@ def main() -> None:
         work.mkdir()
         table = [install(guide, wheel, python, constraint), *run(work, first_table(guide), python=python)]
         picture = [install(page, wheel, python, constraint), first_picture(python, work)]
-    minutes = {name: round(sum(row["seconds"] for row in rows) / 60, 1) for name, rows in (("table", table), ("picture", picture))}
-    machine = {"cores": os.cpu_count(), "python": platform.python_version()}
-    write_whole(args.out, (json.dumps({"machine": machine, "minutes": minutes, "rows": table + picture}, indent=1) + "\n").encode())
+        minutes = {name: round(sum(row["seconds"] for row in rows) / 60, 1) for name, rows in (("table", table), ("picture", picture))}
+        machine = {"cores": os.cpu_count(), "python": platform.python_version()}
+        found = {"machine": machine, "minutes": minutes, "table": table, "picture": picture}
+        write_whole(args.out, (json.dumps(found, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -465,6 +465,14 @@ def ten_minutes(results: Row, part: str) -> None:
         print(f"| {row['what']}{how} | {row['nfe']} | {row['rmse']:.4f} | {row['fd']:.2f} |")
 
 
+def newcomer(results: Row, part: str) -> None:
+    """Print what a newcomer waits for, from the installation on: the first ``table``, or the first ``picture`` on the page."""
+    heading(["step"], ["seconds"])
+    for row in results[part]:
+        print(f"| `{row['step']}` | {row['seconds']:.0f} |")
+    print(f"| all, in minutes | **{results['minutes'][part]:.1f}** |")
+
+
 def traffic(rows: list[Row]) -> None:
     """Print the bytes of a step against the least, eager and compiled."""
     print("| solver | least | eager | compiled | time, compiled : eager |\n|---|---|---|---|---|")
@@ -805,6 +813,7 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "rivals": lambda results, args: rivals(results[0], args.part or "errors"),
     "pipelines": lambda results, args: pipelines(results[0]),
     "default-grid": lambda results, args: default_grid(results[0]["rows"]),
+    "newcomer": lambda results, args: newcomer(results[0], args.part),
     "ten-minutes": lambda results, args: ten_minutes(results[0], args.part),
     "traffic": lambda results, args: traffic(results[0]["rows"]),
     "cost": lambda results, args: cost(results[0]),

@@ -1,5 +1,7 @@
 """Any pipeline is led by its own calls: the first-order sampler is its own scheduler's, and a fitted one beats it at the same steps."""
 
+import inspect
+
 import diffusers
 import pytest
 import torch
@@ -67,5 +69,7 @@ def test_the_sigmas_of_ace_step_are_a_number_of_steps(shift):
 @pytest.mark.every(3)
 def test_calls_whose_network_is_no_denoiser_are_refused(kind, folder):
     name, more, says = REFUSED[kind]
+    if name == "z-image" and "_precomputed_t_norms" not in inspect.getsource(diffusers.ZImagePipeline.__call__):
+        pytest.skip("in diffusers 0.36 its guidance ends at a time, whatever the steps are")
     with pytest.raises(ModelError, match=says):
         from_pipeline(load(folder(name)), calls=[{**CALLS[name][1], **more}])

@@ -74,7 +74,7 @@ class TemporalConv(nn.Module):
 def _fft(layer: TemporalConv, h: Tensor) -> Tensor:
     """Return ``y`` by FFT; complex numbers are at least float32, whatever the network computes in."""
     with torch.autocast(h.device.type, enabled=False):
-        wide = h.to(torch.promote_types(h.dtype, torch.float32))
+        wide = h.to(torch.promote_types(h.dtype, torch.float32)).contiguous()  # MKL of PyTorch 2.6 takes no expanded slots
         spectrum = torch.fft.rfft(wide, dim=1)
         kept = min(layer.modes, spectrum.shape[1])
         matrices = torch.complex(*(matrix[:kept].to(wide.dtype) for matrix in layer.matrices()))
