@@ -84,7 +84,7 @@ def first_picture(python: str, folder: Path) -> dict[str, Any]:
             tab.goto(url)
             tab.get_by_role("button", name="Sample").click()
             tab.wait_for_selector(".fs-row img")
-            row = _row("fewstep ui, and a click on Sample", begin)
+            row = _row("fewstep ui", begin)
             browser.close()
         return row
     finally:
