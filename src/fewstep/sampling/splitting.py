@@ -13,9 +13,9 @@ A solver that takes :math:`D + G` as one answer extrapolates both (`classifier_g
 
 and agree with the frozen ones as steps shrink: Strang's two halves meet at the harmonic mean of s and s', where both weigh the same.
 
-A step to :math:`x' = r x + (\alpha' - r \alpha) D`, which keeps the share r of the state, adds :math:`(\alpha' - r \alpha) G` where G is part
-of the answer. So with :math:`r \alpha/\alpha'` in place of :math:`s'/s` the bounded kicks hold for any sampler: one that adds noise keeps less
-of the state than the ODE's, and is guided more.
+A step to :math:`x' = r x + (\alpha' - r \alpha) D`, which keeps the share r of the state, adds :math:`(\alpha' - r \alpha) G` where G is
+part of the answer. So with :math:`r \alpha/\alpha'` in place of :math:`s'/s` the bounded kicks hold for any sampler: one that adds noise
+keeps less of the state than the ODE's, and is guided more.
 """
 
 from __future__ import annotations
