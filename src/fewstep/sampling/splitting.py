@@ -160,7 +160,7 @@ def _kept(tableau: Tableau) -> Callable[[int, int], float | None]:
     """Return the share of the state that a step keeps, as a function of the nodes where it begins and ends; None of the ODE's."""
     if not tableau.stochastic:
         return lambda a, e: None  # noqa: ARG005 - sigma_e/sigma_a
-    share = [1.0, *tableau.unrolled().start.tolist()]  # of the start in each state
+    share: list[float] = [1.0, *tableau.unrolled().start.tolist()]  # of the start in each state
     return lambda a, e: share[e] / share[a] if share[e] else 0.0
 
 
