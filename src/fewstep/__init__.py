@@ -28,6 +28,7 @@ from fewstep.core.tableau import Nodes, Solver, State, Tableau, advance, tabulat
 from fewstep.models.analytic import DatasetDenoiser, GaussianDenoiser, MixtureDenoiser
 from fewstep.models.generate import sample
 from fewstep.models.guidance import classifier_free, classifier_guided, dynamic_threshold, static_threshold
+from fewstep.models.invert import invert
 from fewstep.models.model import Model
 from fewstep.models.zoo import load_model
 from fewstep.runtime.errors import ArtifactError, FewstepError, GridError, ModelError, SolverError
@@ -153,6 +154,7 @@ __all__ = [
     "flow_map_model",
     "from_pipeline",
     "generate_trajectories",
+    "invert",
     "load_model",
     "make_grid",
     "make_solver",

@@ -1,10 +1,12 @@
 """The names of grids: each of another program stands for one of ours, and a name alone is checked as `make_grid` reads it."""
 
+import math
+
 import pytest
 import torch
 
-from fewstep import DiscreteVP, GridError, RectifiedFlow, VPLinear, make_grid
-from fewstep.core.spacings import ALIASES, GRIDS, KNOWN, check_grid_name, is_curve
+from fewstep import DiscreteVP, GridError, RectifiedFlow, TimeGrid, VPLinear, make_grid
+from fewstep.core.spacings import ALIASES, GRIDS, KNOWN, REFUSED, check_grid_name, is_curve
 from fewstep.integrations.kdiffusion import sigmas_for
 
 A1111 = (
@@ -26,10 +28,36 @@ def test_the_menus_of_a1111_and_comfyui(name):
 @pytest.mark.parametrize("name", ALIASES)
 @pytest.mark.every(3)
 def test_a_name_of_another_program_is_one_of_ours(name):
-    law = RectifiedFlow() if "shift" in name else LAW
+    law = RectifiedFlow() if "shift" in ALIASES[name] else LAW
     options = {"mu": 1.0} if "shift" in name else {}
     assert torch.equal(make_grid(name, law, 5, **options).t, make_grid(ALIASES[name], law, 5, **options).t)
     assert is_curve(name) and name not in KNOWN
+
+
+def test_the_levels_of_the_node_for_ltx_are_its_formula():
+    """A shift by ``e^mu``, with ``mu`` linear in the tokens, 4096 where none are known, stretched to end at 0.1, and 0."""
+    times = torch.linspace(1, 0, 9, dtype=torch.float64)[:-1]
+    shifted = math.exp(2.05) / (math.exp(2.05) + 1 / times - 1)
+    stretched = 1 - (1 - shifted) * 0.9 / (1 - shifted[-1])
+    grid = make_grid("LTXVScheduler", RectifiedFlow(), 8)
+    torch.testing.assert_close(grid.t, torch.cat([stretched, torch.zeros(1, dtype=torch.float64)]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_names_of_other_programs_without_a_grid_say_why(name):
+    for ask in (lambda: make_grid(name, LAW, 8), lambda: check_grid_name(name)):
+        with pytest.raises(GridError, match=f"^{name} is no grid here: ") as caught:
+            ask()
+        assert REFUSED[name] in str(caught.value)
+
+
+def test_the_ways_that_the_refusals_name_are_theirs():
+    """Forge's Turbo and ComfyUI's node of the same name for SDXL Turbo, by the timesteps in their code."""
+    turbo = make_grid("trailing", LAW, 6).to_clean(LAW)
+    theirs = (torch.arange(6, 0, -1, dtype=torch.float64) * (1000 / 6) - 1).round()
+    assert torch.equal(turbo.t[:-1], theirs) and float(LAW.sigma(turbo.t[-1])) == 0
+    assert float(LAW.sigma(TimeGrid([999, 899, LAW.t_clean]).t[-1])) == 0
+    assert make_grid("dynamic_shift:mu=2.2", RectifiedFlow(), 8).steps == 8
 
 
 def test_options_behind_a_name_take_the_place_of_those_it_stands_for():

@@ -58,6 +58,7 @@ PUBLIC = [
     "flow_map_model",
     "from_pipeline",
     "generate_trajectories",
+    "invert",
     "load_model",
     "make_grid",
     "make_solver",

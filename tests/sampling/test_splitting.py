@@ -14,7 +14,7 @@ from fewstep.core.tableau import Nodes
 from fewstep.models.analytic import MixtureDenoiser
 from fewstep.models.guidance import Wrapped
 from fewstep.sampling.loop import Step, run
-from fewstep.sampling.splitting import Splitting, kick_weights
+from fewstep.sampling.splitting import Splitting, _kept, kick_weights
 
 LAW = VarianceExploding(t_min=0.05, t_max=10.0)
 CLASS = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -174,6 +174,36 @@ def test_noise_is_part_of_the_model_and_the_kick_comes_after_it():
     made = sample_split(mixture(VPLinear()), sampler("ddim-eta-1"), noise(3, 2), log_normal, 1.0, **options)
     again = sample_split(mixture(VPLinear()), sampler("ddim-eta-1"), noise(3, 2), log_normal, 1.0, **options)
     assert torch.equal(made, again) and float((made - 1).square().mean()) < 0.5
+
+
+@pytest.mark.parametrize(
+    "name", ["ddim:eta=1", "sde-dpm-solver-pp-2m", "lcm", "dpm2-ancestral", "seeds-2", "heun-churn", "sa-solver", "restart"]
+)
+def test_samplers_that_add_noise_are_guided_to_the_posterior(name):
+    """Of a standard normal measured with noise. By the share of the state that the ODE keeps, its mean would come out at 0.65, not at 1."""
+    law, y, variance, count = VPLinear(), 1.5, 0.5, 1500
+
+    def log_likelihood(x, t, guide):
+        alpha, sigma = law.alpha(t), law.sigma(t)
+        total = alpha**2 + sigma**2
+        return -((y - alpha * x[:, 0] / total) ** 2) / (2 * (sigma**2 / total + variance))
+
+    prior = fewstep.GaussianDenoiser(law, torch.zeros(1, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
+    made = fewstep.Sampler.build(name, "angle", law, nfe=48)
+    start = fewstep.start_noise(made.tableau.nodes, range(count), (1,)).double()
+    found = sample_split(prior, made, start, log_likelihood, 1.0, seeds=range(count))
+    assert float(found.mean()) == pytest.approx(y / (1 + variance), abs=0.07)
+    assert name == "lcm" or float(found.var()) == pytest.approx(variance / (1 + variance), abs=0.06)  # its own keeps too little
+
+
+def test_the_share_that_a_step_with_noise_keeps():
+    """Of Euler ancestral it is ``sigma_down/sigma``, and an ODE's is left alone, to the bit."""
+    law = VPLinear()
+    tableau = fewstep.Sampler.build("euler-ancestral", "logsnr", law, nfe=6).tableau
+    assert torch.allclose(torch.tensor([_kept(tableau)(i, i + 1) for i in range(6)]).double(), tableau.update[:, 1, 1], rtol=1e-6)
+    assert _kept(sampler("ddim").tableau)(0, 1) is None
+    with pytest.raises(SolverError, match="the frozen kick is that of the sampling ODE"):
+        sample_split(mixture(law), tableau, noise(1, 2), log_normal, 1.0, splitting=Splitting(form="frozen"), seeds=[1])
 
 
 @pytest.mark.parametrize("name", WHOLE_REGISTRY)

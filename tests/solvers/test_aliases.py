@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from tests.problems import toy
 
-from fewstep import FewstepError, Sampler, SolverError, VPLinear, make_solver, sample
+from fewstep import FewstepError, GridError, Sampler, SolverError, VarianceExploding, VPLinear, make_solver, sample
+from fewstep.core.spacings import REFUSED as GRIDS_REFUSED
 from fewstep.core.spacings import check_grid_name
+from fewstep.models.cfg_plus_plus import plus_plus_gains
 from fewstep.solvers import (
     DDPM,
     ERSDE,
@@ -88,35 +90,31 @@ MEANT = {  # written out once more
 MEANT |= {f"sample_{name}": made for name, made in MEANT.items() if name == name.lower()}
 MEANT |= {f"sample_{name}": make_solver(name) for name in ("euler", "heun", "heunpp2", "lms", "ddpm", "lcm", "ipndm")}
 
-# The menus of ComfyUI (`SAMPLER_NAMES`) and A1111 (`all_samplers`) as they are installed.
+# The menus as their sources have them: ComfyUI at e0d4ea77a9f6 (SAMPLER_NAMES and SCHEDULER_HANDLERS of comfy/samplers.py), A1111 1.10 and
+# Forge (sd_samplers_kdiffusion.py, sd_samplers_timesteps.py, sd_samplers_lcm.py and sd_schedulers.py of modules, alter_samplers.py).
 COMFYUI = [
-    *("euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "heun", "heunpp2", "exp_heun_2_x0"),
-    *("exp_heun_2_x0_sde", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2s_ancestral"),
-    *("dpmpp_2s_ancestral_cfg_pp", "dpmpp_sde", "dpmpp_sde_gpu", "dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde"),
-    *("dpmpp_2m_sde_gpu", "dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "ddpm", "lcm"),
-    *("ipndm", "ipndm_v", "deis", "res_multistep", "res_multistep_cfg_pp", "res_multistep_ancestral"),
-    *("res_multistep_ancestral_cfg_pp", "gradient_estimation", "gradient_estimation_cfg_pp", "er_sde", "seeds_2", "seeds_3"),
-    *("sa_solver", "sa_solver_pece", "ddim", "uni_pc", "uni_pc_bh2"),
+    *("euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "heun", "heunpp2", "exp_heun_2_x0", "exp_heun_2_x0_sde"),
+    *("dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp", "dpmpp_sde"),
+    *("dpmpp_sde_gpu", "dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu", "dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu"),
+    *("dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "ddpm", "lcm", "ipndm", "ipndm_v", "deis", "cfgpp_ud10_ab", "res_multistep"),
+    *("res_multistep_cfg_pp", "res_multistep_ancestral", "res_multistep_ancestral_cfg_pp", "gradient_estimation"),
+    *("gradient_estimation_cfg_pp", "er_sde", "seeds_2", "seeds_3", "sa_solver", "sa_solver_pece", "ddim", "uni_pc", "uni_pc_bh2"),
 ]
 A1111 = [
-    *(
-        "DPM++ 2M",
-        "DPM++ SDE",
-        "DPM++ 2M SDE",
-        "DPM++ 2M SDE Heun",
-        "DPM++ 2S a",
-        "DPM++ 3M SDE",
-        "Euler a",
-        "Euler",
-        "LMS",
-        "Heun",
-        "DPM2",
-    ),
-    *("DPM2 a", "DPM fast", "DPM adaptive", "Restart", "DDIM", "DDIM CFG++", "PLMS", "UniPC", "LCM"),
+    *("DPM++ 2M", "DPM++ SDE", "DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 2S a", "DPM++ 3M SDE", "Euler a", "Euler", "LMS", "Heun"),
+    *("DPM2", "DPM2 a", "DPM fast", "DPM adaptive", "Restart", "DDIM", "DDIM CFG++", "PLMS", "UniPC", "LCM"),
 ]
+FORGE = ["DDPM", "HeunPP2", "IPNDM", "IPNDM_V", "DEIS"]  # beside those of A1111
 COMFYUI_LEVELS = ["simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal", "linear_quadratic", "kl_optimal"]
-A1111_LEVELS = ["Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform", "KL Optimal", "Align Your Steps", "Simple", "Normal"]
-A1111_LEVELS += ["DDIM", "Beta"]
+A1111_LEVELS = [
+    *("Automatic", "Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform", "KL Optimal", "Align Your Steps", "Simple"),
+    *("Normal", "DDIM", "Beta", "Turbo"),  # the last one is Forge's
+]
+COMFYUI_NODES = [  # of comfy_extras, that make noise levels
+    *("KarrasScheduler", "ExponentialScheduler", "PolyexponentialScheduler", "LaplaceScheduler", "SDTurboScheduler"),
+    *("BetaSamplingScheduler", "VPScheduler", "AlignYourStepsScheduler", "GITSScheduler", "OptimalStepsScheduler", "LTXVScheduler"),
+    "Flux2Scheduler",
+]
 MIGRATION = (Path(__file__).parents[2] / "docs" / "migration.md").read_text(encoding="utf-8")
 
 
@@ -124,7 +122,7 @@ def test_the_table_is_whole():
     assert set(MEANT) == set(ALIASES) and not set(ALIASES) & set(SOLVERS)
 
 
-@pytest.mark.parametrize("name", [*COMFYUI, *A1111])
+@pytest.mark.parametrize("name", [*COMFYUI, *A1111, *FORGE])
 def test_every_name_of_the_menus_is_a_solver_or_refused_with_its_reason(name):
     if name not in REFUSED:
         assert make_solver(name).references
@@ -139,13 +137,25 @@ def test_the_migration_page_has_every_name():
     cells = " | ".join(cell for row in rows for cell in row[:-1])
     words = set(re.split(r"[|,;]| and ", cells.replace("`", "")))
     told = {word.strip() for word in words}
-    assert not {*COMFYUI, *A1111, *COMFYUI_LEVELS, *A1111_LEVELS} - told - {name for name in COMFYUI if name.endswith("_gpu")}
+    menus = {*COMFYUI, *A1111, *FORGE, *COMFYUI_LEVELS, *A1111_LEVELS, *COMFYUI_NODES}
+    assert not {name.removesuffix("_gpu") for name in menus} - {word.removesuffix(" (Forge)") for word in told}
     assert not [row for row in rows if row[-1].strip() in ("", "none")]
 
 
-@pytest.mark.parametrize("name", [*COMFYUI_LEVELS, *A1111_LEVELS])
-def test_every_name_of_the_noise_levels_is_a_grid(name):
-    check_grid_name(name)
+@pytest.mark.parametrize("name", [*COMFYUI_LEVELS, *A1111_LEVELS, *COMFYUI_NODES])
+def test_every_name_of_the_noise_levels_is_a_grid_or_refused_with_its_reason(name):
+    if name not in GRIDS_REFUSED:
+        check_grid_name(name)
+        return
+    with pytest.raises(GridError, match=f"^{name} is no grid here: "):
+        check_grid_name(name)
+
+
+@pytest.mark.parametrize("name", [name for name, why in REFUSED.items() if "guidance_form" in why])
+def test_a_solver_that_a_refusal_names_takes_that_guidance(name):
+    solver = REFUSED[name].split()[-1]
+    law = VarianceExploding()
+    assert len(plus_plus_gains(Sampler.build(solver, "karras", law, nfe=make_solver(solver).stages * 3))) == make_solver(solver).stages * 3
 
 
 def test_solvers_are_listed_by_family_with_a_line_each():

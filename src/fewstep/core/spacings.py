@@ -15,7 +15,7 @@ from fewstep.runtime.errors import GridError, look_up
 from fewstep.runtime.front_door import checked, number
 from fewstep.runtime.spec import check_options, merged, parse_spec
 
-__all__ = ["ALIASES", "GRIDS", "KNOWN", "check_grid_name", "is_curve", "make_grid", "standard_grids"]
+__all__ = ["ALIASES", "GRIDS", "KNOWN", "REFUSED", "check_grid_name", "is_curve", "make_grid", "standard_grids"]
 
 # The spacings of this library, which searches and benchmarks compare with each other.
 GRIDS: dict[str, Callable[..., TimeGrid]] = {
@@ -24,6 +24,7 @@ GRIDS: dict[str, Callable[..., TimeGrid]] = {
 
 KNOWN: dict[str, Callable[..., TimeGrid]] = {**GRIDS, **CURVES, **SHIFTS}  # every name, without those of `ALIASES`
 
+LTX_TOKENS = "base_image_seq_len=1024:max_image_seq_len=4096:image_seq_len=4096"
 ALIASES: dict[str, str] = {  # their name -> ours, with the option that makes the meaning theirs
     # A1111's menu
     "Align Your Steps": "align_your_steps:end=append",
@@ -42,6 +43,7 @@ ALIASES: dict[str, str] = {  # their name -> ours, with the option that makes th
     "BetaSamplingScheduler": "beta",
     "ExponentialScheduler": "exponential",
     "KarrasScheduler": "Karras",
+    "LTXVScheduler": f"dynamic_shift:base_shift=0.95:max_shift=2.05:{LTX_TOKENS}:shift_terminal=0.1",
     "LaplaceScheduler": "laplace",
     "PolyexponentialScheduler": "polyexponential",
     "VPScheduler": "vp",
@@ -63,6 +65,22 @@ ALIASES: dict[str, str] = {  # their name -> ours, with the option that makes th
     "use_exponential_sigmas": "exponential",
     "use_karras_sigmas": "Karras",
     "use_lu_lambdas": "exponential",
+}
+
+TABLE = (
+    "its levels are tables that others computed for {}, which are not this library's to copy: find those of your own model by "
+    "fewstep.optimize or 'fewstep optimize', or pass the levels, as TimeGrid.from_sigmas(schedule, sigmas)"
+)
+REFUSED: dict[str, str] = {  # their name -> why there is no grid of it here
+    "GITSScheduler": TABLE.format("Stable Diffusion (GITS, arXiv 2405.11326)"),
+    "OptimalStepsScheduler": TABLE.format("FLUX, Wan and Chroma"),
+    "Automatic": (
+        "it is a choice by sampler: 'Karras' of DPM++ 2M, DPM++ SDE, DPM++ 2S a, DPM2, DPM2 a and Restart, 'Exponential' of DPM++ 2M SDE, "
+        "its Heun and DPM++ 3M SDE, and 'Uniform' of all others"
+    ),
+    "SDTurboScheduler": "it has the first of the times 999, 899, ..., 99: pass them as TimeGrid([999, 899, schedule.t_clean])",
+    "Turbo": "it is 'trailing' with its end at the clean image: make_grid('trailing', schedule, steps).to_clean(schedule)",
+    "Flux2Scheduler": "its shift depends on the number of steps, too: name the one that it comes to, as in 'dynamic_shift:mu=2.2'",
 }
 
 
@@ -154,9 +172,11 @@ def _parsed(name: str) -> tuple[str, dict[str, Any]]:
     """Return our name and the options of a grid's name, which may be that of another program.
 
     Raises:
-        GridError: it is not read, or no such grid is known.
+        GridError: it is not read, or there is no such grid here (and why).
     """
     bare, written = parse_spec(name, GridError)
+    if bare in REFUSED:
+        raise GridError(f"{bare} is no grid here: {REFUSED[bare]}")
     if bare not in ALIASES:
         return bare, written
     bare, meant = parse_spec(ALIASES[bare], GridError)

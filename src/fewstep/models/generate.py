@@ -98,8 +98,9 @@ def sample(
         observe: called with each `Step`; in parallel, with each `Round`.
         parallel: evaluate several steps at once, for the same samples to a tolerance in less time, see `ParallelConfig`. The processes of
             ``torchrun`` then call this together, with the same arguments, and share each round.
-        guidance_form: ``cfg``, or ``cfg++`` for a sampler of first order: the estimate of the image is guided by the scale, of which small
-            ones between 0 and 1 are usual, and the noise is that of no condition, see `cfg_plus_plus`.
+        guidance_form: ``cfg``, or ``cfg++`` for a hand-made sampler: the estimate of the image is guided by the scale, of which small ones
+            between 0 and 1 are usual, and the noise is that of no condition, see `cfg_plus_plus`. An observed step's ``x0`` is then the
+            answer without the condition.
 
     Returns:
         The samples ``[B, *D]`` on the model's device.
@@ -142,10 +143,11 @@ def sample(
         x0 = _images(model, x0, strength, seeds, x)
     sampler = sampler_for(model, what, nfe=nfe, guidance=guidance, grid=grid, strength=strength)
     tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
+    edit = None
     if look_up(guidance_form, {"cfg": False, "cfg++": True}, "guidance_form"):
         if not isinstance(model, Model) or parallel is not None:
             raise ModelError("guidance_form='cfg++' is for a Model, and for evaluations one after the other: leave it or parallel out")
-        denoiser = cfg_plus_plus(model.guided, guidance, tableau)
+        denoiser, edit = cfg_plus_plus(model, guidance, sampler)
     if x0 is not None and seeds is not None:
         x = noised(x0, tableau.nodes, seeds).to(model.device if isinstance(model, Model) else x0.device)
     elif x is None:
@@ -166,7 +168,7 @@ def sample(
         cond = model.condition(cond, len(x))
         cond = cond.to(x.device) if isinstance(cond, Tensor) else cond
     if parallel is None:
-        return run(denoiser, tableau, x, cond, seeds=seeds, path=path, observe=observe)
+        return run(denoiser, tableau, x, cond, seeds=seeds, path=path, edit=edit, observe=observe)
     spread = spread_of(model, denoiser, guidance, parallel)
     return sample_in_parallel(spread, tableau, x, cond, seeds=seeds, path=path, config=replace(parallel, devices=()), observe=observe)
 

@@ -21,7 +21,7 @@ from fewstep.core.spacings import make_grid
 from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Tableau
 from fewstep.models.carried import OPTIMIZED, Carried
-from fewstep.models.guidance import Wrapped, classifier_free, default_scale
+from fewstep.models.guidance import Wrapped, both_answers, classifier_free, default_scale
 from fewstep.models.identity import Part, digest, parts, state_of
 from fewstep.models.networks.between_times import BetweenTimes
 from fewstep.models.networks.calls import (
@@ -282,21 +282,54 @@ class Model:
         alone = isinstance(scale, float | int) and scale == 1
         if alone:
             return self.conditional if self.flow_map is None else self.flow_map
+        uncond = self._null()
+        guided = classifier_free(self.conditional, scale, uncond)
+
+        def by_label(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            self._check_guided_by(cond)
+            return guided(x, t, cond)
+
+        return Wrapped(self.schedule, by_label, calls=2, domain=self.domain)
+
+    def both_answers(self) -> Callable[[Tensor, Tensor, Cond], tuple[Tensor, Tensor]]:
+        """Return the function whose answers ``[B, *D]`` are those without the condition and with it, from one call on a doubled batch.
+
+        Raises:
+            ModelError: the model has no null label, is a student, or is told its guidance scale and has no answer without the condition.
+        """
+        if self.scales is not None:
+            raise ModelError(f"{self.name} is told its guidance scale, and has no answer without the condition: take its teacher")
+        conditional, uncond = self.conditional, self._null()
+
+        def both(x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+            self._check_guided_by(cond)
+            return both_answers(conditional, x, t, cond, uncond)
+
+        return both
+
+    def _null(self) -> Tensor:
+        """Return the null label ``[]`` that guidance leads away from.
+
+        Raises:
+            ModelError: there is none, or the model is a student.
+        """
         if self.flow_map is not None or self.tuned is not None:
             raise ModelError(f"{self.name} is a student: its guidance is in its weights; use guidance 1")
         if self.null_label is None:
             raise ModelError(f"{self.name} cannot be guided: it is not class-conditional with a null label; use guidance 1")
-        guided = classifier_free(self.conditional, scale, torch.tensor(self.null_label))
+        return torch.tensor(self.null_label)
 
-        def by_label(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-            if isinstance(cond, Tensor) and (cond.is_floating_point() or cond.ndim != 1):
-                raise ModelError(
-                    f"{self.name} is guided away from the label {self.null_label}, so its condition is labels [B], whole numbers, not "
-                    f"{cond.dtype} of shape {tuple(cond.shape)}: for others use fewstep.classifier_free(model, scale, uncond)"
-                )
-            return guided(x, t, cond)
+    def _check_guided_by(self, cond: Cond) -> None:
+        """Refuse a condition that is none of labels.
 
-        return Wrapped(self.schedule, by_label, calls=2, domain=self.domain)
+        Raises:
+            ModelError: it is a tensor of something else.
+        """
+        if isinstance(cond, Tensor) and (cond.is_floating_point() or cond.ndim != 1):
+            raise ModelError(
+                f"{self.name} is guided away from the label {self.null_label}, so its condition is labels [B], whole numbers, not "
+                f"{cond.dtype} of shape {tuple(cond.shape)}: for others use fewstep.classifier_free(model, scale, uncond)"
+            )
 
     def _at_scale(self, scale: float | Tensor, low: float, high: float) -> Denoiser | FlowMap:
         """Return a model that is told its scale, at one between ``low`` and ``high``."""

@@ -12,6 +12,10 @@ A solver that takes :math:`D + G` as one answer extrapolates both (`classifier_g
           x \mathrel{+}= \alpha \tau G, \; \tau = \frac{s - s'}{s + s'} \text{ before and after it (Strang)},
 
 and agree with the frozen ones as steps shrink: Strang's two halves meet at the harmonic mean of s and s', where both weigh the same.
+
+A step to :math:`x' = r x + (\alpha' - r \alpha) D`, which keeps the share r of the state, adds :math:`(\alpha' - r \alpha) G` where G is
+part of the answer. So with :math:`r \alpha/\alpha'` in place of :math:`s'/s` the bounded kicks hold for any sampler: one that adds noise
+keeps less of the state than the ODE's, and is guided more.
 """
 
 from __future__ import annotations
@@ -115,20 +119,31 @@ def sample_split(
             "this sampler's corrector returns to the state before the last one, and would undo a kick: use ddim, dpm-solver-pp-2m, heun, "
             "unipc-2:corrector=false or a fitted sampler"
         )
+    if tableau.stochastic and splitting.form == "frozen":
+        raise SolverError("the frozen kick is that of the sampling ODE, and this sampler adds noise: use the bounded form")
+    if tableau.stochastic and tableau.element:
+        raise SolverError("this sampler adds noise and has numbers for each element, which no kick is known for: name a hand-made one")
     check_start(x)
     return _Split(tableau, log_prob, scale, guide, splitting).run(denoiser, x, cond, seeds, observe)
 
 
-def kick_weights(nodes: Nodes, a: int, e: int, splitting: Splitting) -> tuple[float, float]:
+def kick_weights(nodes: Nodes, a: int, e: int, splitting: Splitting, kept: float | None = None) -> tuple[float, float]:
     """Return the weights of ``w sigma^2 grad log p`` that are added to the state before and after the step from node ``a`` to ``e``.
 
     That is ``alpha G``. All bounded ones lie in [0, 1]. At pure noise (``alpha = 0``) no guidance acts; the clean end has ``sigma = 0``.
+
+    Args:
+        nodes: of the sampler.
+        a, e: where the step begins and ends.
+        splitting: how.
+        kept: the share ``r`` of the state that the step keeps; by default that of the ODE.
 
     Raises:
         SolverError: the frozen form at an infinite level, or at the clean end.
     """
     alpha, sigma = nodes.alpha, nodes.sigma
-    ratio = float(sigma[e] * alpha[a] / (alpha[e] * sigma[a]))  # s'/s
+    kept = float(sigma[e] / sigma[a]) if kept is None else kept
+    ratio = kept * float(alpha[a] / alpha[e])  # s'/s of the ODE
     if splitting.form == "bounded":
         lie, tau = 1 - ratio, (1 - ratio) / (1 + ratio)
         before, after = (0.0, lie) if splitting.scheme == "lie" else (tau, tau)
@@ -141,6 +156,14 @@ def kick_weights(nodes: Nodes, a: int, e: int, splitting: Splitting) -> tuple[fl
     return (1 - middle**2) / 2, ((middle / ratio) ** 2 - 1) / 2
 
 
+def _kept(tableau: Tableau) -> Callable[[int, int], float | None]:
+    """Return the share of the state that a step keeps, as a function of the nodes where it begins and ends; None of the ODE's."""
+    if not tableau.stochastic:
+        return lambda a, e: None  # noqa: ARG005 - sigma_e/sigma_a
+    share: list[float] = [1.0, *tableau.unrolled().start.tolist()]  # of the start in each state
+    return lambda a, e: share[e] / share[a] if share[e] else 0.0
+
+
 class _Split:
     """One run: the kicks between the steps of a tableau."""
 
@@ -148,7 +171,8 @@ class _Split:
         self.tableau, self.log_prob, self.scale, self.guide, self.splitting = tableau, log_prob, scale, guide, splitting
         ends = [i + 1 for i, whole in enumerate(tableau.whole_steps) if whole]
         pairs = list(zip([0, *ends], ends, strict=False))
-        self.weights = {a: kick_weights(tableau.nodes, a, e, splitting) for a, e in pairs} if scale else {}  # by where a step begins
+        kept = _kept(tableau)
+        self.weights = {a: kick_weights(tableau.nodes, a, e, splitting, kept(a, e)) for a, e in pairs} if scale else {}  # by its begin
         self.begins = {e: a for a, e in pairs}  # where the step that ends here began
 
     def run(

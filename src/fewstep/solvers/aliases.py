@@ -77,23 +77,24 @@ ALIASES: dict[str, str] = {  # and the functions of k-diffusion and ComfyUI behi
 
 ADAPTIVE = "it chooses its steps by an error while it samples, so it has no number of evaluations; dpm-solver-3s has its formulas on a grid"
 PLUS_PLUS = "it is a solver with CFG++ guidance: pass guidance_form='cfg++' to fewstep.sample, with the solver {}"
-APART = (
-    "its steps remember the answers with and without a condition apart, and a solver here is given one answer; CFG++ with euler or "
-    "euler-ancestral is guidance_form='cfg++' of fewstep.sample"
-)
-REFUSED: dict[str, str] = {  # their name -> why there is no solver of it here
+_REFUSED: dict[str, str] = {  # their name -> why there is no solver of it here
     "DPM adaptive": ADAPTIVE,
     "dpm_adaptive": ADAPTIVE,
-    "sample_dpm_adaptive": ADAPTIVE,
     "DDIM CFG++": PLUS_PLUS.format("ddim"),
     "euler_cfg_pp": PLUS_PLUS.format("euler"),
     "euler_ancestral_cfg_pp": PLUS_PLUS.format("euler-ancestral"),
-    "dpmpp_2s_ancestral_cfg_pp": APART,
-    "dpmpp_2m_cfg_pp": APART,
-    "res_multistep_cfg_pp": APART,
-    "res_multistep_ancestral_cfg_pp": APART,
-    "gradient_estimation_cfg_pp": APART,
+    "dpmpp_2m_cfg_pp": PLUS_PLUS.format("dpm-solver-pp-2m"),
+    "dpmpp_2s_ancestral_cfg_pp": PLUS_PLUS.format("dpm-solver-pp-2s-ancestral"),
+    "res_multistep_cfg_pp": PLUS_PLUS.format("exp-ab-2"),
+    "res_multistep_ancestral_cfg_pp": PLUS_PLUS.format("res-multistep-ancestral"),
+    "gradient_estimation_cfg_pp": PLUS_PLUS.format("gradient-estimation"),
+    "cfgpp_ud10_ab": (
+        "it mixes past guided answers into the state, by weights searched for one model, where a solver here is given one answer; "
+        "nearest is guidance_form='cfg++' of fewstep.sample, with the solver dpm-solver-pp-2m"
+    ),
+    "ar_video": "it makes a video block by block, with a network that remembers the blocks before; a sampler here makes whole samples",
 }
+REFUSED: dict[str, str] = {**_REFUSED, **{f"sample_{name}": why for name, why in _REFUSED.items() if name == name.lower()}}
 
 LEVELS = (" Karras", " Exponential", "_karras", "_exponential")
 GRID_HINT = "sample(model, 'dpmpp_2m', nfe=8, grid='karras')"
