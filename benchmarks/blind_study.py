@@ -176,7 +176,7 @@ def cifar(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
 def galaxies(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
     import foreign_networks
 
-    model = foreign_networks.load(foreign_networks.NETWORKS[0])
+    model = foreign_networks.load("hsc-32")
     drawn = fewstep.Sampler.build("unipc-2", "karras", model.schedule, nfe=20)
     spectra = error_spectra(model, model.need_shape(), seed=10**5)
     with torch.no_grad():

@@ -33,9 +33,7 @@ NFE, NUM, FIRST = 8, 128, 10_000
 
 def models() -> list[fewstep.Model]:
     found = [fewstep.load_model(name) for name in MODELS]
-    with suppress(FileNotFoundError):
-        found += [foreign_networks.load(name) for name in foreign_networks.NETWORKS]
-    return found
+    return found + [foreign_networks.load(name) for name in foreign_networks.STUDIED if foreign_networks.place(name) is not None]
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ SAID = {  # what its last lines are about
     "16": "evaluations a sample: 10, backward passes: 0",
     "17": "image to image moves by",
     "18": "4 images at guidance 3 in 2 calls each",
+    "19": "galaxygrad",  # whether it is installed or not
 }
 
 
