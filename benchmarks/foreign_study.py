@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.cifar10.study import GRIDS, SOLVERS
 from benchmarks.foreign_networks import NETWORKS, STUDIED, load
-from benchmarks.rivals.study import figures
+from benchmarks.rivals.study import figures, seconds
 from torch import Tensor
 
 import fewstep
@@ -33,7 +33,7 @@ from fewstep.evaluate.benchmark.run import benchmark
 from fewstep.evaluate.metrics.confidence import compare_errors
 from fewstep.evaluate.rows import Row, has_errors, picture_file, read_errors
 from fewstep.learn.samplers.calibrate import CalibrationConfig
-from fewstep.learn.samplers.fit import plan_fit, seconds_per_evaluation
+from fewstep.learn.samplers.fit import plan_fit
 from fewstep.learn.samplers.fit_plan import FitConfig
 from fewstep.learn.samplers.optimize_plan import OptimizeConfig
 from fewstep.models.problem import Problem
@@ -68,6 +68,12 @@ class Study:
 
     def __init__(self, name: str, model: fewstep.Model, counts: Sequence[int], num: int, out: Path, work: Path, command: str) -> None:
         self.name, self.model, self.counts, self.num, self.out, self.work, self.command = name, model, counts, num, out, work, command
+        self.whole = "rows" if num > SCREEN else "screen"  # where rows of all noises lie: among those of a few, if these are all
+
+    @property
+    def screen(self) -> int:
+        """The noises that rank every pair."""
+        return min(SCREEN, self.num)
 
     # -- the parts, each of which is there or is made -------------------------------------------------------------------
 
@@ -79,7 +85,8 @@ class Study:
 
     def screened(self, nfe: int) -> dict[str, list[str]]:
         """Run every pair on a few noises, and return the solvers that are run on all, by grid."""
-        found = self._bench("screen", nfe, min(SCREEN, self.num), SOLVERS.split(","), GRIDS.split(","))
+        found = self._bench("screen", nfe, self.screen, SOLVERS.split(","), GRIDS.split(","))
+        found = [row for row in found if row["kind"] == BY_HAND]
         least = {by: min(row[by] for row in found) for by in ("rmse", "mean_error")}
         near = [row for row in found if any(row[by] <= NEAR * value for by, value in least.items())]
         return {grid: [row["solver"] for row in near if row["grid"] == grid] for grid in dict.fromkeys(row["grid"] for row in near)}
@@ -87,7 +94,7 @@ class Study:
     def by_hand(self, nfe: int) -> None:
         """Run the pairs that may be the best on all noises."""
         for grid, solvers in self.screened(nfe).items():
-            self._bench("rows", nfe, self.num, solvers, [grid])
+            self._bench(self.whole, nfe, self.num, solvers, [grid])
 
     def on_own_grids(self, nfe: int) -> None:
         """Run solvers on grids that are optimised for them."""
@@ -95,7 +102,7 @@ class Study:
         for solver in OPTIMIZED:
             statistics = self.statistics if takes_statistics(solver) else None
             fewstep.optimize(self.model, solver, sorted(COUNTS), out=folder, config=OPTIMIZE, statistics=statistics)
-        self._bench("rows", nfe, self.num, samplers=[folder])
+        self._bench(self.whole, nfe, self.num, samplers=[folder])
 
     def fitted(self, nfe: int, seed: int) -> None:
         """Run a sampler that is fitted from a seed."""
@@ -103,7 +110,7 @@ class Study:
         fewstep.fit(
             self.model, nfe, out=folder, config=replace(FIT, seed=seed), on_progress=lambda done, text: print(f"  {text}", flush=True)
         )
-        self._bench("rows", nfe, self.num, samplers=[folder])
+        self._bench(self.whole, nfe, self.num, samplers=[folder])
 
     def _bench(
         self, part: str, nfe: int, num: int, solvers: Sequence[str] = (), grids: Sequence[str] = (), samplers: Sequence[Path] = ()
@@ -153,7 +160,7 @@ class Study:
 
         A mean is the square of the RMS of square roots, so both verdicts are those of `compare_errors`.
         """
-        found, measured, grids = list[dict[str, Any]](), self._measured("rows"), GRIDS.split(",")
+        found, measured, grids = list[dict[str, Any]](), self._measured(self.whole), GRIDS.split(",")
         for ours, errors in (pair for pair in measured if pair[0].solver == FITTED):
             theirs = [pair for pair in measured if pair[0].nfe == ours.nfe and pair[0].grid in grids]
             measures: dict[str, Callable[[Tensor], Tensor]] = {"rmse": lambda e: e.double(), "mean_error": lambda e: e.double().sqrt()}
@@ -173,7 +180,7 @@ class Study:
     def _write(self, text: str) -> None:
         """Write the file as it stands, before the next row and after the last."""
         self._say(text)
-        path, machine, reference = self.work / "rows" / "results.json", None, None
+        path, machine, reference = self.work / self.whole / "results.json", None, None
         if path.exists():
             results = read_json(path)
             machine, reference = results["machine"], results["reference"]
@@ -184,9 +191,9 @@ class Study:
             "num": self.num,
             "machine": machine,
             "reference": reference,
-            "rows": self.rows("rows"),
+            "rows": self.rows(self.whole),
             "verdicts": self.verdicts(),
-            "screen": {"num": min(SCREEN, self.num), "rows": self.rows("screen")},
+            "screen": {"num": self.screen, "rows": [row for row in self.rows("screen") if row["kind"] == BY_HAND]},
         }
         write_whole(self.out, (json.dumps(whole, indent=1) + "\n").encode())
 
@@ -198,23 +205,34 @@ class Study:
         reference = REFERENCE_NFE * self.num + REFERENCE_NFE // 2 * BATCH
         costs = {
             "statistics": CALIBRATION.num * (CALIBRATION.levels + 1) * JVP,
-            f"{pairs} pairs on {min(SCREEN, self.num)} noises": min(SCREEN, self.num) * (pairs * every + 2 * REFERENCE_NFE),
+            f"{pairs} pairs on {self.screen} noises": self.screen * (pairs * every + 2 * REFERENCE_NFE),
             "exact trajectories": reference,
             "about 8 pairs on all": 8 * self.num * every,
             f"optimised grids of {', '.join(OPTIMIZED)}": len(OPTIMIZED) * ((OPTIMIZE.budget or 0) + self.num * every),
             f"fits from {len(SEEDS)} seeds": len(SEEDS) * sum(plan_fit(self.model, n, FIT).evaluations + self.num * n for n in self.counts),
         }
-        seconds = seconds_per_evaluation(Problem(self.model))
-        lines = [f"  {name}: {cost:,} evaluations, {cost * seconds / 3600:.1f} hours" for name, cost in costs.items()]
-        return "\n".join([f"{self.name}: {1e3 * seconds:.2f} ms for an evaluation", *lines])
+        each, _ = seconds(Problem(self.model))
+        lines = [f"  {name}: {cost:,} evaluations, {cost * each / 3600:.1f} hours" for name, cost in costs.items()]
+        total = sum(costs.values())
+        return "\n".join(
+            [
+                f"{self.name}: {1e3 * each:.2f} ms of one processor for an evaluation",
+                *lines,
+                f"  together {total:,} evaluations, {total * each / 3600:.1f} hours, less what is there already",
+            ]
+        )
 
     def run(self) -> None:
-        """Make whatever is not there yet, one number of evaluations after the other."""
+        """Make whatever is not there yet: first what shows most, then the other seeds."""
+        first, *others = SEEDS
         for nfe in self.counts:
             self.by_hand(nfe)
-            for seed in SEEDS:
-                self.fitted(nfe, seed)
+            self.fitted(nfe, first)
+        for nfe in self.counts:
             self.on_own_grids(nfe)
+        for nfe in self.counts:
+            for seed in others:
+                self.fitted(nfe, seed)
         for line in self.verdicts():
             print(json.dumps(line), flush=True)
 
