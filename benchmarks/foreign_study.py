@@ -68,6 +68,7 @@ class Study:
 
     def __init__(self, name: str, model: fewstep.Model, counts: Sequence[int], num: int, out: Path, work: Path, command: str) -> None:
         self.name, self.model, self.counts, self.num, self.out, self.work, self.command = name, model, counts, num, out, work, command
+        self.said = ""
         self.whole = "rows" if num > SCREEN else "screen"  # where rows of all noises lie: among those of a few, if these are all
 
     @property
@@ -174,8 +175,9 @@ class Study:
         return found
 
     def _say(self, text: str) -> None:
-        if text:
+        if text and text != self.said:
             print(f"{self.name}: {text}", flush=True)
+        self.said = text
 
     def _write(self, text: str) -> None:
         """Write the file as it stands, before the next row and after the last."""

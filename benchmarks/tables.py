@@ -457,6 +457,8 @@ def foreign(results: Sequence[Row], part: str) -> None:
         cells = [_of_seeds([row[part] for row in fitted[n]], bold=not tail and set(verdicts[n]) == {"better"}) for n in counts]
         print("| fitted | " + " | ".join(cells) + " |")
         for name, some in kinds.items():
+            if not some:
+                continue
             best = {n: min((row for row in some if row["nfe"] == n), key=lambda row: row[by], default=None) for n in counts}
             shown = ["" if row is None else f"{_digits(row[part])} `{row['solver']}` `{row['grid'] or 'own'}`" for row in best.values()]
             print(f"| {name} | " + " | ".join(shown) + " |")
@@ -531,7 +533,9 @@ def transfer(results: Sequence[Row], nfe: int, part: str, solvers: Sequence[str]
     lines = {f"`{solver}` `{grid}`": ratios[solver, grid] for solver, grid in shown}
     if part != "best" and "unipc-2" in solvers:
         default = {name: "angle" if name.startswith(PRECONDITIONED) else "uniform" for name in errors}
-        lines["`unipc-2`, default grid"] = {name: ratios["unipc-2", grid][name] for name, grid in default.items()}
+        lines["`unipc-2`, default grid"] = {
+            name: ratios["unipc-2", grid][name] for name, grid in default.items() if name in ratios["unipc-2", grid]
+        }
     heading([f"{nfe} evaluations", "worst", "mean"], list(errors))
     for name, line in lines.items():
         usual = math.exp(mean(math.log(ratio) for ratio in line.values()))

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from benchmarks.foreign_networks import read
 from benchmarks.foreign_study import main
 from tests.benchmarks.test_foreign_networks import arrays, write
@@ -77,8 +76,3 @@ def test_numbers_of_evaluations_that_no_sampler_is_made_for_are_refused(capsys: 
     with pytest.raises(SystemExit):
         main(["--nfe", "7"])
     assert "samplers are made for 3, 4, 5, 6, 8, 10 evaluations, not 7" in capsys.readouterr().err
-
-
-def test_a_mean_is_compared_by_square_roots() -> None:
-    errors = torch.tensor([0.1, 0.4, 0.2])
-    assert float(errors.double().sqrt().square().mean()) == pytest.approx(float(errors.mean()))
