@@ -31,6 +31,8 @@ def test_other_data_gives_other_distances_the_same_errors_and_another_table(tmp_
     assert "data" not in own["problem"] and dark["problem"]["data"]["name"] == "dark" and dark["problem"]["data"]["num"] == 40
     mine, theirs = own["rows"][0], dark["rows"][0]
     assert mine["rmse"] == theirs["rmse"] and mine["fd_features"] == "digits" and theirs["fd_features"] == "pixels"
+    again = run(tmp_path / "own", "digits")  # named, and the model's own: the same table, and nothing is measured again
+    assert again["problem"] == own["problem"] and again["rows"] == own["rows"]
     light = run(tmp_path / "named", pictures(tmp_path / "light.npz", brightness=256))
     assert len(light["rows"]) == 1 and light["rows"][0]["fd"] != theirs["fd"]
     assert json.loads((tmp_path / "named" / "results.json").read_text())["problem"]["data"]["name"] == "light"

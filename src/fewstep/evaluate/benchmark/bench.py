@@ -83,18 +83,18 @@ class Compared(NamedTuple):
     named: dict[str, Any] | None
 
 
-def compared_with(problem: Problem, setup: Setup, data: str | None) -> Compared:
+def compared_with(problem: Problem, setup: Setup, own: str | None) -> Compared:
     """Load the data and the features that samples are compared with.
 
     Args:
         problem: the model.
         setup: the features, and the data where it was named.
-        data: the images, as `load_images` takes them; None if they are not known.
+        own: the model's own data, as `load_images` takes them; None if they are not known. To name them is to name nothing.
 
     Raises:
         FewstepError: features without data, or images of another shape than the model's.
     """
-    features, name = setup.features, problem.name
+    features, name, data = setup.features, problem.name, setup.data or own
     if data is None:
         if features is not None:
             raise FewstepError(
@@ -105,7 +105,7 @@ def compared_with(problem: Problem, setup: Setup, data: str | None) -> Compared:
     if images.shape[1:] != problem.shape:
         raise FewstepError(f"{data} has images of shape {tuple(images.shape[1:])}, {name} makes {problem.shape}")
     named = None
-    if setup.data is not None:
+    if data != own:
         fingerprint = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
         named = {"name": Path(data).stem, "num": len(images), "fingerprint": fingerprint}
     default = "digits" if data == "digits" else "pixels"

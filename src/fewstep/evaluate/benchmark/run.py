@@ -101,8 +101,8 @@ class _TrajectoryBench(Bench[Row]):
     def __init__(self, problem: Problem, setup: Setup, job: Job) -> None:
         exact = exact_problem(problem)
         teacher = None if exact is problem else exact.model
-        data = setup.data or problem.model.data or (None if teacher is None else teacher.data)
-        super().__init__(problem, setup, job, compared_with(problem, setup, data))
+        own = problem.model.data or (None if teacher is None else teacher.data)
+        super().__init__(problem, setup, job, compared_with(problem, setup, own))
         self.identity["reference"] = {"solver": "unipc-3", "nfe": REFERENCE_NFE}
         if teacher is not None:
             self.identity["reference"]["teacher"] = teacher.fingerprint

@@ -138,13 +138,12 @@ class StochasticBench:
                 "sa-solver, or leave --stochastic out"
             )
         setup = config.setup
-        data = setup.data or problem.model.data
-        if data is None:
+        if setup.data is None and problem.model.data is None:
             raise FewstepError(
                 f"{name} does not know its data, and samplers that add noise are judged by their distance to it: name the data, as "
                 "--data PICTURES"
             )
-        quality, named = compared_with(problem, setup, data)
+        quality, named = compared_with(problem, setup, problem.model.data)
         assert quality is not None  # there is data
         _check_counts(quality, config.num)
         return cls(problem, config, entries, skipped, quality, named)

@@ -291,9 +291,10 @@ class OperatorStudent(nn.Module):
 
     def _readme(self, name: str, trust: bool) -> str:
         typed = f"{name} --trust" if trust else name
+        ways = f", by way of {self.slots} slots of time" if self.slots > 1 else ""
         return f"""# {name}
 
-An operator student: one pass of its network leads from noise to the image, by way of {self.slots} slots of time.
+An operator student: one pass of its network leads from noise to the image{ways}.
 
 {listed(self.card)}
 
