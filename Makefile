@@ -99,7 +99,7 @@ benchmarks: $(STAMP)
 		$(BIN)/fewstep bench digits-edm --solver unipc-2 --grid angle --nfe 5,8,10,20 --num 1024 --guidance $$scale \
 			--out benchmarks/results/digits-edm-by-unipc-guidance-$$scale || exit 1; \
 	done
-	$(BIN)/fewstep bench assets/digits-dsno --data digits --num 1024 --out benchmarks/results/digits-dsno
+	$(BIN)/fewstep bench assets/digits-dsno --num 1024 --out benchmarks/results/digits-dsno
 	$(BIN)/python benchmarks/dsno_study.py --out benchmarks/results/dsno_study.json
 	$(BIN)/python benchmarks/pipeline_study.py --out benchmarks/results/pipeline_study.json --picture docs/pipeline.png
 	$(BIN)/python benchmarks/tuned_models.py --out benchmarks/results/tuned_models

@@ -817,6 +817,47 @@ def students(results: Sequence[Row]) -> None:
             print(f"| {name} | " + " | ".join(texts) + " |")
 
 
+FOLDERS = (ROOT / "src" / "fewstep" / "models" / "weights", ROOT / "assets")  # of students that are published
+
+
+def every_student(results: Sequence[Row], counts: Sequence[int]) -> None:
+    """Print students of the library one below the other, by calls of the network; of several rows the one of least distance.
+
+    Minutes are those of training, trajectories not counted, of students whose folder is published. The first row of each teacher and
+    guidance scale is that of its exact trajectories.
+    """
+    heading(["student", "guidance", "calls"], ["minutes of training", "Frechet", "precision", "recall", "labels", "RMSE"])
+    exact = set[tuple[str, float]]()
+    for file in results:
+        reference, guidance = file["reference"], file["problem"]["guidance"]
+        if (teacher := (reference["teacher"], guidance)) not in exact:
+            exact.add(teacher)
+            print(f"| exact trajectories | {guidance:g} |  |  | {_quality(reference)} |  |")
+        for nfe in (nfe for nfe in counts if any(row["nfe"] == nfe for row in file["rows"])):
+            row = min((row for row in file["rows"] if row["nfe"] == nfe), key=lambda row: row["fd"])
+            about = f"| `{file['model']}` | {guidance:g} | {row.get('calls') or row['nfe']} | {_minutes(file['model'])} |"
+            print(f"{about} {_quality(row)} | {_error(row)} |")
+
+
+def _quality(row: Row) -> str:
+    """Write Frechet distance, precision, recall and labels as asked as cells."""
+    return " | ".join("" if row.get(key) is None else f"{row[key]:{MATCHED[key]}}" for key in ("fd", "precision", "recall", "labels"))
+
+
+def _minutes(student: str) -> str:
+    """Write the minutes in which a published student was trained, or nothing."""
+    for path in (folder / student / "history.json" for folder in FOLDERS):
+        history = json.loads(path.read_text()) if path.exists() else {}
+        if isinstance(history, dict) and "seconds" in history:
+            return f"{history['seconds'] / 60:.0f}"
+    return ""
+
+
+def _error(row: Row) -> str:
+    """Write the RMSE to the exact ends, or nothing of a row that has none."""
+    return "" if row["rmse"] is None else f"{row['rmse']:.4f}"
+
+
 def noise(results: Sequence[Row], args: argparse.Namespace) -> None:
     """Print samplers that add noise beside samplers that add none: distances by evaluations, or with ``--part rows`` all figures.
 
@@ -904,6 +945,7 @@ TABLES: dict[str, Callable[[Sequence[Row], argparse.Namespace], None]] = {
     "fitted": lambda results, args: fitted(rows_of(results, args, library=None)),
     "student": _student,
     "students": lambda results, args: students(results),
+    "every-student": lambda results, args: every_student(results, args.nfe or STUDENTS),
     "guided": lambda results, args: guided(results),
     "passes": lambda results, args: falling(results[0]["rows"]),
     "fit-study": lambda results, args: fit_study([row for row in results[0]["rows"] if row["table"] == args.part]),
