@@ -49,7 +49,7 @@ from fewstep.runtime.artifact import write_whole
 from fewstep.sampling.reference import reference_sampler
 
 SEEDS = 3  # of the main rows; the others have one
-RINGS = {"ring-6": 6, "ring-25": 25}
+RINGS: dict[str, dict[str, int]] = {"ring-6": {"modes": 6}, "ring-25": {"modes": 25, "hidden": 192, "octaves": 5, "steps": 12000}}
 STEPS = {"ring-6": 4000, "ring-25": 4000, "digits": 400}
 ON_RING: dict[str, Any] = {"batch": 1024, "start": 1.0, "lr": 1e-3, "ema": 0.999, "updates": 5, "p_mean": -0.5}  # of small networks
 ON_DIGITS: dict[str, Any] = {"batch": 64, "start": 2.5}
@@ -135,7 +135,7 @@ class Case:
 
     def __init__(self, name: str, work: Path, num: int, options: Mapping[str, Any]) -> None:
         self.name, self.work, self.num, self.options = name, work / name, num, {**REGRESSION, **options}
-        self.model = ring_model(RINGS[name]) if name in RINGS else load_model("digits-edm")
+        self.model = ring_model(**RINGS[name]) if name in RINGS else load_model("digits-edm")
         self.seeds = range(ABOVE, ABOVE + num)
 
     @cached_property
@@ -144,7 +144,7 @@ class Case:
         sampler, ring = reference_sampler(self.model.schedule), self.model.network
         exact = torch.cat([sample(self.model, sampler, seeds=part) for part in torch.tensor(self.seeds).split(256)])
         if isinstance(ring, Ring):
-            return Watch(Judge.of(ring_data(RINGS[self.name])), exact, Modes(ring))
+            return Watch(Judge.of(ring_data(RINGS[self.name]["modes"])), exact, Modes(ring))
         judge = Judge.of_model(self.model)
         return Watch(judge, exact, Clusters(judge, load_images("digits")))
 

@@ -21,10 +21,10 @@ class Ring(nn.Module):
     leave the ring, and there the exact one is wrong by far more than a small network beside it answers.
     """
 
-    def __init__(self, modes: int, hidden: int = 96) -> None:
+    def __init__(self, modes: int, hidden: int = 96, octaves: int = 0) -> None:
         super().__init__()
         angle = torch.arange(modes) * 2 * torch.pi / modes
-        self.width, self.octaves = 6 * WIDE / modes, (modes - 1) // 6  # of sines of the state, which tell narrow modes apart
+        self.width, self.octaves = 6 * WIDE / modes, octaves  # of sines of the state, which tell narrow modes apart
         self.register_buffer("modes", torch.stack([angle.cos(), angle.sin()], 1))
         layers = [nn.Linear(3 + 4 * self.octaves, hidden), *(nn.Linear(hidden, hidden) for _ in range(2)), nn.Linear(hidden, 2)]
         self.layers = nn.Sequential(*(part for layer in layers for part in (layer, nn.SiLU())))[:-1]
@@ -57,10 +57,10 @@ class Ring(nn.Module):
 
 
 @cache
-def ring_model(modes: int = 6, steps: int = 3000, batch: int = 512, lr: float = 2e-3) -> Model:
+def ring_model(modes: int = 6, hidden: int = 96, octaves: int = 0, steps: int = 3000, batch: int = 512, lr: float = 2e-3) -> Model:
     """Return a ring as a model to distil: a network that learned the exact denoiser, in some seconds."""
     torch.manual_seed(0)
-    ring, generator = Ring(modes), torch.Generator().manual_seed(0)
+    ring, generator = Ring(modes, hidden, octaves), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(ring.parameters(), lr)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
