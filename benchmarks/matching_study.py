@@ -51,7 +51,8 @@ from fewstep.sampling.reference import reference_sampler
 SEEDS = 3  # of the main rows; the others have one
 RINGS: dict[str, dict[str, int]] = {"ring-6": {"modes": 6}, "ring-25": {"modes": 25, "hidden": 192, "octaves": 5, "steps": 12000}}
 STEPS = {"ring-6": 4000, "ring-25": 4000, "digits": 400}
-ON_RING: dict[str, Any] = {"batch": 1024, "start": 1.0, "lr": 1e-3, "ema": 0.999, "updates": 5, "p_mean": -0.5}  # of small networks
+ON_RING: dict[str, Any] = {"batch": 1024, "start": 1.0, "lr": 1e-3, "ema": 0.999, "updates": 5}  # of small networks
+LEVELS: dict[str, dict[str, Any]] = {"ring-6": {"p_mean": -0.5}, "ring-25": {"p_mean": -2.0, "p_std": 1.2}}  # narrow modes: low noise
 ON_DIGITS: dict[str, Any] = {"batch": 64, "start": 2.5}
 CONTINUED: dict[str, Any] = {"start": None, "lr": 5e-5}  # of a student that is good already
 COUNTED = range(400_000)  # noises whose samples are counted, mode by mode: a mass of one in 25 is known to 0.8 %
@@ -223,7 +224,7 @@ class Case:
 def variants(case: Case, steps: int) -> Iterator[tuple[str, int, MatchingConfig, Callable[[], Model] | None]]:
     """Yield the name of each training, its number of seeds, its configuration, and the student that it begins with."""
     on_ring = case.name in RINGS
-    common = {"steps": steps, "held_out": case.num, **(ON_RING if on_ring else ON_DIGITS)}
+    common = {"steps": steps, "held_out": case.num, **(ON_RING | LEVELS[case.name] if on_ring else ON_DIGITS)}
     dmd, em = MatchingConfig(**common), EMConfig(**common)
     yield "dmd", SEEDS, dmd, None
     yield "langevin 4", SEEDS, em, None
