@@ -10,6 +10,7 @@ score under a noise law of constant rate. Each is a model of the command line, t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from math import isqrt
 from pathlib import Path
@@ -134,25 +135,10 @@ def _ten_times(t: Tensor) -> Tensor:
     return 10 * t
 
 
-def hsc_32() -> fewstep.Model:
-    return load("hsc-32")
-
-
-def ztf_32() -> fewstep.Model:
-    return load("ztf-32")
-
-
-def hsc_64() -> fewstep.Model:
-    return load("hsc-64")
-
-
-def ztf_64() -> fewstep.Model:
-    return load("ztf-64")
-
-
-def hsc_log_32() -> fewstep.Model:
-    return load("hsc-log-32")
-
-
-def hsc_log_64() -> fewstep.Model:
-    return load("hsc-log-64")
+# Each as module:function, for the command line.
+hsc_32 = partial(load, "hsc-32")
+ztf_32 = partial(load, "ztf-32")
+hsc_64 = partial(load, "hsc-64")
+ztf_64 = partial(load, "ztf-64")
+hsc_log_32 = partial(load, "hsc-log-32")
+hsc_log_64 = partial(load, "hsc-log-64")
