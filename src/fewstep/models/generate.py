@@ -52,6 +52,8 @@ __all__ = [
 ]
 
 What = str | Solver | Sampler | Tableau
+GuidanceForm = Literal["cfg", "cfg++"]
+GUIDANCE_FORMS: dict[str, bool] = {"cfg": False, "cfg++": True}  # whether `cfg_plus_plus` takes the steps
 log = logging.getLogger("fewstep")
 
 
@@ -72,7 +74,7 @@ def sample(
     grid: str | TimeGrid | None = None,
     observe: Callable[[Any], None] | None = None,
     parallel: ParallelConfig | None = None,
-    guidance_form: Literal["cfg", "cfg++"] = "cfg",
+    guidance_form: GuidanceForm = "cfg",
 ) -> Tensor:
     """Sample a model, without gradients (iterate over `steps` for those).
 
@@ -144,7 +146,7 @@ def sample(
     sampler = sampler_for(model, what, nfe=nfe, guidance=guidance, grid=grid, strength=strength)
     tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
     edit = None
-    if look_up(guidance_form, {"cfg": False, "cfg++": True}, "guidance_form"):
+    if look_up(guidance_form, GUIDANCE_FORMS, "guidance_form"):
         if not isinstance(model, Model) or parallel is not None:
             raise ModelError("guidance_form='cfg++' is for a Model, and for evaluations one after the other: leave it or parallel out")
         denoiser, edit = cfg_plus_plus(model, guidance, sampler)
@@ -483,6 +485,7 @@ def generate_to(
     x0: Tensor | None = None,
     parallel: ParallelConfig | None = None,
     guided_by: GradientGuidance | None = None,
+    guidance_form: GuidanceForm = "cfg",
     on_progress: Callable[[int], None] | None = None,
     on_round: Callable[[Round], None] | None = None,
 ) -> tuple[Tensor, Path] | None:
@@ -490,6 +493,7 @@ def generate_to(
 
     Batches are the same whatever the number of processes, so are the pictures. Processes share the batches; in parallel, each round.
     From an image ``x0 [*D]`` each sample begins with it, noised to the sampler's first level; another image is another command.
+    Of ``guidance_form`` see `sample`.
 
     Returns:
         The samples ``[len(seeds), *D]`` on the CPU and the folder of their batches, for the caller to remove once they are kept elsewhere;
@@ -500,8 +504,12 @@ def generate_to(
     """
     tableau = sampler.tableau
     facts: tuple[Any, ...] = (problem.fingerprint, tableau.fingerprint, problem.guidance, label, list(seeds), batch)
+    denoiser, edit = problem.denoiser, None
     if guided_by is not None:
         facts = (*facts, guided_by.identity)
+    if look_up(guidance_form, GUIDANCE_FORMS, "guidance_form"):
+        denoiser, edit = cfg_plus_plus(problem.model, problem.guidance, sampler)
+        facts = (*facts, guidance_form)
     if x0 is not None:  # the strength is in the tableau
         facts = (*facts, hashlib.sha256(x0.contiguous().numpy().tobytes()).hexdigest())
     spread, config = None, ParallelConfig()
@@ -516,7 +524,7 @@ def generate_to(
             return guided_by.run(problem, tableau, x, part, label)
         cond = problem.cond(part, label)
         if spread is None:
-            return run(problem.denoiser, tableau, x, cond, seeds=part)
+            return run(denoiser, tableau, x, cond, seeds=part, edit=edit)
         return sample_in_parallel(spread, tableau, x, cond, seeds=part, config=config, observe=on_round)
 
     about = samples_record(request, problem.name, repr(sampler), seeds)

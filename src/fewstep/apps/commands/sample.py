@@ -35,12 +35,13 @@ from fewstep.data.images import read_image
 from fewstep.evaluate.pictures import save_grid, save_singles, to_uint8
 from fewstep.integrations.diffusers.pipelines import PipelineModel
 from fewstep.models.carried import FITTED, OPTIMIZED
-from fewstep.models.generate import best_sampler, check_made_for, default_grid, generate_to, sampler_for, spread_of
+from fewstep.models.cfg_plus_plus import cfg_plus_plus
+from fewstep.models.generate import GUIDANCE_FORMS, best_sampler, check_made_for, default_grid, generate_to, sampler_for, spread_of
 from fewstep.models.model import Model
 from fewstep.models.parallel_plan import plan_parallel
 from fewstep.models.problem import Problem, check_seeds
 from fewstep.runtime.artifact import read_json, write_whole
-from fewstep.runtime.errors import FewstepError, GridError, counted
+from fewstep.runtime.errors import FewstepError, GridError, counted, look_up
 from fewstep.runtime.front_door import check_size
 from fewstep.runtime.job import Job
 from fewstep.runtime.process import default_device, process
@@ -52,7 +53,7 @@ from fewstep.solvers import takes_statistics
 __all__ = ["sample"]
 
 SOLVER, NFE = "unipc-2", 8  # where nothing is named, of a model that was not tuned for others
-SPLIT = "dpm-solver-pp-2m"  # the same with a classifier
+WITHOUT_CORRECTOR = "dpm-solver-pp-2m"  # the same where something is added between steps
 
 
 def sample(
@@ -69,6 +70,9 @@ def sample(
     num: Annotated[int, typer.Option("--num", "-n", help="How many samples. Under torchrun say -n.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the first sample; the next has the next seed.")] = 0,
     guidance: Guidance = None,
+    guidance_form: Annotated[
+        str, typer.Option(help="Or cfg++: the picture is guided, and its noise is not; small scales, between 0 and 1.")
+    ] = "cfg",
     label: Annotated[int | None, typer.Option(help="Class of all samples; by default the seed modulo the classes.")] = None,
     picture: Annotated[
         Path | None, typer.Option("--from", metavar="PICTURE", help="Image to image: begin with this picture, of the samples' own size.")
@@ -120,21 +124,27 @@ def sample(
         raise FewstepError("--classifier guides the model without its own condition: leave --guidance out")
     if guided_by is not None and config is not None:
         raise FewstepError("--classifier guides step by step: leave --parallel out")
-    if guided_by is not None and guided_by.splitting is not None and sampler is None and solver is None and opened.tuned is None:
-        solver = SPLIT  # the usual one has a corrector, which would undo a kick
+    plus_plus = look_up(guidance_form, GUIDANCE_FORMS, "--guidance-form")
+    if plus_plus and (guided_by is not None or config is not None):
+        raise FewstepError("--guidance-form cfg++ is for a model's own condition, step by step: leave --classifier and --parallel out")
+    kicked = guided_by is not None and guided_by.splitting is not None
+    if (kicked or plus_plus) and sampler is None and solver is None and opened.tuned is None:
+        solver = WITHOUT_CORRECTOR  # that of the usual one would undo what is added between steps
     cfg = guidance_of(opened, guidance)
     x0 = _image(picture, strength, opened)
     chosen = _Choice(solver, grid, nfe, sampler, times, sigmas, statistics, any_statistics, strength).sampler_for(opened, cfg)
     if len(opened.need_shape()) != 3 and singles:
         raise FewstepError(f"samples of shape {opened.shape} are no pictures: leave --singles out; they are written to samples.npz")
     seeds = range(seed, seed + num)
+    if plus_plus:
+        cfg_plus_plus(opened, cfg, chosen)  # refused before a folder is made
     with Job.open("sample", out):
         problem = Problem(opened, cfg, default_device())
         meter = None if config is None else _Meter(problem, chosen, config, seeds[:batch], label, x0, quiet=json)
         with progress(f"sampling {num} x {chosen.nfe} evaluations", num) as report:
             if meter is not None:
                 meter.report = report
-            options = {"label": label, "batch": batch, "x0": x0, "parallel": config, "guided_by": guided_by}
+            options = {"label": label, "batch": batch, "x0": x0, "parallel": config, "guided_by": guided_by, "guidance_form": guidance_form}
             made = generate_to(out, problem, chosen, seeds, **options, on_progress=report, on_round=meter)
         if made is None:
             return
@@ -150,6 +160,8 @@ def sample(
     if meter is not None:
         console.print(f"in parallel: {meter}")
     console.print(f"pictures: {done['grid']}" if "grid" in done else f"samples: {done['npz']}")
+    if plus_plus:
+        return  # bench has no such form
     console.print(next_command("bench", model, *model_words(opened, guidance), "--out", "runs/bench"))
 
 
