@@ -1,6 +1,6 @@
 """Which grid is safe where none is named: networks that predict noise on a table of times, by common solvers on every grid.
 
-python benchmarks/default_grid.py --data runs/cifar10/cifar10-16-train.npz --out benchmarks/results/default_grid.json
+python -m benchmarks.default_grid --data runs/cifar10/cifar10-16-train.npz --out benchmarks/results/default_grid.json
 
 The networks are digits-ddpm, the small Stable Diffusion of ``pipeline_study.py`` with and without guidance, and three that are trained
 here first (``runs/default-grid``, some minutes each; they are kept): pictures of 16x16 on linear and on cosine betas, and one that

@@ -1,6 +1,6 @@
 """Ways to match distributions: curves of distance, precision, recall, labels and RMSE over training time, on two rings and on digits-edm.
 
-python benchmarks/matching_study.py --out benchmarks/results/matching_study.json [--work runs/matching_study] [--only digits/dmd]
+python -m benchmarks.matching_study --out benchmarks/results/matching_study.json [--work runs/matching_study] [--only digits/dmd]
 
 A row is one training: its figures at 20 steps, and the seconds at each. Varied are the Langevin steps, cancelled noise, where the generator
 starts, how often the fake is updated, the average of the weights and the length. On the digits there are also students of regression, to
@@ -272,7 +272,7 @@ def main() -> None:
     steps = STEPS if args.steps is None else dict.fromkeys(STEPS, args.steps)
     quick = {} if args.steps is None else {"steps": args.steps, "num": 32, "held_out": 8, "teacher_nfe": 16}
     cases = {name: Case(name, args.work, args.num, quick) for name in STEPS if name.startswith(args.only[: len(name)])}
-    about = {"command": f"python benchmarks/matching_study.py --out {args.out}", "models": list(STEPS), "steps": steps, "num": args.num}
+    about = {"command": f"python -m benchmarks.matching_study --out {args.out}", "models": list(STEPS), "steps": steps, "num": args.num}
     known: dict[str, Any] = {}
     if args.out.exists():
         known = {row["row"]: row for row in json.loads(args.out.read_text())["rows"]}

@@ -1,6 +1,6 @@
 """What a newcomer waits for: the first table of a network of one's own, and the first picture on the page, from `pip install` on.
 
-python benchmarks/newcomer.py --constraint constraints.txt --out benchmarks/results/newcomer.json
+python -m benchmarks.newcomer --constraint constraints.txt --out benchmarks/results/newcomer.json
 
 A wheel of this clone is installed into an environment with nothing in it, by the words of the guides, and the steps of
 docs/own-network-in-ten-minutes.md are done up to its first table; then those of docs/page.md, in a browser, up to the first picture. It

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cifar10.study import TWO
-from benchmarks.tables import STANDARD, best_grids, fitted, optimized_grids, students
+from benchmarks.topics.rows import STANDARD
+from benchmarks.topics.solvers import best_grids, fitted, optimized_grids
+from benchmarks.topics.students import students
 
 from fewstep.evaluate.pictures import save_comparison
 from fewstep.evaluate.report.plots import Point, png, work_precision

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.gain_picture import SHOWN, lines, numbers
-from benchmarks.tables import BLOCK, filled, least
+from benchmarks.tables import BLOCK, filled
 from benchmarks.terminal_recording import COMMANDS, draw
+from benchmarks.topics.rows import least
 from tests.integrations.diffusers.tiny_pipelines import load, make
 from tests.problems import reflected_model
 
@@ -198,7 +199,7 @@ WITH_TABLES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rgl
 @pytest.mark.parametrize("path", WITH_TABLES, ids=lambda path: path.name)
 def test_tables_are_what_their_rows_say(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert filled(text) == text, f"run: python benchmarks/tables.py fill {path.relative_to(ROOT)}"
+    assert filled(text) == text, f"run: python -m benchmarks.tables fill {path.relative_to(ROOT)}"
 
 
 def test_pages_with_measured_tables_say_how_they_are_made() -> None:

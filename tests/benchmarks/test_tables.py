@@ -1,4 +1,4 @@
-"""The tables of benchmarks/tables.py that no page has."""
+"""The tables of `benchmarks.tables` that no page has."""
 
 import json
 from pathlib import Path

@@ -1,0 +1,1 @@
+"""What the tables of the README and the docs print, by topic."""
