@@ -3,7 +3,7 @@
 python -m benchmarks.matching_study --out benchmarks/results/matching_study.json [--work runs/matching_study] [--only digits/dmd]
 
 A row is one training: its figures at 20 steps, and the seconds at each. Varied are the Langevin steps, cancelled noise, where the generator
-starts, how often the fake is updated, the average of the weights and the length. On the digits there are also students of regression, to
+starts, how often the fake is updated and how its rate falls, the average of the weights and the length. On the digits there are also students of regression, to
 begin with and to compare with: `kd` and `flow map`, `kd, longer` of as much time as `kd` and then matching, and the teacher itself.
 Of a ring the last figures are the masses of its modes, by which its weights are chosen; of the digits, how samples are spread over clusters
 within the classes.
@@ -232,13 +232,16 @@ def variants(case: Case, steps: int) -> Iterator[tuple[str, int, MatchingConfig,
         yield f"langevin {langevin}", 1, replace(em, langevin=langevin), None
     yield "langevin 4, z stays", 1, replace(em, step_z=0.0), None
     yield "langevin 4, all noise kept", 1, replace(em, cancel=False), None
+    yield "fake at one rate", 1, replace(dmd, fake_end=1.0), None
     yield "updates 1", 1, replace(dmd, updates=1), None
     yield "updates 2" if on_ring else "updates 5", SEEDS, replace(dmd, updates=2 if on_ring else 5), None
     for start in (0.5, 2.0) if on_ring else (1.0, 5.0):
         yield f"start {start:g}", 1, replace(dmd, start=start), None
-    if not on_ring:
+    yield "four times as long", 1, replace(dmd, steps=4 * steps), None
+    if on_ring:
+        yield "langevin 4, four times as long", 1, replace(em, steps=4 * steps), None
+    else:
         yield "average 0.999", 1, replace(dmd, ema=0.999), None
-        yield "four times as long", 1, replace(dmd, steps=4 * steps), None
         after = replace(dmd, **CONTINUED)
         yield "after kd", SEEDS, after, case.kd
         yield "after kd, paired", SEEDS, replace(after, pair=1.0, num=case.options["num"] + case.options["held_out"] - case.num), case.kd

@@ -220,8 +220,12 @@ def _at(found: Sequence[Row], share: float) -> str:
 WAYS_ASKED = {"fd": ".2f", "labels": ".1%", "outside": ".1%"}
 
 
-def reflected_study(rows: Sequence[Row], key: str) -> None:
-    """Print one figure of reflected_study.json by guidance scale: ``fd``, ``labels``, or the share of pixels ``outside``."""
+def reflected_study(results: Row, key: str) -> None:
+    """Print one figure of reflected_study.json by guidance scale: ``fd``, ``labels``, the share of pixels ``outside``; or the ``grids``."""
+    if key == "grids":
+        _reflected_grids(results["grids"])
+        return
+    rows = results["rows"]
     scales = list(dict.fromkeys(row["guidance"] for row in rows))
     heading([""], [f"guidance {scale:g}" for scale in scales])
     least = {scale: min(row[key] for row in rows if row["guidance"] == scale) for scale in scales}
@@ -233,6 +237,15 @@ def reflected_study(rows: Sequence[Row], key: str) -> None:
         print(f"| {way} | {' | '.join(cells)} |")
 
 
+def _reflected_grids(rows: Sequence[Row]) -> None:
+    """Print the distance and the share of pixels outside on each grid."""
+    columns = list(dict.fromkeys((row["guidance"], row["nfe"]) for row in rows))
+    heading(["grid"], [f"guidance {scale:g}, {nfe} evaluations" for scale, nfe in columns])
+    for grid in dict.fromkeys(row["grid"] for row in rows):
+        found = {(row["guidance"], row["nfe"]): row for row in rows if row["grid"] == grid}
+        print(f"| `{grid}` | " + " | ".join(f"{found[at]['fd']:.2f}, {found[at]['outside']:.1%}" for at in columns) + " |")
+
+
 TABLES: dict[str, Table] = {
     "student": _student,
     "students": lambda results, args: students(results),
@@ -242,5 +255,5 @@ TABLES: dict[str, Table] = {
     "dsno-study": lambda results, args: dsno_study(results[0]["rows"], args.part),
     "student-study": lambda results, args: student_study(results[0]["rows"], args.part),
     "matching-study": lambda results, args: matching_study(results[0]["rows"], args.part),
-    "reflected-study": lambda results, args: reflected_study(results[0]["rows"], args.part),
+    "reflected-study": lambda results, args: reflected_study(results[0], args.part),
 }

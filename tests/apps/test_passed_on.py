@@ -237,9 +237,9 @@ def test_distill_into_a_flow_map(passed: Callable) -> None:
 
 
 def test_distill_in_passes(passed: Callable) -> None:
-    words = ("--method", "dmd", "--passes", 2, "--levels", "3,0.5", "--fake-rank", 4)
+    words = ("--method", "dmd", "--passes", 2, "--levels", "3,0.5", "--fake-rank", 4, "--fake-end", 0.5)
     args, options = passed("make_student", "distill", "digits-edm", *words)
-    assert args == ("dmd",) and options["config"] == MatchingConfig(passes=2, levels=(3.0, 0.5), fake_rank=4)
+    assert args == ("dmd",) and options["config"] == MatchingConfig(passes=2, levels=(3.0, 0.5), fake_rank=4, fake_end=0.5)
     assert passed("make_student", "distill", "digits-edm", "--method", "em")[1]["config"] == EMConfig()
 
 

@@ -1,5 +1,6 @@
 """A second network in the training loop, and weights that are chosen on the way: killed anywhere, a run ends with the same bits."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class Pair:
     def __init__(self, stop: int = -1) -> None:
         torch.manual_seed(0)
         self.network, self.second, self.calls, self.stop = nn.Linear(2, 1), nn.Linear(2, 1), 0, stop
-        self.companion = Companion(self.second, self.follow, 0.02, updates=2, before=3)
+        self.companion = Companion(self.second, self.follow, 0.02, updates=2, before=3, end=0.25)
         self.selection = Selection(self.measure, 3)
 
     def count(self) -> None:
@@ -61,6 +62,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def test_the_second_network_is_trained_as_often_as_was_asked(whole: Pair) -> None:
     measures = len(whole.selection.scores)
     assert whole.calls == 3 + 9 * (2 + 1) + measures and [one["step"] for one in whole.selection.scores] == [0, 3, 6, 9]
+
+
+def test_its_rate_falls_as_half_a_cosine_from_the_first_step_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, rates = Pair(), list[float]()
+    step = torch.optim.AdamW.step
+
+    def recorded(optimizer: torch.optim.AdamW, closure: Any = None) -> Any:
+        if optimizer.param_groups[0]["betas"] == pair.companion.betas:
+            rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    pair.run(tmp_path)
+    assert rates[:6] == pytest.approx([0.02] * 5 + [0.02 * (0.25 + 0.75 * 0.5 * (1 + math.cos(math.pi / 9)))])
+    assert len(rates) == 3 + 9 * 2 and rates == sorted(rates, reverse=True)
+    assert pair.companion.lr_at(9, 9) == pytest.approx(0.005)
 
 
 @pytest.mark.slow

@@ -304,6 +304,7 @@ CONFIGS: dict[str, tuple[Callable[[], object], str]] = {
     "num": (lambda: MatchingConfig(num=5), "num changes nothing here"),
     "dropout": (lambda: MatchingConfig(dropout=0.1), "a generator with dropout makes other pictures at each call"),
     "levels": (lambda: MatchingConfig(p_std=0.0), "log noise levels have a finite mean and a positive deviation"),
+    "fake end": (lambda: MatchingConfig(fake_end=0.0), "lies in \\(0, 1\\], got 0.0"),
     "measures": (lambda: MatchingConfig(measures=0), "measures is at least 1, got 0"),
 }
 

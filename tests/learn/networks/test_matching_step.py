@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.learn.networks.objectives.matching_step import LEAST_RATIO, Direction, direction, langevin, matching_loss
+from fewstep.learn.networks.objectives.matching_step import LEAST_RATIO, Direction, direction, langevin, matching_loss, resolved
 
 TURN = 0.6
 AXES = torch.tensor([[math.cos(TURN), -math.sin(TURN)], [math.sin(TURN), math.cos(TURN)]], dtype=torch.float64)
@@ -71,10 +71,10 @@ def test_derivatives_are_those_of_the_posterior() -> None:
     of_e, of_z = torch.autograd.grad(log_rho.sum(), (e, z))
     e, z, x = e.detach(), z.detach(), x.detach()
     d = denoiser(COVARIANCE, MEAN, alphas, sigma)(x) - denoiser(weight @ weight.T, bias, alphas, sigma)(x)
-    still, step = torch.zeros(2, 16, 2, dtype=torch.float64), 0.5
+    still, step = torch.zeros(2, 16, 2, dtype=torch.float64), 0.01
     after = langevin(e, z, d, sigma[:, None] / alpha, d @ weight, step, step, still)
     for moved, before, wanted in ((after[0], e, of_e), (after[1], z, of_z)):
-        assert float(wanted.abs().max()) < 20  # nothing is clamped
+        assert float(wanted.abs().max()) < 1 / step  # nothing is clamped
         torch.testing.assert_close((moved - before) * 2 / step**2, wanted, rtol=1e-10, atol=1e-10)
 
 
@@ -88,7 +88,7 @@ def test_what_is_kept_is_the_drift_of_the_noise() -> None:
         x = z @ weight.T + bias + sigma[:, None] * e
         d = teacher(x) - fake(x)
         c = c + step**2 / 2 * (d / ratio - c)
-        e, z = langevin(e, z, d, ratio, d @ weight, step, 0.05, n)
+        e, z = langevin(e, z, d, ratio, d @ weight, step, resolved(0.05, ratio), n)
     three = found(weight, bias, drawn, step_e=step, step_z=0.05)
     torch.testing.assert_close(three.move, 2 / (3 * step**2) * ratio * c, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(three.z, z, rtol=1e-12, atol=1e-12)
@@ -99,8 +99,20 @@ def test_what_is_kept_is_the_drift_of_the_noise() -> None:
 def test_drifts_are_bounded_at_small_noise() -> None:
     z, e, d = torch.zeros(3, 1, 2)
     d = d + 1
-    _, moved = langevin(e, z, d, torch.full((1, 1), LEAST_RATIO), 1e6 * d, 0.4, 1.0, torch.zeros(2, 1, 2))
-    assert float(moved.max()) == 10.0
+    _, moved = langevin(e, z, d, torch.full((1, 1), LEAST_RATIO), 1e6 * d, 0.4, 0.1, torch.zeros(2, 1, 2))
+    assert float(moved.max()) == pytest.approx(0.05)  # half a deviation of what the step injects
+
+
+def test_the_generators_noise_stays_in_its_posterior_at_any_level() -> None:
+    """Without a drift of the samples, ``K`` steps lead ``z`` no farther than the level resolves, in units of the generator's samples."""
+    generator = torch.Generator().manual_seed(0)
+    z, e = torch.randn(2, 4000, 2, generator=generator, dtype=torch.float64)
+    noise = torch.randn(4, 2, 4000, 2, generator=generator, dtype=torch.float64)
+    for level in (0.03, 0.3, 30.0):
+        sigma = torch.full((4000,), level, dtype=torch.float64)
+        options = {"alpha": torch.ones(4000, dtype=torch.float64), "sigma": sigma, "step_e": 0.4, "step_z": 0.05}
+        still = direction(torch.zeros_like, torch.zeros_like, lambda z: 5 * z, z, e, noise, **options)
+        assert float((still.z - z).std()) == pytest.approx(0.1 * level / math.sqrt(1 + level**2), rel=0.05)  # 4 steps: twice one
 
 
 @pytest.mark.parametrize(("langevin", "step_z"), [(1, 0.0), (4, 0.05)])

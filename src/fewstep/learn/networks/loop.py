@@ -118,13 +118,14 @@ class Companion:
     """A second network that is trained within each step of the loop, before the first one, and lies in the same checkpoint.
 
     Attributes:
-        network: the module, which is trained in place by AdamW at a constant rate.
+        network: the module, which is trained in place by AdamW.
         loss: ``(network, companion, batch size, generator) -> scalar``, the mean over this process's `share` of the batch. No gradient of
             it reaches the first network.
-        lr: the learning rate.
+        lr: the learning rate at the start.
         updates: its steps for each of the first network, below 1000.
         before: its steps before the first of all, below 1000.
         betas: decays of AdamW's moments.
+        end: the learning rate at the end of the run, in that at the start; it falls as half a cosine.
     """
 
     network: nn.Module
@@ -133,6 +134,11 @@ class Companion:
     updates: int = 1
     before: int = 0
     betas: tuple[float, float] = (0.9, 0.99)
+    end: float = 1.0
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Return its learning rate in a step of the loop, of so many."""
+        return self.lr * (self.end + (1 - self.end) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
     def updates_at(self, step: int) -> int:
         """Return its number of updates in a step of the loop."""
@@ -283,6 +289,8 @@ def run_loop(
         for step in range(first, config.steps):
             if not part:
                 measured(step)
+            for group in [] if companion is None else second_optimizer.param_groups:
+                group["lr"] = companion.lr_at(step, config.steps)
             while companion is not None and part < companion.updates_at(step):
                 generator = seeded(config.seed, step, 1 + part)
                 torch.manual_seed(generator.initial_seed() + rank)

@@ -128,7 +128,7 @@ class MatchingObjective(StudentObjective):
         self.grid = self.times()
         _ = problem.teacher
         self.fake: nn.Module = self.copied().to(problem.device) if config.fake_rank is None else self._fake_of(config.fake_rank)
-        self.companion = Companion(self.fake, self._loss_of_fake, FASTER * config.lr, config.updates, config.before)
+        self.companion = Companion(self.fake, self._loss_of_fake, FASTER * config.lr, config.updates, config.before, end=config.fake_end)
         self.scores = Selection(self._measured, max(1, config.steps // config.measures))
         self.selection = self.scores
         with torch.no_grad():  # what cannot be made or asked is refused before long work

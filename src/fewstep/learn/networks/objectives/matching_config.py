@@ -48,6 +48,8 @@ class MatchingConfig(StudentConfig):
         passes: passes of the generator; each after the first begins at the last one's samples, noised anew to a lower level.
         levels: the noise levels ``sigma/alpha`` at which several passes begin, descending; by default even steps in
             ``arctan(sigma/alpha)`` from the start down.
+        fake_end: the fake's learning rate at the end, in that at its start: twice that of the generator. It falls as half a cosine, so that
+            the noise of its updates does not move the generator for ever; 1 keeps it.
         fake_rank: the rank of updates to the teacher's own layers, of which the fake then consists; by default it is a whole copy of the
             teacher's network.
 
@@ -67,6 +69,7 @@ class MatchingConfig(StudentConfig):
     measures: int = 20
     passes: int = 1
     levels: tuple[float, ...] | None = None
+    fake_end: float = 0.05
     fake_rank: int | None = None
 
     def __post_init__(self) -> None:
@@ -80,6 +83,8 @@ class MatchingConfig(StudentConfig):
             raise FewstepError(f"start is a noise level sigma/alpha, a positive number, got {self.start}: at infinity there is no picture")
         if not 0 <= self.pair < math.inf:
             raise FewstepError(f"pair, the weight of the regression onto stored pairs, is not negative, got {self.pair}")
+        if not 0 < self.fake_end <= 1:
+            raise FewstepError(f"fake_end, the share of the fake's rate that is left at the end, lies in (0, 1], got {self.fake_end}")
         if not (math.isfinite(self.p_mean) and 0 < self.p_std < math.inf):
             raise FewstepError(f"log noise levels have a finite mean and a positive deviation, got {self.p_mean} and {self.p_std}")
         if not self.pair:

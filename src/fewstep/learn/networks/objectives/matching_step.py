@@ -6,6 +6,8 @@ denoiser ``D_q`` of the generator's own samples (the *fake*) and ``d = D_p - D_q
 
     d/de log rho = (alpha/sigma) d - e,           d/dz log rho = (alpha/sigma)^2 J_g(z)^T d - z.
 
+At little noise the posterior of ``z`` is as narrow as ``sigma/alpha`` over ``J_g``, so a step in ``z`` is `resolved` by the level.
+
 ``K`` steps of Langevin dynamics from a sample of ``q`` are the E-step; the M-step regresses ``g(z_K)`` onto ``g(z_K) + (sigma/alpha) e_K``.
 The start and the injected noise in ``e_K`` carry no information, and their sum is known, so the drift's part alone may be kept.
 """
@@ -20,10 +22,10 @@ from torch import Tensor
 
 from fewstep.core.prediction import add_noise, aligned
 
-__all__ = ["LEAST_RATIO", "Direction", "direction", "langevin", "matching_loss"]
+__all__ = ["LEAST_RATIO", "Direction", "direction", "langevin", "matching_loss", "resolved"]
 
 LEAST_RATIO = 0.02  # of sigma/alpha, by which drifts are divided
-LARGEST_DRIFT = 20.0  # of an element of z
+LARGEST_PULL = 1.0  # of an element of z by the teacher, in twice the deviation of the noise of its step
 LEAST_GAP = 1e-3  # of the distance by which a row is divided
 
 At = Callable[[Tensor], Tensor]  # x [B, *D] -> x0 [B, *D], at the row's own noise level and condition
@@ -45,7 +47,7 @@ class Direction(NamedTuple):
 
 
 def langevin(
-    e: Tensor, z: Tensor, d: Tensor, ratio: Tensor, pulled: Tensor | None, step_e: float, step_z: float, noise: Tensor
+    e: Tensor, z: Tensor, d: Tensor, ratio: Tensor, pulled: Tensor | None, step_e: float, step_z: float | Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Take one step of Langevin dynamics in ``(e, z)`` towards the posterior of a generator and noised data (arXiv 2405.16852).
 
@@ -54,14 +56,23 @@ def langevin(
         d: ``D_p - D_q`` at ``x = alpha g(z) + sigma e``, ``[B, *D]``.
         ratio: ``sigma/alpha``, ``[B, 1, ...]``, positive.
         pulled: ``J_g(z)^T d``, ``[B, *D]``; None leaves ``z`` where it is.
-        step_e, step_z: the sizes of the two steps.
+        step_e, step_z: the sizes of the two steps; that in ``z`` of each row, ``[B, 1, ...]``, or of all.
         noise: standard normal, ``[2, B, *D]``.
     """
     moved = e + step_e**2 / 2 * (d / ratio - e) + step_e * noise[0]
     if pulled is None:
         return moved, z
-    pull = (pulled / ratio.square()).clamp(-LARGEST_DRIFT, LARGEST_DRIFT)
-    return moved, z + step_z**2 / 2 * (pull - z) + step_z * noise[1]
+    pull = (step_z * pulled / ratio.square()).clamp(-LARGEST_PULL, LARGEST_PULL)
+    return moved, z + step_z / 2 * (pull - step_z * z) + step_z * noise[1]
+
+
+def resolved(step_z: float, ratio: Tensor) -> Tensor:
+    """Return the size of a step in ``z`` at levels ``r = sigma/alpha [B, 1, ...]``: ``step_z r / sqrt(1 + r^2)``.
+
+    The drift of ``z`` then changes by ``step_z^2 |J_g|^2 / 2`` of a change of ``z`` at most, at any level. Of one size for all levels it
+    would leave the posterior at little noise: ``z`` crosses to where the generator makes another sample than ``e`` was led for.
+    """
+    return step_z * ratio / torch.sqrt(1 + ratio.square())
 
 
 def direction(
@@ -90,7 +101,8 @@ def direction(
         z, e: standard normal, ``[B, *D]`` each: a sample of ``q``.
         noise: standard normal, ``[K, 2, B, *D]``: what the Langevin steps inject.
         alpha, sigma: of the rows, ``[B]``.
-        step_e, step_z: sizes of the Langevin steps; ``step_z`` 0 leaves ``z`` where it is and takes no derivative.
+        step_e, step_z: sizes of the Langevin steps, that in ``z`` where much noise is, see `resolved`; ``step_z`` 0 leaves ``z`` where it
+            is and takes no derivative.
         cancel: drop the part of the start and of the injected noise, which is known.
         made: ``g(z)``, if it is known already.
     """
@@ -114,7 +126,7 @@ def direction(
             (pulled,) = torch.autograd.grad(x0, z, d)
         with torch.no_grad():
             moved = decay * moved + d  # the drift's part of e, times (sigma/alpha) (2/step_e^2)
-            e, z = langevin(e, z.detach(), d, ratio, pulled, step_e, step_z, injected)
+            e, z = langevin(e, z.detach(), d, ratio, pulled, step_e, resolved(step_z, ratio), injected)
         if not step_z:
             made = x0
     steps = len(noise)
