@@ -3,8 +3,9 @@
 python -m benchmarks.matching_study --out benchmarks/results/matching_study.json [--work runs/matching_study] [--only digits/dmd]
 
 A row is one training: its figures at 20 steps, and the seconds at each. Varied are the Langevin steps, cancelled noise, where the generator
-starts, how often the fake is updated and how its rate falls, the average of the weights and the length. On the digits there are also students of regression, to
-begin with and to compare with: `kd` and `flow map`, `kd, longer` of as much time as `kd` and then matching, and the teacher itself.
+starts, how often the fake is updated and how its rate falls, the average of the weights and the length. On the digits there are also
+students of regression, to begin with and to compare with: `kd` and `flow map`, `kd, longer` of as much time as `kd` and then matching, and
+the teacher itself.
 Of a ring the last figures are the masses of its modes, by which its weights are chosen; of the digits, how samples are spread over clusters
 within the classes.
 
