@@ -40,6 +40,7 @@ SCALES = (1, 2, 4)  # at which that is measured
 TOLD = "5,8,10"  # evaluations of samplers fitted to it, which are as many calls
 TUNED = "4"  # of phase 2
 SLOTS, PASSES = "--grid angle --slots 16", "1,2,3,4,6,8"  # of the flow map
+ONE = "--grid angle --slots 1"  # of the student of one pass
 NETWORK = "--kind edm --conditional --flip --p-mean=-1.2 --p-std 1.2 --lr 0.001 --mixed-precision bf16"
 
 
@@ -55,8 +56,8 @@ class Preset:
         nfe: of the rows on standard grids.
         calibrate: options of the statistics; ``pooling``: of those that are compared, as levels, data, pooling.
         optimize, fit, finetune: options of these commands; None leaves one out.
-        trajectories: that the flow map learns from.
-        distill: options of its training; ``guided``: of a guided student's.
+        trajectories: that the flow map learns from; ``pairs``: of noise and end alone, those of the student of one pass.
+        distill: options of the training of both; ``guided``: of a guided student's.
         tag: of the folders, if it is no study to be kept.
     """
 
@@ -72,6 +73,7 @@ class Preset:
     fit: str | None
     finetune: str | None
     trajectories: int
+    pairs: int
     distill: str
     guided: str
     features: str
@@ -93,6 +95,7 @@ PRESETS = {
         fit="--held-out 256",
         finetune="--rounds 2 --half",
         trajectories=65536,
+        pairs=98304,
         distill="--steps 7000 --half",
         guided="--steps 4000 --half",
         features="cpu",
@@ -111,6 +114,7 @@ PRESETS = {
         fit="-n 4096 --held-out 1024",
         finetune="--rounds 3 --steps 2000 --half",
         trajectories=262144,
+        pairs=524288,
         distill="--steps 20000 --batch 512 --half",
         guided="--steps 20000 --batch 512 --half",
         features="gpu",
@@ -128,6 +132,7 @@ PRESETS = {
         fit="-n 16 --held-out 8 --iterations 0",
         finetune="--rounds 1 --steps 2",
         trajectories=16,
+        pairs=16,
         distill="--steps 2 --batch 4 --held-out 8",
         guided="--steps 2 --batch 4 --held-out 8",
         features="smoke",
@@ -205,6 +210,13 @@ def stages(preset: Preset, shared: Path, work: Path, docs: Path) -> Iterator[Sta
     learn += ["-n", str(preset.trajectories), *preset.distill.split(), "--out", str(made)]
     yield Stage("flow map", learn, made / "tuned.json")
     yield Stage("its rows", [*fewstep, "bench", str(made), *compared, "--nfe", PASSES, "--out", str(rows / "student")])
+    stored, made = work / f"{label}-pairs", Path("assets") / f"{label}-kd"
+    solve = [*side_by_side, "trajectories", str(teacher), *ONE.split(), "--nfe", "24", "--seed", "6000000"]
+    yield Stage("pairs", [*solve, "-n", str(preset.pairs + 512), "--out", str(stored)], made / "tuned.json")
+    learn = [*side_by_side, "distill", str(teacher), "--method", "kd", "--trajectories", str(stored), *ONE.split()]
+    learn += ["-n", str(preset.pairs), *preset.distill.split(), "--out", str(made)]
+    yield Stage("one pass", learn, made / "tuned.json")
+    yield Stage("its row of one pass", [*fewstep, "bench", str(made), *compared, "--out", str(rows / "kd")])
     few = ["--out", str(rows / "few")]
     yield Stage("fewer evaluations", [*bench, "--solver", SOLVERS, "--grid", GRIDS, "--nfe", FEW, *few])
     if preset.fit is not None:
