@@ -124,10 +124,11 @@ benchmarks: $(STAMP)
 	$(BIN)/fewstep bench digits-edm --solver $(V3) --grid logsnr,angle --nfe 5,6,8 --num 512 --guidance 2 \
 		--out benchmarks/results/digits-edm-guidance-2-v3
 
-# The study on CIFAR-10 from ../shared/data: PRESET=cpu (about 5 hours on 2 cores) or gpu. A killed one continues.
+# The study on CIFAR-10: DATA is the folder of its binary version; PRESET=cpu (more than 6 hours on 2 cores) or gpu. A killed one continues.
 PRESET ?= cpu
+DATA ?= ../shared/data
 cifar10-study: $(STAMP)
-	$(BIN)/python -m benchmarks.cifar10.study --preset $(PRESET)
+	$(BIN)/python -m benchmarks.cifar10.study --preset $(PRESET) --data $(DATA)
 
 clean:
 	rm -rf $(VENV) .venv-quickstart site runs dist build .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
-"""The whole study on CIFAR-10, from the shared pictures to the tables: a list of commands, each of which continues where it was killed.
+"""The whole study on CIFAR-10, from the pictures to the tables: a list of commands, each of which continues where it was killed.
 
-    python -m benchmarks.cifar10.study --preset cpu [--until "standard grids"] [--list]
+    python -m benchmarks.cifar10.study --preset cpu [--data cifar-10-batches-bin] [--until "standard grids"] [--list]
 
 A stage that is done is not run again, so a killed study continues by the same command. The teacher, the feature network and what is made
 for the teacher (statistics, grids, samplers) lie in ``assets/cifar10-SIZE``, the network tuned for few steps beside it, rows in
@@ -302,7 +302,7 @@ def typed(command: Sequence[str]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, required=True)
-    parser.add_argument("--data", type=Path, default=SHARED, help="the folder with the shared CIFAR-10 files")
+    parser.add_argument("--data", type=Path, default=SHARED, help="the folder of the pictures, see benchmarks/cifar10/data.py")
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10"))
     parser.add_argument("--docs", type=Path, help="the folder of results/cifar10.md and of its pictures: docs, or --work if not to be kept")
     parser.add_argument("--until", help="the last stage to run, by name")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.cifar10.data import END, FILES, box, decode, main, prepare
+from benchmarks.cifar10.data import BINARY, END, FILES, box, decode, main, prepare
 from PIL import Image
 
 from fewstep import FewstepError
@@ -104,6 +104,47 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, wrong: dict) -> Non
 def test_a_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(FewstepError, match="cannot be averaged to 20x20"):
         box(np.zeros((1, 32, 32, 3), np.uint8), 20)
+
+
+def binary_version(folder: Path) -> dict[str, np.ndarray]:
+    """Write files of the binary version, 20 pictures each in any order of classes; their records by name."""
+    folder.mkdir()
+    rng, written = np.random.default_rng(0), dict[str, np.ndarray]()
+    for name in (*BINARY["train"], *BINARY["test"]):
+        labels = rng.permutation(np.arange(20) % 10)[:, None]
+        written[name] = np.concatenate([labels, rng.integers(0, 256, (20, 3072))], 1).astype(np.uint8)
+        (folder / name).write_bytes(written[name].tobytes())
+    return written
+
+
+def test_the_binary_version_is_read_class_by_class(tmp_path: Path) -> None:
+    records = binary_version(tmp_path / "bin")
+    made = prepare(tmp_path / "bin", tmp_path / "out")
+    for split, names in BINARY.items():
+        rows = np.concatenate([records[name] for name in names])
+        with np.load(made[split]) as file:
+            images, labels = file["images"], file["labels"]
+        assert labels.tolist() == [place % 10 for place in range(len(rows))]
+        assert len(images) == len(rows) and images.shape[1:] == (32, 32, 3)
+        fourth = rows[rows[:, 0] == 3][1]  # the second picture of class 3 lies at place 13
+        assert np.array_equal(images[13], fourth[1:].reshape(3, 32, 32).transpose(1, 2, 0))
+    before = made["test"].stat().st_mtime_ns
+    prepare(tmp_path / "bin", tmp_path / "out")
+    assert made["test"].stat().st_mtime_ns == before
+    (tmp_path / "bin" / "test_batch.bin").write_bytes(records["data_batch_1.bin"].tobytes())
+    prepare(tmp_path / "bin", tmp_path / "out")
+    assert made["test"].stat().st_mtime_ns != before
+
+
+@pytest.mark.parametrize("content", [b"", b"\x01" * 3000, b"\x0b" * 3073])
+def test_what_is_no_binary_version_is_refused(tmp_path: Path, content: bytes) -> None:
+    binary_version(tmp_path / "bin")
+    (tmp_path / "bin" / "data_batch_3.bin").write_bytes(content)
+    with pytest.raises(FewstepError, match="data_batch_3.bin is no file of CIFAR-10's binary version"):
+        prepare(tmp_path / "bin", tmp_path / "out")
+    (tmp_path / "bin" / "data_batch_3.bin").write_bytes((b"\x01" + bytes(3072)) * 3)
+    with pytest.raises(FewstepError, match="classes of"):
+        prepare(tmp_path / "bin", tmp_path / "out")
 
 
 def test_missing_data_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
