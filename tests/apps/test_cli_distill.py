@@ -200,6 +200,7 @@ def test_the_next_command_that_is_said_works(monkeypatch, capsys, tmp_path: Path
     assert run(monkeypatch, *shlex.split(line), "--num", 4) == 0
 
 
+@pytest.mark.slow
 def test_trajectories_of_one_scale_are_nothing_that_a_told_model_learns_from(
     monkeypatch, capsys, tmp_path: Path, made: SimpleNamespace
 ) -> None:

@@ -21,6 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_cost_the_table_and_the_files(monkeypatch, capsys, folder: Path, tmp_path: Path) -> None:
     assert run(monkeypatch, *WORDS, "--report", "--out", folder) == 0
     said = capsys.readouterr().out

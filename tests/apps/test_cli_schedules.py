@@ -48,6 +48,7 @@ def tuned(tmp_path_factory, tiny: Path) -> Path:
     return made_by(tmp_path_factory.mktemp("tuned") / "model", "finetune", tiny, *FINETUNE, change=hurry)
 
 
+@pytest.mark.slow
 def test_optimize_writes_samplers_grids_and_plots(monkeypatch, capsys, tiny: Path, optimized: Path) -> None:
     for solver in ("ddim", "unipc-2"):
         files = {path.name for path in (optimized / solver).iterdir()}

@@ -69,6 +69,7 @@ def edm():
     return geometry(model, sampler, start_noise(sampler.tableau.nodes, range(8), model.shape), model.labels(range(8)))
 
 
+@pytest.mark.slow
 def test_the_geometry_of_a_trained_network(edm):
     summary = edm.summary()
     assert summary["deviation"] < 0.005 and summary["energy_1"] > 0.9998 and 0.95 < summary["denoised_energy_1"] < 0.999

@@ -110,6 +110,7 @@ def tried(solver: str, nfe: int, **options) -> tuple[int, int, float]:
     return len(seen), sum(one.last - one.first for one in seen), float((made - exact).square().mean().sqrt())
 
 
+@pytest.mark.slow
 def test_a_smaller_tolerance_is_a_smaller_error_for_more_rounds():
     (few, _, coarse), (many, _, fine) = (tried("ddim", 20, tol=tol, window=20, memory=1) for tol in (1e-2, 1e-3))
     assert fine < coarse <= 8e-2 and fine <= 8e-3 and few < many < 20

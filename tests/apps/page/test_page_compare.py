@@ -46,6 +46,7 @@ def test_rows_that_it_does_not_take(shop: Workshop, solvers: list[str], grids: l
         begin_compare(shop, "digits-edm", solvers, grids, nfe, num, 0, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_reference")
 def test_reports_of_runs_below_its_folder(shop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")

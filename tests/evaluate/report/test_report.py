@@ -145,6 +145,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_number_of_the_page_is_in_results_json(measured: Path) -> None:
     made = json.loads((measured / "results.json").read_text())
     page = Page(measured / "report.html")

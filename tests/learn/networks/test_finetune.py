@@ -113,6 +113,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
         )
 
 
+@pytest.mark.slow
 def test_each_round_lowers_the_bound(made: SimpleNamespace) -> None:
     assert [one.number for one in made.history] == [1, 2]
     for one in made.history:

@@ -297,6 +297,7 @@ def test_steps_of_a_guided_teacher_are_halved_at_its_guidance(teacher: Model) ->
         distill(replace(teacher, null_label=None), "progressive", config=HALVED, guidance=2)
 
 
+@pytest.mark.slow
 def test_a_halved_student_is_halved_along_its_own_steps_alone(teacher: Model, told: Model) -> None:
     for model in (teacher, told):
         four = distill(model, "progressive", config=replace(HALVED, nfe=(4,)))
