@@ -32,7 +32,7 @@ def student(name: str, rows: list[Row], others: list[Row]) -> None:
     cells = [f"{row['rmse']:.4f} ({row['fd']:.2f}) `{row['solver']}` `{row['grid']}`" for row in best.values()]
     print("| the teacher by the best hand-made solver, evaluations | " + " | ".join(cells) + " |")
     print("| ratio | " + " | ".join(f"{ours[n]['rmse'] / best[n]['rmse']:.2f}" for n in ours) + " |")
-    print("| evaluations that needs for no more error | " + " | ".join(map(str, enough.values())) + " |")
+    print("| teacher evaluations for no more error | " + " | ".join(map(str, enough.values())) + " |")
     print("| and for no more Frechet distance | " + " | ".join(map(str, closer.values())) + " |")
     print("| arithmetic of the passes, in evaluations | " + " | ".join(f"{row['arithmetic']:.2f}" for row in ours.values()) + " |")
 
