@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.topics import students
 
 from benchmarks import matching_study as study
-from benchmarks import tables
 from fewstep.data.images import load_images
 from fewstep.evaluate.metrics.judge import Judge
 
@@ -40,7 +40,7 @@ def test_the_study_writes_its_rows_and_continues(tmp_path: Path, monkeypatch: py
     assert matched["config"]["pair"] == 1 and matched["curves"]["step"] == [0, 1, 2] and matched["curves"]["seconds"][0] == 0
     assert matched["config"]["seed"] == rows["ring-6/dmd/1"]["config"]["seed"] == rows["ring-6/dmd/0"]["config"]["seed"] + 1
     for part in ("ring-6", "digits", "curves"):
-        tables.matching_study(list(rows.values()), part)
+        students.matching_study(list(rows.values()), part)
     capsys.readouterr()
     study.main()
     assert json.loads(out.read_text())["rows"] == list(rows.values()) and not capsys.readouterr().out  # nothing was measured again
