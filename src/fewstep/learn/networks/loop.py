@@ -289,8 +289,9 @@ def run_loop(
         for step in range(first, config.steps):
             if not part:
                 measured(step)
-            for group in [] if companion is None else second_optimizer.param_groups:
-                group["lr"] = companion.lr_at(step, config.steps)
+            if companion is not None:
+                for group in second_optimizer.param_groups:
+                    group["lr"] = companion.lr_at(step, config.steps)
             while companion is not None and part < companion.updates_at(step):
                 generator = seeded(config.seed, step, 1 + part)
                 torch.manual_seed(generator.initial_seed() + rank)
