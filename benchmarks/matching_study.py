@@ -137,8 +137,12 @@ class Case:
 
     def __init__(self, name: str, work: Path, num: int, options: Mapping[str, Any]) -> None:
         self.name, self.work, self.num, self.options = name, work / name, num, {**REGRESSION, **options}
-        self.model = ring_model(**RINGS[name]) if name in RINGS else load_model("digits-edm")
         self.seeds = range(ABOVE, ABOVE + num)
+
+    @cached_property
+    def model(self) -> Model:
+        """The teacher; that of a ring is trained first."""
+        return ring_model(**RINGS[self.name]) if self.name in RINGS else load_model("digits-edm")
 
     @cached_property
     def watch(self) -> Watch:
@@ -275,12 +279,14 @@ def main() -> None:
     args = parser.parse_args()
     steps = STEPS if args.steps is None else dict.fromkeys(STEPS, args.steps)
     quick = {} if args.steps is None else {"steps": args.steps, "num": 32, "held_out": 8, "teacher_nfe": 16}
-    cases = {name: Case(name, args.work, args.num, quick) for name in STEPS if name.startswith(args.only[: len(name)])}
+    planned = dict(rows({name: Case(name, args.work, args.num, quick) for name in STEPS}, steps))
+    if not any(name.startswith(args.only) for name in planned):
+        parser.error(f"no row begins with {args.only!r}: there are {', '.join(planned)}")
     about = {"command": f"python -m benchmarks.matching_study --out {args.out}", "models": list(STEPS), "steps": steps, "num": args.num}
     known: dict[str, Any] = {}
     if args.out.exists():
         known = {row["row"]: row for row in json.loads(args.out.read_text())["rows"]}
-    for name, make in rows(cases, steps):
+    for name, make in planned.items():
         if name in known or not name.startswith(args.only):
             continue
         made = {"row": name, **make()}

@@ -28,19 +28,20 @@ def test_the_pictures_are_those_of_sample(monkeypatch, capsys, tmp_path: Path) -
 def test_another_form_is_another_command(monkeypatch, capsys, tmp_path: Path) -> None:
     words = ("sample", "digits-edm", "--solver", "euler", *WORDS[2:], "--out", tmp_path)
     assert run(monkeypatch, *words) == 0
-    assert run(monkeypatch, *words, "--guidance-form", "cfg++") == 2
+    assert run(monkeypatch, *words, "--guidance-form", "cfg++", "--guidance", 1) == 2
     assert "another command" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("digits-edm", "--solver", "unipc-2"), "a corrector"),
+        (("digits-edm", "--guidance-form", "cfg++"), "scales of its own, between 0 and 1: name one"),
+        (("digits-edm", "--guidance", 0.6, "--solver", "unipc-2"), "a corrector"),
         (("digits-edm", "--guidance-form", "cfg+"), "did you mean cfg\\+\\+"),
         (("digits-edm", "--parallel"), "leave --classifier and --parallel out"),
         (("digits-edm", "--classifier", "digits"), "leave --classifier and --parallel out"),
         (("digits-ddpm", "--guidance", 0.6), "cannot be guided"),
-        (("digits-flow-map",), "is a student"),
+        (("digits-flow-map", "--guidance", 0.6), "is a student"),
     ],
 )
 def test_what_it_is_not_for_is_refused_before_a_folder_is_made(words, message, monkeypatch, capsys, tmp_path: Path) -> None:

@@ -23,6 +23,13 @@ def test_samples_spread_as_the_data_are_have_its_clusters_and_diversity() -> Non
     assert found["clusters"] > 0.5 and found["diversity"] == pytest.approx(0)
 
 
+def test_a_row_that_is_none_is_refused_with_those_that_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["study", "--out", str(tmp_path / "rows.json"), "--only", "digit/dmd"])
+    with pytest.raises(SystemExit):
+        study.main()
+    assert "no row begins with 'digit/dmd'" in (said := capsys.readouterr().err) and "digits/dmd/0" in said
+
+
 @pytest.mark.slow
 def test_the_study_writes_its_rows_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(study, "COUNTED", range(600))

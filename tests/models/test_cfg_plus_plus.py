@@ -254,7 +254,10 @@ def test_what_else_it_cannot_do_is_refused():
     with pytest.raises(ModelError, match="for a Model"):
         fewstep.sample(mixture(law), "euler", noise(1, 2), nfe=5, guidance_form="cfg++")
     with pytest.raises(ModelError, match="not class-conditional with a null label"):
-        fewstep.sample(Model(answer, law, "sample", shape=(2,), classes=2, identity="x"), "euler", nfe=5, seeds=[0], guidance_form="cfg++")
+        plain = Model(answer, law, "sample", shape=(2,), classes=2, identity="x")
+        fewstep.sample(plain, "euler", nfe=5, seeds=[0], guidance=0.6, guidance_form="cfg++")
+    with pytest.raises(ModelError, match="scales of its own, between 0 and 1: name one"):
+        fewstep.sample(made, "euler", nfe=5, seeds=[0], guidance_form="cfg++")
     with pytest.raises(ModelError, match="the scale of CFG"):
         cfg_plus_plus(made, "much", two)
     with pytest.raises(fewstep.FewstepError, match="guidance_form"):

@@ -32,7 +32,7 @@ from fewstep.runtime.front_door import number
 from fewstep.sampling.loop import Edit, Step
 from fewstep.sampling.sampler import Sampler
 
-__all__ = ["cfg_plus_plus", "plus_plus_gains"]
+__all__ = ["cfg_plus_plus", "check_plus_plus_scale", "plus_plus_gains"]
 
 
 def cfg_plus_plus(model: Model, scale: float, sampler: Sampler | Tableau) -> tuple[Denoiser, Edit]:
@@ -66,6 +66,16 @@ def cfg_plus_plus(model: Model, scale: float, sampler: Sampler | Tableau) -> tup
         return x + aligned(gains[step.i], x) * changes[0].to(x.dtype)
 
     return Wrapped(model.schedule, unconditional, calls=2, domain=model.domain), lead
+
+
+def check_plus_plus_scale(scale: float | None) -> None:
+    """Refuse a scale that was left out: a model's own is one of the usual guidance, many times too large here.
+
+    Raises:
+        ModelError: it was.
+    """
+    if scale is None:
+        raise ModelError("CFG++ has scales of its own, between 0 and 1: name one, as guidance=0.6")
 
 
 def plus_plus_gains(sampler: Sampler | Tableau) -> Tensor:

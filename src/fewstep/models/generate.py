@@ -21,7 +21,7 @@ from fewstep.core.statistics import ModelStatistics
 from fewstep.core.tableau import Solver, Tableau
 from fewstep.models.batches import sampled_in_batches, samples_record
 from fewstep.models.carried import FITTED, OPTIMIZED
-from fewstep.models.cfg_plus_plus import cfg_plus_plus
+from fewstep.models.cfg_plus_plus import cfg_plus_plus, check_plus_plus_scale
 from fewstep.models.gradient_guidance import GradientGuidance
 from fewstep.models.model import Model
 from fewstep.models.networks.calls import check_evaluating
@@ -100,9 +100,9 @@ def sample(
         observe: called with each `Step`; in parallel, with each `Round`.
         parallel: evaluate several steps at once, for the same samples to a tolerance in less time, see `ParallelConfig`. The processes of
             ``torchrun`` then call this together, with the same arguments, and share each round.
-        guidance_form: ``cfg``, or ``cfg++`` for a hand-made sampler: the estimate of the image is guided by the scale, of which small ones
-            between 0 and 1 are usual, and the noise is that of no condition, see `cfg_plus_plus`. An observed step's ``x0`` is then the
-            answer without the condition.
+        guidance_form: ``cfg``, or ``cfg++`` for a hand-made sampler: the estimate of the image is guided, and the noise is that of no
+            condition, see `cfg_plus_plus`. Its scales are small ones, mostly between 0 and 1, and have to be named. An observed step's
+            ``x0`` is then the answer without the condition.
 
     Returns:
         The samples ``[B, *D]`` on the model's device.
@@ -124,6 +124,10 @@ def sample(
         torch.Size([4, 1, 8, 8])
     """
     check_denoiser(model, "sample")
+    if look_up(guidance_form, GUIDANCE_FORMS, "guidance_form"):
+        if not isinstance(model, Model) or parallel is not None:
+            raise ModelError("guidance_form='cfg++' is for a Model, and for evaluations one after the other: leave it or parallel out")
+        check_plus_plus_scale(guidance)
     if observe is not None and not callable(observe):
         raise FewstepError(f"observe is a function that is called with each Step, got {observe!r}")
     if not isinstance(parallel, ParallelConfig | None):
@@ -146,9 +150,7 @@ def sample(
     sampler = sampler_for(model, what, nfe=nfe, guidance=guidance, grid=grid, strength=strength)
     tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
     edit = None
-    if look_up(guidance_form, GUIDANCE_FORMS, "guidance_form"):
-        if not isinstance(model, Model) or parallel is not None:
-            raise ModelError("guidance_form='cfg++' is for a Model, and for evaluations one after the other: leave it or parallel out")
+    if GUIDANCE_FORMS[guidance_form] and isinstance(model, Model):
         denoiser, edit = cfg_plus_plus(model, guidance, sampler)
     if x0 is not None and seeds is not None:
         x = noised(x0, tableau.nodes, seeds).to(model.device if isinstance(model, Model) else x0.device)

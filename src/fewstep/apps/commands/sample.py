@@ -35,7 +35,7 @@ from fewstep.data.images import read_image
 from fewstep.evaluate.pictures import save_grid, save_singles, to_uint8
 from fewstep.integrations.diffusers.pipelines import PipelineModel
 from fewstep.models.carried import FITTED, OPTIMIZED
-from fewstep.models.cfg_plus_plus import cfg_plus_plus
+from fewstep.models.cfg_plus_plus import cfg_plus_plus, check_plus_plus_scale
 from fewstep.models.generate import GUIDANCE_FORMS, best_sampler, check_made_for, default_grid, generate_to, sampler_for, spread_of
 from fewstep.models.model import Model
 from fewstep.models.parallel_plan import plan_parallel
@@ -125,8 +125,10 @@ def sample(
     if guided_by is not None and config is not None:
         raise FewstepError("--classifier guides step by step: leave --parallel out")
     plus_plus = look_up(guidance_form, GUIDANCE_FORMS, "--guidance-form")
-    if plus_plus and (guided_by is not None or config is not None):
-        raise FewstepError("--guidance-form cfg++ is for a model's own condition, step by step: leave --classifier and --parallel out")
+    if plus_plus:
+        if guided_by is not None or config is not None:
+            raise FewstepError("--guidance-form cfg++ is for a model's own condition, step by step: leave --classifier and --parallel out")
+        check_plus_plus_scale(guidance)
     kicked = guided_by is not None and guided_by.splitting is not None
     if (kicked or plus_plus) and sampler is None and solver is None and opened.tuned is None:
         solver = WITHOUT_CORRECTOR  # that of the usual one would undo what is added between steps
