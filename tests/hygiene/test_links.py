@@ -72,6 +72,13 @@ def test_links_of_the_forms_lead_somewhere() -> None:
         assert dead(path, github=True) == [], path.name
 
 
+def test_every_page_stands_once_in_the_menu() -> None:
+    """The strict build refuses one that does not, and takes a minute to say so."""
+    menu = re.search(r"^nav:.*?(?=^\w|\Z)", (ROOT / "mkdocs.yml").read_text(), re.M | re.S)
+    assert menu
+    assert sorted(re.findall(r"[\w/.-]+\.md", menu[0])) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in PAGES)
+
+
 def test_a_dead_link_is_found(tmp_path: Path) -> None:
     (tmp_path / "other.md").write_text("# Two words\n# Two words\n")
     page = tmp_path / "page.md"
