@@ -15,7 +15,8 @@ FAST = ("core", "solvers", "sampling", "models", "integrations")  # learners and
 def _examples():
     """Name and text of each docstring with an example, found without an import."""
     for path in sorted(ROOT.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        source = path.read_text()
+        for node in ast.walk(ast.parse(source)) if ">>> " in source else ():
             text = ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module) else None
             if text and ">>> " in text:
                 name = f"{path.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.')}.{getattr(node, 'name', '')}"
