@@ -44,7 +44,7 @@ from fewstep.core.tableau import Nodes
 from fewstep.evaluate.benchmark.entries import Entry, SamplerEntry
 from fewstep.evaluate.benchmark.plan import Setup
 from fewstep.evaluate.benchmark.run import run_entries
-from fewstep.evaluate.metrics.confidence import compare_errors
+from fewstep.evaluate.metrics.confidence import compare_errors, parted
 from fewstep.evaluate.metrics.quality import feature_network
 from fewstep.evaluate.rows import picture_file, read_errors
 from fewstep.models.problem import Problem
@@ -76,7 +76,6 @@ COUNTS = (3, 4, 5, 6, 8)
 FITTED = "fitted"
 COLUMNS = ("rmse", "rmse_ci", "error_median", "error_p95", "fd", "fd_ci", "kd", "kd_ci", "precision", "recall", "labels", "calls")
 SHOWN = 60  # points of a loss curve in a row
-PARTED = 3.0  # times the median error, above which a sample has parted from its exact end
 WARM = 64  # samples at a time where a call of the network is timed
 
 
@@ -155,11 +154,9 @@ class Bench:
 
 
 def figures(errors: Tensor) -> dict[str, float]:
-    """Return the mean and the 99th percentile of errors ``[num]``, and the share above `PARTED` times the median."""
+    """Return the mean and the 99th percentile of errors ``[num]``, and the share of samples that part."""
     errors = errors.double()
-    median = float(errors.median())
-    found = {"mean_error": float(errors.mean()), "p99": float(torch.quantile(errors, 0.99))}
-    return {**found, "parted": float((errors > PARTED * median).double().mean())}
+    return {"mean_error": float(errors.mean()), "p99": float(errors.quantile(0.99)), "parted": parted(errors)}
 
 
 def settings(rival: Rival) -> dict[str, Any]:

@@ -70,6 +70,9 @@ class Row:
     rmse_ci: Interval | None = None
     error_median: float | None = None  # quantiles of the errors of single samples
     error_p95: float | None = None
+    error_p99: float | None = None
+    error_mean: float | None = None
+    parted: float | None = None  # share of samples with an error above three times the median
     fd_ci: Interval | None = None
     kd: float | None = None  # kernel distance to the data
     kd_ci: Interval | None = None

@@ -19,7 +19,8 @@ from fewstep.sampling.grid_table import GridTable
 from fewstep.sampling.reference import REFERENCE_NFE, reference_sampler
 
 COLUMNS = {"solver", "library", "grid", "nfe", "num", "guidance", "rmse", "fd", "fd_features", "seconds", "solver_seconds"}
-COLUMNS |= {"statistics", "artifact", "arithmetic", "calls", "planned", "rmse_ci", "error_median", "error_p95", "fd_ci", "kd", "kd_ci"}
+COLUMNS |= {"statistics", "artifact", "arithmetic", "calls", "planned", "rmse_ci", "error_median", "error_mean"}
+COLUMNS |= {"error_p95", "error_p99", "parted", "fd_ci", "kd", "kd_ci"}
 COLUMNS |= {"precision", "recall", "labels", "peak_memory", "failed", "levels", "processes", "threads", "outside"}
 SMALL = {"num": 8, "batch": 4}
 

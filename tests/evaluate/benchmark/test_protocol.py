@@ -48,7 +48,10 @@ def test_a_row_says_all_of_it(tmp_path: Path) -> None:
         assert row["rmse"] == pytest.approx(float(kept.double().square().mean().sqrt()), rel=1e-6)
         assert row["rmse_ci"] == pytest.approx(rmse_interval(kept), rel=1e-6) and row["rmse_ci"][0] < row["rmse"] < row["rmse_ci"][1]
         assert row["error_median"] == pytest.approx(float(kept.quantile(0.5)), rel=1e-6)
+        assert row["error_mean"] == pytest.approx(float(kept.mean()), rel=1e-6)
         assert row["error_p95"] == pytest.approx(float(kept.quantile(0.95)), rel=1e-6)
+        assert row["error_p99"] == pytest.approx(float(kept.quantile(0.99)), rel=1e-6)
+        assert row["parted"] == sum(error > 3 * kept.quantile(0.5) for error in kept) / 12
         assert row["fd_ci"][0] <= row["fd"] <= row["fd_ci"][1] and row["kd_ci"][0] <= row["kd"] <= row["kd_ci"][1]
         assert all(0 <= row[key] <= 1 for key in ("precision", "recall")) and row["labels"] > 0.9
         assert row["failed"] is None and (row["peak_memory"] is None or 1e5 < row["peak_memory"] < 1e9)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep import FewstepError, VarianceExploding, make_grid, make_solver, sample
 from fewstep.core.tableau import tabulate
-from fewstep.evaluate.metrics.confidence import compare_errors, half_subsets, rms, rmse_interval, sample_errors, subset_interval
+from fewstep.evaluate.metrics.confidence import compare_errors, half_subsets, parted, rms, rmse_interval, sample_errors, subset_interval
 from fewstep.evaluate.metrics.distances import Gaussian, rmse
 from fewstep.models.analytic import MixtureDenoiser
 from fewstep.sampling.noise import seeded_noise
@@ -27,6 +27,12 @@ def test_errors_of_samples_make_the_rmse() -> None:
     errors = sample_errors(a, b)
     assert errors.shape == (50,) and float(errors[7]) == pytest.approx(float((a[7] - b[7]).norm()) / 3)
     assert rms(errors) == pytest.approx(rmse(a, b), rel=1e-12)
+
+
+def test_samples_that_part_have_more_than_three_times_the_median() -> None:
+    errors = torch.tensor([1.0, 0.5, 2.0, 3.0, 3.1, 1.0, 0.7, 9.0])  # the median is 1.5
+    assert parted(errors) == 1 / 8 and parted(7 * errors) == 1 / 8
+    assert parted(torch.zeros(4)) == 0
 
 
 def test_the_interval_of_the_rmse_holds_it_nineteen_times_of_twenty() -> None:

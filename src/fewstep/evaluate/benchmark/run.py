@@ -19,7 +19,7 @@ from fewstep.evaluate.benchmark.comparison import Comparison
 from fewstep.evaluate.benchmark.entries import Entry
 from fewstep.evaluate.benchmark.exact import exact_problem, exact_samples
 from fewstep.evaluate.benchmark.plan import BenchmarkConfig, Setup, planned_entries
-from fewstep.evaluate.metrics.confidence import rms, rmse_interval, sample_errors
+from fewstep.evaluate.metrics.confidence import parted, rms, rmse_interval, sample_errors
 from fewstep.evaluate.metrics.distances import rmse
 from fewstep.evaluate.metrics.quality import NO_METRICS
 from fewstep.evaluate.rows import REFERENCE, Row, has_errors, picture_file, read_results, read_samples, save_samples
@@ -178,8 +178,10 @@ class _TrajectoryBench(Bench[Row]):
     @staticmethod
     def errors(errors: Tensor) -> dict[str, Any]:
         """Summarise the errors ``[num]`` of a row's samples."""
-        median, p95 = torch.quantile(errors, torch.tensor([0.5, 0.95], dtype=errors.dtype)).tolist()
-        return {"rmse": rms(errors), "rmse_ci": rmse_interval(errors), "error_median": median, "error_p95": p95}
+        median, p95, p99 = torch.quantile(errors, torch.tensor([0.5, 0.95, 0.99], dtype=errors.dtype)).tolist()
+        quantiles = {"error_median": median, "error_p95": p95, "error_p99": p99}
+        whole = {"rmse": rms(errors), "rmse_ci": rmse_interval(errors), "error_mean": float(errors.mean())}
+        return {**whole, **quantiles, "parted": parted(errors)}
 
     def measure(self, samples: Tensor) -> dict[str, Any]:
         """Compare samples with the data as sets of images, if the data is known."""

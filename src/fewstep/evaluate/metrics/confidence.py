@@ -9,12 +9,23 @@ from torch import Tensor
 
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["ErrorComparison", "compare_errors", "half_subsets", "rms", "rmse_interval", "sample_errors", "subset_interval"]
+__all__ = [
+    "PARTED",
+    "ErrorComparison",
+    "compare_errors",
+    "half_subsets",
+    "parted",
+    "rms",
+    "rmse_interval",
+    "sample_errors",
+    "subset_interval",
+]
 
 RESAMPLES = 1000
 LEVEL = 0.95
 SEED = 0  # of every resampling, so that the same samples always give the same interval
 BLOCK = 2**22  # numbers in memory at once
+PARTED = 3  # medians: a sample with a larger error left its trajectory, unlike most
 ROUNDING = 1e-4  # relative differences of RMSE below this are equal: what float32 arithmetic in another order can do
 
 
@@ -35,6 +46,11 @@ def sample_errors(samples: Tensor, exact: Tensor) -> Tensor:
 def rms(errors: Tensor) -> float:
     """Return the root mean square of errors ``[B]``: the RMSE, if they are those of `sample_errors`."""
     return float(errors.double().square().mean().sqrt())
+
+
+def parted(errors: Tensor) -> float:
+    """Return the share of samples that part from their trajectory: those with an error ``[B]`` above three times the median."""
+    return float((errors > PARTED * errors.quantile(0.5)).double().mean())
 
 
 def rmse_interval(errors: Tensor) -> list[float]:

@@ -360,8 +360,9 @@ class Format:
             "arithmetic": 2,
             "calls": 0,
             "outside": 4,
+            "parted": 4,
         }
-        self.decimals |= dict.fromkeys(("error_median", "error_p95"), self.decimals["rmse"])
+        self.decimals |= dict.fromkeys(("error_median", "error_mean", "error_p95", "error_p99"), self.decimals["rmse"])
 
     def __call__(self, field: str, value: float | None) -> Number | None:
         if value is None or (isinstance(value, float) and not math.isfinite(value)):

@@ -36,7 +36,10 @@ __all__ = ["group_view", "sample_strips"]
 COLUMNS = {
     "rmse": "error",
     "error_median": "median",
+    "error_mean": "mean",
     "error_p95": "95th percentile",
+    "error_p99": "99th percentile",
+    "parted": "parted",
     "fd": "Frechet",
     "kd": "kernel",
     "precision": "precision",

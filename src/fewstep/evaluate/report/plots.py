@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from fewstep.evaluate.metrics.confidence import PARTED
 from fewstep.evaluate.pictures import to_uint8
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def work_precision(series: Mapping[str, Sequence[Point]], *, floor: float | None
 
 
 def histograms(errors: Mapping[str, np.ndarray], nfe: int) -> Figure:
-    """Draw the distribution of the errors of single samples: one row per sampler, on one axis."""
+    """Draw the distribution of the errors of single samples: one row per sampler, on one axis; a sample right of its line has parted."""
     with style():
         rows = len(errors)
         figure = _new(34 * rows + 46)
@@ -120,6 +121,7 @@ def histograms(errors: Mapping[str, np.ndarray], nfe: int) -> Figure:
             axes = figure.add_axes((0.34, 1 - (rank + 1) * height, 0.64, height * 0.86))
             colour = LIGHT[COLOURS[rank] if rank < len(COLOURS) else "rest"]
             axes.hist(values[values > 0], edges.tolist(), color=colour, alpha=0.85)
+            axes.axvline(PARTED * float(np.median(values)), color=LIGHT["ink"], linewidth=1, linestyle=":")
             axes.set_xscale("log")
             axes.set_xlim(edges[0], edges[-1])
             axes.set_yticks([])

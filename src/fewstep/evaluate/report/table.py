@@ -159,11 +159,20 @@ def _html_cell(cell: _Cell, form: Format) -> str:
     return f'<td style="{BEST if cell.best else RIGHT}" title="{escape(_tooltip(cell.row, form))}">{error.shown}{below}</td>'
 
 
+SINGLE = (  # figures of the errors of single samples
+    ("error_median", "median error"),
+    ("error_mean", "mean error"),
+    ("error_p95", "95th percentile"),
+    ("error_p99", "99th percentile"),
+    ("parted", "share above three medians"),
+)
+
+
 def _tooltip(row: JsonRow, form: Format) -> str:
     """Return the figures of a row that its cell does not show."""
     ends = interval_of(form, "rmse", row)
     facts = ["RMSE" if ends is None else f"RMSE 95 %: {_ends(ends)}"]
-    for field, name in (("error_median", "median error"), ("error_p95", "95th percentile")):
+    for field, name in SINGLE:
         if (number := form(field, row.get(field))) is not None:
             facts.append(f"{name} {number.shown}")
     if (distance := form("fd", row.get("fd"))) is not None:

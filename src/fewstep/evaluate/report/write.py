@@ -23,8 +23,9 @@ from fewstep.runtime.artifact import check_writable, write_whole
 
 __all__ = ["check_packages", "report_page", "to_csv", "to_markdown", "write_report"]
 
-FIELDS = ("model", "run", "library", "solver", "grid", "nfe", "num", "guidance", "rmse", "rmse_ci", "error_median", "error_p95", "fd")
-FIELDS += ("fd_ci", "fd_features", "kd", "kd_ci", "precision", "recall", "labels", "seconds", "solver_seconds", "peak_memory")
+FIELDS = ("model", "run", "library", "solver", "grid", "nfe", "num", "guidance", "rmse", "rmse_ci")
+FIELDS += ("error_median", "error_mean", "error_p95", "error_p99", "parted", "fd", "fd_ci", "fd_features", "kd", "kd_ci")
+FIELDS += ("precision", "recall", "labels", "seconds", "solver_seconds", "peak_memory")
 FIELDS += ("statistics", "artifact", "calls", "arithmetic", "planned", "levels", "outside", "failed")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a spreadsheet's formulas begin
 INTERVALS = ("rmse_ci", "fd_ci", "kd_ci")
