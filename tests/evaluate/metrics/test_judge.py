@@ -51,7 +51,11 @@ def test_it_knows_the_data_of_the_bundled_models() -> None:
 
 def test_a_model_without_known_data_and_a_guided_one_are_judged_by_their_own_samples() -> None:
     model = toy(classes=2)
-    plain, guided = Judge.of_model(model, num=12), Judge.of_model(model, 2.0, num=12)
+    seen: list[int] = []
+    plain, guided = Judge.of_model(model, num=12, on_progress=seen.append), Judge.of_model(model, 2.0, num=12)
+    assert plain.own == 12 and not seen  # they are made when first asked for, and said one by one
+    plain(torch.zeros(4, *plain.shape))
+    assert seen[0] == 0 and seen[-1] == 12
     assert "of 12 samples of toy at guidance 1 (" in plain.identity and "at guidance 2 (" in guided.identity
     known = replace(model, data="digits")  # whose guided samples are no data
     assert Judge.of_model(known, 2.0, features="pixels", num=12).identity == guided.identity

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from fewstep.apps.console import console, next_command, print_json, progress, show_table
+from fewstep.apps.console import Report, aside, console, next_command, print_json, progress, show_table
 from fewstep.apps.models import guidance_of, model_words, open_model
 from fewstep.apps.options import NUM, AsJson, FieldsOf, Flag, ModelName, TeacherGuidance, Trust, Typed, checked, command
 from fewstep.data.images import Images, load_images
 from fewstep.evaluate.metrics.features import load_digits_features
-from fewstep.evaluate.metrics.judge import Judge
+from fewstep.evaluate.metrics.judge import EVALUATIONS, OWN, Judge
 from fewstep.evaluate.pictures import save_comparison
 from fewstep.learn.networks.distill import distill as make_student
 from fewstep.learn.networks.objectives import OBJECTIVES, DistillConfig, FlowMapConfig, MatchingConfig
@@ -83,11 +83,17 @@ def distill(
     stored = None if trajectories is None else Trajectories.load(trajectories)
     scale, matches = guidance_of(opened, guidance), isinstance(chosen, MatchingConfig)
     images = None if data is None else load_images(data)
-    if not json and process()[0] == 0:
-        made = isinstance(chosen, DistillConfig | FlowMapConfig) and stored is None and images is None
-        before = f"{counted(chosen.num + chosen.held_out, 'trajectory')} of {chosen.teacher_nfe} evaluations, then " if made else ""
-        console.print(f"distilling {opened.name}: {before}{counted(chosen.all_steps, 'training step')} of {chosen.batch} rows")
     with progress(f"distilling {opened.name}", chosen.all_steps) as report:
+        judge = _judge(opened, scale, images, report) if matches else None
+        if not json and process()[0] == 0:
+            before = ""
+            if isinstance(chosen, DistillConfig | FlowMapConfig) and stored is None and images is None:
+                before = f"{counted(chosen.num + chosen.held_out, 'trajectory')} of {chosen.teacher_nfe} evaluations, then "
+            elif judge is not None and judge.own:
+                before = f"{counted(judge.own, 'sample')} of {EVALUATIONS} evaluations to judge by, then "
+            steps = f"{counted(chosen.all_steps, 'training step')} of {counted(chosen.batch, 'row')}"
+            with aside():
+                console.print(f"distilling {opened.name}: {before}{steps}")
         student = make_student(
             opened,
             method,
@@ -98,7 +104,7 @@ def distill(
             begin=None if begin is None else open_model(begin, trust=trust),
             features=features,
             images=None if matches else images,
-            judge=_judge(opened, scale, images) if matches else None,
+            judge=judge,
             device=default_device(),
             command=command(),
             on_progress=report,
@@ -120,10 +126,14 @@ def distill(
     console.print(next_command("bench", out, *model_words(student), *by_data, "--out", "runs/bench"))
 
 
-def _judge(opened: Model, guidance: float | None, images: Images | None) -> Judge:
+def _judge(opened: Model, guidance: float | None, images: Images | None, report: Report) -> Judge:
     """Return what chooses the weights of a student whose samples match a distribution."""
     opened.need_denoiser().to(default_device())
-    return Judge.of_model(opened, 1.0 if guidance is None else guidance) if images is None else Judge.of(images, device=default_device())
+    if images is not None:
+        return Judge.of(images, device=default_device())
+    return Judge.of_model(
+        opened, 1.0 if guidance is None else guidance, on_progress=lambda done: report(0, f"{done} of {OWN} samples to judge by")
+    )
 
 
 def _show(done: dict[str, Any]) -> None:

@@ -18,12 +18,12 @@ from fewstep.models.generate import sample
 from fewstep.models.model import Model
 from fewstep.runtime.errors import FewstepError
 
-__all__ = ["Judge"]
+__all__ = ["EVALUATIONS", "OWN", "Judge"]
 
 MOST = 4096  # images that samples are compared with
 OWN = 2048  # samples of a model whose data is not known
 BATCH = 256  # of them at a time
-EVALUATIONS = 32  # for each of them
+EVALUATIONS = 32  # of the network for each of them
 ABOVE = 5 * 2**40  # where their seeds begin
 
 
@@ -40,6 +40,7 @@ class Judge:
         shape: of an image.
         images: makes the reference images ``[n, *D]``, when they are first asked for.
         device: where the features are computed.
+        own: how many of the reference images are a model's own samples, of 32 evaluations each, made when they are first asked for.
     """
 
     network: nn.Module = field(repr=False)
@@ -47,6 +48,7 @@ class Judge:
     shape: tuple[int, ...]
     images: Callable[[], Tensor] = field(repr=False)
     device: torch.device
+    own: int = 0
 
     @cached_property
     def features(self) -> Tensor:
@@ -96,7 +98,14 @@ class Judge:
         return made
 
     @classmethod
-    def of_model(cls, model: Model, guidance: float = 1.0, features: str | nn.Module | None = None, num: int = OWN) -> Judge:
+    def of_model(
+        cls,
+        model: Model,
+        guidance: float = 1.0,
+        features: str | nn.Module | None = None,
+        num: int = OWN,
+        on_progress: Callable[[int], None] = lambda done: None,
+    ) -> Judge:
         """Return the judge of a model's students: by the model's data, or by its own samples.
 
         Samples of 32 evaluations, made at the first call, take the place of data that is not known, and of the data at a guidance scale
@@ -107,6 +116,7 @@ class Judge:
             guidance: the scale at which it teaches.
             features: see `of`; by default ``digits`` of the bundled digits, and ``pixels`` otherwise.
             num: number of its own samples.
+            on_progress: called with the number of them that are made.
 
         Raises:
             FewstepError: as `of` and `sample`.
@@ -121,12 +131,15 @@ class Judge:
         _ = model.guided(guidance)  # what cannot be sampled is refused here
 
         def own() -> Tensor:
-            parts = torch.arange(ABOVE, ABOVE + num).split(BATCH)
-            made = (sample(model, "unipc-3", nfe=EVALUATIONS, seeds=seeds, guidance=guidance) for seeds in parts)
-            return torch.cat([part.float().cpu() for part in made])
+            made: list[Tensor] = []
+            for seeds in torch.arange(ABOVE, ABOVE + num).split(BATCH):
+                on_progress(BATCH * len(made))
+                made.append(sample(model, "unipc-3", nfe=EVALUATIONS, seeds=seeds, guidance=guidance).float().cpu())
+            on_progress(num)
+            return torch.cat(made)
 
         identity = f"{called} of {num} samples of {model.name} at guidance {guidance:g} ({model.fingerprint[:8]})"
-        return cls(network, identity, model.need_shape(), own, model.device)
+        return cls(network, identity, model.need_shape(), own, model.device, num)
 
     def __call__(self, samples: Tensor, requested: Tensor | None = None) -> dict[str, Any]:
         """Measure samples.
