@@ -51,6 +51,20 @@ def test_verbs_that_cannot_be_right_say_why(
         assert not list(out.glob("*.json"))
 
 
+def test_its_trajectories_lead_to_a_verb_that_takes_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """And not to a student, which is refused."""
+    capsys.readouterr()
+    stored = tmp_path / "stored"
+    assert run(monkeypatch, "trajectories", model, "-n", 8, "--nfe", 8, "--slots", 8, "--out", stored) == 0
+    assert " ".join(capsys.readouterr().out.split()).endswith(
+        f"next: fewstep fit {model} --nfe 5,8 --trajectories {stored} --out runs/fitted"
+    )
+    words = ("--nfe", 4, "--trajectories", stored, "--num", 6, "--held-out", 2, "--iterations", 0)
+    assert run(monkeypatch, "fit", model, *words, "--out", tmp_path / "fitted") == 0
+
+
 def test_options_of_other_kinds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     assert run(monkeypatch, "train", "--kind", "ddpm", "--p-mean", -1, "--out", tmp_path / "m") == 2
     assert "p_mean changes nothing of the kind ddpm" in " ".join(capsys.readouterr().err.split())

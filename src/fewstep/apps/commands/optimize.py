@@ -37,7 +37,7 @@ from fewstep.learn.search.bound import Bound
 from fewstep.learn.teacher.gram import Gram
 from fewstep.models.generate import solver_for
 from fewstep.models.problem import Problem
-from fewstep.runtime.errors import FewstepError, GridError
+from fewstep.runtime.errors import FewstepError, GridError, counted
 from fewstep.runtime.process import default_device, process
 from fewstep.sampling.sampler import Sampler
 
@@ -72,7 +72,7 @@ def optimize(
         for n in counts:
             method.steps_on(problem.schedule, n)
     made = dict[str, dict[int, Sampler]]()
-    with progress(f"optimizing {len(names) * len(counts)} schedules of {opened.name}", len(names) * len(counts)) as report:
+    with progress(f"optimizing {counted(len(names) * len(counts), 'schedule')} of {opened.name}", len(names) * len(counts)) as report:
         for name in names:
             before = len(made) * len(counts)
             made[name] = find_schedules(

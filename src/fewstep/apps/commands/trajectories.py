@@ -83,13 +83,15 @@ def trajectories(
         return
     own = "unknown" if done["teacher_error"] is None else f"{done['teacher_error']:.1e}"
     console.print(f"trajectories: {out} ({size / 1e6:.0f} MB, own error {own})")
+    if one_of is not None:
+        return
+    if opened.domain is not None:  # no student learns from them
+        console.print(next_command("fit", model, "--nfe", "5,8", "--trajectories", out, "--out", "runs/fitted"))
+        return
     held_out = min(DISTILL.held_out, config.num // 4)
     which = ["--grid", grid, "--slots", slots, "--num", config.num - held_out, "--held-out", held_out]
     if config.scales is not None:
         which += ["--method", "flow-map", *([] if opened.scales else ["--scales", ",".join(as_typed(scale) for scale in config.scales)])]
     elif slots == 1:
         which += ["--method", "kd"]
-    if one_of is None:
-        console.print(
-            next_command("distill", model, *model_words(opened, guidance), "--trajectories", out, *which, "--out", "runs/student")
-        )
+    console.print(next_command("distill", model, *model_words(opened, guidance), "--trajectories", out, *which, "--out", "runs/student"))
