@@ -65,6 +65,8 @@ def opened(browser: Any, url: str, width: int = 1300, scheme: str = "light") -> 
 @pytest.mark.parametrize(("width", "scheme"), [(1300, "light"), (390, "dark")])
 def test_sampling(served: Any, browser: Any, width: int, scheme: str) -> None:
     page, hosts = opened(browser, served.local_url, width, scheme)
+    shown = page.locator("[role=tab]:visible").all_inner_texts()  # a phone has room for all of them
+    assert shown == ["Sample", "Compare", "Fit", "Inspect", "Restore"]
     page.get_by_role("button", name="Sample").click()
     page.wait_for_selector("text=/RMSE 0/")
     assert page.locator(".fs-row img").count() == 3
