@@ -177,6 +177,8 @@ def test_a_generator_is_trained_without_trajectories(monkeypatch, capsys, tmp_pa
     assert list(done["passes"]) == ["2"] and done["fake"]["rank"] == 2
     assert run(monkeypatch, "sample", tmp_path / "few", "--num", 2, "--out", tmp_path / "more", "--json") == 0
     assert json.loads(capsys.readouterr().out)["nfe"] == 2
+    assert run(monkeypatch, "sample", tmp_path / "few", "--num", 2, "--out", tmp_path / "again") == 0
+    assert "--stochastic --data PICTURES --out runs/bench" in capsys.readouterr().out.replace("\n", " ")
     assert run(monkeypatch, "bench", tmp_path / "few", "--num", 4, "--out", tmp_path / "bench-few") == 2  # its samples follow no trajectory
     assert "lcm adds noise" in capsys.readouterr().err.replace("\n", " ")
     np.savez(tmp_path / "data.npz", images=np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1), dtype=np.uint8))

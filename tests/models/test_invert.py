@@ -139,6 +139,8 @@ def test_models_and_images_without_a_way_back_are_refused():
     with pytest.raises(ModelError, match="invert is not for a reflected model"):
         reflected = fewstep.Model(lambda x, t: x, VarianceExploding(0.01, 3.0), "sample", shape=(2,), domain=Cube(-1, 1), identity="x")
         invert(reflected, "ddim", noise(1, 2), nfe=4)
-    for wrong in ({"tolerance": 0.0}, {"corrections": -1}):
-        with pytest.raises(SolverError, match="a tolerance is above 0, and corrections are 0 or more"):
+    with pytest.raises(ModelError, match="x0 has no images: pass one at least"):
+        invert(made, "ddim", images[:0], torch.zeros(0, dtype=torch.int64), nfe=4)
+    for wrong in ({"tolerance": 0.0}, {"tolerance": float("inf")}, {"corrections": -1}):
+        with pytest.raises(SolverError, match="a tolerance is a finite number above 0, and corrections are 0 or more"):
             invert(made, "ddim", images, torch.tensor([0, 1]), nfe=4, **wrong)

@@ -189,7 +189,7 @@ def test_the_grid_where_none_is_named(model: Model) -> None:
 
 
 def test_a_reflected_model_is_told_from_the_same_network_without_walls(model: Model) -> None:
-    others = [replace(model, domain=None), replace(model, domain=Cube(-2, 2)), replace(model, prediction=Measured(MEASURED[1:]))]
+    others = [replace(model, domain=None), replace(model, domain=Cube(-1.2, 1.2)), replace(model, prediction=Measured(MEASURED[1:]))]
     assert len({one.fingerprint for one in (model, *others)}) == 4
     assert model.fingerprint == reflected_model().fingerprint and "reflected in [-1, 1]" in repr(model)
 
@@ -205,12 +205,15 @@ def test_an_own_denoiser_is_sampled_from_a_start() -> None:
 def test_other_laws_and_no_cubes_are_refused(model: Model) -> None:
     for change, says in (
         ({"schedule": RectifiedFlow()}, "has a domain, whose walls stand still only where noise is added"),
+        ({"domain": fewstep.Cube(0, 100)}, "too little to leave nothing of an image in a cube of edge 100: scale t_max .* as t_max=150"),
         ({"domain": (-1, 1)}, "domain is the cube that a reflected model was trained in"),
     ):
         with pytest.raises(ModelError, match=says):
             replace(model, **change)
     with pytest.raises(ModelError, match="is reflected already"):
         Reflected(EXACT)
+    with pytest.raises(ModelError, match="has noise up to t_max=3, too little"):
+        Reflected(Atoms(), fewstep.Cube(-5, 5))
     with pytest.raises(ModelError, match=r"is a fewstep.Cube, as fewstep.Cube\(-1, 1\)"):
         Reflected(Atoms(), (-1, 1))  # type: ignore[arg-type]
 

@@ -18,7 +18,7 @@ from fewstep.runtime.entry import imported, is_entry
 from fewstep.runtime.errors import FewstepError, ModelError, first_line
 from fewstep.runtime.spec import as_typed
 
-__all__ = ["guidance_of", "made_for", "model_words", "open_model", "said_guidance"]
+__all__ = ["bench_words", "guidance_of", "made_for", "model_words", "open_model", "said_guidance"]
 
 HOW = "it should be a function without arguments that returns a fewstep.Model"
 
@@ -108,3 +108,9 @@ def model_words(model: Model, scale: float | None = None) -> list[str]:
     """Return the options that go with a model on the command line: trust in its code, and a guidance scale that it does not have anyway."""
     scaled = [] if scale is None or scale == model.default_guidance else ["--guidance", as_typed(scale)]
     return [*(["--trust"] if model.needs_trust else []), *scaled]
+
+
+def bench_words(model: Model, data: str | None) -> list[str]:
+    """Return the options without which ``bench`` refuses a model: samples with fresh noise have no error, only a distance to data."""
+    noisy = model.tuned is not None and model.tuned.solver == "lcm"
+    return ["--stochastic", "--data", data or "PICTURES"] if noisy else []

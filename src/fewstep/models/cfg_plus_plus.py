@@ -75,7 +75,7 @@ def check_plus_plus_scale(scale: float | None) -> None:
         ModelError: it was.
     """
     if scale is None:
-        raise ModelError("CFG++ has scales of its own, between 0 and 1: name one, as guidance=0.6")
+        raise ModelError("CFG++ has scales of its own, between 0 and 1: name one, as guidance=0.6 (--guidance 0.6)")
 
 
 def plus_plus_gains(sampler: Sampler | Tableau) -> Tensor:

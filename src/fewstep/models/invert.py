@@ -11,6 +11,7 @@ which converges as fast as ``U`` undoes ``S``, and for any deterministic sampler
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -87,8 +88,8 @@ def invert(
         model.need_trajectories()
     guidance = scale_of(guidance, model.default_guidance if isinstance(model, Model) else 1.0)
     tolerance, corrections = number(tolerance, "tolerance", SolverError), whole(corrections, "corrections", SolverError)
-    if not tolerance > 0 or corrections < 0:
-        raise SolverError(f"a tolerance is above 0, and corrections are 0 or more, got {tolerance:g} and {corrections}")
+    if not 0 < tolerance < math.inf or corrections < 0:
+        raise SolverError(f"a tolerance is a finite number above 0, and corrections are 0 or more, got {tolerance:g} and {corrections}")
     sampler = sampler_for(model, what, nfe=nfe, guidance=guidance, grid=grid)
     tableau = sampler.tableau if isinstance(sampler, Sampler) else sampler
     if tableau.stochastic:
@@ -102,7 +103,7 @@ def invert(
     for left in range(corrections, -1, -1):
         back = run(denoiser, tableau, x, cond)
         missed = (back - x0).flatten(1).square().mean(1).sqrt()
-        far = missed > tolerance
+        far = ~(missed <= tolerance)  # what is not a number has not come back
         if not bool(far.any()):
             break
         if not left:
@@ -121,6 +122,8 @@ def _asked(model: Model | Denoiser, x0: Tensor, cond: Cond) -> tuple[Tensor, Con
         ModelError: they are no finite images, or a model with classes is not told what they are of.
     """
     check_start(x0, model.shape if isinstance(model, Model) else None)
+    if not len(x0):
+        raise ModelError("x0 has no images: pass one at least, [B, *D]")
     if not bool(torch.isfinite(x0).all()):
         raise ModelError("x0 has entries that are not finite (NaN or infinite): check where the images come from")
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))

@@ -169,7 +169,7 @@ class Model:
         if not isinstance(self.domain, Cube | None):
             raise ModelError(f"domain is the cube that a reflected model was trained in, as fewstep.Cube(-1, 1), got {self.domain!r}")
         if self.domain is not None:
-            check_reflected_law(self.schedule, self.name or type(self.network).__name__)
+            check_reflected_law(self.schedule, self.name or type(self.network).__name__, self.domain)
             if self.flow_map is not None:
                 raise ModelError("a student jumps past the walls and is not mirrored there: leave domain or flow_map out")
         object.__setattr__(self, "prediction", prediction(self.prediction))
@@ -314,9 +314,11 @@ class Model:
             ModelError: there is none, or the model is a student.
         """
         if self.flow_map is not None or self.tuned is not None:
-            raise ModelError(f"{self.name} is a student: its guidance is in its weights; use guidance 1")
+            raise ModelError(f"{self.name} is a student: its guidance is in its weights; use guidance 1, in its usual form")
         if self.null_label is None:
-            raise ModelError(f"{self.name} cannot be guided: it is not class-conditional with a null label; use guidance 1")
+            raise ModelError(
+                f"{self.name} cannot be guided: it is not class-conditional with a null label; use guidance 1, in its usual form"
+            )
         return torch.tensor(self.null_label)
 
     def _check_guided_by(self, cond: Cond) -> None:

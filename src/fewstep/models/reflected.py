@@ -36,16 +36,24 @@ def mirrored(answer: Callable[[Tensor], Tensor], x: Tensor, cube: Cube) -> Tenso
     return (x - m * folded) + m * answer(folded)
 
 
-def check_reflected_law(schedule: NoiseSchedule, name: str) -> None:
-    """Refuse a noise law that is not the one of reflected models, where noise is added and the image is not scaled.
+def check_reflected_law(schedule: NoiseSchedule, name: str, cube: Cube) -> None:
+    """Refuse a noise law that is not the one of reflected models, where noise is added to the image until none of it is left.
+
+    Folded noise of ``t_max`` is uniform in a cube of edge ``L`` but for a share ``exp(-(pi t_max / L)^2 / 2)``, below 1 % from one edge on.
+    Sampling starts from it, so with less noise it would start elsewhere than the images end.
 
     Raises:
-        ModelError: it is another.
+        ModelError: it is another, or ends within the cube.
     """
     if not isinstance(schedule, VarianceExploding):
         raise ModelError(
             f"{name} has a domain, whose walls stand still only where noise is added to images as they are: use "
             f"fewstep.VarianceExploding(t_min=0.01, t_max=3.0), not {type(schedule).__name__}, or leave domain out"
+        )
+    if schedule.t_max < cube.edge:
+        raise ModelError(
+            f"{name} has noise up to t_max={schedule.t_max:g}, too little to leave nothing of an image in a cube of edge {cube.edge:g}: "
+            f"scale t_max with the edge, as t_max={1.5 * cube.edge:g}, and train the network so"
         )
 
 
@@ -86,7 +94,7 @@ class Reflected:
             raise ModelError(f"the cube of a reflected model is a fewstep.Cube, as fewstep.Cube(-1, 1), got {self.cube!r}")
         if domain_of(self.inner) is not None:
             raise ModelError("this model is reflected already: pass it as it is")
-        check_reflected_law(self.inner.schedule, type(self.inner).__name__)
+        check_reflected_law(self.inner.schedule, type(self.inner).__name__, self.cube)
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -396,8 +396,9 @@ def held_to(text: str | bytes, kind: type[T], where: object) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place, says = ".".join(map(str, first["loc"])), first["msg"]
-        got = "" if first["type"] == "missing" else f", got {str(first['input'])[:80]!r}"
-        raise ArtifactError(f"{where} is damaged: {place}: {says[:1].lower()}{says[1:]}{got}; fetch or make it again") from error
+        got = "" if first["type"] in ("missing", "json_invalid") else f", got {str(first['input'])[:80]!r}"
+        at = f"{place}: " if place else ""
+        raise ArtifactError(f"{where} is damaged: {at}{says[:1].lower()}{says[1:]}{got}; fetch or make it again") from error
 
 
 def facts_of(card: Mapping[str, Any], kind: type[T], where: object) -> T:

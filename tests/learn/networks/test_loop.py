@@ -184,10 +184,26 @@ def test_loops_that_cannot_be_are_refused(options: dict) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"weight_decay": -1.0}, "weight_decay is a finite number, not negative, got -1.0"),
+        ({"weight_decay": float("inf")}, "weight_decay is a finite number"),
+        ({"clip": -1.0}, "clip, the norm at which gradients are clipped, is above 0, got -1.0"),
+        ({"clip": 0.0}, "clip, .*, got 0.0: inf clips none"),
+    ],
+)
+def test_numbers_that_would_turn_or_stop_the_gradient_are_refused(options: dict, says: str) -> None:
+    with pytest.raises(FewstepError, match=says):
+        LoopConfig(5, **options)
+    assert LoopConfig(5, clip=float("inf")).clip == float("inf")
+
+
+@pytest.mark.parametrize(
     ("file", "change", "says"),
     [
         ("checkpoint/loop.json", '{"step": "3", "identity": "x"}', "loop.json is damaged: step: input should be a valid integer, got '3'"),
         ("checkpoint/loop.json", '{"step": 3}', "loop.json is damaged: identity: field required"),
+        ("checkpoint/loop.json", '{"step": 3', "loop.json is damaged: invalid JSON: .* column 10; fetch or make it again"),
         ("checkpoint/loop.json", None, "checkpoint is damaged .*31 of 30 steps are done.*: remove it and run the same command again"),
         ("checkpoint/optimizer.bin", "x", "checkpoint is damaged .*: remove it and run the same command again"),
         ("checkpoint/model.safetensors", "x", "checkpoint is damaged .*: remove it and run the same command again"),

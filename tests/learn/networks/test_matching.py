@@ -46,6 +46,18 @@ class At:
         return {**figures, "value": float(len(self.seen) - 1 != self.best)}
 
 
+class Says:
+    """A judge that says the same of all samples."""
+
+    identity = "a word"
+
+    def __init__(self, figures: Any) -> None:
+        self.figures = figures
+
+    def __call__(self, samples: Tensor, requested: Tensor | None) -> Any:
+        return self.figures
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load_model(tiny_folder(tmp_path_factory.mktemp("matching") / "teacher", 2, block_out_channels=(8,)))
@@ -304,7 +316,10 @@ CONFIGS: dict[str, tuple[Callable[[], object], str]] = {
     "pair": (lambda: MatchingConfig(pair=-1.0), "pair, the weight of the regression onto stored pairs, is not negative, got -1.0"),
     "num": (lambda: MatchingConfig(num=5), "num changes nothing here"),
     "dropout": (lambda: MatchingConfig(dropout=0.1), "a generator with dropout makes other pictures at each call"),
-    "levels": (lambda: MatchingConfig(p_std=0.0), "log noise levels have a finite mean and a positive deviation"),
+    "levels": (lambda: MatchingConfig(p_std=0.0), "log noise levels have a mean .* and a positive deviation"),
+    "far levels": (lambda: MatchingConfig(p_mean=1e300), "between -10 and 10 .*, got 1e\\+300 and 1.6"),
+    "wide levels": (lambda: MatchingConfig(p_std=1e300), "up to 5, got -0.6 and 1e\\+300"),
+    "weight decay": (lambda: MatchingConfig(weight_decay=-1.0), "weight_decay is a finite number, not negative, got -1.0"),
     "fake end": (lambda: MatchingConfig(fake_end=0.0), "lies in \\(0, 1\\], got 0.0"),
     "measures": (lambda: MatchingConfig(measures=0), "measures is at least 1, got 0"),
 }
@@ -333,6 +348,11 @@ def test_what_it_cannot_learn_from_is_refused_before_any_work(
         "judge measures samples, as": (teacher, {"judge": print}),
         "start is a noise level between 0.05 and 20 of the model's noise law, got 100": (teacher, {"config": replace(DMD, start=100.0)}),
         "start is a noise level between": (teacher, {"config": replace(DMD, start=0.01)}),
+        r"the level exp\(p_mean\), .*, is a noise level between 0.05 and 20 .*, got 54.5982": (
+            teacher,
+            {"config": replace(DMD, p_mean=4.0)},
+        ),
+        "config is a EMConfig, of another method than dmd: pass a MatchingConfig, or name its method": (teacher, {"config": EM}),
         "starts where it was made to: leave start out": (teacher, {"config": replace(DMD, start=2.0), "begin": students["kd"]}),
         "has 2 slots, and distribution matching one: begin with a student of kd": (teacher, {"begin": students["slots"]}),
         "is no student of one pass to begin with": (teacher, {"begin": other}),
@@ -351,3 +371,28 @@ def test_what_it_cannot_learn_from_is_refused_before_any_work(
         assert not (tmp_path / "out").exists(), says
     with pytest.raises(FewstepError, match="the method kd learns nothing from judge"):
         distill(teacher, "kd", judge=judge)
+
+
+@pytest.mark.parametrize(
+    ("figures", "says"),
+    [
+        ({}, "a judge returns numbers by name, with a value that is to be least"),
+        (0.5, "a judge returns numbers by name"),
+        ({"value": "good"}, "a judge returns plain numbers by name, or None"),
+        ({"value": torch.zeros(2)}, "a judge returns plain numbers by name, or None"),
+    ],
+)
+def test_a_judge_that_says_no_numbers_is_refused_before_training(teacher: Model, figures: Any, says: str) -> None:
+    with pytest.raises(FewstepError, match=says):
+        made(teacher, "dmd", DMD, judge=Says(figures))
+
+
+def test_a_judge_may_say_its_numbers_as_tensors(teacher: Model, tmp_path: Path) -> None:
+    student = made(teacher, "dmd", DMD, judge=Says({"value": torch.tensor(0.5), "fd": torch.tensor(2.0)}), out=tmp_path / "student")
+    assert student.card["kept"]["value"] == 0.5 and '"fd": 2.0' in (tmp_path / "student" / "history.json").read_text()
+
+
+def test_samples_that_are_not_finite_say_how_to_mend_them(teacher: Model) -> None:
+    config = replace(DMD, weight_decay=1e37, measures=4)
+    with pytest.raises(FewstepError, match="the generator's samples of held-out noises are not finite: lower lr or weight_decay"):
+        made(teacher, "dmd", config, judge=Says({"value": 0.5}))

@@ -200,6 +200,7 @@ def test_nothing_is_learned_from_it(student: Model, method: str, tmp_path: Path)
     ("options", "says"),
     [
         ({"passes": 0}, "passes is at least 1, got 0"),
+        ({"passes": 10**9}, "passes are 100 at most, got 1000000000"),
         ({"fake_rank": 0}, "fake_rank is at least 1, got 0"),
         ({"passes": 2, "pair": 0.5}, "pair is for a generator of one pass, .*; 2 passes add noise: leave pair out"),
         ({"passes": 2, "levels": (0.5, 2.5)}, r"positive and descending, as levels=\(2.5, 0.7\), got \(0.5, 2.5\)"),
@@ -219,6 +220,9 @@ def test_options_without_meaning_are_refused(options: dict[str, Any], says: str)
 
 def test_what_it_cannot_begin_with_is_refused_before_any_work(teacher: Model, student: Model, tmp_path: Path) -> None:
     wrong: dict[str, dict[str, Any]] = {
+        r"each of the default levels of 100 passes \(take fewer, or name levels\) is a noise level .*, got 0.0476": {
+            "config": replace(DMD, passes=100)
+        },
         "start is a noise level between 0.05 and 20 of the model's noise law, got 100": {"config": replace(TWO, start=100.0)},
         "a level is a noise level between 0.05 and 20 .*, got 0.01": {"config": replace(TWO, levels=(2.5, 0.01))},
         "several passes begin with the teacher's own network, not with .*: leave out the student": {"config": TWO, "begin": student},

@@ -109,6 +109,12 @@ def test_levels_have_defaults_of_their_kind_and_old_checkpoints_stay_valid() -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mean", [-6.0, 2.0])
+def test_levels_that_are_all_at_a_wall_of_the_range_are_refused(mean: float) -> None:
+    with pytest.raises(FewstepError, match=r"levels from 0.01 to 3, so p_mean lies between -4.61 and 1.1, got"):
+        TrainConfig("reflected", p_mean=mean)
+
+
 def test_a_trained_folder_is_a_reflected_model(digits: Images, tmp_path: Path) -> None:
     losses: list[float] = []
     loop = replace(LOOP, steps=24, lr=1e-2, batch=16)

@@ -99,7 +99,9 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
         ({"layers": 0}, "layers is at least 1"),
         ({"dropout": 1.0}, "dropout in"),
         ({"p_std": 0.0}, "positive deviation"),
-        ({"p_mean": float("inf")}, "finite mean"),
+        ({"p_mean": float("inf")}, "a mean \\(p_mean\\) between -10 and 10"),
+        ({"p_mean": -1e300}, "got -1e\\+300 and 1.6"),
+        ({"p_std": 1e300}, "a positive deviation \\(p_std\\) up to 5"),
     ],
 )
 def test_networks_and_noise_levels_that_cannot_be_are_refused(options: dict, says: str) -> None:

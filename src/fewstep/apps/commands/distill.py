@@ -9,7 +9,7 @@ import torch
 import typer
 
 from fewstep.apps.console import Report, aside, console, next_command, print_json, progress, show_table
-from fewstep.apps.models import guidance_of, model_words, open_model
+from fewstep.apps.models import bench_words, guidance_of, model_words, open_model
 from fewstep.apps.options import NUM, AsJson, FieldsOf, Flag, ModelName, TeacherGuidance, Trust, Typed, checked, command
 from fewstep.data.images import Images, load_images
 from fewstep.evaluate.metrics.features import load_digits_features
@@ -122,8 +122,7 @@ def distill(
         return
     _show(done)
     console.print(f"student: {out}" + (f"\npicture of its slots: {done['picture']}" if "picture" in done else ""))
-    by_data = ["--stochastic", "--data", opened.data or "PICTURES"] if student.tuned is not None and student.tuned.solver == "lcm" else []
-    console.print(next_command("bench", out, *model_words(student), *by_data, "--out", "runs/bench"))
+    console.print(next_command("bench", out, *model_words(student), *bench_words(student, opened.data), "--out", "runs/bench"))
 
 
 def _judge(opened: Model, guidance: float | None, images: Images | None, report: Report) -> Judge:

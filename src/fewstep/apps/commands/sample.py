@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.apps.classifiers import classifier_of
 from fewstep.apps.console import Report, console, next_command, print_json, progress
-from fewstep.apps.models import guidance_of, model_words, open_model
+from fewstep.apps.models import bench_words, guidance_of, model_words, open_model
 from fewstep.apps.options import (
     NUMBERS,
     AnyStatistics,
@@ -164,7 +164,7 @@ def sample(
     console.print(f"pictures: {done['grid']}" if "grid" in done else f"samples: {done['npz']}")
     if plus_plus:
         return  # bench has no such form
-    console.print(next_command("bench", model, *model_words(opened, guidance), "--out", "runs/bench"))
+    console.print(next_command("bench", model, *model_words(opened, guidance), *bench_words(opened, opened.data), "--out", "runs/bench"))
 
 
 def _image(picture: Path | None, strength: float | None, model: Model) -> Tensor | None:

@@ -106,6 +106,10 @@ def distill(
     """
     chosen = look_up(method, OBJECTIVES, "method")
     options = config_of(config, chosen.config)
+    if type(options) is not chosen.config and any(type(options) is other.config for other in OBJECTIVES.values()):
+        raise FewstepError(  # EM's options are those of dmd, and more
+            f"config is a {type(options).__name__}, of another method than {method}: pass a {chosen.config.__name__}, or name its method"
+        )
     check_model(model)
     model.need_unbounded("distillation", NO_STUDENT)
     check_precision(options.loop, pair=isinstance(options, MatchingConfig))

@@ -81,6 +81,10 @@ class LoopConfig:
         at_least(self, steps=1, batch=1, warmup=0, checkpoint_every=1)
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise FewstepError(f"lr, the learning rate, is a positive number, got {self.lr}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise FewstepError(f"weight_decay is a finite number, not negative, got {self.weight_decay}")
+        if not self.clip > 0:  # a negative norm would turn gradients round
+            raise FewstepError(f"clip, the norm at which gradients are clipped, is above 0, got {self.clip}: inf clips none")
         if not 0 <= self.ema < 1:
             raise FewstepError(f"the decay of averaged weights lies in [0, 1), got {self.ema}")
         look_up(self.mixed_precision, dict.fromkeys(("no", "bf16", "fp16")), "mixed precision", FewstepError)

@@ -16,7 +16,10 @@ from fewstep.models.networks.calls import answer_of, network_device, plain_call
 from fewstep.runtime.errors import FewstepError
 from fewstep.runtime.process import share
 
-__all__ = ["check_images", "draw_images", "score_matching"]
+__all__ = ["check_images", "check_log_levels", "draw_images", "score_matching"]
+
+LARGEST_LOG = 10.0  # of noise levels in training; beyond e^10 and e^-10 a picture, or the noise, is all there is
+WIDEST = 5.0  # the deviation of their logarithm
 
 
 def score_matching(
@@ -68,6 +71,19 @@ def score_matching(
         return (output.float() - from_x0(kind, target, x, alpha, sigma)).square().mean()
 
     return loss
+
+
+def check_log_levels(mean: float, deviation: float) -> None:
+    """Refuse a normal law of the logarithm of noise levels whose levels no network can be trained at.
+
+    Raises:
+        FewstepError: a mean beyond 10 either way, or a deviation that is not positive or is above 5.
+    """
+    if not (abs(mean) <= LARGEST_LOG and 0 < deviation <= WIDEST):
+        raise FewstepError(
+            f"log noise levels have a mean (p_mean) between -{LARGEST_LOG:g} and {LARGEST_LOG:g} and a positive deviation (p_std) up to "
+            f"{WIDEST:g}, got {mean:g} and {deviation:g}"
+        )
 
 
 def draw_images(images: Images, size: int, generator: torch.Generator) -> Batch:

@@ -21,7 +21,7 @@ from fewstep.learn.networks.loop import LoopConfig, check_precision, forget_chec
 from fewstep.learn.networks.objectives.flow_map import FlowMapConfig, FlowMapObjective
 from fewstep.learn.networks.objectives.objective import Networks
 from fewstep.learn.networks.preconditioning import measure_preconditioning
-from fewstep.learn.networks.score_matching import score_matching
+from fewstep.learn.networks.score_matching import check_log_levels, score_matching
 from fewstep.models.flow_map_student import FlowMapStudent
 from fewstep.models.formats.folders import save_described, save_ours
 from fewstep.models.model import Model
@@ -97,9 +97,13 @@ class TrainConfig:
         ]
         if ignored:
             raise FewstepError(f"{ignored[0].name} changes nothing of the kind {self.kind}: leave it out, or train another kind")
-        mean, deviation = self.levels
-        if not (math.isfinite(mean) and 0 < deviation < math.inf):
-            raise FewstepError(f"log sigma is drawn with a finite mean and a positive deviation, got {mean}, {deviation}")
+        check_log_levels(*self.levels)
+        low, high = WALLS.t_min, WALLS.t_max
+        if self.kind == "reflected" and not math.log(low) < self.levels[0] < math.log(high):
+            raise FewstepError(
+                f"a reflected model has noise levels from {low:g} to {high:g}, so p_mean lies between {math.log(low):.3g} and "
+                f"{math.log(high):.3g}, got {self.levels[0]:g}: half of the levels would be one of the ends"
+            )
 
     @property
     def levels(self) -> tuple[float, float]:

@@ -126,6 +126,7 @@ class MatchingObjective(StudentObjective):
         self.problem, self.config, self.judge, self.begin = problem, config, judge, begin
         self.output = prediction(problem.model.prediction)
         self.grid = self.times()
+        self.time_of(math.exp(config.p_mean), "the level exp(p_mean), around which teacher and fake are compared,")
         _ = problem.teacher
         self.fake: nn.Module = self.copied().to(problem.device) if config.fake_rank is None else self._fake_of(config.fake_rank)
         self.companion = Companion(self.fake, self._loss_of_fake, FASTER * config.lr, config.updates, config.before, end=config.fake_end)
@@ -353,8 +354,10 @@ class MatchingObjective(StudentObjective):
         """
         answers = [self.answers(student, seeds) for seeds in self._held_out]
         samples = [made[-1] for made in answers]
+        if not all(bool(torch.isfinite(made).all()) for made in samples):
+            raise ArtifactError("the generator's samples of held-out noises are not finite: lower lr or weight_decay, or raise updates")
         labels = self.problem.labels([seed for seeds in self._held_out for seed in seeds])
-        figures: dict[str, Any] = dict(self.judge(torch.cat(samples).float().cpu(), labels))
+        figures: dict[str, Any] = _plain(self.judge(torch.cat(samples).float().cpu(), labels))
         losses, size = torch.zeros(2, dtype=torch.float64), self.config.held_out
         generator = torch.Generator().manual_seed(self.config.seed)
         for made, seeds in zip(answers, self._held_out, strict=True):
@@ -447,6 +450,22 @@ class MatchingObjective(StudentObjective):
         assert isinstance(student, OperatorStudent | FlowMapStudent)
         student.save(folder, trust=imports_code(self.problem.model))
         save_like(self.problem.model, self.network(student), folder)
+
+
+def _plain(figures: object) -> dict[str, Any]:
+    """Return what a judge says as plain numbers, which a checkpoint and ``history.json`` hold.
+
+    Raises:
+        FewstepError: it says something else, or no ``value``.
+    """
+    if not isinstance(figures, Mapping) or figures.get("value") is None:
+        raise FewstepError(
+            f"a judge returns numbers by name, with a value that is to be least, as {{'value': 0.1}}, got {str(figures)[:80]}"
+        )
+    try:
+        return {str(name): None if value is None else float(value) for name, value in figures.items()}
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError of a tensor of several elements
+        raise FewstepError(f"a judge returns plain numbers by name, or None, got {str(figures)[:80]}") from error
 
 
 class Rows(NamedTuple):

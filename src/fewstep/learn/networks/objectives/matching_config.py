@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fewstep.learn.networks.objectives.config import STORED, StudentConfig
+from fewstep.learn.networks.score_matching import check_log_levels
 from fewstep.runtime.errors import FewstepError
 from fewstep.runtime.front_door import at_least, checked_class, number
 
@@ -15,6 +16,7 @@ __all__ = ["EMConfig", "EStep", "MatchingConfig"]
 
 
 MOST = 1000  # Langevin steps
+MOST_PASSES = 100
 
 
 class EStep(NamedTuple):
@@ -75,6 +77,8 @@ class MatchingConfig(StudentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, updates=1, before=0, measures=1, held_out=4, passes=1, fake_rank=1)  # a recall takes more than 3 samples
+        if self.passes > MOST_PASSES:
+            raise FewstepError(f"passes are {MOST_PASSES} at most, got {self.passes}: so many steps the teacher takes better by itself")
         if self.updates + self.before > 4000:
             raise FewstepError(f"updates and before are 4000 together at most, got {self.updates} and {self.before}: take fewer")
         if self.dropout:
@@ -85,8 +89,7 @@ class MatchingConfig(StudentConfig):
             raise FewstepError(f"pair, the weight of the regression onto stored pairs, is not negative, got {self.pair}")
         if not 0 < self.fake_end <= 1:
             raise FewstepError(f"fake_end, the share of the fake's rate that is left at the end, lies in (0, 1], got {self.fake_end}")
-        if not (math.isfinite(self.p_mean) and 0 < self.p_std < math.inf):
-            raise FewstepError(f"log noise levels have a finite mean and a positive deviation, got {self.p_mean} and {self.p_std}")
+        check_log_levels(self.p_mean, self.p_std)
         if not self.pair:
             self.check_unused(*STORED)
         elif self.passes > 1:

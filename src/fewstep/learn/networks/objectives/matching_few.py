@@ -40,7 +40,9 @@ class FewPassObjective(MatchingObjective):
                 "(--from), or passes"
             )
         levels = self.config.levels or even_levels(self.start, self.config.passes)
-        times = [self.time_of(level, "start" if self.config.levels is None and not k else "a level") for k, level in enumerate(levels)]
+        even = f"each of the default levels of {self.config.passes} passes (take fewer, or name levels)"
+        name = "a level" if self.config.levels else even
+        times = [self.time_of(level, name if k or self.config.levels else "start") for k, level in enumerate(levels)]
         if any(one <= other for one, other in itertools.pairwise(times)):
             shown = ", ".join(f"{level:.4g}" for level in levels)
             raise FewstepError(f"the network's table of times has no time of its own for each of the levels {shown}: take fewer passes")
