@@ -253,9 +253,9 @@ def test_what_else_it_cannot_do_is_refused():
         fewstep.sample(made, "euler", nfe=5, seeds=[0], guidance_form="cfg++", parallel=fewstep.ParallelConfig())
     with pytest.raises(ModelError, match="for a Model"):
         fewstep.sample(mixture(law), "euler", noise(1, 2), nfe=5, guidance_form="cfg++")
-    with pytest.raises(ModelError, match="not class-conditional with a null label; use guidance 1, in its usual form"):
+    with pytest.raises(ModelError, match="not class-conditional with a null label; use guidance 1 of the usual form"):
         plain = Model(answer, law, "sample", shape=(2,), classes=2, identity="x")
-        fewstep.sample(plain, "euler", nfe=5, seeds=[0], guidance=0.6, guidance_form="cfg++")
+        fewstep.sample(plain, "euler", nfe=5, seeds=[0], guidance=1, guidance_form="cfg++")
     with pytest.raises(ModelError, match="scales of its own, between 0 and 1: name one, as guidance=0.6 \\(--guidance 0.6\\)"):
         fewstep.sample(made, "euler", nfe=5, seeds=[0], guidance_form="cfg++")
     with pytest.raises(ModelError, match="the scale of CFG"):

@@ -299,7 +299,7 @@ class Model:
         """
         if self.scales is not None:
             raise ModelError(f"{self.name} is told its guidance scale, and has no answer without the condition: take its teacher")
-        conditional, uncond = self.conditional, self._null()
+        conditional, uncond = self.conditional, self._null("use guidance 1 of the usual form")
 
         def both(x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
             self._check_guided_by(cond)
@@ -307,18 +307,19 @@ class Model:
 
         return both
 
-    def _null(self) -> Tensor:
+    def _null(self, otherwise: str = "use guidance 1") -> Tensor:
         """Return the null label ``[]`` that guidance leads away from.
+
+        Args:
+            otherwise: what to do without one, for the message.
 
         Raises:
             ModelError: there is none, or the model is a student.
         """
         if self.flow_map is not None or self.tuned is not None:
-            raise ModelError(f"{self.name} is a student: its guidance is in its weights; use guidance 1, in its usual form")
+            raise ModelError(f"{self.name} is a student: its guidance is in its weights; {otherwise}")
         if self.null_label is None:
-            raise ModelError(
-                f"{self.name} cannot be guided: it is not class-conditional with a null label; use guidance 1, in its usual form"
-            )
+            raise ModelError(f"{self.name} cannot be guided: it is not class-conditional with a null label; {otherwise}")
         return torch.tensor(self.null_label)
 
     def _check_guided_by(self, cond: Cond) -> None:
