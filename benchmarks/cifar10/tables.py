@@ -228,7 +228,7 @@ def tables(folder: Path) -> dict[str, Callable[[], None]]:
         "optimized": lambda: optimised(read(rows)),
         "fitted": lambda: fitted(read(rows)),
         "tuned": lambda: tuned(read(folder / "tuned" / "results.json"), read(rows)),
-        "student": lambda: students([json_of(f"{part}/results.json") for part in ("student", "few", "standard")]),
+        "student": lambda: students([json_of(f"{part}/results.json") for part in ("student", "kd", "few", "standard")]),
         "guided-student": lambda: students([json_of(f"{part}/results.json") for part in ("guided-2", "guidance-2", "guidance-2-calls")]),
         "cost": lambda: cost(json_of("stages.json")),
     }
