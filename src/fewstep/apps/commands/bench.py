@@ -36,7 +36,7 @@ from fewstep.evaluate.report.write import check_packages, write_report
 from fewstep.evaluate.rows import REFERENCE, picture_file, read_samples
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem
-from fewstep.runtime.errors import FewstepError
+from fewstep.runtime.errors import FewstepError, counted
 from fewstep.runtime.process import default_device, process
 from fewstep.sampling.reference import REFERENCE_NFE
 
@@ -187,9 +187,9 @@ def _draw(results: Mapping[str, Any], out: Path) -> None:
     exact, columns = read_samples(out / REFERENCE), sorted({row["nfe"] for row in rows})
     if not rows or exact.ndim != 4:
         return
-    cells = {("exact trajectory", f"{nfe} evaluations"): (exact, "") for nfe in columns}
+    cells = {("exact trajectory", counted(nfe, "evaluation")): (exact, "") for nfe in columns}
     grids = list(dict.fromkeys(row["grid"] for row in rows))
     for row in sorted(rows, key=lambda row: (grids.index(row["grid"]), row["nfe"])):
         stored = picture_file(out, ("fewstep", row["solver"], row["grid"], row["nfe"]))
-        cells[f"{row['solver']}, {row['grid']}", f"{row['nfe']} evaluations"] = (read_samples(stored), f"rmse {row['rmse']:.3f}")
+        cells[f"{row['solver']}, {row['grid']}", counted(row["nfe"], "evaluation")] = (read_samples(stored), f"rmse {row['rmse']:.3f}")
     save_comparison(cells, out / "pictures.png", title=f"{results['model']}: the same seeds by every sampler")

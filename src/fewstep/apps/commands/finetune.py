@@ -14,6 +14,7 @@ from fewstep.apps.options import NUM, AsJson, Fields, ModelName, TeacherGuidance
 from fewstep.data.images import load_images
 from fewstep.learn.networks.finetune import FinetuneConfig
 from fewstep.learn.networks.finetune import finetune as tune
+from fewstep.runtime.errors import counted
 from fewstep.runtime.process import default_device
 
 __all__ = ["finetune"]
@@ -35,7 +36,7 @@ def finetune(
     """
     opened, images = open_model(model, trust=trust), None if data is None else load_images(data)
     total = config.rounds * config.steps
-    with progress(f"tuning {opened.name} for {config.nfe} evaluations", total) as report:
+    with progress(f"tuning {opened.name} for {counted(config.nfe, 'evaluation')}", total) as report:
         tuned = tune(
             opened,
             guidance=guidance_of(opened, guidance),
@@ -53,7 +54,7 @@ def finetune(
     if json:
         print_json({"model": opened.name, "nfe": config.nfe, "folder": str(out), "history": history})
         return
-    _show(f"{opened.name} tuned for {config.nfe} evaluations", history)
+    _show(f"{opened.name} tuned for {counted(config.nfe, 'evaluation')}", history)
     console.print(f"model: {out}")
     console.print(next_command("bench", out, *model_words(tuned), "--nfe", config.nfe, "--out", "runs/bench"))
 

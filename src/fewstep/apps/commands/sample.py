@@ -143,7 +143,7 @@ def sample(
     with Job.open("sample", out):
         problem = Problem(opened, cfg, default_device())
         meter = None if config is None else _Meter(problem, chosen, config, seeds[:batch], label, x0, quiet=json)
-        with progress(f"sampling {num} x {chosen.nfe} evaluations", num) as report:
+        with progress(f"sampling {num} x {counted(chosen.nfe, 'evaluation')}", num) as report:
             if meter is not None:
                 meter.report = report
             options = {"label": label, "batch": batch, "x0": x0, "parallel": config, "guided_by": guided_by, "guidance_form": guidance_form}

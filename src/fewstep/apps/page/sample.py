@@ -27,7 +27,7 @@ from fewstep.models.carried import FITTED, OPTIMIZED
 from fewstep.models.generate import best_sampler, check_made_for, sampler_for
 from fewstep.models.model import Model
 from fewstep.models.problem import Problem, check_seeds
-from fewstep.runtime.errors import FewstepError, SolverError
+from fewstep.runtime.errors import FewstepError, SolverError, counted
 from fewstep.runtime.front_door import number, whole
 from fewstep.runtime.spec import as_typed
 from fewstep.sampling.loop import steps
@@ -241,7 +241,7 @@ def sampled(models: Models, asked: Asked, exact: ExactSamples | None = None) -> 
         assert last is not None  # a tableau has a row
         domain = domain_of(problem.denoiser)
         ends.append((last.x_next if domain is None else domain.fold(last.x_next)[0]).cpu())
-        shown[place] = Strip(one.name, f"{one.sampler.nfe} evaluations", pictures(ends[-1]))
+        shown[place] = Strip(one.name, counted(one.sampler.nfe, "evaluation"), pictures(ends[-1]))
         yield Shown(list(shown))
     if asked.exact:
         truth = (exact or ExactSamples()).of(problem, seeds, asked.label)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fewstep.evaluate.metrics.confidence import PARTED
 from fewstep.evaluate.pictures import to_uint8
+from fewstep.runtime.errors import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -131,7 +132,7 @@ def histograms(errors: Mapping[str, np.ndarray], nfe: int) -> Figure:
             if rank < rows - 1:
                 axes.tick_params(axis="x", length=0, labelbottom=False)
             else:
-                axes.set_xlabel(f"error of a sample, {nfe} evaluations")
+                axes.set_xlabel(f"error of a sample, {counted(nfe, 'evaluation')}")
     return figure
 
 
@@ -153,7 +154,7 @@ def schedules(levels: Mapping[str, Sequence[float]], nfe: int) -> Figure:
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         log_ticks(axes.xaxis, min(every), max(every), 6)
-        axes.set_xlabel(f"noise level sigma/alpha, {nfe} evaluations")
+        axes.set_xlabel(f"noise level sigma/alpha, {counted(nfe, 'evaluation')}")
     return figure_of(axes)
 
 
