@@ -11,6 +11,7 @@ from tests.problems import DSNO, tiny_folder
 import fewstep
 
 
+@pytest.mark.slow
 def test_a_page_and_its_figures(monkeypatch, capsys, tmp_path: Path) -> None:
     words = ("inspect", "digits-edm", "-n", 2, "--nfe", 5, "--grid", "karras", "--out", tmp_path)
     assert run(monkeypatch, *words) == 0

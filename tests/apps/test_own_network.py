@@ -131,6 +131,7 @@ def test_samples_that_are_no_pictures_are_distilled_too(typed: Callable[..., str
     assert samples(Path("points")).shape == (4, 3)
 
 
+@pytest.mark.slow
 def test_a_saved_network_goes_through_every_verb(typed: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     own_networks.table().save("model")
     for verb, *words in (

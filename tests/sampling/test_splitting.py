@@ -179,6 +179,7 @@ def test_noise_is_part_of_the_model_and_the_kick_comes_after_it():
 @pytest.mark.parametrize(
     "name", ["ddim:eta=1", "sde-dpm-solver-pp-2m", "lcm", "dpm2-ancestral", "seeds-2", "heun-churn", "sa-solver", "restart"]
 )
+@pytest.mark.every(4)
 def test_samplers_that_add_noise_are_guided_to_the_posterior(name):
     """Of a standard normal measured with noise. By the share of the state that the ODE keeps, its mean would come out at 0.65, not at 1."""
     law, y, variance, count = VPLinear(), 1.5, 0.5, 1500

@@ -537,7 +537,7 @@ WIDTH = 64  # numbers in a sample, all with the same law
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 def test_the_variance_is_exact_at_many_steps(name):
     solver, law = STOCHASTIC[name], VPLinear()
     nodes = solver.nodes(TimeGrid.from_sigmas(law, karras_levels(128, HIGH, LOW)), law)
