@@ -57,11 +57,11 @@ def test_its_trajectories_lead_to_a_verb_that_takes_them(
     """And not to a student, which is refused."""
     capsys.readouterr()
     stored = tmp_path / "stored"
-    assert run(monkeypatch, "trajectories", model, "-n", 8, "--nfe", 8, "--slots", 8, "--out", stored) == 0
+    assert run(monkeypatch, "trajectories", model, "-n", 8, "--nfe", 8, "--slots", 8, "--guidance", 2, "--out", stored) == 0
     assert " ".join(capsys.readouterr().out.split()).endswith(
-        f"next: fewstep fit {model} --nfe 5,8 --trajectories {stored} --out runs/fitted"
+        f"next: fewstep fit {model} --guidance 2 --nfe 5,8 --trajectories {stored} --out runs/fitted"
     )
-    words = ("--nfe", 4, "--trajectories", stored, "--num", 6, "--held-out", 2, "--iterations", 0)
+    words = ("--guidance", 2, "--nfe", 4, "--trajectories", stored, "--num", 6, "--held-out", 2, "--iterations", 0)
     assert run(monkeypatch, "fit", model, *words, "--out", tmp_path / "fitted") == 0
 
 

@@ -85,8 +85,9 @@ def trajectories(
     console.print(f"trajectories: {out} ({size / 1e6:.0f} MB, own error {own})")
     if one_of is not None:
         return
+    same = model_words(opened, guidance)
     if opened.domain is not None:  # no student learns from them
-        console.print(next_command("fit", model, "--nfe", "5,8", "--trajectories", out, "--out", "runs/fitted"))
+        console.print(next_command("fit", model, *same, "--nfe", "5,8", "--trajectories", out, "--out", "runs/fitted"))
         return
     held_out = min(DISTILL.held_out, config.num // 4)
     which = ["--grid", grid, "--slots", slots, "--num", config.num - held_out, "--held-out", held_out]
@@ -94,4 +95,4 @@ def trajectories(
         which += ["--method", "flow-map", *([] if opened.scales else ["--scales", ",".join(as_typed(scale) for scale in config.scales)])]
     elif slots == 1:
         which += ["--method", "kd"]
-    console.print(next_command("distill", model, *model_words(opened, guidance), "--trajectories", out, *which, "--out", "runs/student"))
+    console.print(next_command("distill", model, *same, "--trajectories", out, *which, "--out", "runs/student"))
